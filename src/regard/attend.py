@@ -1,0 +1,108 @@
+"""The front doors: `attention`, `observe`, `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .biases import Bias
+from .call import Call
+from .dropout import Dropout
+from .engines import refusals, select, tiled
+from .errors import RegardError
+from .masks import Full, Mask
+from .observers import Observer
+from .weigh import weigh
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask = Full(),
+    bias: Bias | Tensor | Sequence[Bias | Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: Dropout | float | None = None,
+    query_start: int | None = None,
+    key_start: int = 0,
+    observe: Sequence[Observer] | None = None,
+    return_lse: bool = False,
+    engine: str = "auto",
+) -> Any:
+    """softmax(softcap(scale · q kᵀ) + bias, over the keys that mask shows) v. Vaswani et al. 2017.
+
+    query (batch, heads, q_len, dim); key (batch, kv_heads, k_len, dim);
+    value (batch, kv_heads, k_len, v_dim); kv_heads divides heads (grouped-query attention).
+
+    mask: who may see whom, such as `Causal() & Window(1024)`.
+    bias: added to the scores: `ALiBi()`, `RelativeBias(table)`, a tensor that broadcasts to
+        (batch, heads, q_len, k_len), or several of them.
+    scale: default 1 / √dim. softcap: scores become softcap · tanh(score / softcap).
+    sinks (heads,): a learned logit per head in the denominator; rows then sum to less than 1.
+    dropout: a probability, or `Dropout(p, seed)`.
+    query_start, key_start: positions of the first query and key in the sequence. By default keys
+        start at 0 and the last query stands at the last key.
+    observe: what to keep of the weights, such as `[TopK(8), Received()]`.
+
+    Returns out (batch, heads, q_len, v_dim); with `return_lse`, also the log-sum-exp
+    (batch, heads, q_len); with `observe`, last, a tuple of results in its order. A row that sees no
+    key is 0. Gradients flow through out and lse. RegardError if the request does not fit together;
+    NoEngine if the named engine, or none of them, can run it: a named engine never falls back.
+    """
+    call = Call.checked(
+        query, key, value, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
+        dropout=dropout, query_start=query_start, key_start=key_start, observe=observe,
+        return_lse=return_lse,
+    )  # fmt: skip
+    out, lse = select(call, engine).forward(call)
+    answer = (out, lse) if return_lse else (out,)
+    if observe is not None:
+        answer = (*answer, weigh(call, lse))
+    return answer if len(answer) > 1 else out
+
+
+def observe(
+    query: Tensor,
+    key: Tensor,
+    *,
+    observe: Sequence[Observer],
+    lse: Tensor | None = None,
+    mask: Mask = Full(),
+    bias: Bias | Tensor | Sequence[Bias | Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    query_start: int | None = None,
+    key_start: int = 0,
+) -> tuple[Any, ...]:
+    """The second pass alone: a tuple of results in the order of `observe`.
+
+    query (batch, heads, q_len, dim); key (batch, kv_heads, k_len, dim). lse (batch, heads, q_len)
+    is that of all keys; give it where `key` is one shard of them. Without it, it is computed from
+    the keys given. The other arguments are those of `attention`.
+    """
+    call = Call.checked(
+        query, key, None, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
+        query_start=query_start, key_start=key_start, observe=observe,
+    )  # fmt: skip
+    if lse is None:
+        lse = tiled.log_sum_exp(call)
+    if lse.shape != query.shape[:3] or lse.device != query.device:
+        raise RegardError(
+            f"lse is {tuple(lse.shape)} on {lse.device}; this call needs "
+            f"{tuple(query.shape[:3])} on {query.device}"
+        )
+    return weigh(call, lse)
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[str, list[str]]:
+    """Each engine's reasons against a request, in the order that `auto` tries them; [] if it can.
+
+    Takes what `attention` takes, but `engine`.
+    """
+    return refusals(Call.checked(query, key, value, **request))

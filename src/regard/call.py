@@ -1,0 +1,186 @@
+"""Call: one checked, described request for attention, in the form that every engine reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .biases import Added, Bias, DenseBias
+from .dropout import Dropout
+from .errors import RegardError
+from .lowered import Program
+from .masks import Full, Mask, Place
+from .observers import Observer
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A request that fits together. `value` is None for the second pass alone.
+
+    query (batch, heads, q_len, dim); key (batch, kv_heads, k_len, dim);
+    value (batch, kv_heads, k_len, v_dim).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    program: Program
+    biases: tuple[Added, ...]
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: Dropout | None
+    place: Place
+    mask: Mask
+    observers: tuple[Observer, ...] = ()
+    return_lse: bool = False
+
+    @classmethod
+    def checked(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        *,
+        mask: Mask | None = None,
+        bias: Bias | Tensor | Sequence[Bias | Tensor] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        dropout: Dropout | float | None = None,
+        query_start: int | None = None,
+        key_start: int = 0,
+        observe: Sequence[Observer] | None = None,
+        return_lse: bool = False,
+    ) -> Call:
+        """The call, or a RegardError that shows the shapes and says what to do."""
+        place = _placed(query, key, value, query_start, key_start)
+        mask = Full() if mask is None else mask
+        if not isinstance(mask, Mask):
+            raise RegardError(
+                f"mask is a {type(mask).__name__}; give a regard mask, such as Causal() or "
+                "Dense(tensor)"
+            )
+        if softcap is not None and not softcap > 0:
+            raise RegardError(f"softcap is {softcap}; give a number above 0, or None")
+        if scale is None:
+            scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+        if sinks is not None and (sinks.shape != (place.heads,) or sinks.device != place.device):
+            raise RegardError(
+                f"sinks is {tuple(sinks.shape)} on {sinks.device}; this call needs one logit a "
+                f"head, ({place.heads},) on {place.device}"
+            )
+        observers = tuple(observe or ())
+        for observer in observers:
+            if not isinstance(observer, Observer):
+                raise RegardError(f"observe holds {observer!r}; give observers, such as TopK(8)")
+            observer.check(place)
+        return cls(
+            query,
+            key,
+            value,
+            mask.lower(place),
+            tuple(b.lower(place) for b in _biases(bias)),
+            float(scale),
+            None if softcap is None else float(softcap),
+            sinks,
+            Dropout.given(dropout),
+            place,
+            mask,
+            observers,
+            return_lse,
+        )
+
+    @property
+    def working(self) -> torch.dtype:
+        """The dtype in which scores and statistics are computed: float32, or float64 for float64."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether anything that goes in asks for a gradient."""
+        tensors = [self.query, self.key, self.value, self.sinks, *(b.tensor for b in self.biases)]
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def item(self, batch: int) -> Call:
+        """The same call for one item of its batch."""
+        one = slice(batch, batch + 1)
+        return replace(
+            self,
+            query=self.query[one],
+            key=self.key[one],
+            value=None if self.value is None else self.value[one],
+            program=self.program.item(batch),
+            biases=tuple(b.item(batch) for b in self.biases),
+            place=replace(self.place, batch=1),
+        )
+
+    def __str__(self) -> str:
+        parts = [f"query {_shape(self.query)} {_dtype(self.query)} on {self.place.device}"]
+        parts.append(f"key {_shape(self.key)}")
+        if self.value is not None:
+            parts.append(f"value {_shape(self.value)}")
+        if not self.program.full:
+            parts.append(f"mask {self.mask}")
+        parts += [f"{b.kind.name.lower()} bias" for b in self.biases]
+        for name in ("softcap", "sinks", "dropout"):
+            if getattr(self, name) is not None:
+                parts.append(name)
+        return ", ".join(parts)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _biases(bias: Bias | Tensor | Sequence[Bias | Tensor] | None) -> list[Bias]:
+    if bias is None:
+        return []
+    given = [bias] if isinstance(bias, Bias | Tensor) else list(bias)
+    return [DenseBias(b) if isinstance(b, Tensor) else b for b in given]
+
+
+def _placed(
+    query: Tensor, key: Tensor, value: Tensor | None, query_start: int | None, key_start: int
+) -> Place:
+    """Check shapes, dtypes and devices against each other; say where the call stands."""
+    named = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    said = ", ".join(f"{n} {_shape(t)} {_dtype(t)} on {t.device}" for n, t in named.items())
+    wrong = _misfit(query, key, value)
+    if wrong:
+        raise RegardError(f"{said}: {wrong}")
+    if any(t.dtype != query.dtype or t.dtype not in FLOATS for t in named.values()):
+        raise RegardError(
+            f"{said}: give all of them in one dtype of float64, float32, float16, bfloat16"
+        )
+    if any(t.device != query.device for t in named.values()):
+        raise RegardError(f"{said}: move all of them to one device")
+    batch, heads, q_len, _ = query.shape
+    kv_heads, k_len = key.shape[1:3]
+    if query_start is None:
+        query_start = key_start + k_len - q_len
+    return Place(batch, heads, kv_heads, q_len, k_len, query_start, key_start, query.device)
+
+
+def _misfit(query: Tensor, key: Tensor, value: Tensor | None) -> str:
+    if query.dim() != 4 or key.dim() != 4 or (value is not None and value.dim() != 4):
+        return "each needs 4 dimensions, (batch, heads, length, dim)"
+    if key.shape[0] != query.shape[0]:
+        return f"query has batch {query.shape[0]}, key {key.shape[0]}; make them equal"
+    if key.shape[3] != query.shape[3]:
+        return f"query has dim {query.shape[3]}, key {key.shape[3]}; make them equal"
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        return f"kv_heads {key.shape[1]} must divide heads {query.shape[1]}"
+    if value is not None and value.shape[:3] != key.shape[:3]:
+        return "key and value must agree in batch, kv_heads and length"
+    return ""

@@ -1,0 +1,56 @@
+"""The engines in the order in which `auto` tries them, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..call import Call
+from ..errors import NoEngine, RegardError
+from . import reference, sdpa, tiled
+
+
+class Engine(Protocol):
+    """One way to compute attention."""
+
+    name: str
+
+    def why_not(self, call: Call) -> list[str]:
+        """The reasons why it cannot run this call; empty if it can."""
+        ...
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a call that it can run."""
+        ...
+
+
+# `auto` takes the first that can. `reference` materialises the weights: only by name.
+PREFERENCE: tuple[Any, ...] = (sdpa, tiled)
+ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, reference)}
+
+
+def refusals(call: Call) -> dict[str, list[str]]:
+    """Every engine's reasons against this call, in the order of preference."""
+    return {name: engine.why_not(call) for name, engine in ENGINES.items()}
+
+
+def select(call: Call, engine: str = "auto") -> Any:
+    """The engine for a call: the named one, or the first of the preference that can."""
+    if engine == "auto":
+        for candidate in PREFERENCE:
+            if not candidate.why_not(call):
+                return candidate
+        raise _refused(call, refusals(call))
+    if engine not in ENGINES:
+        raise RegardError(f"no engine is named {engine!r}; there are auto, {', '.join(ENGINES)}")
+    reasons = ENGINES[engine].why_not(call)
+    if reasons:
+        raise _refused(call, {engine: reasons})
+    return ENGINES[engine]
+
+
+def _refused(call: Call, reasons: dict[str, list[str]]) -> NoEngine:
+    lines = [f"  {name}: {'; '.join(why)}" for name, why in reasons.items() if why]
+    return NoEngine("\n".join([f"no engine can run attention on {call}", *lines]))

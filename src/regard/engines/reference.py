@@ -1,0 +1,68 @@
+"""The specification: readable, materialises the weights, plain autograd.
+
+float64 in float64; every other dtype in float32, rounded once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..lowered import Span
+
+name = "reference"
+
+
+def why_not(call: Call) -> list[str]:
+    """It computes whatever a `Call` can say."""
+    return []
+
+
+def whole(call: Call) -> Span:
+    """The span of the whole call."""
+    return Span(0, call.place.q_len, 0, call.place.k_len)
+
+
+def scores(call: Call) -> Tensor:
+    """softcap · tanh(scale · q kᵀ / softcap) + bias, −inf where hidden: (batch, heads, q_len, k_len)."""
+    group = call.place.heads // call.place.kv_heads
+    key = call.key.repeat_interleave(group, 1).to(call.working)
+    out = call.scale * (call.query.to(call.working) @ key.mT)
+    if call.softcap is not None:
+        out = call.softcap * torch.tanh(out / call.softcap)
+    for bias in call.biases:
+        out = out + bias.tile(whole(call), out.dtype)
+    if call.place.q_len == 0 or call.place.k_len == 0:
+        return out
+    return out.masked_fill(~call.program.visible(whole(call)), -torch.inf)
+
+
+def log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """(batch, heads, q_len); −inf where nothing is visible and there is no sink."""
+    if scores.shape[-1] == 0:
+        lse = scores.new_full(scores.shape[:-1], -torch.inf)
+    else:
+        lse = torch.logsumexp(scores, -1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
+    return lse
+
+
+def weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(score − lse); 0 in a row that sees nothing."""
+    blind = (lse == -torch.inf)[..., None]
+    return torch.exp(scores - lse[..., None].masked_fill(blind, 0))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse). Vaswani et al. 2017, eq. 1."""
+    assert call.value is not None
+    scored = scores(call)
+    lse = log_sum_exp(scored, call.sinks)
+    p = weights(scored, lse)
+    if call.dropout is not None:
+        p = p * call.dropout.factor(whole(call), call.place, p.dtype)
+    group = call.place.heads // call.place.kv_heads
+    value = call.value.repeat_interleave(group, 1).to(call.working)
+    return (p @ value).to(call.value.dtype), lse

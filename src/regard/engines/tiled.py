@@ -1,0 +1,173 @@
+"""Attention in plain torch, O(N) memory forward and backward, on any device.
+
+Forward and backward walk the same strips (`strips`); the backward recomputes the weights from the
+log-sum-exp (Dao et al. 2022, section 3 and appendix B). Both are opaque registered ops, so that
+`torch.compile` keeps them whole; a call crosses them in its lowered form (`packed`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..packed import SCHEMA, pack, unpack
+from ..strips import Strip, Strips, take
+
+name = "tiled"
+
+
+def why_not(call: Call) -> list[str]:
+    """It computes whatever a `Call` can say."""
+    return []
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable in everything that goes in."""
+    out, lse = torch.ops.regard.tiled(call.query, call.key, call.value, *pack(call))
+    return out, lse
+
+
+def log_sum_exp(call: Call) -> Tensor:
+    """lse (batch, heads, q_len) of a call without values."""
+    nothing = [[] if n == [] else None for n in ctx.numbers]
+    lse: Tensor = torch.ops.regard.tiled(call.query, call.key, nothing, *pack(call))[1].detach()
+    return lse
+
+
+@torch.library.custom_op(
+    "regard::tiled",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {SCHEMA}) -> (Tensor, Tensor)",
+)
+def _tiled(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
+    call = unpack(query, key, value, *packed)
+    rows = query.shape[:3]
+    value = value.to(call.working)
+    out = value.new_zeros(*rows, value.shape[-1])
+    lse = value.new_full(rows, -torch.inf)
+    if call.sinks is not None:
+        lse[:] = call.sinks.to(call.working)[:, None]
+    for strip in Strips(call):
+        top = strip.scores.amax(-1)
+        if call.sinks is not None:
+            top = torch.maximum(top, lse[strip.here])
+        top = top.masked_fill(top == -torch.inf, 0)
+        p = strip.scores.sub_(top[..., None]).exp_()
+        total = p.sum(-1)
+        if call.sinks is not None:
+            total = total + (lse[strip.here] - top).exp()
+        lse[strip.here] = top + total.log()
+        if call.dropout is not None:
+            p = p * _factor(call, strip)
+        mixed = strip.grouped(p) @ take(strip.runs, value[strip.part.batch, strip.kv], 2)
+        mixed = mixed.view(*p.shape[:3], value.shape[-1])
+        out[strip.here] = mixed / total.masked_fill(total == 0, 1)[..., None]
+    return out.to(query.dtype), lse
+
+
+@_tiled.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
+    rows = query.shape[:3]
+    working = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(*rows, value.shape[-1]), query.new_empty(rows, dtype=working)
+
+
+@torch.library.custom_op(
+    "regard::tiled_backward",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {SCHEMA}, Tensor out, Tensor lse, "
+    "Tensor grad_out, Tensor grad_lse, bool[] wanted) -> Tensor[]",
+)
+def _backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    """Gradients of query, key, value, the biases (empty where not wanted), and the sinks."""
+    *packed, out, lse, grad_out, grad_lse, wanted = rest
+    call = unpack(query, key, value, *packed)
+    value, grad_out = value.to(call.working), grad_out.to(call.working)
+    d_query, d_key, d_value = (
+        torch.zeros_like(t, dtype=call.working, memory_format=torch.contiguous_format)
+        for t in (query, key, value)
+    )
+    collecting = [
+        (bias, torch.zeros_like(bias.tensor, dtype=call.working) if want else None)
+        for bias, want in zip(call.biases, wanted, strict=True)
+    ]
+    # d(loss)/d(score) = p · (dp − D) with D = grad_out · out; lse adds p · grad_lse
+    delta = (grad_out * out.to(call.working)).sum(-1) - grad_lse
+    safe = lse.masked_fill(lse == -torch.inf, 0)
+    strips = Strips(call, keep_capped=True)
+    for strip in strips:
+        p = strip.scores.sub_(safe[strip.here][..., None]).exp_()
+        g = strips.rows_of(grad_out, strip.part)
+        dp = (g @ take(strip.runs, value[strip.part.batch, strip.kv], 2).mT).view_as(p)
+        dropped = p
+        if call.dropout is not None:
+            factor = _factor(call, strip)
+            dropped, dp = p * factor, dp * factor
+        strip.add(d_value[strip.part.batch, strip.kv], strip.grouped(dropped).mT @ g, 2)
+        ds = dp.sub_(delta[strip.here][..., None]).mul_(p)
+        for at, span in strip.spans():
+            for bias, total in collecting:
+                if total is not None:
+                    bias.collect(total, ds[..., at : at + span.k1 - span.k0], span)
+        if strip.capped is not None and call.softcap is not None:
+            ds = ds * (1 - (strip.capped / call.softcap) ** 2)
+        ds = strip.grouped(ds)
+        d_query[strip.here] = (ds @ strip.key).mul_(call.scale).view(*p.shape[:3], -1)
+        strip.add(d_key[strip.part.batch, strip.kv], ds.mT @ strip.query, 2)
+    grads = [d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(key.dtype)]
+    grads += [
+        query.new_empty(0) if total is None else total.to(bias.tensor.dtype)
+        for bias, total in collecting
+    ]
+    if call.sinks is not None:
+        taken = (call.sinks.to(lse.dtype)[:, None] - lse).exp()
+        grads.append(-(taken * delta).sum((0, 2)).to(call.sinks.dtype))
+    return grads
+
+
+@_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    _, bias_tensors, sinks = rest[:3]
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+    ]
+    grads += [
+        torch.empty_like(t) if want else query.new_empty(0)
+        for t, want in zip(bias_tensors, rest[-1], strict=True)
+    ]
+    return grads if sinks is None else [*grads, torch.empty_like(sinks)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask_tensors, bias_tensors, sinks, seed, *numbers = inputs
+    ctx.counts, ctx.numbers = (len(mask_tensors), len(bias_tensors)), numbers
+    ctx.save_for_backward(query, key, value, sinks, seed, *output, *mask_tensors, *bias_tensors)
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    query, key, value, sinks, seed, out, lse, *lists = ctx.saved_tensors
+    masks, biases = lists[: ctx.counts[0]], lists[ctx.counts[0] :]
+    wanted = [b.requires_grad for b in biases]
+    grads = torch.ops.regard.tiled_backward(
+        query, key, value, masks, biases, sinks, seed, *ctx.numbers,
+        out, lse, grad_out, grad_lse, wanted,
+    )  # fmt: skip
+    d_query, d_key, d_value, *more = grads
+    d_biases = [g if want else None for g, want in zip(more, wanted, strict=False)]
+    d_sinks = None if sinks is None else more[-1]
+    nothing = [[] if n == [] else None for n in ctx.numbers]
+    return d_query, d_key, d_value, [None] * len(masks), d_biases, d_sinks, None, *nothing
+
+
+_tiled.register_autograd(_gradients, setup_context=_save)
+
+
+def _factor(call: Call, strip: Strip) -> Tensor:
+    """Dropout's factors for the strip's weights."""
+    assert call.dropout is not None
+    parts = [call.dropout.factor(span, call.place, call.working) for _, span in strip.spans()]
+    return torch.cat(parts, -1)

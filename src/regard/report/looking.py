@@ -1,0 +1,359 @@
+"""What `regard look` shows, as numbers: gathered once, then printed as text or as JSON.
+
+Words are numbered over all texts on end: an encoder's words, then its decoder's. Heads are pairs
+(layer, head), the layer being an index into ``recording.layers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import RegardError
+from ..words import (
+    Columns,
+    Found,
+    Link,
+    Strongest,
+    Word,
+    Words,
+    columns,
+    find,
+    from_word,
+    label,
+    strongest,
+    strongest_of,
+)
+
+if TYPE_CHECKING:
+    from ..recording import Recording
+
+Heads = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A text that is read, with its words, the first of which has the number ``first``."""
+
+    text: str
+    words: Words
+    first: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The heads of one kind, "self", "encoder", "decoder" or "cross", and what they read.
+
+    ``heads`` are those shown. ``received`` float32 and ``sinks`` bool (heads, words of ``keys``)
+    say how much each word receives, over all queries, and in which heads it is a sink.
+    """
+
+    kind: str
+    layers: dict[int, list[int]]
+    names: dict[int, str]
+    readers: Side
+    keys: Side
+    means: Tensor
+    received: Tensor
+    sinks: Tensor
+
+    @property
+    def heads(self) -> Heads:
+        """The heads shown, (layer, head)."""
+        return [(layer, head) for layer, heads in self.layers.items() for head in heads]
+
+    @property
+    def special(self) -> Tensor:
+        """Which words of ``keys`` are special tokens: bool (words,)."""
+        return torch.tensor([word.special for word in self.keys.words])
+
+    @property
+    def sink(self) -> Tensor:
+        """Which words are sinks in at least half of the heads shown: bool (words,)."""
+        return self.sinks.float().mean(0) >= 0.5
+
+    @property
+    def apart(self) -> Tensor:
+        """The words named apart, special tokens and sinks: bool (words,)."""
+        return self.special | self.sink
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one word reads in one part: ``weights`` float32 (heads, words of the part's keys)."""
+
+    part: Part
+    word: int
+    weights: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over the heads shown: float32 (words,)."""
+        return self.weights.mean(0)
+
+    @property
+    def itself(self) -> int:
+        """The word's place among the keys; -1 where they are another text's."""
+        return self.word - self.part.keys.first if self.part.keys is self.part.readers else -1
+
+    def links(self, top: int, hidden: Tensor | None = None, per_head: bool = False) -> list[Link]:
+        """The strongest links from the word, ``top`` in all or of each head.
+
+        ``hidden`` bool, (words,) or (heads, words), is left out.
+        """
+        weights = self.weights if hidden is None else self.weights.masked_fill(hidden, 0)
+        heads = self.part.heads
+        values, places = (weights if per_head else weights.flatten()[None]).topk(
+            min(top, weights.shape[1] if per_head else weights.numel())
+        )
+        found = []
+        for at, (row, targets) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+            for weight, place in zip(row, targets, strict=True):
+                pair, target = (at, place) if per_head else divmod(place, weights.shape[1])
+                if weight > 0:
+                    target += self.part.keys.first
+                    found.append(Link(*heads[pair], self.word, target, weight))
+        return found
+
+
+@dataclass(frozen=True)
+class Focus:
+    """A word asked for, and what it reads in every part in which it reads."""
+
+    found: Found
+    rows: list[Row]
+
+
+class Blank(NamedTuple):
+    """A layer without a pattern, and why."""
+
+    layer: int
+    name: str
+    reason: str
+
+
+@dataclass
+class Look:
+    """What `regard look` found.
+
+    ``focuses`` are the words asked for, and ``links`` the strongest of each head from them.
+    Without any, ``near`` and ``far`` are the strongest links between neighbouring words and
+    between others, over all heads, special tokens and each head's sinks apart; ``written`` is
+    what the generated words read; ``links`` has all of these. ``shown_mass`` is the share that
+    ``links`` hold of the mass of all the rows they are of.
+    """
+
+    model: str
+    sides: list[Side]
+    words: list[Word]
+    labels: list[str]
+    generated: range
+    parts: list[Part]
+    blanks: list[Blank]
+    top: int
+    special: bool
+    focuses: list[Focus] = field(default_factory=list)
+    written: list[Row] = field(default_factory=list)
+    near: list[Link] = field(default_factory=list)
+    far: list[Link] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    shown_mass: float = 0.0
+
+
+def look(
+    recording: Recording,
+    *,
+    readers: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    heads: Sequence[int] = (),
+    top: int = 8,
+    special: bool = True,
+    progress: Callable[[float], object] | None = None,
+) -> Look:
+    """Gather what ``regard look`` shows of a recording whose ``about`` has text and tokens.
+
+    ``readers``: the words whose reading is asked for, as ``find`` takes them. ``layers`` and
+    ``heads``: those to show, all if empty. ``special``: whether special tokens are listed.
+    ``progress`` is told the share that is done. Memory stays bounded at any length.
+    """
+    sides, generated = _sides(recording)
+    words = [word for side in sides for word in side.words]
+    founds = [find(words, name) for name in readers]
+    shown = _chosen(recording, layers, heads)
+    step = _share(progress, sum(recording.layers[i].q_len for i in shown) * (2 - bool(founds)))
+    result = Look(
+        model=str(recording.about.get("model", "")),
+        sides=sides,
+        words=words,
+        labels=label(words),
+        generated=generated,
+        parts=_parts(recording, sides, shown, step),
+        blanks=[
+            Blank(i, layer.name, layer.reason)
+            for i, layer in enumerate(recording.layers)
+            if not layer.pattern
+        ],
+        top=top,
+        special=special,
+    )
+    for found in founds:
+        result.focuses.append(Focus(found, list(_rows(recording, result.parts, found.index))))
+    if founds:
+        rows = [row for focus in result.focuses for row in focus.rows]
+        for row in rows:
+            result.links += row.links(top, None if special else row.part.special, per_head=True)
+        total = sum(len(row.part.heads) for row in rows)
+    else:
+        result.near, result.far = _strongest(recording, result.parts, top, step)
+        result.links = [*result.near, *result.far]
+        result.written = [
+            row
+            for number in generated
+            if not words[number].special
+            for row in _rows(recording, result.parts, number)
+        ]
+        for row in result.written:
+            result.links += row.links(top, row.part.special | row.part.sinks)
+        result.links = strongest_of(list(dict.fromkeys(result.links)), len(result.links))
+        total = sum(
+            len(part.heads) * sum(not word.special for word in part.readers.words)
+            for part in result.parts
+        )
+    result.shown_mass = sum(link.weight for link in result.links) / max(1, total)
+    return result
+
+
+def _sides(recording: Recording) -> tuple[list[Side], range]:
+    """The texts of a recording, and which of their words were generated."""
+    sides: list[Side] = []
+    count = 0
+    for about in filter(None, (recording.about, recording.about.get("decoder"))):
+        text, tokens, offsets, special = (
+            about.get(key) for key in ("text", "tokens", "offsets", "special")
+        )
+        if text is None or tokens is None or offsets is None:
+            raise RegardError("the recording has no words: its text, tokens or offsets are missing")
+        words = Words.split(text, tokens, offsets, special or [False] * len(tokens))
+        sides.append(Side(text, words, count))
+        count += len(words)
+    begun = recording.about.get("generated")
+    if len(sides) > 1:
+        return sides, range(sides[1].first, count)
+    if begun is None:
+        return sides, range(0)
+    first = sum(word.tokens.start < begun for word in sides[0].words)
+    return sides, range(first, count)
+
+
+def _chosen(
+    recording: Recording, layers: Sequence[int], heads: Sequence[int]
+) -> dict[int, list[int]]:
+    """The heads to show of each layer to show."""
+    count = len(recording.layers)
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise RegardError(f"no layer {layer}: the model has layers 0 to {count - 1}")
+        if not recording.layers[layer].pattern:
+            recorded = recording.layers[layer]
+            raise RegardError(f"layer {layer} has no pattern: {recorded.reason}")
+    wanted = set(layers) or set(range(count))
+    with_pattern = [i for i in sorted(wanted) if recording.layers[i].pattern]
+    if not with_pattern:
+        raise RegardError("the model has no layer with softmax attention, so no pattern to show")
+    most = max(recording.layers[i].heads for i in with_pattern)
+    for head in heads:
+        if not 0 <= head < most:
+            raise RegardError(f"no head {head}: the layers have heads 0 to {most - 1}")
+    chosen = {}
+    for i in with_pattern:
+        every = range(recording.layers[i].heads)
+        chosen[i] = [head for head in every if not heads or head in heads]
+    return {layer: some for layer, some in chosen.items() if some}
+
+
+def _parts(
+    recording: Recording,
+    sides: list[Side],
+    shown: dict[int, list[int]],
+    step: Callable[[int], object],
+) -> list[Part]:
+    """The shown heads by kind, with what each word receives in them."""
+    kinds: dict[str, dict[int, list[int]]] = {}
+    for layer, heads in shown.items():
+        kinds.setdefault(_kind(recording, layer, len(sides)), {})[layer] = heads
+    parts = []
+    for kind, layers in kinds.items():
+        readers = sides[1] if kind in ("decoder", "cross") else sides[0]
+        keys = sides[1] if kind == "decoder" else sides[0]
+        found = [
+            columns(recording, layer, keys.words, _only(recording, layer, heads), step)
+            for layer, heads in layers.items()
+        ]
+        joined = Columns(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+        names = {layer: recording.layers[layer].name for layer in layers}
+        parts.append(Part(kind, layers, names, readers, keys, *joined))
+    return parts
+
+
+def _kind(recording: Recording, layer: int, sides: int) -> str:
+    recorded = recording.layers[layer]
+    if sides == 1:
+        return "self"
+    if recorded.kind == "cross":
+        return "cross"
+    return "decoder" if "decoder" in recorded.name.split(".") else "encoder"
+
+
+def _only(recording: Recording, layer: int, heads: list[int]) -> list[int] | None:
+    """The heads as words.py takes them: None for all, which one tile serves."""
+    return None if len(heads) == recording.layers[layer].heads else heads
+
+
+def _rows(recording: Recording, parts: list[Part], number: int) -> Iterator[Row]:
+    """What the word reads in each part in which it does."""
+    for part in parts:
+        place = number - part.readers.first
+        if 0 <= place < len(part.readers.words):
+            reader = part.readers.words[place]
+            weights = [
+                from_word(recording, layer, reader, part.keys.words, _only(recording, layer, heads))
+                for layer, heads in part.layers.items()
+            ]
+            yield Row(part, number, torch.cat(weights))
+
+
+def _strongest(
+    recording: Recording, parts: list[Part], top: int, step: Callable[[int], object]
+) -> Strongest:
+    """The strongest links between words over all parts."""
+    best = Strongest([], [])
+    for part in parts:
+        row = 0
+        for layer, heads in part.layers.items():
+            skip = part.special | part.sinks[row : row + len(heads)]
+            row += len(heads)
+            words, only = (part.readers.words, part.keys.words), _only(recording, layer, heads)
+            found = strongest(recording, layer, *words, top, skip=skip, heads=only, step=step)
+            for ours, theirs in zip(best, found, strict=True):
+                for link in theirs:
+                    source = link.source + part.readers.first
+                    target = link.target + part.keys.first
+                    ours.append(link._replace(source=source, target=target))
+                ours[:] = strongest_of(ours, top)
+    return best
+
+
+def _share(progress: Callable[[float], object] | None, total: int) -> Callable[[int], object]:
+    done = 0
+
+    def step(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress:
+            progress(done / max(1, total))
+
+    return step

@@ -1,0 +1,120 @@
+"""`watch`: read the attention of a live model; nothing stays patched after the block."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from .errors import RegardError
+from .intercept import intercepting
+from .observers import Observer
+from .watched import Watched
+
+_LOCK = threading.Lock()
+_WATCHING: set[int] = set()
+_TORCH_CALLS = ("scaled_dot_product_attention(", "multi_head_attention_forward(")
+
+
+@contextlib.contextmanager
+def watch(
+    model: nn.Module,
+    observe: Sequence[Observer] = (),
+    layers: Sequence[int | str] | None = None,
+    keep_qk: bool = False,
+) -> Iterator[Watched]:
+    """Watch a model's attention inside a `with` block; yields the `Watched` that fills.
+
+        with regard.watch(model, observe=[TopK(8), Received()]) as seen:
+            model(**inputs)
+        top, received = seen["model.layers.0.self_attn"].seen
+
+    model: a Hugging Face model that goes through `AttentionInterface`, or any torch model that
+        calls `F.scaled_dot_product_attention` or has `nn.MultiheadAttention`.
+    observe: what to keep of every layer's weights. layers: only these: numbers of layers (3), or
+        modules' names and patterns ("decoder.*"). keep_qk: also keep q, k and lse, O(N) a layer,
+        for `seen.recording()`.
+
+    In `generate()` each new token's row is appended; a new sequence replaces the last one's results.
+    Outputs equal the unwatched ones within rounding. Other threads that run the model compute as
+    ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
+    it ran without computing attention where it could be seen.
+    """
+    hugging = _hugging_face(model)
+    _check(model, hugging)
+    watched = Watched(model, observe, layers, keep_qk)
+    runs: list[int] = []
+    with _LOCK:
+        if id(model) in _WATCHING:
+            raise RegardError(f"this {type(model).__name__} is being watched already")
+        _WATCHING.add(id(model))
+    with contextlib.ExitStack() as stack:
+        stack.callback(_WATCHING.discard, id(model))
+        thread = threading.get_ident()
+        counting = model.register_forward_hook(
+            lambda *_: runs.append(1) if threading.get_ident() == thread else None
+        )
+        stack.callback(counting.remove)
+        if hugging:
+            from .huggingface import using_regard
+
+            stack.enter_context(using_regard(model))
+        if not hugging or _calls_torch(model):
+            stack.enter_context(intercepting(model, watched))
+        stack.enter_context(watched)
+        yield watched
+    if runs and not watched.touched:
+        raise RegardError(
+            f"{type(model).__name__} ran, but computed no attention where it can be watched: it "
+            "computes attention by itself, or has none"
+        )
+
+
+def _hugging_face(model: nn.Module) -> bool:
+    """Whether it is a Hugging Face model; without importing transformers for any other."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _check(model: nn.Module, hugging: bool) -> None:
+    """RegardError where a model surely offers nothing to watch."""
+    if not isinstance(model, nn.Module):
+        raise RegardError(f"watch takes a torch module, not a {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise RegardError("this model is compiled; watch the original, model._orig_mod")
+    if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        return
+    sources = _sources(model)
+    ways = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface", *_TORCH_CALLS)
+    if sources is not None and not any(way in s for s in sources for way in ways):
+        raise RegardError(
+            f"{type(model).__name__} cannot be watched: none of its modules goes through "
+            "transformers' AttentionInterface, F.scaled_dot_product_attention or "
+            "nn.MultiheadAttention; it computes attention by itself, or has none"
+        )
+
+
+def _calls_torch(model: nn.Module) -> bool:
+    """Whether a Hugging Face model also has attention outside the interface."""
+    if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        return True
+    return any(call in source for source in _sources(model) or () for call in _TORCH_CALLS)
+
+
+def _sources(model: nn.Module) -> list[str] | None:
+    """The source files that define the model's classes; None if one cannot be read."""
+    files = {c.__module__ for m in model.modules() for c in type(m).__mro__}
+    own = {f for f in files if f.split(".")[0] not in ("torch", "builtins")}
+    own -= {"transformers.modeling_utils"}
+    sources = []
+    for name in sorted(own):
+        module = sys.modules.get(name)
+        try:
+            sources.append(inspect.getsource(module) if module else "")
+        except (OSError, TypeError):
+            return None
+    return sources

@@ -1,0 +1,329 @@
+"""The second pass: reads the weights from q, k and lse, strip by strip, and keeps what was asked.
+
+Each observer has a reader here that is fed every strip and fills the tensors that the observer's
+`shapes` names. Shared by all engines that do not observe inside their forward.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .lowered import Span
+from .observers import (
+    Distances,
+    Entropy,
+    LogSumExp,
+    Map,
+    MaxScore,
+    Observer,
+    Received,
+    Rows,
+    TopK,
+    parse,
+    written,
+)
+from .packed import SCHEMA, pack, unpack
+from .strips import Strip, Strips
+from .topk import largest
+
+
+class Weighed:
+    """A strip's weights, computed from the global lse when first asked for."""
+
+    def __init__(self, strip: Strip, lse: Tensor, call: Call) -> None:
+        self.strip, self.call, self.part = strip, call, strip.part
+        self.lse = lse[strip.here][..., None]
+
+    @cached_property
+    def top(self) -> Tensor:
+        """The largest score of each row: (batch, heads, rows)."""
+        return self.strip.scores.amax(-1)
+
+    @cached_property
+    def log(self) -> Tensor:
+        """ln of the weights (batch, heads, rows, cols): −inf where hidden. Takes the scores over."""
+        _ = self.top
+        return self.strip.scores.sub_(self.lse.masked_fill(self.lse == -torch.inf, 0))
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weights (batch, heads, rows, cols)."""
+        return self.log.exp()
+
+    @cached_property
+    def column_sum(self) -> Tensor:
+        """What the strip's queries give each of its keys: (batch, heads, cols)."""
+        return self.weights.sum(-2)
+
+
+class Reader:
+    """Feeds strips into the tensors of one observer."""
+
+    def __init__(self, observer: Any, call: Call) -> None:
+        self.observer, self.call, self.place = observer, call, call.place
+        shapes = observer.shapes(call.place, call.working)
+        self.tensors = [torch.zeros(s, dtype=d, device=call.place.device) for s, d in shapes]
+        self.start()
+
+    def start(self) -> None:
+        """Set what an untouched row holds, where that is not 0."""
+
+    def read(self, seen: Weighed) -> None:
+        """Take what the observer keeps from one strip."""
+        raise NotImplementedError
+
+    def finish(self, lse: Tensor) -> list[Tensor]:
+        """The filled tensors, after the last strip."""
+        return self.tensors
+
+
+class TopKReader(Reader):
+    def start(self) -> None:
+        self.tensors[0].fill_(-1)
+
+    def read(self, seen: Weighed) -> None:
+        indices, weights, rest, _ = self.tensors
+        k = min(self.observer.k, seen.log.shape[-1])
+        logs, cols = largest(seen.log, k)
+        listed = logs.exp()
+        at = seen.strip.here
+        # NaN, and +inf under a NaN lse, are kept: they surface
+        shown = logs != -torch.inf
+        keys = seen.strip.keys()[cols] + self.place.key_start
+        indices[at][..., :k] = keys.where(shown, -1).to(torch.int32)
+        weights[at][..., :k] = listed
+        rest[at] = (seen.weights.sum(-1) - listed.sum(-1)).clamp(min=0)
+
+    def finish(self, lse: Tensor) -> list[Tensor]:
+        if self.call.sinks is not None:
+            self.tensors[3] = (self.call.sinks.to(lse.dtype)[:, None] - lse).exp()
+        return self.tensors
+
+
+class ReceivedReader(Reader):
+    def start(self) -> None:
+        self.rows = self.observer.span(self.place)
+        self.pooled = self.observer.pooled(self.place)
+        shape = (self.place.batch, self.place.heads, self.place.k_len)
+        self.count = torch.zeros(shape, dtype=torch.int32, device=self.place.device)
+
+    def read(self, seen: Weighed) -> None:
+        part = seen.part
+        r0, r1 = (min(max(r - part.q0, 0), part.q1 - part.q0) for r in self.rows)
+        if r0 == r1:
+            return
+        everything = r1 - r0 == part.q1 - part.q0
+        given = seen.column_sum if everything else seen.weights[:, :, r0:r1].sum(-2)
+        counted = torch.full_like(given, r1 - r0, dtype=torch.int32)
+        for col, hidden in seen.strip.hidden:
+            width = hidden.shape[-1]
+            counted[..., col : col + width] -= hidden[:, :, r0:r1].sum(-2, dtype=torch.int32)
+        here = (part.batch, part.heads)
+        seen.strip.add(self.count[here], counted, 2)
+        total = self.tensors[0]
+        if self.pooled == self.place.heads and self.observer.heads == "each":
+            seen.strip.add(total[here], given, 2)
+            return
+        size = self.place.heads // self.pooled
+        owner = torch.arange(self.place.heads, device=given.device)[part.heads] // size
+        summed = given.new_zeros(given.shape[0], self.pooled, given.shape[-1])
+        summed.index_add_(1, owner, given)
+        seen.strip.add(total[part.batch], summed, 2)
+
+    def finish(self, lse: Tensor) -> list[Tensor]:
+        size = self.place.heads // self.pooled
+        total = self.tensors[0]
+        if self.observer.heads.endswith("mean"):
+            total = total / size
+        # A pooled column counts the queries that see it in any of its heads
+        return [total, self.count.unflatten(1, (self.pooled, size)).amax(2)]
+
+
+class EntropyReader(Reader):
+    def read(self, seen: Weighed) -> None:
+        terms = seen.weights * seen.log
+        # A hidden pair is 0 · −inf there
+        for col, hidden in seen.strip.hidden:
+            terms[..., col : col + hidden.shape[-1]].masked_fill_(hidden, 0)
+        if self.call.biases:
+            terms.masked_fill_(seen.log == -torch.inf, 0)
+        self.tensors[0][seen.strip.here] = -terms.sum(-1)
+
+
+class MaxScoreReader(Reader):
+    def start(self) -> None:
+        self.tensors[0].fill_(-torch.inf)
+
+    def read(self, seen: Weighed) -> None:
+        self.tensors[0][seen.strip.here] = seen.top
+
+
+class LogSumExpReader(Reader):
+    def read(self, seen: Weighed) -> None:
+        """Nothing: the pass was given it."""
+
+    def finish(self, lse: Tensor) -> list[Tensor]:
+        return [lse.to(self.tensors[0].dtype, copy=True)]
+
+
+class RowsReader(Reader):
+    def start(self) -> None:
+        self.wanted = [row for _, row in self.observer.local(self.place)]
+
+    def read(self, seen: Weighed) -> None:
+        part = seen.part
+        for n, row in enumerate(self.wanted):
+            if part.q0 <= row < part.q1:
+                mine = self.tensors[0][part.batch, part.heads, n]
+                seen.strip.add(mine, seen.weights[:, :, row - part.q0], 2)
+
+
+class MapReader(Reader):
+    def start(self) -> None:
+        self.rows, self.cols = self.observer.cells(self.place)
+        self.max = self.observer.reduce == "max"
+
+    def read(self, seen: Weighed) -> None:
+        part, place = seen.part, self.place
+        first = (place.query_start + part.q0) // self.rows.size
+        last = (place.query_start + part.q1 - 1) // self.rows.size
+        if first == last and not self.max:
+            pooled = seen.column_sum[:, :, None]
+        else:
+            pooled = self._pool(seen.weights, -2, place.query_start + part.q0, self.rows.size)
+        keys = (seen.strip.keys() + place.key_start) // self.cols.size - self.cols.first
+        target = self.tensors[0][part.batch, part.heads, first - self.rows.first :]
+        target = target[:, :, : last - first + 1]
+        if self.max:
+            target.scatter_reduce_(-1, keys.expand_as(pooled), pooled, "amax")
+        else:
+            target.index_add_(-1, keys, pooled)
+
+    def _pool(self, weights: Tensor, dim: int, start: int, size: int) -> Tensor:
+        """Rows into cells of `size`: aligned ones by a view, the ragged ends apart."""
+        length = weights.shape[dim]
+        head = min(-start % size, length)
+        body = (length - head) // size * size
+        parts = []
+        if head:
+            parts.append(self._reduce(weights.narrow(dim, 0, head), dim, keepdim=True))
+        if body:
+            parts.append(
+                self._reduce(weights.narrow(dim, head, body).unflatten(dim, (-1, size)), dim)
+            )
+        if head + body < length:
+            tail = weights.narrow(dim, head + body, length - head - body)
+            parts.append(self._reduce(tail, dim, keepdim=True))
+        return torch.cat(parts, dim)
+
+    def _reduce(self, part: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+        return part.amax(dim, keepdim) if self.max else part.sum(dim, keepdim)
+
+
+class DistancesReader(Reader):
+    """Shears each run of the strip so that every distance stands in one column, then adds columns."""
+
+    def start(self) -> None:
+        self.edges = torch.tensor(self.observer.edges, device=self.place.device)
+
+    def read(self, seen: Weighed) -> None:
+        for at, span in seen.strip.spans():
+            p = seen.weights[..., at : at + span.k1 - span.k0]
+            items, heads, rows, cols = p.shape
+            length = rows + cols - 1
+            sheared = p.new_zeros(items, heads, rows * length)
+            stride = sheared.stride()
+            # (i, j) goes to column rows − 1 − i + j, so a column is one value of query − key
+            sheared.as_strided(p.shape, (stride[0], stride[1], length - 1, 1), rows - 1).copy_(p)
+            by_distance = sheared.view(items, heads, rows, length).sum(2)
+            most = self.place.query_start - self.place.key_start + span.q0 - span.k0 + rows - 1
+            distance = most - torch.arange(length, device=p.device)
+            bins = torch.bucketize(distance.abs(), self.edges, right=True) - 1
+            behind = distance >= 0
+            for tensor, side in zip(self.tensors, (behind, ~behind), strict=True):
+                mine = tensor[seen.part.batch, seen.part.heads]
+                mine.index_add_(-1, bins[side], by_distance[..., side])
+
+
+READERS: dict[type[Observer], type[Reader]] = {
+    TopK: TopKReader,
+    Received: ReceivedReader,
+    Entropy: EntropyReader,
+    MaxScore: MaxScoreReader,
+    LogSumExp: LogSumExpReader,
+    Rows: RowsReader,
+    Map: MapReader,
+    Distances: DistancesReader,
+}
+
+
+def weigh(call: Call, lse: Tensor) -> tuple[Any, ...]:
+    """What the call's observers see of the weights exp(score − lse), in their order.
+
+    lse (batch, heads, q_len): that of all keys, also where the call holds one shard of them.
+    """
+    if not call.observers:
+        return ()
+    query, key = call.query.detach(), call.key.detach()
+    packed = tuple(_detached(argument) for argument in pack(call))
+    tensors = torch.ops.regard.weigh(
+        query, key, *packed, lse.detach().to(call.working), written(call.observers)
+    )
+    results, at = [], 0
+    for observer in call.observers:
+        count = len(observer.shapes(call.place, call.working))
+        results.append(observer.result(list(tensors[at : at + count]), call.place))
+        at += count
+    return tuple(results)
+
+
+def _detached(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.detach()
+    if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+        return [t.detach() for t in argument]
+    return argument
+
+
+@torch.library.custom_op(
+    "regard::weigh",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, {SCHEMA}, Tensor lse, str observers) -> Tensor[]",
+)
+def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
+    *packed, lse, observers = rest
+    call = unpack(query, key, None, *packed)
+    readers = [READERS[type(o)](o, call) for o in parse(observers)]
+    if any(not isinstance(r, LogSumExpReader) for r in readers):
+        for strip in Strips(call):
+            seen = Weighed(strip, lse, call)
+            for reader in readers:
+                reader.read(seen)
+    return [tensor for reader in readers for tensor in reader.finish(lse)]
+
+
+@_weigh.register_fake
+def _(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
+    *packed, _, observers = rest
+    call = unpack(query, key, None, *packed)
+    shapes = [s for o in parse(observers) for s in o.shapes(call.place, call.working)]
+    return [query.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+
+def whole_rows(call: Call, lse: Tensor, rows: tuple[int, int]) -> Tensor:
+    """The weights of the queries start … stop − 1: (batch, heads, stop − start, k_len)."""
+    place = call.place
+    out = torch.zeros(
+        place.batch, place.heads, rows[1] - rows[0], place.k_len, dtype=call.working,
+        device=place.device,
+    )  # fmt: skip
+    for strip in Strips(call, rows=rows):
+        part: Span = strip.part
+        mine = out[part.batch, part.heads, part.q0 - rows[0] : part.q1 - rows[0]]
+        strip.add(mine, Weighed(strip, lse, call).weights, 3)
+    return out

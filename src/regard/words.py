@@ -1,0 +1,394 @@
+"""Words instead of pieces: what one word reads, which links are strongest, which words are sinks.
+
+A word weight is exact: the weight a head gives from one word to another is summed over the tokens
+of the word that is read and averaged over the tokens of the word that reads (Clark et al. 2019,
+§4.1). It is computed by tile from ``recording.weights``, so memory stays O(words), never N × N.
+"""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from string import punctuation
+from typing import TYPE_CHECKING, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .errors import RegardError
+
+if TYPE_CHECKING:
+    from .recording import Recording
+
+SINK = 0.3
+"""A word is a sink of a head where its column mean is above this (Gu et al. 2025)."""
+
+_TILE = 1 << 22  # weights held at once: 16 MB in float32
+_UNSPACED = (  # Thai, Lao, Myanmar, Khmer, kana, Han: no spaces between words
+    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF)),
+    *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word: the characters ``start:end`` of its text and its tokens, which are contiguous."""
+
+    text: str
+    start: int
+    end: int
+    tokens: range
+    special: bool = False
+
+
+class Words(Sequence[Word]):
+    """The words of one text, in order; every token belongs to exactly one of them.
+
+    ``of_token`` int64 (tokens,) is the word of each token, ``sizes`` int64 (words,) the tokens of
+    each word.
+    """
+
+    def __init__(self, words: Sequence[Word]) -> None:
+        self._words = tuple(words)
+        self.sizes = torch.tensor([len(word.tokens) for word in self._words], dtype=torch.int64)
+        self.of_token = torch.repeat_interleave(torch.arange(len(self._words)), self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> Word: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Word]: ...
+    def __getitem__(self, index: int | slice) -> Word | Sequence[Word]:
+        return self._words[index]
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    @classmethod
+    def split(
+        cls,
+        text: str,
+        tokens: Sequence[str],
+        offsets: Sequence[Sequence[int]],
+        special: Sequence[bool],
+    ) -> Words:
+        """The words of ``text``, whose token i covers the characters ``offsets[i]``.
+
+        Words stand between whitespace, and punctuation at their edges stands apart: "suitcase,"
+        is two words, "didn't" is one. In scripts written without spaces every token starts a
+        word. A special token is a word of its own, named by its token; so is a token of
+        whitespace, but for the one space that tokenizers set before a word. A token that covers
+        several words joins them, so no token is split. Words without a token are left out.
+        """
+        if not len(tokens) == len(offsets) == len(special):
+            raise RegardError(
+                "tokens, offsets and special must be equally long; "
+                f"they are {len(tokens)}, {len(offsets)} and {len(special)}"
+            )
+        spans = [_strip(text, int(start), int(end)) for start, end in offsets]
+        pieces = _pieces(text, spans, special)
+        covered: list[tuple[int, int] | None] = [None] * len(spans)  # pieces; None: its own word
+        following: tuple[int, int] | None = None
+        for i in reversed(range(len(spans))):
+            (start, end), raw = spans[i], text[offsets[i][0] : offsets[i][1]]
+            if special[i]:
+                following = None
+            elif start < end:
+                first = max(bisect_right(pieces, (start, len(text))) - 1, 0)
+                following = first, max(bisect_left(pieces, (end, 0)) - 1, first)
+            elif raw not in ("", " ") or text[end : end + 1].isspace():
+                following = None
+            covered[i] = following
+        groups: list[list[int]] = []  # first piece, last piece, first token, last token + 1
+        for i, span in enumerate(covered):
+            if span and groups and covered[i - 1] and span[0] <= groups[-1][1]:
+                groups[-1][1:] = max(groups[-1][1], span[1]), groups[-1][2], i + 1
+            elif not span and i and _one_char(text, offsets, special, i):
+                groups[-1][3] = i + 1
+            else:
+                groups.append([*(span or (0, -1)), i, i + 1])
+        words: list[Word] = []
+        for low, high, first, stop in groups:
+            if high >= low:
+                start, end = pieces[low][0], pieces[high][1]
+                name = text[start:end]
+            else:
+                start, end = (int(edge) for edge in offsets[first])
+                name = tokens[first] if special[first] or start == end else text[start:end]
+            words.append(Word(name, start, end, range(first, stop), bool(special[first])))
+        return cls(words)
+
+
+class Found(NamedTuple):
+    """A word that a name stands for: its index, and that it is the nth of ``of`` such words."""
+
+    index: int
+    nth: int
+    of: int
+
+
+def find(words: Sequence[Word], name: str) -> Found:
+    """The word that ``name`` stands for: "it", or "it#2" for the second.
+
+    An exact match comes before one that ignores case. Raises RegardError naming the words.
+    """
+    base, mark, number = name.rpartition("#")
+    numbered = bool(mark and base and number.isdecimal())
+    tries = [(name, 1)] + ([(base, int(number))] if numbered else [])
+    for fold in (_same, _folded):
+        for wanted, nth in tries:
+            hits = [i for i, word in enumerate(words) if fold(word.text) == fold(wanted)]
+            if 1 <= nth <= len(hits):
+                return Found(hits[nth - 1], nth, len(hits))
+            if hits:
+                times = "once" if len(hits) == 1 else f"{len(hits)} times"
+                raise RegardError(f"no word {name!r}: the text has {wanted!r} {times}")
+    known = list(dict.fromkeys(word.text for word in words))
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    shown = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+    raise RegardError(f"no word {name!r} in the text; {hint}its words: {shown}")
+
+
+def label(words: Sequence[Word]) -> list[str]:
+    """A name for every word that ``find`` takes: its text, from the second on with "#2", …"""
+    seen: dict[str, int] = {}
+    names = []
+    for word in words:
+        nth = seen[word.text] = seen.get(word.text, 0) + 1
+        names.append(word.text if nth == 1 else f"{word.text}#{nth}")
+    return names
+
+
+def from_word(
+    recording: Recording,
+    layer: int,
+    reader: Word,
+    keys: Words,
+    heads: Sequence[int] | None = None,
+) -> Tensor:
+    """What ``reader`` reads in one layer: float32 (heads, words of ``keys``).
+
+    A row sums to 1, or less where a learned sink takes mass. ``heads``: those to compute.
+    """
+    blocks = _by_rows(recording, layer, reader.tokens, keys, heads)
+    return torch.stack([weights.sum(1) for _, weights in blocks]).sum(0) / len(reader.tokens)
+
+
+class Columns(NamedTuple):
+    """How much each word is read, per head: ``means`` float32 (heads, words), ``sinks`` alike.
+
+    ``means`` are over the queries that see the word; ``received`` are over all queries, so a row
+    of it sums to the share of the mass that the words hold.
+    """
+
+    means: Tensor
+    received: Tensor
+    sinks: Tensor
+
+
+def columns(
+    recording: Recording,
+    layer: int,
+    keys: Words,
+    heads: Sequence[int] | None = None,
+    step: Callable[[int], object] | None = None,
+) -> Columns:
+    """The column means of one layer and its sinks: words whose column mean is above SINK.
+
+    The mean is over the query tokens that see the word (Gu et al. 2025). A word that fewer than
+    8 of them see (fewer than half, in a short text) is no sink: a mean of so few says nothing.
+    ``step`` is told how many rows were read.
+    """
+    queries = recording.layers[layer].q_len
+    sums, sees = 0, torch.zeros(len(keys))
+    for rows, weights in _by_rows(recording, layer, range(queries), keys, heads):
+        sums = sums + weights.sum(1, dtype=torch.float64)
+        sees += (weights > 0).any(0).sum(0)
+        if step:
+            step(len(rows))
+    means = (sums / sees.clamp(min=1)).float()
+    enough = sees >= min(8, (queries + 1) // 2)
+    return Columns(means, (sums / max(queries, 1)).float(), (means > SINK) & enough)
+
+
+class Link(NamedTuple):
+    """One word reading another in one head: indices of layer, head and words, and the weight."""
+
+    layer: int
+    head: int
+    source: int
+    target: int
+    weight: float
+
+
+class Strongest(NamedTuple):
+    """The strongest links, those from a word to a neighbour apart from the others."""
+
+    near: list[Link]
+    far: list[Link]
+
+
+def strongest(
+    recording: Recording,
+    layer: int,
+    readers: Words,
+    keys: Words,
+    top: int,
+    *,
+    skip: Tensor | None = None,
+    heads: Sequence[int] | None = None,
+    step: Callable[[int], object] | None = None,
+) -> Strongest:
+    """The ``top`` strongest links of one layer, over its heads and words, strongest first.
+
+    Links to the word before or after are listed by themselves, since many heads do little else.
+    Special tokens are not asked what they read, and a word that reads itself is no link. ``skip``
+    bool (heads, words of ``keys``) is not listed. Blocks of rows are read with a running top, so
+    memory stays bounded. ``step`` is told how many rows were read.
+    """
+    numbers = list(range(recording.layers[layer].heads)) if heads is None else list(heads)
+    best = Strongest([], [])
+    for block in _blocks(len(readers), len(numbers) * len(keys)):
+        tokens = range(readers[block[0]].tokens.start, readers[block[-1]].tokens.stop)
+        table = torch.zeros(len(numbers), len(block), len(keys))
+        for rows, weights in _by_rows(recording, layer, tokens, keys, heads):
+            table.index_add_(1, readers.of_token[rows.start : rows.stop] - block.start, weights)
+            if step:
+                step(len(rows))
+        table /= readers.sizes[block.start : block.stop, None]
+        table[:, torch.tensor([readers[i].special for i in block])] = 0
+        if skip is not None:
+            table.masked_fill_(skip[:, None], 0)
+        near = torch.zeros_like(table[:, :, :0])
+        if readers is keys:
+            rows_, own = torch.arange(len(block)), torch.arange(block.start, block.stop)
+            table[:, rows_, own] = 0
+            beside = (own[:, None] + torch.tensor([-1, 1])).clamp(0, len(keys) - 1)
+            near = table[:, rows_[:, None], beside]
+            table[:, rows_[:, None], beside] = 0
+        for found, values in zip(best, (near, table), strict=True):
+            floor = found[-1].weight if len(found) == top else 0.0
+            if values.numel() == 0 or float(values.max()) <= floor:
+                continue
+            weights, places = values.flatten().topk(min(top, values.numel()))
+            for weight, place in zip(weights.tolist(), places.tolist(), strict=True):
+                pair, column = divmod(place, values.shape[2])
+                head, row = divmod(pair, len(block))
+                target = int(beside[row, column]) if values is near else column
+                if weight > floor:
+                    found.append(Link(layer, numbers[head], block[row], target, weight))
+            found[:] = strongest_of(found, top)
+    return best
+
+
+def strongest_of(links: Sequence[Link], top: int) -> list[Link]:
+    """The ``top`` links by weight; ties go to the lower layer, head and words."""
+    return sorted(links, key=lambda link: (-link.weight, *link[:4]))[:top]
+
+
+def _by_rows(
+    recording: Recording, layer: int, tokens: range, keys: Words, heads: Sequence[int] | None
+) -> Iterator[tuple[range, Tensor]]:
+    """Blocks of rows with their weights summed over each word: (heads, rows, words)."""
+    recorded = recording.layers[layer]
+    if recorded.k_len != len(keys.of_token):
+        raise RegardError(
+            f"layer {layer} ({recorded.name}) reads {recorded.k_len} keys, "
+            f"but the words have {len(keys.of_token)} tokens"
+        )
+    count = recorded.heads if heads is None else len(heads)
+    size = max(1, _TILE // max(1, count * recorded.k_len))
+    for start in range(tokens.start, tokens.stop, size):
+        rows = range(start, min(start + size, tokens.stop))
+        part = slice(rows.start, rows.stop)
+        if heads is None:
+            weights = recording.weights(layer, None, rows=part)
+        else:
+            weights = torch.stack([recording.weights(layer, head, rows=part) for head in heads])
+        if len(keys) < recorded.k_len:
+            summed = weights.new_zeros(count, len(rows), len(keys))
+            weights = summed.index_add_(2, keys.of_token, weights)
+        yield rows, weights
+
+
+def _blocks(count: int, width: int) -> Iterator[range]:
+    """Runs of ``count`` words whose tables, ``width`` numbers a word, fit a tile."""
+    size = max(1, _TILE // max(1, width))
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def _pieces(
+    text: str, spans: Sequence[tuple[int, int]], special: Sequence[bool]
+) -> list[tuple[int, int]]:
+    """The stretches of ``text`` that words are made of, in order, special tokens left out."""
+    marks = {start for start, end in spans if start < end}
+    taken = bytearray(len(text))
+    for (start, end), is_special in zip(spans, special, strict=True):
+        if is_special:
+            taken[start:end] = b"\1" * (end - start)
+    pieces: list[tuple[int, int]] = []
+    begun = -1
+    for at, char in enumerate(text + " "):
+        outside = char.isspace() or (at < len(text) and taken[at])
+        cut = begun >= 0 and at in marks and (_unspaced(text[at - 1]) or _unspaced(char))
+        if begun >= 0 and (outside or (cut and not unicodedata.category(char).startswith("M"))):
+            pieces += _edges(text, begun, at)
+            begun = -1
+        if begun < 0 and not outside:
+            begun = at
+    return pieces
+
+
+def _edges(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """``start:end`` with the punctuation at its edges apart; a run of one sign stays one."""
+    low, high = start, end
+    while low < high and _is_punctuation(text[low]):
+        low += 1
+    while high > low and _is_punctuation(text[high - 1]):
+        high -= 1
+    for first, last in ((start, low), (high, end)):
+        if (first, last) == (high, end) and low < high:
+            yield low, high
+        at = first
+        while at < last:
+            stop = at + 1
+            while stop < last and text[stop] == text[at]:
+                stop += 1
+            yield at, stop
+            at = stop
+
+
+def _one_char(text: str, offsets: Sequence[Sequence[int]], special: Sequence[bool], i: int) -> bool:
+    """Whether tokens i - 1 and i are bytes of the same whitespace character."""
+    start, end = offsets[i]
+    same = tuple(offsets[i - 1]) == (start, end)
+    return same and text[start:end].isspace() and not special[i] and not special[i - 1]
+
+
+def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without the whitespace at its edges; an empty one stands at its end."""
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end
+
+
+def _is_punctuation(char: str) -> bool:
+    return char in punctuation or unicodedata.category(char).startswith("P")
+
+
+def _unspaced(char: str) -> bool:
+    return any(low <= ord(char) <= high for low, high in _UNSPACED)
+
+
+def _same(text: str) -> str:
+    return text
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()

