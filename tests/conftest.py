@@ -8,11 +8,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # A run is a function of the commit: the same examples each time, and no test fails for being slow.
 settings.register_profile("regard", deadline=None, derandomize=True)
 settings.load_profile("regard")
+
+
+# Tests are many small operations: threads would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

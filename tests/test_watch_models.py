@@ -1,7 +1,8 @@
 """regard.watch on real architectures: eager attention's weights, the unwatched outputs."""
 
+import re
 import threading
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ EVERY_ROW = regard.Rows(range(64))
 CROSS = ("EncDecAttention", "encoder_attn")
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from threads, and lose much where other processes run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def watched(model: nn.Module, inputs: dict[str, Tensor], **kwargs):
@@ -139,6 +149,23 @@ def whole(model: nn.Module, prompt: dict[str, Tensor], tokens: Tensor) -> dict[s
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
 
 
+@pytest.mark.parametrize(
+    "layers, chosen",
+    [
+        ([1], r"\.layers\.1\."),
+        (["*.encoder_attn"], r"encoder_attn"),
+        (["model.encoder.*", 0], r"encoder\.layers|\.0\."),
+        ([], r"^$"),
+    ],
+)
+def test_only_some_layers(layers, chosen):
+    model, inputs = BY_NAME["BART"].build(), BY_NAME["BART"].inputs()
+    eager = eager_attentions(model, inputs)
+    output, seen = watched(model, inputs, layers=layers)
+    assert_seen(seen, {name: e for name, e in eager.items() if re.search(chosen, name)})
+    assert_output(output[0], unwatched(model, inputs)[0])
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_mask_of_the_users_own(kind):
     """4-D masks reach attention as they are: True where visible, or added to the scores."""
@@ -149,6 +176,31 @@ def test_a_mask_of_the_users_own(kind):
     mask = {"bool": visible, "float": added}[kind]
     _, seen = watched(model, {"input_ids": tokens, "attention_mask": mask})
     assert_seen(seen, eager)
+
+
+@pytest.mark.parametrize("name", ["BERT", "Gemma 3", "gpt-oss", "T5"])
+def test_gradients_equal_the_unwatched(name):
+    model, inputs = BY_NAME[name].build(attn_implementation="eager"), BY_NAME[name].inputs()
+    inputs = {key: x for key, x in inputs.items() if "attention_mask" not in key}
+    gradients = []
+    for watching in (False, True):
+        with regard.watch(model, observe=[EVERY_KEY]) if watching else nullcontext():
+            model(**inputs)[0].square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=["beams", "lookup"]
+)
+def test_generation_whose_rows_cannot_be_appended_says_so(settings):
+    model, prompt = BY_NAME["Llama"].build(), {"input_ids": zoo.ids()[:1]}
+    with (
+        pytest.raises(RegardError, match=r"self_attn"),
+        regard.watch(model, observe=[EVERY_KEY]),
+    ):
+        model.generate(**prompt, max_new_tokens=8, do_sample=False, **settings)
 
 
 def patched_state(model: nn.Module) -> list:
@@ -168,16 +220,24 @@ def patched_state(model: nn.Module) -> list:
 
 
 @pytest.mark.parametrize("failing", ["nothing", "block", "model"])
-@pytest.mark.parametrize("name", ["BERT", "Gemma 2", "T5"])
+@pytest.mark.parametrize("name", ["BERT", "Gemma 2", "T5", "plain torch"])
 def test_nothing_stays_patched(name, failing):
-    model, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
+    if name == "plain torch":
+        model, inputs, wrong = zoo.plain(), {"x": zoo.random(2, 5, 32)}, {"x": zoo.random(2, 5, 3)}
+    else:
+        model, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
+        wrong = inputs | {"input_ids": inputs["input_ids"] + zoo.VOCAB}
     before = patched_state(model)
-    with suppress(KeyError, IndexError), regard.watch(model, observe=[EVERY_KEY], keep_qk=True):
+    error = (KeyError, IndexError, RuntimeError)
+    with (
+        nullcontext() if failing == "nothing" else pytest.raises(error),
+        regard.watch(model, observe=[EVERY_KEY], keep_qk=True),
+    ):
         model(**inputs)
         if failing == "block":
             raise KeyError
         if failing == "model":
-            model(**inputs | {"input_ids": inputs["input_ids"] + zoo.VOCAB})
+            model(**wrong)
     assert patched_state(model) == before
 
 
@@ -229,12 +289,38 @@ def test_layers_without_softmax_have_no_pattern(hybrid):
     model, inputs = hybrid.build(), zoo.decoder()
     eager = eager_attentions(model, inputs)
     output, seen = watched(model, inputs)
-    mixer, attention = seen
-    assert (mixer.name, mixer.pattern, mixer.seen) == (hybrid.other, False, ())
-    assert type(model.get_submodule(hybrid.other)).__name__ in mixer.reason
+    block, attention = seen
+    assert (block.name, block.pattern, block.seen) == ("model.layers.0", False, ())
+    assert hybrid.mixer in block.reason
     assert (attention.name, attention.pattern) == (hybrid.attention, True)
     assert_weights(dense(attention.seen[0], attention.k_len), eager[hybrid.attention])
     assert_output(output[0], unwatched(model, inputs)[0])
+
+
+@pytest.mark.parametrize("family", zoo.UNUSUAL, ids=str)
+def test_unusual_ways_to_attention(family):
+    model, inputs = family.build(), family.inputs()
+    eager = family.build(attn_implementation="eager")
+    theirs = unwatched(eager, inputs | {"output_attentions": True})
+    if "attentions" in theirs:
+        expected = theirs["attentions"]
+    else:
+        pairs = zip(theirs["decoder_attentions"], theirs["cross_attentions"], strict=True)
+        expected = [*theirs["encoder_attentions"], *(w for pair in pairs for w in pair)]
+    output, seen = watched(model, inputs)
+    assert_output(output[0], theirs[0])
+    assert len({layer.name for layer in seen}) == len(seen) == len(expected)
+    for layer, weights in zip(seen, expected, strict=True):
+        torch.testing.assert_close(dense(layer.seen[0], layer.k_len), weights, rtol=0, atol=2e-5)
+
+
+def test_layers_that_compute_by_themselves_are_named():
+    model, inputs = zoo.PARTLY.build(), zoo.PARTLY.inputs()
+    _, seen = watched(model, inputs)
+    missing = [layer for layer in seen if not layer.pattern]
+    assert [layer.name for layer in missing] == ["encoder.block.0", "encoder.block.1"]
+    assert all(layer.reason for layer in missing)
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(
@@ -265,12 +351,12 @@ def test_plain_torch_model():
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("kind", ["self", "cross"])
-def test_multihead_attention(kind, need_weights, padded):
+@pytest.mark.parametrize("kind, k_len", [("self", 5), ("cross", 5), ("cross", 7)])
+def test_multihead_attention(kind, k_len, need_weights, padded):
     model = nn.ModuleDict({"attend": zoo.multihead()})
     query = zoo.random(2, 5, 32)
-    key = query if kind == "self" else zoo.random(2, 7, 32)
-    hidden = zoo.padding(right=2, length=key.shape[1]) == 0
+    key = query if kind == "self" else zoo.random(2, k_len, 32)
+    hidden = zoo.padding(right=2, length=k_len) == 0
     settings = {"key_padding_mask": hidden} if padded else {}
     call = model["attend"]
     with torch.no_grad():
@@ -280,7 +366,7 @@ def test_multihead_attention(kind, need_weights, padded):
             ours = call(query, key, key, need_weights=need_weights, **settings)
     (layer,) = seen
     assert (layer.name, layer.kind, layer.heads) == ("attend", kind, 4)
-    torch.testing.assert_close(dense(layer.seen[0], layer.k_len), exact)
+    torch.testing.assert_close(dense(layer.seen[0], k_len), exact)
     torch.testing.assert_close(ours, theirs)
 
 

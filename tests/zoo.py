@@ -26,6 +26,10 @@ SEQ2SEQ = dict(
     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=None,
 )
+T5_LIKE = dict(
+    vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+    decoder_start_token_id=0, eos_token_id=None,
+)
 # fmt: on
 
 
@@ -124,9 +128,7 @@ FAMILIES = [
     Family("gpt-oss", hf.GptOssForCausalLM, hf.GptOssConfig, DECODER | dict(
         sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1,
         rope_parameters=dict(rope_type="default", rope_theta=1e4)), decoder),
-    Family("T5", hf.T5ForConditionalGeneration, hf.T5Config, dict(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-        decoder_start_token_id=0, eos_token_id=None), seq2seq),
+    Family("T5", hf.T5ForConditionalGeneration, hf.T5Config, T5_LIKE, seq2seq),
     Family("BART", hf.BartForConditionalGeneration, hf.BartConfig, SEQ2SEQ, seq2seq),
     Family("Marian", hf.MarianMTModel, hf.MarianConfig, SEQ2SEQ, seq2seq),
     Family("Whisper", hf.WhisperForConditionalGeneration, hf.WhisperConfig, SEQ2SEQ | dict(
@@ -135,6 +137,18 @@ FAMILIES = [
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         image_size=12, patch_size=4), image),
 ]
+# Beyond the issue's list. ALBERT applies one module in every layer; Falcon calls torch's
+# attention itself; Switch hands on a float mask of one row, made by itself.
+UNUSUAL = [
+    Family("ALBERT", hf.AlbertModel, hf.AlbertConfig, ENCODER | dict(embedding_size=16), encoder),
+    Family("Falcon", hf.FalconForCausalLM, hf.FalconConfig, dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64), lambda: {"input_ids": ids()}),
+    Family("Switch", hf.SwitchTransformersForConditionalGeneration, hf.SwitchTransformersConfig,
+           T5_LIKE | dict(num_experts=2), seq2seq),
+]
+# Its encoder's attention, local to blocks, goes through no interface; its decoder's does.
+PARTLY = Family("LongT5", hf.LongT5ForConditionalGeneration, hf.LongT5Config, T5_LIKE, seq2seq)
 # fmt: on
 
 
@@ -194,13 +208,13 @@ def dense(top, k_len: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """A model of two layers; the first has the mixer `other` in place of softmax attention."""
+    """A model of two layers; the first has a `mixer` of that class instead of softmax attention."""
 
     name: str
     model: type
     settings: type
     arguments: dict
-    other: str
+    mixer: str
     attention: str = "model.layers.1.self_attn"
 
     def build(self) -> nn.Module:
@@ -214,17 +228,17 @@ class Hybrid:
 HYBRIDS = [
     Hybrid("Jamba", hf.JambaForCausalLM, hf.JambaConfig, dict(
         num_experts=1, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
-        mamba_d_state=4, mamba_dt_rank=4), "model.layers.0.mamba"),
+        mamba_d_state=4, mamba_dt_rank=4), "JambaMambaMixer"),
     Hybrid("LFM2", hf.Lfm2ForCausalLM, hf.Lfm2Config, dict(
-        layer_types=["conv", "full_attention"]), "model.layers.0.conv"),
+        layer_types=["conv", "full_attention"]), "Lfm2ShortConv"),
     Hybrid("Bamba", hf.BambaForCausalLM, hf.BambaConfig, dict(
         attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1,
-        mamba_d_state=8), "model.layers.0.mamba"),
+        mamba_d_state=8), "BambaMixer"),
     Hybrid("Qwen3-Next", hf.Qwen3NextForCausalLM, hf.Qwen3NextConfig, dict(
         layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4,
         linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
         num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16),
-        "model.layers.0.linear_attn"),
+        "Qwen3NextGatedDeltaNet"),
 ]
 # fmt: on
 

@@ -62,7 +62,7 @@ def attention(
     out, lse = select(call, engine).forward(call)
     answer = (out, lse) if return_lse else (out,)
     if observe is not None:
-        answer = (*answer, weigh(call, lse))
+        answer = (*answer, weigh(call, lse, out))
     return answer if len(answer) > 1 else out
 
 
@@ -90,6 +90,7 @@ def observe(
         query, key, None, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
         query_start=query_start, key_start=key_start, observe=observe,
     )  # fmt: skip
+    shard = lse is not None
     if lse is None:
         lse = tiled.log_sum_exp(call)
     if lse.shape != query.shape[:3] or lse.device != query.device:
@@ -97,7 +98,7 @@ def observe(
             f"lse is {tuple(lse.shape)} on {lse.device}; this call needs "
             f"{tuple(query.shape[:3])} on {query.device}"
         )
-    return weigh(call, lse)
+    return weigh(call, lse, shard=shard)
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[str, list[str]]:

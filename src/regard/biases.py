@@ -116,7 +116,9 @@ class ALiBi(Bias):
     def lower(self, place: Place) -> Added:
         slopes = self.slopes
         if slopes is None:
-            slopes = torch.tensor(alibi_slopes(place.heads), device=place.device)
+            slopes = torch.tensor(
+                alibi_slopes(place.heads), dtype=torch.float64, device=place.device
+            )
         _check(slopes, (place.heads,), place, "ALiBi: slopes")
         return Added(Kind.ALIBI, slopes, (), place.query_start, place.key_start)
 
@@ -152,7 +154,7 @@ class RelativeBias(Bias):
 
 @dataclass(frozen=True, eq=False)
 class DenseBias(Bias):
-    """A tensor broadcastable to (batch, heads, q_len, k_len). A bare tensor as `bias` means this."""
+    """A tensor broadcastable to (batch, heads, q_len, k_len); a bare tensor means this."""
 
     tensor: Tensor
 

@@ -76,6 +76,8 @@ class Call:
                 f"sinks is {tuple(sinks.shape)} on {sinks.device}; this call needs one logit a "
                 f"head, ({place.heads},) on {place.device}"
             )
+        if isinstance(observe, Observer):
+            raise RegardError(f"observe is {observe!r} alone; give a list, such as [TopK(8)]")
         observers = tuple(observe or ())
         for observer in observers:
             if not isinstance(observer, Observer):
@@ -99,7 +101,7 @@ class Call:
 
     @property
     def working(self) -> torch.dtype:
-        """The dtype in which scores and statistics are computed: float32, or float64 for float64."""
+        """The dtype of scores and statistics: float32, or float64 for float64."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
     @property
@@ -146,8 +148,15 @@ def _dtype(tensor: Tensor) -> str:
 def _biases(bias: Bias | Tensor | Sequence[Bias | Tensor] | None) -> list[Bias]:
     if bias is None:
         return []
-    given = [bias] if isinstance(bias, Bias | Tensor) else list(bias)
-    return [DenseBias(b) if isinstance(b, Tensor) else b for b in given]
+    given = list(bias) if isinstance(bias, list | tuple) else [bias]
+    biases: list[Bias] = []
+    for each in given:
+        if not isinstance(each, Bias | Tensor):
+            raise RegardError(
+                f"bias holds {each!r}; give ALiBi(), RelativeBias(table), a tensor, or a list"
+            )
+        biases.append(DenseBias(each) if isinstance(each, Tensor) else each)
+    return biases
 
 
 def _placed(
@@ -167,6 +176,8 @@ def _placed(
         raise RegardError(f"{said}: move all of them to one device")
     batch, heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
+    if key_start < 0:
+        raise RegardError(f"key_start is {key_start}; positions of keys count from 0")
     if query_start is None:
         query_start = key_start + k_len - q_len
     return Place(batch, heads, kv_heads, q_len, k_len, query_start, key_start, query.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from .biases import Bias, DenseBias
 from .call import Call
 from .engines import select
 from .errors import RegardError
+from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from .watched import active
 from .weigh import whole_rows
@@ -46,7 +48,7 @@ class CompactMask(Tensor):
     ) -> CompactMask:
         """shape: batch, q_len, k_len. starts: positions of the first query and key."""
         size = (shape[0], 1, *shape[1:])
-        self: CompactMask = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: CompactMask = Tensor._make_wrapper_subclass(
             cls, size, dtype=torch.bool, device=device
         )
         self.regard, self.starts = mask, starts
@@ -60,16 +62,14 @@ class CompactMask(Tensor):
         call = Call.checked(
             query, key, None, mask=self.regard, query_start=self.starts[0], key_start=self.starts[1]
         )
-        from .engines.reference import whole
-
-        visible = call.program.visible(whole(call))
+        visible = call.program.visible(Span(0, q_len, 0, k_len))
         return visible.expand(batch, 1, q_len, k_len).contiguous()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CompactMask({self.regard}, {tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
@@ -94,7 +94,7 @@ def mask(
     device: Any = "cpu",
     **rest: Any,
 ) -> Tensor | None:
-    """The mask function: transformers' arguments in, a `CompactMask` (batch, 1, q_len, k_len) out."""
+    """The mask function: transformers' arguments in, a `CompactMask` out."""
     if torch.compiler.is_compiling():
         dense: Tensor | None = hf.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
@@ -116,13 +116,7 @@ def _translated(function: Callable[..., Tensor], use_vmap: bool) -> Mask:
     """transformers' index function as a regard mask: by name where it is one of theirs."""
     name = getattr(function, "__qualname__", "").split(".<locals>")[0]
     known = getattr(function, "__module__", "") == hf.__name__
-    held = dict(
-        zip(
-            getattr(function, "__code__", None).co_freevars if known else (),  # type: ignore[union-attr]
-            (c.cell_contents for c in function.__closure__ or ()) if known else (),  # type: ignore[attr-defined]
-            strict=True,
-        )
-    )
+    held = inspect.getclosurevars(function).nonlocals if known else {}
     if known and name == "causal_mask_function":
         return Causal()
     if known and name == "bidirectional_mask_function":
@@ -166,30 +160,31 @@ def attend(
     cache: Any = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function: transformers' arguments in; out (batch, q_len, heads, v_dim), weights.
+    """The attention function: transformers' arguments in, (out, weights) out.
 
-    Weights (batch, heads, q_len, k_len) are returned only where the model was asked for them.
+    out (batch, q_len, heads, v_dim). Weights (batch, heads, q_len, k_len) are returned only where
+    the model was asked for them.
     """
     if cache is not None:
         raise RegardError("regard cannot read a paged cache yet; use the default cache")
-    where = next(((w, n) for w in active() if (n := w.name_of(module)) is not None), None)
+    where = next(((w, n) for w in active() if (n := w.call_of(module)) is not None), None)
     kind = _kind(module, where[1] if where else "")
     shown, biases, start, key_start = _shown(module, query, key, attention_mask, is_causal)
     if position_bias is not None:
         biases.append(DenseBias(position_bias))
     if where:
         start = where[0].position(where[1], kind, start)
+        kept = where[0].cut_of(where[1])
+        shown = shown if kept is None else shown & kept
     if query.shape[0] != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
-    watched = where is not None and where[0].wants(where[1])
     call = Call.checked(
         query, key, value, mask=shown, bias=biases or None, scale=scaling, softcap=softcap,
         sinks=s_aux, dropout=dropout or None, query_start=start, key_start=key_start,
-        observe=where[0].observe if where and watched else None,
     )  # fmt: skip
     out, lse = select(call).forward(call)
-    if where and watched:
-        where[0].record(where[1], kind, call, lse)
+    if where and where[0].wants(where[1]):
+        where[0].record(where[1], kind, call, lse, out)
     weights = None
     if _asked_for_weights(rest):
         weights = whole_rows(call, lse.detach(), (0, call.place.q_len)).to(query.dtype)
@@ -207,10 +202,10 @@ def _shown(
         if q_len > 1:
             return (Causal() if causal else Full()), [], 0, 0
         return Full(), [], k_len - 1 if causal else 0, 0
-    if tuple(given.shape[-2:]) != (q_len, k_len):
+    if given.shape[-2] not in (1, q_len) or given.shape[-1] not in (1, k_len):
         raise RegardError(
             f"the model's mask is {tuple(given.shape)}, its query {tuple(query.shape)} and key "
-            f"{tuple(key.shape)}; the last two sizes of the mask must be ({q_len}, {k_len})"
+            f"{tuple(key.shape)}; the last two sizes of the mask must be ({q_len}, {k_len}), or 1"
         )
     if isinstance(given, CompactMask):
         return given.regard, [], *given.starts

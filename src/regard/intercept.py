@@ -1,97 +1,88 @@
-"""Catches torch's own attention calls of one thread, computes them as ever, and reads their weights."""
+"""Catches torch's own attention calls of one thread and reads their weights beside them."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .biases import DenseBias
 from .call import Call
-from .engines import tiled
+from .engines import select, tiled
 from .masks import Causal, Dense, Full, Mask, Padding
+from .observers import Effect
 from .watched import Watched
+from .weigh import whole_rows
+
+
+class Caught(NamedTuple):
+    """One of torch's attention calls: its tensors and request, and what torch would return.
+
+    finish(out, weights) takes ours (batch, heads, q_len, v_dim) and a way to compute the weights.
+    """
+
+    kind: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    request: dict[str, Any]
+    finish: Callable[[Tensor, Callable[[], Tensor]], Any]
 
 
 class Intercept(TorchFunctionMode):
     """While active, `F.scaled_dot_product_attention` and `F.multi_head_attention_forward` report.
 
-    The output is torch's own, to the bit: queries and keys are read beside it.
+    The output is torch's own, to the bit, with queries and keys read beside it; only where edges
+    are cut, or effects asked for, is the attention itself computed by regard.
     """
 
     def __init__(self, watched: Watched) -> None:
         super().__init__()
         self.watched = watched
-        self.stack: list[str] = []
-        self.calls: dict[str, int] = {}
-        self.thread = threading.get_ident()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        catch = {
+            F.scaled_dot_product_attention: _catch_sdpa,
+            F.multi_head_attention_forward: _catch_mha,
+        }.get(func)
+        module = self.watched.tracker.innermost
+        if catch is None or module is None:
+            return func(*args, **kwargs)
+        name = self.watched.tracker.call(module)
+        wanted, kept = self.watched.wants(name), self.watched.cut_of(name)
+        effects = any(isinstance(o, Effect) for o in self.watched.observe)
+        if kept is not None or (wanted and effects):
+            caught = catch(*args, **kwargs)
+            if kept is not None:
+                caught.request["mask"] = caught.request["mask"] & kept
+            return self._compute(name, caught, wanted)
         out = func(*args, **kwargs)
-        reads = {
-            F.scaled_dot_product_attention: _read_sdpa,
-            F.multi_head_attention_forward: _read_mha,
-        }
-        if func in reads and self.stack:
-            self.read(reads[func](*args, **kwargs))
+        if wanted:
+            caught = catch(*args, **kwargs)
+            tensors = (t.detach() for t in (caught.query, caught.key, caught.value))
+            call = Call.checked(*tensors, **caught.request)
+            self.watched.record(name, caught.kind, call, tiled.log_sum_exp(call))
         return out
 
-    def read(self, call: Call) -> None:
-        """Record a call under the innermost module; a second one in it gets the suffix #2."""
-        name = self.stack[-1]
-        self.calls[name] = self.calls.get(name, 0) + 1
-        if self.calls[name] > 1:
-            name = f"{name}#{self.calls[name]}"
-        if self.watched.wants(name):
-            self.watched.record(name, _kind(call), call, tiled.log_sum_exp(call))
-
-    def inside(self, name: str) -> None:
-        """A module's forward begins."""
-        if threading.get_ident() == self.thread:
-            self.stack.append(name)
-            self.calls.pop(name, None)
-
-    def outside(self) -> None:
-        """A module's forward ended, or raised."""
-        if threading.get_ident() == self.thread and self.stack:
-            self.stack.pop()
+    def _compute(self, name: str, caught: Caught, wanted: bool) -> Any:
+        """Ours in the place of torch's."""
+        call = Call.checked(caught.query, caught.key, caught.value, **caught.request)
+        out, lse = select(call).forward(call)
+        if wanted:
+            self.watched.record(name, caught.kind, call, lse, out)
+        rows = (0, call.place.q_len)
+        return caught.finish(out, lambda: whole_rows(call, lse.detach(), rows).to(out.dtype))
 
 
-@contextlib.contextmanager
-def intercepting(model: nn.Module, watched: Watched) -> Iterator[None]:
-    """Catch the calls made inside this model's modules, by this thread, while inside."""
-    intercept = Intercept(watched)
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(
-                module.register_forward_pre_hook(lambda *_, name=name: intercept.inside(name))
-            )
-            handles.append(
-                module.register_forward_hook(lambda *_: intercept.outside(), always_call=True)
-            )
-        with intercept:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _kind(call: Call) -> str:
-    return "self" if call.place.q_len == call.place.k_len else "cross"
-
-
-def _read_sdpa(
+def _catch_sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -100,89 +91,106 @@ def _read_sdpa(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Call:
-    """The call that `F.scaled_dot_product_attention` was: top-left causal, any leading sizes."""
+) -> Caught:
+    """`F.scaled_dot_product_attention`: top-left causal, any leading sizes.
+
+    Self or cross is told by the lengths, for want of anything else.
+    """
+    kind = "self" if query.shape[-2] == key.shape[-2] else "cross"
+    shape = (*torch.broadcast_shapes(query.shape[:-2], value.shape[:-2]), *query.shape[-2:-1])
+    if enable_gqa:
+        shape = query.shape[:-1]
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
-    query, key = (
-        t.expand(*lead, *t.shape[-3:]) if t.dim() > 3 or lead else t for t in (query, key)
+    query, key, value = (
+        t.expand(*lead, *t.shape[-3:]) if t.dim() > 2 else t for t in (query, key, value)
     )
-    if query.dim() == 3:  # (batch, length, dim): one head
-        query, key = query[:, None], key[:, None]
-        attn_mask = (
-            attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+    if attn_mask is not None and attn_mask.dim() > 2 and query.dim() != 4:
+        heads = attn_mask.shape[-3] if query.dim() > 3 else query.shape[0]
+        attn_mask = attn_mask.expand(*lead, heads, *attn_mask.shape[-2:])
+        attn_mask = attn_mask.flatten(0, -4) if query.dim() > 3 else attn_mask[:, None]
+    if query.dim() <= 3:  # (batch, length, dim), (length, dim): one head
+        query, key, value = (
+            t[:, None] if t.dim() == 3 else t[None, None] for t in (query, key, value)
         )
-    elif query.dim() == 2:
-        query, key = query[None, None], key[None, None]
-    elif query.dim() > 4:
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
-        query, key = query.flatten(0, -4), key.flatten(0, -4)
-    return _call(query, key, Causal() if is_causal else Full(), attn_mask, scale)
+    query, key, value = (t.flatten(0, -4) for t in (query, key, value))
+    request = _request(Causal() if is_causal else Full(), attn_mask)
+    request |= {"scale": scale, "dropout": dropout_p or None}
+    return Caught(kind, query, key, value, request, lambda out, _: out.reshape(*shape, -1))
 
 
-def _read_mha(*args: Any, **kwargs: Any) -> Call:
-    """The call inside `F.multi_head_attention_forward`, from its arguments (Vaswani et al. 2017).
+def _catch_mha(*args: Any, **kwargs: Any) -> Caught:
+    """`F.multi_head_attention_forward`, from its arguments (Vaswani et al. 2017, section 3.2.2).
 
     There True in a bool mask means hidden, in both masks.
     """
     bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     bound.apply_defaults()
     a = bound.arguments
-    query, key, value = a["query"], a["key"], a["value"]
-    if query.dim() == 2:
-        query, key, value = (t[:, None] for t in (query, key, value))
-    heads, length, batch = a["num_heads"], query.shape[0], query.shape[1]
+    given = [a["query"], a["key"], a["value"]]
+    kind = "self" if given[0] is given[1] else "cross"
+    batched = given[0].dim() == 3
+    given = given if batched else [t[:, None] for t in given]
+    heads, batch = a["num_heads"], given[0].shape[1]
     if a["use_separate_proj_weight"]:
-        weights = [a["q_proj_weight"], a["k_proj_weight"]]
+        weights = [a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"]]
     else:
-        weights = list(a["in_proj_weight"].chunk(3)[:2])
-    biases = [None, None] if a["in_proj_bias"] is None else a["in_proj_bias"].chunk(3)[:2]
-    q, k = (F.linear(t, w, b) for t, w, b in zip((query, key), weights, biases, strict=True))
-    added = 0
+        weights = list(a["in_proj_weight"].chunk(3))
+    offsets = [None] * 3 if a["in_proj_bias"] is None else a["in_proj_bias"].chunk(3)
+    q, k, v = (F.linear(t, w, b) for t, w, b in zip(given, weights, offsets, strict=True))
     if a["bias_k"] is not None:
-        k, added = torch.cat([k, a["bias_k"].expand(1, batch, -1)]), added + 1
-    if a["static_k"] is not None:
-        k = a["static_k"].unflatten(0, (batch, heads))
-    else:
-        k = k.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        k, v = (
+            torch.cat([t, a[b].expand(1, batch, -1)]) for t, b in ((k, "bias_k"), (v, "bias_v"))
+        )
+    q, k, v = (t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for t in (q, k, v))
+    k, v = (
+        t if a[s] is None else a[s].unflatten(0, (batch, heads))
+        for t, s in ((k, "static_k"), (v, "static_v"))
+    )
     if a["add_zero_attn"]:
-        k, added = F.pad(k, (0, 0, 0, 1)), added + 1
-    q = q.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-    shown: Mask = Full()
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    request = _mha_request(a, k.shape[2], batch, heads)
+    request["dropout"] = (a["dropout_p"] or None) if a["training"] else None
+
+    def finish(out: Tensor, weigh: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        mixed = out.permute(2, 0, 1, 3).flatten(2)
+        mixed = F.linear(mixed, a["out_proj_weight"], a["out_proj_bias"])
+        shown = weigh() if a["need_weights"] else None
+        if shown is not None and a["average_attn_weights"]:
+            shown = shown.mean(1)
+        if batched:
+            return mixed, shown
+        return mixed[:, 0], None if shown is None else shown[0]
+
+    return Caught(kind, q, k, v, request, finish)
+
+
+def _mha_request(a: dict[str, Any], k_len: int, batch: int, heads: int) -> dict[str, Any]:
+    """Mask and bias; the keys that the module adds by itself are visible to all."""
     attn_mask, padding = a["attn_mask"], a["key_padding_mask"]
+    shown: Mask = Causal() if a["is_causal"] and attn_mask is None else Full()
     if attn_mask is not None:
-        attn_mask = attn_mask if attn_mask.dtype != torch.bool else ~attn_mask
+        attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.expand(batch * heads, -1, -1).unflatten(0, (batch, heads))
-        attn_mask = F.pad(attn_mask, (0, added), value=attn_mask.dtype == torch.bool)
-    elif a["is_causal"]:
-        shown = Causal()
+        missing = k_len - attn_mask.shape[-1]
+        attn_mask = F.pad(attn_mask, (0, missing), value=attn_mask.dtype == torch.bool)
+    request = _request(shown, attn_mask)
     if padding is not None:
         padding = padding[None] if padding.dim() == 1 else padding
         if padding.dtype == torch.bool:
-            shown = shown & Padding(F.pad(~padding, (0, added), value=True))
+            keep = F.pad(~padding, (0, k_len - padding.shape[-1]), value=True)
+            request["mask"] = request["mask"] & Padding(keep)
         else:
-            extra = F.pad(padding, (0, added))[:, None, None]
-            return _call(q, k, shown, attn_mask, None, extra)
-    del length
-    return _call(q, k, shown, attn_mask, None)
+            added = F.pad(padding, (0, k_len - padding.shape[-1]))[:, None, None]
+            request["bias"] = [*(request["bias"] or []), DenseBias(added)]
+    return request
 
 
-def _call(
-    query: Tensor,
-    key: Tensor,
-    shown: Mask,
-    attn_mask: Tensor | None,
-    scale: float | None,
-    extra: Tensor | None = None,
-) -> Call:
-    """A call without values: torch's mask becomes a mask if bool (True: visible), else a bias."""
-    bias = [] if extra is None else [DenseBias(extra.detach())]
+def _request(shown: Mask, attn_mask: Tensor | None) -> dict[str, Any]:
+    """torch's mask becomes a mask if it is bool (True: visible), else a bias."""
+    request: dict[str, Any] = {"mask": shown, "bias": None, "query_start": 0}
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        shown = Dense(attn_mask) if isinstance(shown, Full) else shown & Dense(attn_mask)
+        request["mask"] = Dense(attn_mask) if isinstance(shown, Full) else shown & Dense(attn_mask)
     elif attn_mask is not None:
-        bias.append(DenseBias(attn_mask.detach()))
-    return Call.checked(
-        query.detach(), key.detach(), None, mask=shown, bias=bias or None, scale=scale,
-        query_start=0,
-    )  # fmt: skip
+        request["bias"] = [DenseBias(attn_mask)]
+    return request

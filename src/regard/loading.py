@@ -78,7 +78,7 @@ class Reader:
             raise RegardError("the text is empty; there is nothing to look at")
         batch = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
         encoded = Encoded(text, batch["input_ids"])
-        encoded.tokens = self.tokenizer.convert_ids_to_tokens(encoded.ids)
+        encoded.tokens = self._names(encoded.ids)
         encoded.offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
         added = batch["special_tokens_mask"]
         for token, span, id_, mark in zip(
@@ -160,7 +160,7 @@ class Reader:
         at a time, so the cost is linear.
         """
         after = Encoded(before.text, [*before.ids, *ids])
-        after.tokens = self.tokenizer.convert_ids_to_tokens(after.ids)
+        after.tokens = self._names(after.ids)
         after.offsets, after.special = list(before.offsets), list(before.special)
         begun = max(0, len(before.ids) - 8)  # where decoding starts, for the context it needs
         done = len(before.ids)
@@ -176,6 +176,11 @@ class Reader:
             after.offsets += [(start, len(after.text))] * (i + 1 - done)
             begun, done = (begun if i + 1 - begun < 16 else done), i + 1
         return after
+
+    def _names(self, ids: Sequence[int]) -> list[str]:
+        """The tokens' names; a model may have ids that its tokenizer does not know."""
+        names = self.tokenizer.convert_ids_to_tokens(ids)
+        return [f"<{id_}>" if name is None else name for id_, name in zip(ids, names, strict=True)]
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(
@@ -198,12 +203,13 @@ class _Steps:
     def end(self) -> None: ...
 
 
-def load(name: str | None = None, *, generate: bool = False) -> Reader:
+def load(name: str | None = None, *, generate: bool = False, head: bool = False) -> Reader:
     """The model ``name``: a folder, or a name on the Hugging Face hub; default: the packaged one.
 
     The hub's cache is tried before its network. ``generate`` loads the head that names the next
-    token too. Only safetensors weights are loaded, no code of the model's own is run. Raises
-    RegardError in one line, whatever the libraries below have to say.
+    token too; ``head`` does where the model is causal. Only safetensors weights are loaded, no
+    code of the model's own is run. Raises RegardError in one line, whatever the libraries below
+    have to say.
     """
     place, title = _locate(name)
     try:
@@ -213,7 +219,7 @@ def load(name: str | None = None, *, generate: bool = False) -> Reader:
     with quiet():
         for local_only in _attempts(place):
             try:
-                return _loaded(transformers, place, title, generate, local_only)
+                return _loaded(transformers, place, title, generate, head, local_only)
             except RegardError:
                 raise
             except Exception as error:  # what these libraries raise is not a fixed list
@@ -227,7 +233,7 @@ def load(name: str | None = None, *, generate: bool = False) -> Reader:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No bars, logs or warnings of the Hugging Face libraries or Python while this is open."""
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
@@ -295,7 +301,9 @@ def _reachable() -> bool:
     return True
 
 
-def _loaded(transformers: Any, place: str, title: str, generate: bool, local_only: bool) -> Reader:
+def _loaded(
+    transformers: Any, place: str, title: str, generate: bool, head: bool, local_only: bool
+) -> Reader:
     config = transformers.AutoConfig.from_pretrained(place, local_files_only=local_only)
     family = _family(config)
     if generate and family == "encoder":
@@ -307,7 +315,8 @@ def _loaded(transformers: Any, place: str, title: str, generate: bool, local_onl
     if not getattr(tokenizer, "is_fast", False):
         raise RegardError(f"{title} has no fast tokenizer, which knows the characters of a token")
     writer = "AutoModelForCausalLM" if family == "causal" else "AutoModelForSeq2SeqLM"
-    auto = getattr(transformers, writer if generate else "AutoModel")
+    writes = generate or (head and family == "causal")
+    auto = getattr(transformers, writer if writes else "AutoModel")
     model, info = auto.from_pretrained(
         place,
         config=config,

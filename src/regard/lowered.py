@@ -31,9 +31,10 @@ class Op(IntEnum):
     FIRST = 3  # n
     DOCUMENTS = 4  # t: query ids (batch, q_len), t: key ids (batch, k_len)
     PADDING = 5  # t: keep (batch, k_len)
-    EDGES = 6  # t: (n, 2) positions sorted by query, t: heads (heads,) bool, empty for all
+    EDGES = 6  # t: (n, 2) positions of query and key
     DENSE = 7  # t: bool, broadcastable to (batch, heads, q_len, k_len)
     TILES = 8  # t: cells (batch, heads, rows, cols) int32, t: bits (mixed cells, side, side / 8)
+    HEADS = 9  # t: bool (heads,)
     AND = 16
     OR = 17
     NOT = 18
@@ -41,11 +42,11 @@ class Op(IntEnum):
     @property
     def holds_tensors(self) -> bool:
         """Whether the operands are indices into the program's tensors."""
-        return self in (Op.DOCUMENTS, Op.PADDING, Op.EDGES, Op.DENSE, Op.TILES)
+        return self in (Op.DOCUMENTS, Op.PADDING, Op.EDGES, Op.DENSE, Op.TILES, Op.HEADS)
 
 
-OPERANDS = {Op.WINDOW: 2, Op.FIRST: 1, Op.DOCUMENTS: 2, Op.PADDING: 1, Op.EDGES: 2, Op.DENSE: 1}
-OPERANDS[Op.TILES] = 2
+OPERANDS = {Op.WINDOW: 2, Op.FIRST: 1, Op.DOCUMENTS: 2, Op.PADDING: 1, Op.EDGES: 1, Op.DENSE: 1}
+OPERANDS |= {Op.TILES: 2, Op.HEADS: 1}
 TILE_SIDE = 64  # of the cells into which a predicate is evaluated
 EMPTY_CELL, FULL_CELL = -2, -1  # a cell's value is one of these, or its row in `bits`
 
@@ -101,8 +102,8 @@ class Program:
         for op, args in self.instructions():
             if op in (Op.DOCUMENTS, Op.PADDING):
                 yield self.tensors[args[0]].shape[0], 1
-            elif op == Op.EDGES:
-                yield 1, max(1, self.tensors[args[1]].numel())
+            elif op == Op.HEADS:
+                yield 1, self.tensors[args[0]].numel()
             elif op in (Op.DENSE, Op.TILES):
                 yield self.tensors[args[0]].shape[0], self.tensors[args[0]].shape[1]
 
@@ -110,8 +111,8 @@ class Program:
         """The same mask for one item of the batch."""
         tensors = list(self.tensors)
         for op, args in self.instructions():
-            # Of a predicate, only the cells count the batch; of the edges, nothing does
-            by_batch = {Op.EDGES: (), Op.TILES: args[:1]}.get(op, args)
+            # Of a predicate, only the cells count the batch; of edges and heads, nothing does
+            by_batch = {Op.EDGES: (), Op.HEADS: (), Op.TILES: args[:1]}.get(op, args)
             for i in by_batch if op.holds_tensors else ():
                 if tensors[i].shape[0] > 1:
                     tensors[i] = tensors[i][batch : batch + 1]
@@ -162,25 +163,27 @@ class Program:
             keep = _batch(tensors[0], span)[:, None, None, span.k0 : span.k1]
             return keep.expand(-1, 1, span.q1 - span.q0, -1)
         if op == Op.EDGES:
-            return self._edges(tensors[0], tensors[1], span)
+            return self._edges(tensors[0], span)
+        if op == Op.HEADS:
+            mine = tensors[0][span.heads].view(1, -1, 1, 1)
+            return mine.expand(-1, -1, span.q1 - span.q0, span.k1 - span.k0)
         if op == Op.DENSE:
             return span.cut(tensors[0]).expand(-1, -1, span.q1 - span.q0, span.k1 - span.k0)
         return _unpack(tensors[0], tensors[1], span)
 
-    def _edges(self, pairs: Tensor, heads: Tensor, span: Span) -> Tensor:
+    def _edges(self, pairs: Tensor, span: Span) -> Tensor:
         rows = span.q1 - span.q0
         query = pairs[:, 0] - self.query_start - span.q0
         key = pairs[:, 1] - self.key_start - span.k0
         inside = (query >= 0) & (query < rows) & (key >= 0) & (key < span.k1 - span.k0)
         tile = torch.zeros(rows, span.k1 - span.k0, dtype=torch.bool, device=self.device)
         tile[query[inside], key[inside]] = True
-        tile = tile[None, None]
-        return tile & heads[span.heads][None, :, None, None] if heads.numel() else tile
+        return tile[None, None]
 
     def classes(self, block_q: int, block_k: int) -> Answer:
         """Two bool tensors broadcastable to (batch, heads, q tiles, k tiles): (some, all).
 
-        `some` is False only where a tile is surely empty; `all` is True only where it is surely full.
+        `some` is False only where a tile is surely empty; `all` True only where it is surely full.
         """
         stack: list[Answer] = []
         tiles = Tiling(self, block_q, block_k)
@@ -246,12 +249,14 @@ class Tiling:
             low, high = _ends(tensors[0].to(torch.int8), self.block_k)
             return (high > 0)[:, None, None, :], (low > 0)[:, None, None, :]
         if op == Op.EDGES:
-            return self._edges(tensors[0], tensors[1])
+            return self._edges(tensors[0])
+        if op == Op.HEADS:
+            return (tensors[0].view(1, -1, 1, 1),) * 2
         if op == Op.DENSE:
             return self._dense(tensors[0])
         return self._cells(tensors[0])
 
-    def _edges(self, pairs: Tensor, heads: Tensor) -> Answer:
+    def _edges(self, pairs: Tensor) -> Answer:
         query, key = pairs[:, 0] - self.program.query_start, pairs[:, 1] - self.program.key_start
         inside = (query >= 0) & (query < self.program.q_len) & (key >= 0)
         inside &= key < self.program.k_len
@@ -259,11 +264,7 @@ class Tiling:
         count = torch.zeros(len(self.q0), len(self.k0), dtype=torch.int64, device=row.device)
         count.index_put_((row, col), torch.ones_like(row), accumulate=True)
         area = (self.q_last - self.q0 + 1)[:, None] * (self.k_last - self.k0 + 1)[None, :]
-        some, every = (count > 0)[None, None], (count == area)[None, None]
-        if heads.numel():
-            mine = heads[None, :, None, None]
-            return some & mine, every & mine
-        return some, every
+        return (count > 0)[None, None], (count == area)[None, None]
 
     def _dense(self, dense: Tensor) -> Answer:
         some = every = dense

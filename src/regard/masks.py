@@ -182,7 +182,7 @@ class First(Mask):
 
 
 def _fits(tensor: Tensor, shape: Sequence[int], place: Place, mask: Mask, name: str) -> Tensor:
-    """The tensor on the call's device, if each of its sizes is 1 or the call's where that may be."""
+    """The tensor, if each of its sizes is the call's; all but the last may be 1."""
     if tensor.dim() != len(shape) or any(
         s not in (1, w) if d < len(shape) - 1 else s != w
         for d, (s, w) in enumerate(zip(tensor.shape, shape, strict=False))
@@ -205,7 +205,7 @@ def _moved(tensor: Tensor, place: Place, mask: Mask, name: str) -> Tensor:
 class Documents(Mask):
     """Packed sequences: a query sees the keys of its own document; a negative id is in none.
 
-    query_ids (q_len,) or (batch, q_len), key_ids the same over k_len (default: query_ids), integers.
+    query_ids (q_len,) or (batch, q_len), key_ids the same over k_len; default: query_ids. Integers.
     """
 
     query_ids: Tensor
@@ -213,7 +213,7 @@ class Documents(Mask):
 
     @classmethod
     def from_cu_seqlens(cls, query: Tensor, key: Tensor | None = None) -> Documents:
-        """From cumulative lengths (documents + 1,), 0 first, as in flash-attention's varlen calls."""
+        """From cumulative lengths (documents + 1,), 0 first: flash-attention's varlen form."""
 
         def ids(cu: Tensor) -> Tensor:
             lengths = cu.diff()
@@ -247,9 +247,12 @@ class Padding(Mask):
 
     def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
         keep = self.keep[None] if self.keep.dim() == 1 else self.keep
-        return [Op.PADDING, base], [
-            _fits(keep.bool(), (place.batch, place.k_len), place, self, "keep")
-        ]
+        keep = _fits(keep, (place.batch, place.k_len), place, self, "keep")
+        if keep.is_floating_point():
+            raise RegardError(
+                f"{self}: keep is {keep.dtype}; give bool (True: visible), or pass it as bias"
+            )
+        return [Op.PADDING, base], [keep.bool()]
 
     def __str__(self) -> str:
         return f"Padding(keep {tuple(self.keep.shape)})"
@@ -259,30 +262,43 @@ class Padding(Mask):
 class Edges(Mask):
     """Only these query–key pairs, as positions in the sequence; `~Edges(pairs)` cuts them.
 
-    heads: only in these heads (default: in all); elsewhere it shows nothing.
+    `~(Edges(pairs) & Heads([1]))` cuts them in one head alone.
     """
 
-    pairs: Iterable[tuple[int, int]] | Tensor
-    heads: Sequence[int] | None = None
+    pairs: Tensor
+
+    def __init__(self, pairs: Iterable[tuple[int, int]] | Tensor) -> None:
+        given = pairs if isinstance(pairs, Tensor) else list(pairs)
+        held = torch.as_tensor(given, dtype=torch.int64)
+        if held.numel() and (held.dim() != 2 or held.shape[1] != 2):
+            raise RegardError(f"Edges: pairs are {tuple(held.shape)}; give (query, key) pairs")
+        object.__setattr__(self, "pairs", torch.unique(held.reshape(-1, 2), dim=0))
 
     def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        pairs = torch.as_tensor(
-            self.pairs if isinstance(self.pairs, Tensor) else list(self.pairs),
-            dtype=torch.int64,
-            device=place.device,
-        ).reshape(-1, 2)
-        pairs = torch.unique(pairs, dim=0) if len(pairs) else pairs
-        mine = torch.zeros(0, dtype=torch.bool, device=place.device)
-        if self.heads is not None:
-            if any(not 0 <= h < place.heads for h in self.heads):
-                raise RegardError(f"{self}: heads {list(self.heads)} of {place.heads} ({place})")
-            mine = torch.zeros(place.heads, dtype=torch.bool, device=place.device)
-            mine[list(self.heads)] = True
-        return [Op.EDGES, base, base + 1], [pairs, mine]
+        return [Op.EDGES, base], [self.pairs.to(place.device)]
 
     def __str__(self) -> str:
-        size = len(self.pairs) if hasattr(self.pairs, "__len__") else "?"
-        return f"Edges({size} pairs)"
+        return f"Edges({len(self.pairs)} pairs)"
+
+
+@dataclass(frozen=True)
+class Heads(Mask):
+    """Everything in these heads, nothing in the others; `~Heads([1])` removes head 1 whole."""
+
+    heads: tuple[int, ...]
+
+    def __init__(self, heads: Iterable[int]) -> None:
+        object.__setattr__(self, "heads", tuple(int(h) for h in heads))
+
+    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+        if any(not 0 <= h < place.heads for h in self.heads):
+            raise RegardError(f"{self}: the call has heads 0 … {place.heads - 1} ({place})")
+        mine = torch.zeros(place.heads, dtype=torch.bool, device=place.device)
+        mine[list(self.heads)] = True
+        return [Op.HEADS, base], [mine]
+
+    def __str__(self) -> str:
+        return f"Heads({list(self.heads)})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A recording: q, k, lse, the mask and the rest of each layer's calls, from which any weight follows.
+"""A recording: q, k, lse and the mask of each layer's calls, from which any weight follows.
 
 On disk it is a folder: one safetensors file a layer and one JSON (`recording.json`); no pickles.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +33,7 @@ _NUMBERS = (
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The queries of one call: query (batch, heads, n, dim), lse (batch, heads, n), their keys' range.
+    """The queries of one call: query (batch, heads, n, dim) and lse (batch, heads, n).
 
     packed: what the call says besides q, k and v (`packed.SCHEMA`). keys: positions start, stop.
     """
@@ -123,7 +124,7 @@ class RecordedLayer:
         return unpack(chunk.query, self.key[:, :, start:stop], None, *chunk.packed).item(batch)
 
     def weights(self, rows: slice, batch: int = 0) -> Tensor:
-        """The exact weights (heads, rows, k_len), float32, of a range of queries of one batch item."""
+        """The exact weights (heads, rows, k_len), float32, of some queries of one batch item."""
         first, last, _ = rows.indices(self.q_len)
         parts, at = [], 0
         for chunk in self.chunks:
@@ -194,6 +195,9 @@ class Recording:
             ones = [found.weights(slice(r % n, r % n + 1), batch) for r in rows]
             out = torch.cat(ones, 1) if ones else torch.zeros(found.heads, 0, found.k_len)
         if cols is not None:
+            n = found.k_len
+            if not isinstance(cols, slice) and any(not -n <= c < n for c in cols):
+                raise RegardError(f"cols {list(cols)}: layer {found.name} has {n} keys")
             out = out[:, :, cols if isinstance(cols, slice) else list(cols)]
         return out if head is None else out[head]
 
@@ -205,9 +209,13 @@ class Recording:
         if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
             raise RegardError(f"{folder} holds other files; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
+        # The index goes first and comes last: what is interrupted is no recording
+        (folder / INDEX).unlink(missing_ok=True)
+        for old in folder.glob("layer-*.safetensors"):
+            old.unlink()
         entries = []
         for number, layer in enumerate(self.layers):
-            entry = {"name": layer.name, "index": layer.index, "kind": layer.kind}
+            entry: dict[str, Any] = {"name": layer.name, "index": layer.index, "kind": layer.kind}
             entry |= {"pattern": layer.pattern, "reason": layer.reason}
             entry |= {"key_start": layer.key_start, "file": None, "chunks": []}
             if layer.key is not None:
@@ -235,7 +243,7 @@ class Recording:
             return cls(layers, index["about"])
         except RegardError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise RegardError(f"{folder} is not a whole recording: {error}") from error
 
 
@@ -244,7 +252,8 @@ def _kept(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.detach().clone()
     if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
-        return [t.detach() for t in argument]
+        # A learned one changes in place; the others are shared by all layers
+        return [t.detach().clone() if t.requires_grad else t for t in argument]
     return argument
 
 

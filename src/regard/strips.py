@@ -16,7 +16,7 @@ from torch import Tensor
 from .call import Call
 from .lowered import Span
 
-BUDGET = 2**20  # numbers in a strip: it stays in the cache of one core or two
+BUDGET = 2**21  # numbers in a strip: more would leave the caches, fewer rows starve the matmul
 MOST_ROWS, LEAST_ROWS = 256, 16
 TILE_KEYS = 128
 
@@ -46,9 +46,15 @@ class Strip:
         """The strip's rows in a tensor (batch, heads, q_len, …)."""
         return self.part.batch, self.part.heads, slice(self.part.q0, self.part.q1)
 
+    def dropout(self, call: Call) -> Tensor:
+        """Dropout's factors for the strip's weights."""
+        assert call.dropout is not None
+        parts = [call.dropout.factor(span, call.place, call.working) for _, span in self.spans()]
+        return torch.cat(parts, -1)
+
     def grouped(self, weights: Tensor) -> Tensor:
         """(batch, heads, rows, n) as (batch, kv heads, group · rows, n)."""
-        return weights.view(weights.shape[0], self.key.shape[1], -1, weights.shape[-1])
+        return weights.reshape(weights.shape[0], self.key.shape[1], -1, weights.shape[-1])
 
     @property
     def cols(self) -> int:
@@ -92,7 +98,7 @@ class Strips:
         if not call.program.full and self.last > self.first and place.k_len:
             self.some, self.every = call.program.classes(self.rows, TILE_KEYS)
         self.parts = self._parts()
-        self.key = call.key.to(call.working)
+        self.key = call.key.to(call.working).contiguous()
 
     def _parts(self) -> list[tuple[slice, slice]]:
         """Chunks of (batch, kv heads): as many as the budget holds.
@@ -101,10 +107,12 @@ class Strips:
         depend on its neighbours' tiles.
         """
         place = self.call.place
+        # A single matrix is multiplied by other code than several: never let the batch decide that
+        alone = self.call.program.by_batch or place.kv_heads == 1
         one = max(min(self.rows, self.last - self.first) * self.group * place.k_len, 1)
         heads = max(min(place.kv_heads, BUDGET // one), 1)
         items = 1
-        if heads == place.kv_heads and not self.call.program.by_batch:
+        if heads == place.kv_heads and not alone:
             items = max(min(place.batch, BUDGET // (one * heads)), 1)
         return [
             (slice(b, min(b + items, place.batch)), slice(h, min(h + heads, place.kv_heads)))
@@ -146,8 +154,8 @@ class Strips:
         call = self.call
         query = self.rows_of(call.query, part) * call.scale
         key = take(runs, self.key[part.batch, kv], 2)
-        scores = query @ key.mT
-        scores = scores.view(len(scores), -1, part.q1 - part.q0, scores.shape[-1])
+        scores = product(query, key.mT)
+        scores = scores.reshape(len(scores), -1, part.q1 - part.q0, scores.shape[-1])
         strip = Strip(part, kv, runs, query, key, scores)
         if call.softcap is not None:
             scores.div_(call.softcap).tanh_().mul_(call.softcap)
@@ -168,6 +176,19 @@ class Strips:
         """The strip's rows of (batch, heads, q_len, n), as (batch, kv heads, group · rows, n)."""
         rows = tensor[part.batch, part.heads, part.q0 : part.q1].to(self.call.working)
         return rows.unflatten(1, (-1, self.group)).flatten(2, 3)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right for (batch, kv heads, m, n) and (batch, kv heads, n, p).
+
+    A single matrix goes as its two halves: the code for several gives the same bits on any number
+    of threads.
+    """
+    if left.shape[0] * left.shape[1] != 1:
+        return left @ right
+    rows = left.shape[2]
+    halves = torch.nn.functional.pad(left, (0, 0, 0, rows % 2)).unflatten(2, (2, -1))[0, 0]
+    return (halves @ right[0, 0].expand(2, -1, -1)).flatten(0, 1)[None, None, :rows]
 
 
 def take(runs: list[tuple[int, int]], tensor: Tensor, dim: int) -> Tensor:

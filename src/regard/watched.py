@@ -6,17 +6,20 @@ import fnmatch
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .call import Call
 from .errors import RegardError
-from .observers import Observer
+from .masks import Mask
+from .observers import NormTopK, Observer
+from .projection import output_projection
 from .recording import RecordedLayer, Recording
+from .tracking import Tracker, module_of
 from .weigh import weigh
 
 _LOCAL = threading.local()
@@ -28,11 +31,23 @@ def active() -> list[Watched]:
     return watches[::-1]
 
 
+class Cut(NamedTuple):
+    """Edges to remove from a layer: those that `mask` shows.
+
+    layer: its number, its module's name, or a pattern. `Cut(3, Edges([(10, 1)]) & Heads([1]))` cuts
+    one edge of head 3.1; `Cut(3, Heads([1]))` the whole head, whose output becomes 0.
+    """
+
+    layer: int | str
+    mask: Mask
+
+
 @dataclass(eq=False)
 class Layer:
     """One module that computes attention.
 
-    name: its qualified name; index: the first number in it (its layer), kind: "self" or "cross".
+    name: its qualified name (`tracking.Tracker.call`); index: its layer, the first number in the
+    name, or, where one module serves every layer, which run it is. kind: "self" or "cross".
     pattern: False for a layer without softmax attention; `reason` says why, and `seen` is empty.
     heads, kv_heads, q_len (queries so far), k_len (the last call's keys).
     """
@@ -52,19 +67,22 @@ class Layer:
 
     @property
     def index(self) -> int:
-        """The number of the layer: the first in its name (encoder.layer.3.attention.self: 3)."""
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
+        """The number of the layer (encoder.layer.3.attention.self: 3)."""
+        again = re.search(r"#(\d+)", self.name)
+        if again:
+            return int(again[1]) - 1
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|~|$)", self.name)
         return int(found[1]) if found else 0
 
     @property
     def seen(self) -> tuple[Any, ...]:
-        """The results in the order of `observe`; over decode steps, rows appended, columns added."""
+        """The results in the order of `observe`, decode steps merged."""
         if len(self._results) > 1:
             merged = [reduce(lambda a, b: a.then(b), parts) for parts in zip(*self._results)]  # noqa: B905
             self._results = [tuple(merged)]
         return self._results[0] if self._results else ()
 
-    def add(self, call: Call, lse: Tensor, keep_qk: bool) -> None:
+    def add(self, call: Call, lse: Tensor, out: Tensor | None, keep_qk: bool) -> None:
         """Take in a call: it continues the last one, or begins anew."""
         place = call.place
         continues = self.q_len > 0 and place.query_start == self._end and place.query_start > 0
@@ -77,7 +95,7 @@ class Layer:
             )
         if not continues:
             self._results, self.q_len, self.qk = [], 0, None
-        self._results.append(weigh(call, lse))
+        self._results.append(weigh(call, lse, out))
         if keep_qk:
             self.qk = self.qk or RecordedLayer(self.name, self.index, self.kind)
             self.qk.add(call, lse)
@@ -105,7 +123,7 @@ class Layer:
 
 
 class Watched:
-    """The layers that a watched model ran, in the model's order: iterate, index by place or name."""
+    """The layers that a watched model ran, in its order: iterate, index by place or name."""
 
     def __init__(
         self,
@@ -113,20 +131,24 @@ class Watched:
         observe: Sequence[Observer],
         layers: Sequence[int | str] | None,
         keep_qk: bool,
+        cut: Sequence[Cut] = (),
     ) -> None:
         self.observe, self.keep_qk = tuple(observe), keep_qk
+        self._cuts, self._done = tuple(cut), set[int]()
+        self._modules = dict(model.named_modules())
         self._wanted = None if layers is None else list(layers)
         self._model = type(model).__name__
-        self._names = {id(m): n for n, m in model.named_modules()}
-        self._order = {n: i for i, n in enumerate(self._names.values())}
+        self.tracker = Tracker(model)
+        self._order = {n: i for i, n in enumerate(self.tracker.names.values())}
         self._blocks = _blocks(model)
         self._layers: dict[str, Layer] = {}
         self._touched: set[str] = set()
         self._continuing = False
 
-    def name_of(self, module: nn.Module) -> str | None:
-        """The qualified name of a module of the watched model; None for a stranger."""
-        return self._names.get(id(module))
+    def call_of(self, module: nn.Module) -> str | None:
+        """The name of the call that a module of the watched model makes; None for a stranger."""
+        name = self.tracker.names.get(id(module))
+        return None if name is None else self.tracker.call(name)
 
     def wants(self, name: str) -> bool:
         """Whether `layers` names this module, by its layer's number, its name or a pattern."""
@@ -141,10 +163,34 @@ class Watched:
         layer = self._layers.get(name)
         return layer._end if layer and self._continuing else 0
 
-    def record(self, name: str, kind: str, call: Call, lse: Tensor) -> None:
-        """Take in a call of the module `name`."""
+    def record(
+        self, name: str, kind: str, call: Call, lse: Tensor, out: Tensor | None = None
+    ) -> None:
+        """Take in a call of the module `name`; out (batch, heads, q_len, v_dim), as computed."""
         layer = self._layers.setdefault(name, Layer(name, kind))
-        layer.add(call, lse, self.keep_qk)
+        observers = tuple(self._fitted(o, name, call) for o in self.observe)
+        layer.add(replace(call, observers=observers), lse, out, self.keep_qk)
+
+    def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
+        """A NormTopK with the module's own output projection."""
+        if not isinstance(observer, NormTopK) or observer.projection is not None:
+            return observer
+        width = call.place.heads * (0 if call.value is None else call.value.shape[-1])
+        return replace(observer, projection=output_projection(self._modules, name, width))
+
+    def cut_of(self, name: str) -> Mask | None:
+        """What stays visible in a call of this module, where something is cut."""
+        shown: Mask | None = None
+        for number, cut in enumerate(self._cuts):
+            if _matches(cut.layer, Layer(name)):
+                self._done.add(number)
+                shown = ~cut.mask if shown is None else shown & ~cut.mask
+        return shown
+
+    @property
+    def undone(self) -> list[Cut]:
+        """The cuts that matched no call."""
+        return [c for number, c in enumerate(self._cuts) if number not in self._done]
 
     def __enter__(self) -> Watched:
         _LOCAL.watches = [*getattr(_LOCAL, "watches", []), self]
@@ -164,20 +210,16 @@ class Watched:
         silent = []
         for container, blocks in self._blocks.items():
             spoken = {n for n in self._touched if n.startswith(container + ".")}
-            if spoken:
-                silent += [
-                    Layer(name, pattern=False, reason=reason)
-                    for name, reason in blocks
-                    if not any(n == name or n.startswith(name + ".") for n in spoken)
-                ]
+            for block in blocks:
+                ran = block.name in self.tracker.ran
+                heard = any(n == block.name or n.startswith(block.name + ".") for n in spoken)
+                if ran and not heard and (spoken or block.has_attention):
+                    silent.append(Layer(block.name, pattern=False, reason=block.reason))
         found = [*self._layers.values(), *filter(self._asked, silent)]
-        return sorted(found, key=lambda layer: self._order.get(layer.name.split("#")[0], 0))
+        return sorted(found, key=lambda layer: self._order.get(module_of(layer.name), 0))
 
     def _asked(self, layer: Layer) -> bool:
-        return self._wanted is None or any(
-            w == layer.index if isinstance(w, int) else fnmatch.fnmatch(layer.name, w)
-            for w in self._wanted
-        )
+        return self._wanted is None or any(_matches(w, layer) for w in self._wanted)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -206,24 +248,36 @@ class Watched:
         return Recording(layers, {"model": self._model} | about)
 
 
-def _blocks(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
-    """The outermost lists of blocks: name → (block's name, why it would have no pattern)."""
-    found: dict[str, list[tuple[str, str]]] = {}
+def _matches(which: int | str, layer: Layer) -> bool:
+    """Whether a layer's number, its name, or a pattern of names means this layer."""
+    if isinstance(which, int):
+        return which == layer.index
+    return fnmatch.fnmatch(layer.name, which)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One of a list of blocks: a layer of the model, whatever it computes."""
+
+    name: str
+    has_attention: bool
+    reason: str
+
+
+def _blocks(model: nn.Module) -> dict[str, list[_Block]]:
+    """The outermost lists of blocks, by the list's name."""
+    found: dict[str, list[_Block]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(
             name.startswith(outer + ".") for outer in found
         ):
-            found[name] = [
-                (
-                    f"{name}.{n}",
-                    f"{type(block).__name__} computes no softmax attention: {_parts(block)}",
-                )
-                for n, block in module.named_children()
-            ]
+            found[name] = [_block(f"{name}.{n}", block) for n, block in module.named_children()]
     return found
 
 
-def _parts(block: nn.Module) -> str:
-    return "its parts are " + ", ".join(
-        dict.fromkeys(type(part).__name__ for part in block.children())
-    )
+def _block(name: str, block: nn.Module) -> _Block:
+    kinds = dict.fromkeys(type(part).__name__ for part in block.modules())
+    attention = any("Attention" in kind for kind in kinds)
+    why = "computes attention by itself" if attention else "computes no softmax attention"
+    parts = ", ".join(dict.fromkeys(type(part).__name__ for part in block.children()))
+    return _Block(name, attention, f"{type(block).__name__} {why}; its parts: {parts}")

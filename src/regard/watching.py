@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from .errors import RegardError
-from .intercept import intercepting
+from .intercept import Intercept
 from .observers import Observer
-from .watched import Watched
+from .watched import Cut, Watched
 
 _LOCK = threading.Lock()
 _WATCHING: set[int] = set()
+_INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 _TORCH_CALLS = ("scaled_dot_product_attention(", "multi_head_attention_forward(")
 
 
@@ -26,6 +27,7 @@ def watch(
     observe: Sequence[Observer] = (),
     layers: Sequence[int | str] | None = None,
     keep_qk: bool = False,
+    cut: Sequence[Cut] = (),
 ) -> Iterator[Watched]:
     """Watch a model's attention inside a `with` block; yields the `Watched` that fills.
 
@@ -37,37 +39,37 @@ def watch(
         calls `F.scaled_dot_product_attention` or has `nn.MultiheadAttention`.
     observe: what to keep of every layer's weights. layers: only these: numbers of layers (3), or
         modules' names and patterns ("decoder.*"). keep_qk: also keep q, k and lse, O(N) a layer,
-        for `seen.recording()`.
+        for `seen.recording()`. cut: edges or whole heads to remove; the rest of the model runs on.
 
-    In `generate()` each new token's row is appended; a new sequence replaces the last one's results.
+    In `generate()` each new token's row is appended; a new sequence replaces the last results.
     Outputs equal the unwatched ones within rounding. Other threads that run the model compute as
     ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
     it ran without computing attention where it could be seen.
     """
     hugging = _hugging_face(model)
     _check(model, hugging)
-    watched = Watched(model, observe, layers, keep_qk)
-    runs: list[int] = []
+    watched = Watched(model, observe, layers, keep_qk, cut)
     with _LOCK:
         if id(model) in _WATCHING:
             raise RegardError(f"this {type(model).__name__} is being watched already")
         _WATCHING.add(id(model))
     with contextlib.ExitStack() as stack:
         stack.callback(_WATCHING.discard, id(model))
-        thread = threading.get_ident()
-        counting = model.register_forward_hook(
-            lambda *_: runs.append(1) if threading.get_ident() == thread else None
-        )
-        stack.callback(counting.remove)
-        if hugging:
+        stack.enter_context(watched.tracker.following())
+        sources = _sources(model) or []
+        interface = hugging and any(way in s for s in sources for way in _INTERFACE)
+        if interface:
             from .huggingface import using_regard
 
             stack.enter_context(using_regard(model))
-        if not hugging or _calls_torch(model):
-            stack.enter_context(intercepting(model, watched))
+        if not interface or _calls_torch(model, sources):
+            stack.enter_context(Intercept(watched))
         stack.enter_context(watched)
         yield watched
-    if runs and not watched.touched:
+    if watched.tracker.ran and watched.undone:
+        layers = ", ".join(str(c.layer) for c in watched.undone)
+        raise RegardError(f"cut: no attention call is in layer {layers}; nothing was cut there")
+    if watched.tracker.ran and not watched.touched:
         raise RegardError(
             f"{type(model).__name__} ran, but computed no attention where it can be watched: it "
             "computes attention by itself, or has none"
@@ -89,7 +91,7 @@ def _check(model: nn.Module, hugging: bool) -> None:
     if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
         return
     sources = _sources(model)
-    ways = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface", *_TORCH_CALLS)
+    ways = (*_INTERFACE, *_TORCH_CALLS) if hugging else _TORCH_CALLS
     if sources is not None and not any(way in s for s in sources for way in ways):
         raise RegardError(
             f"{type(model).__name__} cannot be watched: none of its modules goes through "
@@ -98,18 +100,18 @@ def _check(model: nn.Module, hugging: bool) -> None:
         )
 
 
-def _calls_torch(model: nn.Module) -> bool:
+def _calls_torch(model: nn.Module, sources: list[str]) -> bool:
     """Whether a Hugging Face model also has attention outside the interface."""
     if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
         return True
-    return any(call in source for source in _sources(model) or () for call in _TORCH_CALLS)
+    return any(call in source for source in sources for call in _TORCH_CALLS)
 
 
 def _sources(model: nn.Module) -> list[str] | None:
     """The source files that define the model's classes; None if one cannot be read."""
     files = {c.__module__ for m in model.modules() for c in type(m).__mro__}
     own = {f for f in files if f.split(".")[0] not in ("torch", "builtins")}
-    own -= {"transformers.modeling_utils"}
+    own = {f for f in own if not f.startswith("transformers.") or ".models." in f}
     sources = []
     for name in sorted(own):
         module = sys.modules.get(name)

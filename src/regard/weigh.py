@@ -6,20 +6,23 @@ Each observer has a reader here that is fed every strip and fills the tensors th
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .call import Call
+from .errors import RegardError
+from .impact import attach
 from .lowered import Span
 from .observers import (
     Distances,
+    Effect,
     Entropy,
     LogSumExp,
     Map,
     MaxScore,
+    NormTopK,
     Observer,
     Received,
     Rows,
@@ -28,37 +31,9 @@ from .observers import (
     written,
 )
 from .packed import SCHEMA, pack, unpack
-from .strips import Strip, Strips
+from .strips import Strips, take
 from .topk import largest
-
-
-class Weighed:
-    """A strip's weights, computed from the global lse when first asked for."""
-
-    def __init__(self, strip: Strip, lse: Tensor, call: Call) -> None:
-        self.strip, self.call, self.part = strip, call, strip.part
-        self.lse = lse[strip.here][..., None]
-
-    @cached_property
-    def top(self) -> Tensor:
-        """The largest score of each row: (batch, heads, rows)."""
-        return self.strip.scores.amax(-1)
-
-    @cached_property
-    def log(self) -> Tensor:
-        """ln of the weights (batch, heads, rows, cols): −inf where hidden. Takes the scores over."""
-        _ = self.top
-        return self.strip.scores.sub_(self.lse.masked_fill(self.lse == -torch.inf, 0))
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """The weights (batch, heads, rows, cols)."""
-        return self.log.exp()
-
-    @cached_property
-    def column_sum(self) -> Tensor:
-        """What the strip's queries give each of its keys: (batch, heads, cols)."""
-        return self.weights.sum(-2)
+from .weighed import Weighed
 
 
 class Reader:
@@ -90,19 +65,38 @@ class TopKReader(Reader):
         indices, weights, rest, _ = self.tensors
         k = min(self.observer.k, seen.log.shape[-1])
         logs, cols = largest(seen.log, k)
-        listed = logs.exp()
+        listed = logs.exp() / seen.total[..., None]
         at = seen.strip.here
         # NaN, and +inf under a NaN lse, are kept: they surface
         shown = logs != -torch.inf
         keys = seen.strip.keys()[cols] + self.place.key_start
         indices[at][..., :k] = keys.where(shown, -1).to(torch.int32)
         weights[at][..., :k] = listed
-        rest[at] = (seen.weights.sum(-1) - listed.sum(-1)).clamp(min=0)
+        rest[at] = (seen.mass - listed.sum(-1)).clamp(min=0)
 
     def finish(self, lse: Tensor) -> list[Tensor]:
         if self.call.sinks is not None:
             self.tensors[3] = (self.call.sinks.to(lse.dtype)[:, None] - lse).exp()
         return self.tensors
+
+
+class NormTopKReader(Reader):
+    norms: Tensor  # (batch, heads, k_len), given before the first strip
+
+    def start(self) -> None:
+        self.tensors[0].fill_(-1)
+
+    def read(self, seen: Weighed) -> None:
+        indices, norms, weights = self.tensors
+        k = min(self.observer.k, seen.log.shape[-1])
+        own = take(seen.strip.runs, self.norms[seen.part.batch, seen.part.heads], 2)
+        logs, cols = largest(seen.log + own.log()[:, :, None], k)
+        at, shown = seen.strip.here, logs != -torch.inf
+        keys = seen.strip.keys()[cols] + self.place.key_start
+        total = seen.total[..., None]
+        indices[at][..., :k] = keys.where(shown, -1).to(torch.int32)
+        norms[at][..., :k] = logs.exp() / total
+        weights[at][..., :k] = (seen.log.gather(-1, cols).exp() / total).where(shown, 0)
 
 
 class ReceivedReader(Reader):
@@ -146,13 +140,15 @@ class ReceivedReader(Reader):
 
 class EntropyReader(Reader):
     def read(self, seen: Weighed) -> None:
-        terms = seen.weights * seen.log
+        terms = seen.exp * seen.log
         # A hidden pair is 0 · −inf there
         for col, hidden in seen.strip.hidden:
             terms[..., col : col + hidden.shape[-1]].masked_fill_(hidden, 0)
         if self.call.biases:
             terms.masked_fill_(seen.log == -torch.inf, 0)
-        self.tensors[0][seen.strip.here] = -terms.sum(-1)
+        # ln(weight) is log − ln(total)
+        entropy = seen.mass * seen.total.log() - terms.sum(-1) / seen.total
+        self.tensors[0][seen.strip.here] = entropy
 
 
 class MaxScoreReader(Reader):
@@ -226,7 +222,7 @@ class MapReader(Reader):
 
 
 class DistancesReader(Reader):
-    """Shears each run of the strip so that every distance stands in one column, then adds columns."""
+    """Shears each run of a strip so that every distance stands in one column, then adds up."""
 
     def start(self) -> None:
         self.edges = torch.tensor(self.observer.edges, device=self.place.device)
@@ -252,6 +248,7 @@ class DistancesReader(Reader):
 
 READERS: dict[type[Observer], type[Reader]] = {
     TopK: TopKReader,
+    NormTopK: NormTopKReader,
     Received: ReceivedReader,
     Entropy: EntropyReader,
     MaxScore: MaxScoreReader,
@@ -262,24 +259,47 @@ READERS: dict[type[Observer], type[Reader]] = {
 }
 
 
-def weigh(call: Call, lse: Tensor) -> tuple[Any, ...]:
+def weigh(
+    call: Call, lse: Tensor, out: Tensor | None = None, shard: bool = False
+) -> tuple[Any, ...]:
     """What the call's observers see of the weights exp(score − lse), in their order.
 
-    lse (batch, heads, q_len): that of all keys, also where the call holds one shard of them.
+    lse (batch, heads, q_len): that of all keys. shard: the call may hold only some of them.
+    out (batch, heads, q_len, v_dim): the output; an Effect waits for its gradient.
     """
-    if not call.observers:
-        return ()
-    query, key = call.query.detach(), call.key.detach()
+    now = [o for o in call.observers if not isinstance(o, Effect)]
+    read = iter(_read(call, now, lse, shard) if now else ())
+    results = []
+    for observer in call.observers:
+        if not isinstance(observer, Effect):
+            results.append(next(read))
+        elif out is None:
+            raise RegardError("Effect is read in a backward pass; a second pass alone has none")
+        else:
+            results.append(attach(call, lse, out, observer))
+    return tuple(results)
+
+
+def _read(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> list[Any]:
+    """The results of one pass."""
+    norms = [_norms(o, call) for o in observers if isinstance(o, NormTopK)]
     packed = tuple(_detached(argument) for argument in pack(call))
     tensors = torch.ops.regard.weigh(
-        query, key, *packed, lse.detach().to(call.working), written(call.observers)
-    )
+        call.query.detach(), call.key.detach(), *packed, lse.detach().to(call.working), norms,
+        shard, written(observers),
+    )  # fmt: skip
     results, at = [], 0
-    for observer in call.observers:
+    for observer in observers:
         count = len(observer.shapes(call.place, call.working))
         results.append(observer.result(list(tensors[at : at + count]), call.place))
         at += count
-    return tuple(results)
+    return results
+
+
+def _norms(observer: NormTopK, call: Call) -> Tensor:
+    if call.value is None:
+        raise RegardError("NormTopK needs the values; the second pass alone has none")
+    return observer.norms(call.value.detach().to(call.working), call.place.heads)
 
 
 def _detached(argument: Any) -> Any:
@@ -293,15 +313,19 @@ def _detached(argument: Any) -> Any:
 @torch.library.custom_op(
     "regard::weigh",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, {SCHEMA}, Tensor lse, str observers) -> Tensor[]",
+    schema=f"(Tensor query, Tensor key, {SCHEMA}, Tensor lse, Tensor[] norms, bool shard, "
+    "str observers) -> Tensor[]",
 )
 def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
-    *packed, lse, observers = rest
+    *packed, lse, norms, shard, observers = rest
     call = unpack(query, key, None, *packed)
     readers = [READERS[type(o)](o, call) for o in parse(observers)]
+    by_norm = (r for r in readers if isinstance(r, NormTopKReader))
+    for weighted, own in zip(by_norm, norms, strict=True):
+        weighted.norms = own
     if any(not isinstance(r, LogSumExpReader) for r in readers):
         for strip in Strips(call):
-            seen = Weighed(strip, lse, call)
+            seen = Weighed(strip, lse, call, shard)
             for reader in readers:
                 reader.read(seen)
     return [tensor for reader in readers for tensor in reader.finish(lse)]
@@ -309,7 +333,7 @@ def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
 
 @_weigh.register_fake
 def _(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
-    *packed, _, observers = rest
+    *packed, _, _, _, observers = rest
     call = unpack(query, key, None, *packed)
     shapes = [s for o in parse(observers) for s in o.shapes(call.place, call.working)]
     return [query.new_empty(shape, dtype=dtype) for shape, dtype in shapes]

@@ -66,6 +66,13 @@ class Words(Sequence[Word]):
     def __len__(self) -> int:
         return len(self._words)
 
+    def sum_tokens(self, weights: Tensor) -> Tensor:
+        """Weights (…, tokens) summed over the tokens of each word: (…, words)."""
+        if len(self) == len(self.of_token):
+            return weights
+        total = weights.new_zeros(*weights.shape[:-1], len(self))
+        return total.index_add_(-1, self.of_token, weights)
+
     @classmethod
     def split(
         cls,
@@ -73,6 +80,7 @@ class Words(Sequence[Word]):
         tokens: Sequence[str],
         offsets: Sequence[Sequence[int]],
         special: Sequence[bool],
+        cuts: Sequence[int] = (),
     ) -> Words:
         """The words of ``text``, whose token i covers the characters ``offsets[i]``.
 
@@ -81,6 +89,7 @@ class Words(Sequence[Word]):
         word. A special token is a word of its own, named by its token; so is a token of
         whitespace, but for the one space that tokenizers set before a word. A token that covers
         several words joins them, so no token is split. Words without a token are left out.
+        ``cuts``: characters at which a word starts anyhow.
         """
         if not len(tokens) == len(offsets) == len(special):
             raise RegardError(
@@ -88,7 +97,7 @@ class Words(Sequence[Word]):
                 f"they are {len(tokens)}, {len(offsets)} and {len(special)}"
             )
         spans = [_strip(text, int(start), int(end)) for start, end in offsets]
-        pieces = _pieces(text, spans, special)
+        pieces = _pieces(text, spans, special, cuts)
         covered: list[tuple[int, int] | None] = [None] * len(spans)  # pieces; None: its own word
         following: tuple[int, int] | None = None
         for i in reversed(range(len(spans))):
@@ -122,9 +131,9 @@ class Words(Sequence[Word]):
 
 
 class Found(NamedTuple):
-    """A word that a name stands for: its index, and that it is the nth of ``of`` such words."""
+    """The word that a name stands for: its number, and that it is the nth of ``of`` such."""
 
-    index: int
+    number: int
     nth: int
     of: int
 
@@ -174,14 +183,16 @@ def from_word(
     A row sums to 1, or less where a learned sink takes mass. ``heads``: those to compute.
     """
     blocks = _by_rows(recording, layer, reader.tokens, keys, heads)
-    return torch.stack([weights.sum(1) for _, weights in blocks]).sum(0) / len(reader.tokens)
+    total = torch.stack([weights.sum(1) for _, weights in blocks]).sum(0)
+    return keys.sum_tokens(total) / len(reader.tokens)
 
 
 class Columns(NamedTuple):
-    """How much each word is read, per head: ``means`` float32 (heads, words), ``sinks`` alike.
+    """How much each word is read, by head: all (heads, words).
 
-    ``means`` are over the queries that see the word; ``received`` are over all queries, so a row
-    of it sums to the share of the mass that the words hold.
+    ``means`` float32: the highest column mean of the word's tokens, over the queries that see
+    the token. ``received`` float32: the share of all the mass that the word takes. ``sinks``
+    bool: whether the word is a sink of the head.
     """
 
     means: Tensor
@@ -196,22 +207,30 @@ def columns(
     heads: Sequence[int] | None = None,
     step: Callable[[int], object] | None = None,
 ) -> Columns:
-    """The column means of one layer and its sinks: words whose column mean is above SINK.
+    """The column means of one layer, and its sinks: words with a column mean above SINK.
 
-    The mean is over the query tokens that see the word (Gu et al. 2025). A word that fewer than
-    8 of them see (fewer than half, in a short text) is no sink: a mean of so few says nothing.
-    ``step`` is told how many rows were read.
+    A column mean is a token's mean weight over the queries that see it (Gu et al. 2025). A token
+    that fewer than 8 of them see (fewer than half, in a short text) makes no sink: a mean of so
+    few says nothing. ``step`` is told how many rows were read.
     """
-    queries = recording.layers[layer].q_len
-    sums, sees = 0, torch.zeros(len(keys))
-    for rows, weights in _by_rows(recording, layer, range(queries), keys, heads):
-        sums = sums + weights.sum(1, dtype=torch.float64)
-        sees += (weights > 0).any(0).sum(0)
+    recorded = recording.layers[layer]
+    count = recorded.heads if heads is None else len(heads)
+    sums = torch.zeros(count, recorded.k_len, dtype=torch.float64)
+    sees = torch.zeros(recorded.k_len)
+    for rows, weights in _by_rows(recording, layer, range(recorded.q_len), keys, heads):
+        sums += weights.sum(1)
+        sees += (weights.amax(0) > 0).sum(0)
         if step:
             step(len(rows))
     means = (sums / sees.clamp(min=1)).float()
-    enough = sees >= min(8, (queries + 1) // 2)
-    return Columns(means, (sums / max(queries, 1)).float(), (means > SINK) & enough)
+    firm = means * (sees >= min(8, (recorded.q_len + 1) // 2))
+    where = keys.of_token.expand_as(means)
+    none = torch.zeros(count, len(keys))
+    return Columns(
+        none.scatter_reduce(1, where, means, "amax"),
+        keys.sum_tokens(sums.float()) / max(1, recorded.q_len),
+        none.scatter_reduce(1, where, firm, "amax") > SINK,
+    )
 
 
 class Link(NamedTuple):
@@ -255,7 +274,8 @@ def strongest(
         tokens = range(readers[block[0]].tokens.start, readers[block[-1]].tokens.stop)
         table = torch.zeros(len(numbers), len(block), len(keys))
         for rows, weights in _by_rows(recording, layer, tokens, keys, heads):
-            table.index_add_(1, readers.of_token[rows.start : rows.stop] - block.start, weights)
+            of = readers.of_token[rows.start : rows.stop] - block.start
+            table.index_add_(1, of, keys.sum_tokens(weights))
             if step:
                 step(len(rows))
         table /= readers.sizes[block.start : block.stop, None]
@@ -271,12 +291,15 @@ def strongest(
             table[:, rows_[:, None], beside] = 0
         for found, values in zip(best, (near, table), strict=True):
             floor = found[-1].weight if len(found) == top else 0.0
-            if values.numel() == 0 or float(values.max()) <= floor:
+            lines = values.flatten(0, 1)
+            peaks = lines.amax(1) if values.shape[2] else values.new_zeros(0)
+            if not (peaks > floor).any():
                 continue
-            weights, places = values.flatten().topk(min(top, values.numel()))
+            pick = peaks.topk(min(top, len(peaks))).indices  # the top links lie in the top rows
+            weights, places = lines[pick].flatten().topk(min(top, len(pick) * values.shape[2]))
             for weight, place in zip(weights.tolist(), places.tolist(), strict=True):
                 pair, column = divmod(place, values.shape[2])
-                head, row = divmod(pair, len(block))
+                head, row = divmod(int(pick[pair]), len(block))
                 target = int(beside[row, column]) if values is near else column
                 if weight > floor:
                     found.append(Link(layer, numbers[head], block[row], target, weight))
@@ -292,25 +315,19 @@ def strongest_of(links: Sequence[Link], top: int) -> list[Link]:
 def _by_rows(
     recording: Recording, layer: int, tokens: range, keys: Words, heads: Sequence[int] | None
 ) -> Iterator[tuple[range, Tensor]]:
-    """Blocks of rows with their weights summed over each word: (heads, rows, words)."""
+    """Blocks of rows with their weights: (heads, rows, tokens of ``keys``)."""
     recorded = recording.layers[layer]
     if recorded.k_len != len(keys.of_token):
         raise RegardError(
             f"layer {layer} ({recorded.name}) reads {recorded.k_len} keys, "
             f"but the words have {len(keys.of_token)} tokens"
         )
-    count = recorded.heads if heads is None else len(heads)
-    size = max(1, _TILE // max(1, count * recorded.k_len))
+    size = max(1, _TILE // max(1, recorded.heads * recorded.k_len))
     for start in range(tokens.start, tokens.stop, size):
         rows = range(start, min(start + size, tokens.stop))
-        part = slice(rows.start, rows.stop)
-        if heads is None:
-            weights = recording.weights(layer, None, rows=part)
-        else:
-            weights = torch.stack([recording.weights(layer, head, rows=part) for head in heads])
-        if len(keys) < recorded.k_len:
-            summed = weights.new_zeros(count, len(rows), len(keys))
-            weights = summed.index_add_(2, keys.of_token, weights)
+        weights = recording.weights(layer, rows=slice(rows.start, rows.stop))
+        if heads is not None:
+            weights = weights[list(heads)]
         yield rows, weights
 
 
@@ -322,7 +339,10 @@ def _blocks(count: int, width: int) -> Iterator[range]:
 
 
 def _pieces(
-    text: str, spans: Sequence[tuple[int, int]], special: Sequence[bool]
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    special: Sequence[bool],
+    cuts: Sequence[int],
 ) -> list[tuple[int, int]]:
     """The stretches of ``text`` that words are made of, in order, special tokens left out."""
     marks = {start for start, end in spans if start < end}
@@ -334,8 +354,8 @@ def _pieces(
     begun = -1
     for at, char in enumerate(text + " "):
         outside = char.isspace() or (at < len(text) and taken[at])
-        cut = begun >= 0 and at in marks and (_unspaced(text[at - 1]) or _unspaced(char))
-        if begun >= 0 and (outside or (cut and not unicodedata.category(char).startswith("M"))):
+        cut = at in cuts or (at in marks and begun >= 0 and _unspaced_at(text, at))
+        if begun >= 0 and (outside or cut):
             pieces += _edges(text, begun, at)
             begun = -1
         if begun < 0 and not outside:
@@ -382,8 +402,11 @@ def _is_punctuation(char: str) -> bool:
     return char in punctuation or unicodedata.category(char).startswith("P")
 
 
-def _unspaced(char: str) -> bool:
-    return any(low <= ord(char) <= high for low, high in _UNSPACED)
+def _unspaced_at(text: str, at: int) -> bool:
+    """Whether a word may start at a character without a space before it."""
+    beside = (ord(char) for char in text[at - 1 : at + 1])
+    known = any(low <= code <= high for code in beside for low, high in _UNSPACED)
+    return known and not unicodedata.category(text[at : at + 1] or " ").startswith("M")
 
 
 def _same(text: str) -> str:

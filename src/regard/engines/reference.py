@@ -25,7 +25,10 @@ def whole(call: Call) -> Span:
 
 
 def scores(call: Call) -> Tensor:
-    """softcap · tanh(scale · q kᵀ / softcap) + bias, −inf where hidden: (batch, heads, q_len, k_len)."""
+    """softcap · tanh(scale · q kᵀ / softcap) + bias, −inf where hidden.
+
+    (batch, heads, q_len, k_len).
+    """
     group = call.place.heads // call.place.kv_heads
     key = call.key.repeat_interleave(group, 1).to(call.working)
     out = call.scale * (call.query.to(call.working) @ key.mT)
@@ -35,7 +38,8 @@ def scores(call: Call) -> Tensor:
         out = out + bias.tile(whole(call), out.dtype)
     if call.place.q_len == 0 or call.place.k_len == 0:
         return out
-    return out.masked_fill(~call.program.visible(whole(call)), -torch.inf)
+    # A score of −inf hides too; through masked_fill it has no gradient, rather than NaN
+    return out.masked_fill(~call.program.visible(whole(call)) | (out == -torch.inf), -torch.inf)
 
 
 def log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -49,20 +53,24 @@ def log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return lse
 
 
-def weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(score − lse); 0 in a row that sees nothing."""
-    blind = (lse == -torch.inf)[..., None]
-    return torch.exp(scores - lse[..., None].masked_fill(blind, 0))
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The weights, by softmax itself: exp(score − lse) would round with the size of the scores."""
+    if scores.shape[-1] == 0:
+        return scores
+    if sinks is not None:
+        logit = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, logit], -1).softmax(-1)[..., :-1]
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse). Vaswani et al. 2017, eq. 1."""
     assert call.value is not None
     scored = scores(call)
-    lse = log_sum_exp(scored, call.sinks)
-    p = weights(scored, lse)
+    p = softmax(scored, call.sinks)
     if call.dropout is not None:
         p = p * call.dropout.factor(whole(call), call.place, p.dtype)
     group = call.place.heads // call.place.kv_heads
     value = call.value.repeat_interleave(group, 1).to(call.working)
-    return (p @ value).to(call.value.dtype), lse
+    return (p @ value).to(call.value.dtype), log_sum_exp(scored, call.sinks)

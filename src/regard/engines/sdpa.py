@@ -14,14 +14,14 @@ MASK_LIMIT = 2**26  # elements of a materialised mask: beyond it this engine wou
 
 
 def why_not(call: Call) -> list[str]:
-    """PyTorch's kernel takes one mask form, no cap and no sinks, and gives lse without gradients."""
+    """PyTorch's kernel takes a mask but no cap, no sinks, and gives no gradient through lse."""
     reasons = []
     place = call.place
     if place.device.type != "cpu":
         reasons.append(f"query is on {place.device}; this engine runs on cpu")
     if call.value is not None and call.value.shape[-1] != call.query.shape[-1]:
         reasons.append(
-            f"v_dim {call.value.shape[-1]} is not dim {call.query.shape[-1]}; its kernel needs them equal"
+            f"v_dim {call.value.shape[-1]} is not dim {call.query.shape[-1]}; its kernel needs one"
         )
     if not place.q_len or not place.k_len or not place.batch or not call.query.shape[-1]:
         reasons.append("the call is empty; its kernel needs at least one of everything")
@@ -42,7 +42,7 @@ def why_not(call: Call) -> list[str]:
 
 def _plain(call: Call) -> bool:
     """Whether the kernel needs no materialised mask."""
-    return not call.biases and (call.program.full or _causal(call))
+    return len(call.biases) == 0 and (call.program.full or _causal(call))
 
 
 def _causal(call: Call) -> bool:
@@ -62,7 +62,7 @@ def _mask_items(call: Call) -> int:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse); out is differentiable, lse is not."""
     place = call.place
-    mask = None
+    mask = blind = None
     if not _plain(call):
         whole = Span(0, place.q_len, 0, place.k_len)
         visible = call.program.visible(whole)
@@ -70,9 +70,17 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         for bias in call.biases:
             mask = mask + bias.tile(whole, call.query.dtype)
         mask = mask.masked_fill(~visible, -torch.inf)
-        mask = mask.expand(*mask.shape[:2], place.q_len, place.k_len)
+        blind = (mask == -torch.inf).all(-1)
+        mask = mask.expand(*mask.shape[:2], place.q_len, place.k_len).contiguous()
+    assert call.value is not None
+    given = (call.query, call.key, call.value)
+    # The kernel takes the last stride to be 1, whatever it is
+    tensors = (t if t.stride(-1) == 1 else t.contiguous() for t in given)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        call.query, call.key, call.value, 0.0,
-        mask is None and not call.program.full, attn_mask=mask, scale=call.scale,
-    )  # fmt: skip
-    return out, lse
+        *tensors, 0.0, mask is None and not call.program.full, attn_mask=mask, scale=call.scale
+    )
+    if call.query.dtype in (torch.bfloat16, torch.float16):
+        # It drops an infinite score of these; inf − inf is NaN
+        out = out.masked_fill((lse == torch.inf)[..., None], torch.nan)
+    # It gives a row that sees nothing an lse of 0
+    return out, lse if blind is None else lse.masked_fill(blind, -torch.inf)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..packed import SCHEMA, pack, unpack
-from ..strips import Strip, Strips, take
+from ..strips import Strips, product, take
 
 name = "tiled"
 
@@ -32,7 +32,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def log_sum_exp(call: Call) -> Tensor:
     """lse (batch, heads, q_len) of a call without values."""
-    nothing = [[] if n == [] else None for n in ctx.numbers]
+    nothing = call.key[..., :0]
     lse: Tensor = torch.ops.regard.tiled(call.query, call.key, nothing, *pack(call))[1].detach()
     return lse
 
@@ -45,7 +45,7 @@ def log_sum_exp(call: Call) -> Tensor:
 def _tiled(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
     call = unpack(query, key, value, *packed)
     rows = query.shape[:3]
-    value = value.to(call.working)
+    value = value.to(call.working).contiguous()
     out = value.new_zeros(*rows, value.shape[-1])
     lse = value.new_full(rows, -torch.inf)
     if call.sinks is not None:
@@ -61,9 +61,9 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Ten
             total = total + (lse[strip.here] - top).exp()
         lse[strip.here] = top + total.log()
         if call.dropout is not None:
-            p = p * _factor(call, strip)
-        mixed = strip.grouped(p) @ take(strip.runs, value[strip.part.batch, strip.kv], 2)
-        mixed = mixed.view(*p.shape[:3], value.shape[-1])
+            p = p * strip.dropout(call)
+        mixed = product(strip.grouped(p), take(strip.runs, value[strip.part.batch, strip.kv], 2))
+        mixed = mixed.reshape(*p.shape[:3], value.shape[-1])
         out[strip.here] = mixed / total.masked_fill(total == 0, 1)[..., None]
     return out.to(query.dtype), lse
 
@@ -96,27 +96,33 @@ def _backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Ten
     ]
     # d(loss)/d(score) = p · (dp − D) with D = grad_out · out; lse adds p · grad_lse
     delta = (grad_out * out.to(call.working)).sum(-1) - grad_lse
-    safe = lse.masked_fill(lse == -torch.inf, 0)
+    blind = lse == -torch.inf
+    safe = lse.masked_fill(blind, 0)
     strips = Strips(call, keep_capped=True)
     for strip in strips:
         p = strip.scores.sub_(safe[strip.here][..., None]).exp_()
+        # A strip holds whole rows: their own sum is nearer than lse where scores are large
+        total = p.sum(-1)
+        if call.sinks is not None:
+            total += (call.sinks[strip.part.heads, None] - safe[strip.here]).exp()
+        p.div_(total.masked_fill(blind[strip.here], 1)[..., None])
         g = strips.rows_of(grad_out, strip.part)
-        dp = (g @ take(strip.runs, value[strip.part.batch, strip.kv], 2).mT).view_as(p)
+        dp = product(g, take(strip.runs, value[strip.part.batch, strip.kv], 2).mT).reshape(p.shape)
         dropped = p
         if call.dropout is not None:
-            factor = _factor(call, strip)
+            factor = strip.dropout(call)
             dropped, dp = p * factor, dp * factor
-        strip.add(d_value[strip.part.batch, strip.kv], strip.grouped(dropped).mT @ g, 2)
+        strip.add(d_value[strip.part.batch, strip.kv], product(strip.grouped(dropped).mT, g), 2)
         ds = dp.sub_(delta[strip.here][..., None]).mul_(p)
         for at, span in strip.spans():
-            for bias, total in collecting:
-                if total is not None:
-                    bias.collect(total, ds[..., at : at + span.k1 - span.k0], span)
+            for bias, gradient in collecting:
+                if gradient is not None:
+                    bias.collect(gradient, ds[..., at : at + span.k1 - span.k0], span)
         if strip.capped is not None and call.softcap is not None:
             ds = ds * (1 - (strip.capped / call.softcap) ** 2)
         ds = strip.grouped(ds)
-        d_query[strip.here] = (ds @ strip.key).mul_(call.scale).view(*p.shape[:3], -1)
-        strip.add(d_key[strip.part.batch, strip.kv], ds.mT @ strip.query, 2)
+        d_query[strip.here] = product(ds, strip.key).mul(call.scale).reshape(*p.shape[:3], -1)
+        strip.add(d_key[strip.part.batch, strip.kv], product(ds.mT, strip.query), 2)
     grads = [d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(key.dtype)]
     grads += [
         query.new_empty(0) if total is None else total.to(bias.tensor.dtype)
@@ -159,15 +165,8 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     d_query, d_key, d_value, *more = grads
     d_biases = [g if want else None for g, want in zip(more, wanted, strict=False)]
     d_sinks = None if sinks is None else more[-1]
-    nothing = [[] if n == [] else None for n in ctx.numbers]
+    nothing: list[Any] = [[] if n == [] else None for n in ctx.numbers]
     return d_query, d_key, d_value, [None] * len(masks), d_biases, d_sinks, None, *nothing
 
 
 _tiled.register_autograd(_gradients, setup_context=_save)
-
-
-def _factor(call: Call, strip: Strip) -> Tensor:
-    """Dropout's factors for the strip's weights."""
-    assert call.dropout is not None
-    parts = [call.dropout.factor(span, call.place, call.working) for _, span in strip.spans()]
-    return torch.cat(parts, -1)

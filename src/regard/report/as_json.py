@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
+from .asked_json import asked_dict
 from .looking import Look
 
 
@@ -47,16 +47,14 @@ def as_dict(found: Look) -> dict[str, Any]:
             for i, (layer, head) in enumerate(part.heads)
         ],
         "shown_mass": found.shown_mass,
-    }
+    } | asked_dict(found)
 
 
-def as_json(found: Look) -> str:
-    """``as_dict`` as one line; control characters are escaped, other letters are themselves."""
-    line = json.dumps(as_dict(found), ensure_ascii=False)
-    return re.sub(
-        "[\x7f-\x9f\u2028\u2029\ufeff\u200e\u200f\u202a-\u202e\u2066-\u2069]", _escaped, line
-    )
+def as_json(found: Look, ascii_only: bool = False) -> str:
+    """``as_dict`` as one line. Whatever a terminal would obey is escaped, other letters are not."""
+    line = json.dumps(as_dict(found), ensure_ascii=ascii_only)
+    return "".join(char if char.isprintable() else _escaped(char) for char in line)
 
 
-def _escaped(char: re.Match[str]) -> str:
-    return f"\\u{ord(char[0]):04x}"
+def _escaped(char: str) -> str:
+    return "\\u007f" if char == "\x7f" else json.dumps(char)[1:-1]

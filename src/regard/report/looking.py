@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..comparing import Versus
 from ..errors import RegardError
 from ..words import (
     Columns,
@@ -30,6 +31,8 @@ from ..words import (
 )
 
 if TYPE_CHECKING:
+    from ..cutting import Changed
+    from ..effects import Effects
     from ..recording import Recording
 
 Heads = list[tuple[int, int]]
@@ -48,8 +51,8 @@ class Side:
 class Part:
     """The heads of one kind, "self", "encoder", "decoder" or "cross", and what they read.
 
-    ``heads`` are those shown. ``received`` float32 and ``sinks`` bool (heads, words of ``keys``)
-    say how much each word receives, over all queries, and in which heads it is a sink.
+    ``layers`` are the heads shown of each layer shown, ``names`` the layers' modules. ``means``,
+    ``received`` and ``sinks`` (heads, words of ``keys``) are as in ``Columns``, over all of them.
     """
 
     kind: str
@@ -144,7 +147,8 @@ class Look:
     Without any, ``near`` and ``far`` are the strongest links between neighbouring words and
     between others, over all heads, special tokens and each head's sinks apart; ``written`` is
     what the generated words read; ``links`` has all of these. ``shown_mass`` is the share that
-    ``links`` hold of the mass of all the rows they are of.
+    ``links`` hold of the mass of all the rows they are of. What else was asked for: ``versus``
+    comparisons with ``other``, what ``cut`` changed, and ``effects``.
     """
 
     model: str
@@ -162,6 +166,15 @@ class Look:
     far: list[Link] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     shown_mass: float = 0.0
+    other: Look | None = None
+    versus: list[Versus] = field(default_factory=list)
+    cut: Changed | None = None
+    effects: list[Effects] = field(default_factory=list)
+
+    @property
+    def asked(self) -> bool:
+        """Whether more was asked for than what the heads read in one text."""
+        return bool(self.other or self.cut or self.effects)
 
 
 def look(
@@ -201,7 +214,7 @@ def look(
         special=special,
     )
     for found in founds:
-        result.focuses.append(Focus(found, list(_rows(recording, result.parts, found.index))))
+        result.focuses.append(Focus(found, list(rows_of(recording, result.parts, found.number))))
     if founds:
         rows = [row for focus in result.focuses for row in focus.rows]
         for row in rows:
@@ -214,7 +227,7 @@ def look(
             row
             for number in generated
             if not words[number].special
-            for row in _rows(recording, result.parts, number)
+            for row in rows_of(recording, result.parts, number)
         ]
         for row in result.written:
             result.links += row.links(top, row.part.special | row.part.sinks)
@@ -237,10 +250,11 @@ def _sides(recording: Recording) -> tuple[list[Side], range]:
         )
         if text is None or tokens is None or offsets is None:
             raise RegardError("the recording has no words: its text, tokens or offsets are missing")
-        words = Words.split(text, tokens, offsets, special or [False] * len(tokens))
+        begun = about.get("generated")
+        cuts = [] if begun is None or begun == len(offsets) else [offsets[begun][0]]
+        words = Words.split(text, tokens, offsets, special or [False] * len(tokens), cuts)
         sides.append(Side(text, words, count))
         count += len(words)
-    begun = recording.about.get("generated")
     if len(sides) > 1:
         return sides, range(sides[1].first, count)
     if begun is None:
@@ -313,7 +327,7 @@ def _only(recording: Recording, layer: int, heads: list[int]) -> list[int] | Non
     return None if len(heads) == recording.layers[layer].heads else heads
 
 
-def _rows(recording: Recording, parts: list[Part], number: int) -> Iterator[Row]:
+def rows_of(recording: Recording, parts: list[Part], number: int) -> Iterator[Row]:
     """What the word reads in each part in which it does."""
     for part in parts:
         place = number - part.readers.first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
@@ -58,35 +58,53 @@ class Bit(NamedTuple):
 
 
 def wrapped(bits: Iterable[Bit], width: int, colour: bool) -> list[Text]:
-    """The bits in lines of ``width`` cells, shaded by style, or by a line of marks below each."""
+    """The bits in lines of ``width`` cells, shaded by style, or by a line of marks below each.
+
+    A line breaks at spaces; where there is none to break at, anywhere.
+    """
     lines: list[list[Bit]] = [[]]
     used = 0
-    for bit in bits:
-        for part in _parts(bit, width):
-            size = cell_len(part.text)
-            if part.line or used + size > width:
-                lines.append([])
-                used = 0
-                if part.text.isspace():
-                    continue
-            if used or not part.text.isspace():
-                lines[-1].append(part)
-                used += size
+    for chunk in _chunks(bits, width):
+        size = sum(cell_len(bit.text) for bit in chunk)
+        blank = chunk[0].text.isspace()
+        if chunk[0].line or (used and used + size > width):
+            lines.append([])
+            used = 0
+        if used or not blank:
+            lines[-1] += chunk
+            used += size
     out: list[Text] = []
     for line in lines:
         words = Text()
-        for part in line:
-            shade = STYLES[part.shade] if colour else ""
-            words.append(part.text, style=" ".join(filter(None, (part.style, shade))) or None)
+        for bit in line:
+            shade = STYLES[bit.shade] if colour else ""
+            words.append(bit.text, style=" ".join(filter(None, (bit.style, shade))) or None)
         words.rstrip()
         out.append(words)
-        if not colour and any(part.shade for part in line):
-            marks = "".join(SHADES[part.shade] * cell_len(part.text) for part in line)
+        if not colour and any(bit.shade for bit in line):
+            marks = "".join(SHADES[bit.shade] * cell_len(bit.text) for bit in line)
             out.append(Text(marks.rstrip()))
     return out
 
 
-def _parts(bit: Bit, width: int) -> Iterable[Bit]:
+def _chunks(bits: Iterable[Bit], width: int) -> Iterator[list[Bit]]:
+    """The bits between two spaces together, as long as they fit a line; longer ones cut."""
+    chunk: list[Bit] = []
+    for bit in bits:
+        for part in _cut(bit, width):
+            size = sum(cell_len(held.text) for held in chunk) + cell_len(part.text)
+            if chunk and (part.line or part.text.isspace() or size > width):
+                yield chunk
+                chunk = []
+            if part.text.isspace() and not part.line:
+                yield [part]
+            else:
+                chunk.append(part)
+    if chunk:
+        yield chunk
+
+
+def _cut(bit: Bit, width: int) -> Iterator[Bit]:
     """The bit, cut where it is longer than a line."""
     text, line = bit.text, bit.line
     while cell_len(text) > width:
@@ -106,10 +124,56 @@ def _visible(char: str) -> str:
     return char
 
 
-def columns_of(rows: Sequence[Sequence[str]], gap: int = 2) -> list[str]:
-    """Cells, as wide as they come, padded into columns."""
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    return [
-        (" " * gap).join(fit(cell, w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+def grid(
+    cells: dict[tuple[int, int], float], title: str, width: int, blanks: Sequence[int] = ()
+) -> Iterator[Text]:
+    """One number in 0..1 for each (layer, head), layers down and heads across, below ``title``.
+
+    In percent where that fits; else one digit a head, in tenths; else in several bands. Layers
+    in ``blanks`` have no pattern.
+    """
+    layers = sorted({layer for layer, _ in cells} | set(blanks))
+    heads = sorted({head for _, head in cells})
+    side = max(len(f"layer {layer}") for layer in layers) + 1
+    room = width - side
+    size = next((size for size in (4, 2, 1) if len(heads) * size <= room), 1)
+    if size < 4:
+        title = title.replace(", %", ", tenths (1 is 5 to 15 %)")
+    yield Text(fit(title, width).rstrip(), style="bold")
+    for start in range(0, len(heads), room // size):
+        band = heads[start : start + room // size]
+        yield Text(" " * side + _numbers(band, size, room), style="dim")
+        for layer in layers:
+            line = Text(fit(f"layer {layer}", side), style="")
+            if layer in blanks:
+                line.append(fit(" no pattern", room).rstrip(), style="dim")
+            for head in () if layer in blanks else band:
+                value = cells.get((layer, head))
+                said = "" if value is None else _cell(value, size)
+                line.append(said.rjust(size), style=_heat(value or 0.0))
+            line.rstrip()
+            yield line
+
+
+def _numbers(heads: Sequence[int], size: int, room: int) -> str:
+    """The heads' numbers over their columns: each, or every fifth where they are narrow."""
+    if size == 4:
+        return "".join(f"h{head}".rjust(size) for head in heads)
+    said = ""
+    for i, head in enumerate(heads):
+        if head % 5 == 0 or i == 0:
+            at = (i + 1) * size - 1
+            if (len(said) < at or not said) and at + len(f"h{head}") <= room:
+                said = said.ljust(at) + f"h{head}"
+    return said
+
+
+def _cell(value: float, size: int) -> str:
+    if size == 4:
+        return f"{value * 100:.0f}" if value >= 0.005 else "·"
+    tenth = int(value * 10 + 0.5)
+    return "·" if tenth == 0 else "X" if tenth > 9 else str(tenth)
+
+
+def _heat(value: float) -> str:
+    return "bold yellow" if value >= 0.3 else "" if value >= 0.1 else "dim"

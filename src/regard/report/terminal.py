@@ -2,63 +2,383 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from itertools import zip_longest
 
+import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
 from ..words import SINK, Link
 from .looking import Focus, Look, Part, Row, Side
-from .screen import Bit, bar, clean, fit, word_name, wrapped
+from .screen import Bit, bar, clean, fit, grid, word_name, wrapped
 
 _READS = {
     "self": "reads",
-    "encoder": "reads in the encoder",
-    "decoder": "reads in the decoder",
-    "cross": "reads across, in the encoder's text",
+    "encoder": "reads (encoder)",
+    "decoder": "reads (decoder)",
+    "cross": "reads (cross)",
 }
-_OF = {"self": "", "encoder": " of the encoder", "decoder": " of the decoder", "cross": " across"}
-_LINES = 12  # a text longer than this is cut around what is looked at
-_WORD = 16
-_BAR = 10
+_OF = {"self": "", "encoder": ", encoder", "decoder": ", decoder", "cross": ", cross"}
+_LINES = 10  # a text longer than this is cut around what is looked at
+_WRITTEN = 40  # generated words listed
+_DIM, _HEAD = "dim", "bold"
 
 
 def print_look(found: Look, console: Console) -> None:
-    """Print what was found on ``console``, in at most 100 columns."""
-    for line in _Page(found, console).lines():
+    """Print what was found on ``console``, as wide as it is but no wider than 100 columns."""
+    page = Page(found, console)
+    for line in page.focused() if found.focuses else page.overall():
         console.print(line, no_wrap=True, overflow="crop", crop=True, highlight=False)
 
 
-class _Page:
+class Page:
+    """The parts of a page, as lines."""
+
     def __init__(self, found: Look, console: Console) -> None:
         self.found = found
         self.width = max(40, min(console.width, 100))
         self.colour = bool(console.color_system) and not console.no_color
         self.ascii = console.options.ascii_only
-        self.names = [word_name(name) for name in found.labels]
-        self.word = max(8, min(_WORD, (self.width - 48) // 2))
+        self.arrow = "->" if self.ascii else "→"
+        self.names = [
+            word_name(word.text) + name[len(word.text) :]
+            for word, name in zip(found.words, found.labels, strict=True)
+        ]
 
-    def lines(self) -> Iterator[Text]:
+    def overall(self) -> Iterator[Text]:
+        """The page without a word asked for."""
         found = self.found
-        if not found.focuses:
-            yield from self.text(None)
-            yield self.model()
-            yield Text()
-            yield from self.strongest()
-            yield from self.written()
-            yield from self.named_apart()
-            for part in found.parts:
-                yield Text()
-                yield from self.left_to_words(part)
-        for i, focus in enumerate(found.focuses):
+        yield from self.texts(None)
+        yield self.model()
+        yield from self.links()
+        yield from self.written()
+        for part in found.parts:
+            yield from self.named_apart(part)
+        for part in found.parts:
+            apart = torch.stack([(row * aside).sum() for row, aside in self._aside(part)])
+            words = part.received.sum(1) - apart
+            yield from self.map(part, f"mass that heads leave to words{_OF[part.kind]}, %", words)
+        hint = f"--from {self.names[found.far[0].source]}: " if found.far else "--from WORD: "
+        yield from self.footer(
+            f"sink: a word whose column mean in a head is above {SINK}",
+            hint + "what one word reads",
+        )
+
+    def focused(self) -> Iterator[Text]:
+        """The page for the words asked for."""
+        for i, focus in enumerate(self.found.focuses):
             if i:
-                yield Text()
-            yield from self.text(focus)
+                yield Text("─" * self.width, style=_DIM)
+            yield from self.texts(focus)
             yield self.model()
             for row in focus.rows:
-                yield Text()
                 yield from self.reading(focus, row)
+        rest = "mean: over the heads shown; of rest: its share without special tokens and sinks"
+        sink = f"sink: column mean above {SINK} in at least half of the heads; ° in that head"
+        yield from self.footer(rest, sink)
+
+    def _aside(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(part.received, part.special | part.sinks, strict=True)
+
+    def texts(self, focus: Focus | None) -> Iterator[Text]:
+        """The texts, shaded by what the focus reads."""
+        for i, side in enumerate(self.found.sides):
+            rows = [row for row in focus.rows if row.part.keys is side] if focus else []
+            shades = _shades(rows[0]) if rows else [0] * len(side.words)
+            at = focus.found.number - side.first if focus else -1
+            yield from wrapped(self._bits(side, shades, at, i > 0), self.width, self.colour)
+
+    def _bits(self, side: Side, shades: list[int], at: int, answer: bool) -> Iterator[Bit]:
+        """The text in stretches: words, and what lies between them."""
+        words, text = side.words, side.text
+        room = _LINES * self.width
+        middle = words[at].start if 0 <= at < len(words) else shades.index(3) if 3 in shades else 0
+        begin = 0 if len(text) <= room else max(0, min(middle - room // 2, len(text) - room))
+        reached = begin
+        if answer:
+            yield Bit("» ", style=_DIM)
+        if begin:
+            yield Bit("… ", style=_DIM)
+        for i, word in enumerate(words):
+            if word.start < begin or word.start == word.end:
+                continue
+            if word.end > begin + room:
+                yield Bit(" …", style=_DIM)
+                return
+            gap = text[reached : word.start]
+            yield from _gap(gap.lstrip() if reached == begin else gap)
+            written = side.first + i in self.found.generated
+            if written and not answer and not word.text.isspace():
+                if not text[word.start - 1 : word.start].isspace():
+                    yield Bit(" ")
+                yield Bit("» ", style=_DIM)
+                answer = True
+            mark = ("[", "]") if i == at else ("", "")
+            style = "italic" if written else ""
+            if word.text.isspace():
+                yield from _gap(word.text if reached > begin else "")
+            else:
+                style = f"{style} bold" if i == at else style
+                yield Bit(f"{mark[0]}{clean(word.text)}{mark[1]}", shades[i], style)
+            reached = word.end
+        yield from _gap(text[reached:].rstrip())
+
+    def model(self) -> Text:
+        """The model, and the heads that are shown."""
+        layers = {layer: heads for part in self.found.parts for layer, heads in part.layers.items()}
+        count = sum(map(len, layers.values()))
+        sizes = {tuple(heads) for heads in layers.values()}
+        heads = next(iter(sizes))
+        if count == 1:
+            shown = f"head {_pair(self.found.parts[0].heads[0])}"
+        elif len(sizes) == 1 and heads == tuple(range(len(heads))):
+            shown = f"{self._layers(layers)} × {_count(len(heads), 'head')}"
+        elif len(sizes) == 1:
+            shown = f"{self._layers(layers)} × head{'s' * (len(heads) > 1)} {_few(heads)}"
+        else:
+            shown = f"{count} heads of {self._layers(layers)}"
+        line = f"{clean(self.found.model)} · {shown} · where heads read, not why"
+        return Text(fit(line, self.width).rstrip(), style=_DIM)
+
+    def _layers(self, shown: dict[int, list[int]]) -> str:
+        numbers = sorted(shown)
+        blank = {blank.layer for blank in self.found.blanks}
+        if set(numbers) | blank == set(range(len(blank) + len(numbers))):
+            return _count(len(numbers), "layer")
+        return f"layer{'s' * (len(numbers) > 1)} {_few(numbers)}"
+
+    def links(self) -> Iterator[Text]:
+        """The strongest links, those between neighbours beside the others, or below."""
+        found = self.found
+        beside = self.width >= 72
+        left = (self.width - 37) // 2 if beside else self.width - 25
+        right = self.width - 37 - left if beside else left
+        near = [self._near(link, right) for link in found.near]
+        header = f"{fit('between neighbours', right)} {'weight':>6}  head"
         yield Text()
-        yield from self.footer()
+        top = f"{fit('strongest links', left + 8)} {'weight':>6}  {'head':<5} "
+        yield Text(top + header if beside else top.rstrip(), style=_HEAD)
+        for far, other in zip_longest(found.far, near if beside else []):
+            line = Text(" " * (left + 23)) if far is None else Text(f"{self._pair(far, left)} ")
+            if far is not None:
+                line.append(bar(far.weight, 6, self.ascii), style="yellow")
+                line.append(f" {far.weight:>7.2f}  {_pair(far):<5} ")
+            line.append(other or "")
+            line.rstrip()
+            yield line
+        if near and not beside:
+            yield Text(header, style=_HEAD)
+            yield from map(Text, near)
+        if not found.far and not near:
+            yield Text("none between words: the heads read special tokens and sinks only")
+        yield _shown(found.shown_mass, "of the mass of all heads and words")
+
+    def _near(self, link: Link, width: int) -> str:
+        return f"{self._pair(link, width)} {link.weight:>6.2f}  {_pair(link)}"
+
+    def _pair(self, link: Link, width: int) -> str:
+        source, target = self.names[link.source], self.names[link.target]
+        half = (width - len(self.arrow) - 2) // 2
+        source = fit(source, half).rstrip() if len(source) > half else source
+        return fit(f"{source} {self.arrow} {target}", width)
+
+    def written(self) -> Iterator[Text]:
+        """What the generated words read."""
+        rows = self.found.written
+        for kind in dict.fromkeys(row.part.kind for row in rows):
+            some = [row for row in rows if row.part.kind == kind]
+            wide = min(14, max(len(self.names[row.word]) for row in some))
+            wide = max(wide, 9)
+            yield Text()
+            yield Text(
+                f"{fit('generated', wide)}  "
+                f"{fit(f'{_READS[kind]} on average', self.width - wide - 30)}  "
+                "strongest head",
+                style=_HEAD,
+            )
+            for row in some[:_WRITTEN]:
+                yield self._wrote(row, wide)
+            if len(some) > _WRITTEN:
+                yield Text(f"… and {len(some) - _WRITTEN} more words; --json has all", style=_DIM)
+
+    def _wrote(self, row: Row, wide: int) -> Text:
+        part = row.part
+        mean = row.mean.masked_fill(part.apart, 0)
+        hidden = part.special | part.sinks
+        if row.itself >= 0:
+            mean[row.itself] = 0
+            hidden[:, row.itself] = True
+        said = []
+        for value, place in zip(*(t.tolist() for t in mean.topk(min(3, len(mean)))), strict=True):
+            if value >= 0.005:
+                said.append(f"{fit(self.names[place + part.keys.first], 12).rstrip()} {value:.2f}")
+        line = Text(f"{fit(self.names[row.word], wide)}  ", style="")
+        line.append(fit("  ".join(said), self.width - wide - 30) + "  ")
+        for link in row.links(1, hidden):
+            line.append(f"{_pair(link):<6}{fit(self.names[link.target], 14)} {link.weight:.2f}")
+        line.rstrip()
+        return line
+
+    def named_apart(self, part: Part) -> Iterator[Text]:
+        """Special tokens and sinks, with the mass they take."""
+        counts = part.sinks.sum(0)
+        mass = part.received.mean(0)
+        rows = [
+            (float(mass[i]), i, word.special, int(counts[i]))
+            for i, word in enumerate(part.keys.words)
+            if (self.found.special if word.special else counts[i])
+        ]
+        if not rows:
+            return
+        rows.sort(reverse=True)
+        wide = max(10, min(24, self.width - 56))
+        yield Text()
+        yield Text(f"{fit(f'named apart{_OF[part.kind]}', wide + 3)} of the mass", style=_HEAD)
+        for share, i, special, sinks in rows[: self.found.top]:
+            said = ["special token"] if special else []
+            if sinks:
+                said.append(f"sink in {sinks} of {_count(len(part.heads), 'head')}")
+            line = f"{fit(self.names[i + part.keys.first], wide)} {share * 100:>10.1f} %   "
+            yield Text(fit(line + ", ".join(said), self.width).rstrip())
+        if len(rows) > self.found.top:
+            rest = sum(row[0] for row in rows[self.found.top :])
+            more = f"and {len(rows) - self.found.top} more"
+            yield Text(f"{fit(more, wide)} {rest * 100:>10.1f} %")
+
+    def reading(self, focus: Focus, row: Row) -> Iterator[Text]:
+        """What the focus reads in one part: words, the strongest heads, and the map."""
+        part, found = row.part, self.found
+        mean, apart = row.mean, part.apart
+        name = self.names[row.word]
+        wide = max(8, min(14, self.width - 62))
+        gauge = max(4, min(11, self.width - wide - 55))
+        yield Text()
+        if focus.found.of > 1:
+            nth, of = focus.found.nth, focus.found.of
+            base = word_name(found.words[row.word].text)
+            also = base if nth == of else f"{base}#{nth + 1}"
+            yield Text(f"{base}: number {nth} of {of} in the text; --from {also} is another")
+        reads = _READS[part.kind]
+        title = f"{fit(name, max(4, wide + gauge - len(reads))).rstrip()} {reads}"
+        yield Text(
+            f"{fit(title, wide + gauge + 1)} {'mean':>6} {'of rest':>7}   strongest heads",
+            style=_HEAD,
+        )
+        shown = 0.0
+        rest = max(1e-9, float(mean[~apart].sum()))
+        plain = mean.masked_fill(apart, 0)
+        most = max(1e-9, float(plain.max()))
+        for value, place in _top(plain, found.top):
+            line = Text(fit(self.names[place + part.keys.first], wide) + " ")
+            line.append(bar(value / most, gauge, self.ascii), style="yellow")
+            share = f"{value / rest * 100:.0f} %"
+            line.append(f"  {value:.3f} {share:>7}   ")
+            yield self._heads(line, row, place)
+            shown += value
+        for value, place in _top(mean.masked_fill(~apart, 0), max(2, found.top // 2)):
+            if found.special or not part.special[place]:
+                kind = "sink" if part.sink[place] else "special"
+                line = Text(fit(self.names[place + part.keys.first], wide) + " ", style=_DIM)
+                line.append(f"{fit(kind, gauge)}  {value:.3f} {'':>7}   ")
+                yield self._heads(line, row, place)
+                shown += value
+        lost = 1 - float(mean.sum())
+        if lost > 0.005:
+            yield Text(f"{fit('learned sink', wide + gauge + 1)}  {lost:.3f}", style=_DIM)
+            shown += lost
+        yield _shown(shown, "of the mass")
+        target = self._target(row)
+        to = self.names[target + part.keys.first]
+        yield from self.map(part, f"{name} {self.arrow} {to}, %", row.weights[:, target])
+
+    def _target(self, row: Row) -> int:
+        """The word read most: not itself, special or a sink unless there is no other."""
+        mean = row.mean.clone()
+        for aside in (row.part.sink, row.part.special):
+            mean[aside] -= 2
+        if row.itself >= 0:
+            mean[row.itself] -= 8
+        return int(mean.argmax())
+
+    def _heads(self, line: Text, row: Row, place: int) -> Text:
+        """The line with the heads that read the word most; ° where it is the head's sink."""
+        part = row.part
+        for value, i in _top(row.weights[:, place], 3 if self.width >= 76 else 2):
+            if value >= 0.005:
+                mark = "°" if part.sinks[i, place] else ""
+                style = "bold" if value >= 0.3 else ""
+                line.append(f"{_pair(part.heads[i]):<5}").append(f"{value:.2f}", style=style)
+                line.append(fit(mark, 3))
+        line.rstrip()
+        return line
+
+    def map(self, part: Part, title: str, values: Tensor) -> Iterator[Text]:
+        """One number a head, layers down and heads across."""
+        cells = dict(zip(part.heads, values.tolist(), strict=True))
+        yield Text()
+        blanks = [blank.layer for blank in self.found.blanks if part.kind == "self"]
+        yield from grid(cells, title, self.width, blanks)
+
+    def footer(self, *more: str) -> Iterator[Text]:
+        """The definitions used."""
+        yield Text()
+        weight = "word weight: sum over its tokens, mean over the reading word's tokens"
+        for said in (weight, *more):
+            yield from (Text(line, style=_DIM) for line in textwrap.wrap(said, self.width))
+
+
+def _shades(row: Row) -> list[int]:
+    """How strongly each key is shaded, 0 to 3, by the mean that the word gives it."""
+    mean = row.mean.masked_fill(row.part.apart, 0)
+    if row.itself >= 0:
+        mean[row.itself] = 0
+    share = mean / mean.max().clamp(min=1e-9)
+    return [3 if s > 0.8 else 2 if s > 0.6 else 1 if s > 0.4 else 0 for s in share.tolist()]
+
+
+def _gap(text: str) -> Iterator[Bit]:
+    """What lies between two words: a space, a new line, or characters without a token."""
+    if not text:
+        return
+    said = clean("".join(" " if char.isspace() else char for char in text))
+    stripped = said.strip()
+    if "\n" in text:
+        yield Bit(stripped, style=_DIM, line=True)
+    elif not stripped:
+        yield Bit(" ")
+    else:
+        yield Bit(" " * said.startswith(" ") + stripped + " " * said.endswith(" "), style=_DIM)
+
+
+def _top(values: Tensor, count: int) -> list[tuple[float, int]]:
+    """The largest values above nothing, with their places."""
+    best = values.topk(min(count, len(values)))
+    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [(value, place) for value, place in pairs if value >= 0.0005]
+
+
+def _shown(share: float, of: str) -> Text:
+    return Text(f"shown {_percent(share)} {of}", style=_DIM)
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.001:
+        return "less than 0.1 %"
+    return f"{share * 100:.1f} %" if share < 0.0995 else f"{share * 100:.0f} %"
+
+
+def _pair(head: Link | tuple[int, int]) -> str:
+    layer, number = (head.layer, head.head) if isinstance(head, Link) else head
+    return f"{layer}.{number}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _few(numbers: list[int] | tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown + (" …" if len(numbers) > 8 else "")

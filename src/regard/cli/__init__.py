@@ -1,0 +1,50 @@
+"""The `regard` command. Each command is one file, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from .. import __version__
+from ..errors import RegardError
+
+try:
+    import click
+except ImportError:  # the entry point comes with the package, its libraries with the extra
+    print('regard: the command needs its extra: pip install "regard[look]"', file=sys.stderr)
+    raise SystemExit(2) from None
+
+_COMMANDS = ("look", "walk")
+
+
+class _Commands(click.Group):
+    """Commands found by name; what regard refuses is one line on stderr, exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f".{cmd_name}", __name__)
+        return getattr(module, cmd_name)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except RegardError as error:
+            raise _Refused(" ".join(str(error).split())) from error
+
+
+class _Refused(click.ClickException):
+    exit_code = 2
+
+    def show(self, file: object = None) -> None:
+        shown = "".join(char if char.isprintable() else "�" for char in self.message)
+        click.echo(f"regard: {shown}", err=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def main() -> None:
+    """Which tokens does each token regard? Attention, with the weights in sight."""

@@ -1,0 +1,5 @@
+"""`python -m regard.cli`."""
+
+from . import main
+
+main(prog_name="regard")

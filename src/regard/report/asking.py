@@ -1,0 +1,106 @@
+"""What `regard look` is asked beyond the plain look: --versus, --cut and --effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..cutting import Edge, cut
+from ..effects import effects
+from ..errors import RegardError
+from ..loading import Reader, load
+from ..probing import Probe
+from ..recording import Recording
+from .looking import Look
+from .versus import add_versus
+
+
+@dataclass(frozen=True)
+class Question:
+    """The options, read: another text and model (None: the same), the cuts, whether effects."""
+
+    text: str | None
+    model: str | None
+    cuts: tuple[Edge, ...]
+    effect: bool
+    generate: int
+
+    @classmethod
+    def parse(
+        cls,
+        text: str | None,
+        model: str | None,
+        cuts: Sequence[str],
+        effect: bool,
+        generate: int,
+    ) -> Question:
+        """RegardError for what cannot be asked."""
+        if generate and (cuts or effect):
+            raise RegardError("--cut and --effect read TEXT as it is; leave --generate out")
+        return cls(text, model, tuple(map(Edge.parse, cuts)), effect, generate)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model is run beyond the recording."""
+        return bool(self.cuts) or self.effect
+
+    def answer(
+        self,
+        found: Look,
+        reader: Reader,
+        recording: Recording,
+        readers: Sequence[str],
+        layers: Sequence[int],
+        heads: Sequence[int],
+        progress: Callable[[str, float | None], object],
+    ) -> Recording | None:
+        """Fill in ``found``; returns the recording of the other text or model, if there is one."""
+        other = None
+        if self.text is not None or self.model is not None:
+            progress("reading the second", None)
+            second = reader
+            if self.model is not None:
+                second = load(self.model, generate=self.generate > 0)
+            text = found.sides[0].text if self.text is None else self.text
+            if self.text is None and self.generate:
+                text = str(recording.about["text"])[: _given(recording)]
+            other = second.record(text, generate=self.generate)
+            add_versus(found, recording, other, layers=layers, heads=heads)
+        if self.runs:
+            probe = Probe(reader, found.sides[0].text)
+            if self.cuts:
+                progress("cutting", None)
+                found.cut = cut(probe, self.cuts, readers, found.top)
+            if self.effect:
+                self._effects(found, probe, progress)
+        return other
+
+    def _effects(
+        self, found: Look, probe: Probe, progress: Callable[[str, float | None], object]
+    ) -> None:
+        numbers = {pair for part in found.parts for pair in part.heads}
+
+        def shown(layer: int, head: int, target: int) -> bool:
+            hidden = not found.special and found.words[target].special
+            return (layer, head) in numbers and not hidden
+
+        targets: list[int | None] = [focus.found.number for focus in found.focuses]
+        for word in targets or [None]:
+            found.effects.append(
+                effects(
+                    probe,
+                    word,
+                    top=found.top,
+                    shown=shown,
+                    progress=lambda share: progress("measuring effects", share),
+                )
+            )
+
+
+def _given(recording: Recording) -> int:
+    """Where the text that was given ends and what a causal model generated begins."""
+    begun = recording.about.get("generated")
+    offsets = recording.about["offsets"]
+    if begun is None or begun >= len(offsets):
+        return len(recording.about["text"])
+    return int(offsets[begun][0])

@@ -1,0 +1,395 @@
+"""`regard look --html`: what was found, as one page that needs nothing but itself.
+
+The page holds the word weights of every head shown, so that any word can be asked what it reads:
+all of them for a text of a few hundred words, the strongest of each word and head beyond that.
+Text reaches the page as JSON only and is set as text, never as markup; the page's policy lets it
+run its own script and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..comparing import align
+from ..errors import RegardError
+from .looking import Look, Part, Side
+from .screen import clean, word_name
+
+if TYPE_CHECKING:
+    from ..effects import Effects
+    from ..recording import Recording
+
+UNIT = 10_000
+"""Weights are written in units of 1/UNIT."""
+FULL = 12_000_000
+"""A map of up to this many weights is written whole: about 400 words in 72 heads."""
+LINKS = 2_000_000
+"""Beyond, this many of the strongest links are, spread evenly over words and heads."""
+
+_SCRIPTS = ("look-weights", "look-draw", "look-grid", "look-list", "look")  # one after another
+_TILE = 1 << 22  # weights held at once: 16 MB in float32
+
+
+def check_html(path: Path) -> None:
+    """Raise RegardError where ``write_html`` could not write: a folder, or in one that is not."""
+    if path.is_dir():
+        raise RegardError(f"{path} is a folder; --html writes a file")
+    if path.exists() and not path.is_file():
+        raise RegardError(f"{path} is no ordinary file; --html writes one")
+    if not path.parent.is_dir():
+        raise RegardError(f"there is no folder {path.parent} to write {path.name} in")
+
+
+def write_html(
+    found: Look,
+    recording: Recording,
+    path: Path,
+    *,
+    other: Recording | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> None:
+    """Write the page of ``as_html`` to ``path``: under another name until it is whole."""
+    check_html(path)
+    page = as_html(found, recording, other=other, progress=progress)
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        part.write_text(page, "utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise RegardError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def as_html(
+    found: Look,
+    recording: Recording,
+    *,
+    other: Recording | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> str:
+    """The page, of about a byte a weight.
+
+    ``recording`` is the one that ``found`` is of; ``other`` that of ``found.other``, if any.
+    """
+    maps: list[str] = []
+    data: dict[str, Any] = {"unit": UNIT}
+    data["readings"] = [_reading(found, recording, maps, progress)]
+    if found.other is not None and other is not None:
+        data["readings"].append(_reading(found.other, other, maps, progress))
+        pairs = {one: two for one, two in align(found.words, found.other.words) if one is not None}
+        data["aligned"] = [pairs.get(i) for i in range(len(found.words))]
+    data["effects"] = [_effects(one) for one in found.effects]
+    if found.cut is not None:
+        data["cut"] = ", ".join(clean(str(cut.edge)) for cut in found.cut.cuts)
+    page = files(__package__).joinpath("page")
+    style, frame = (page.joinpath(f"look.{kind}").read_text("utf-8") for kind in ("css", "html"))
+    script = "\n".join(page.joinpath(f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"style-src '{_digest(style)}'",
+            f"script-src '{_digest(script)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+    filled = {
+        "policy": policy,
+        "title": html.escape(f"{clean(found.model)} · regard look"),
+        "style": style,
+        "script": script,
+        "data": _inert(data),
+        "maps": "\n".join(
+            f'<script type="text/plain" id="map-{i}">{text}</script>' for i, text in enumerate(maps)
+        ),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], frame)
+
+
+def _digest(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _inert(data: object) -> str:
+    """``data`` as JSON of plain ASCII in which nothing can end a script or begin a tag."""
+    line = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", line)
+
+
+def _reading(
+    found: Look,
+    recording: Recording,
+    maps: list[str],
+    progress: Callable[[float], object] | None,
+) -> dict[str, Any]:
+    """One model on one input. The weights go into ``maps``, a base64 text for each part."""
+    total = sum(len(part.readers.words) for part in found.parts)
+    done = 0
+
+    def step(words: int) -> None:
+        nonlocal done
+        done += words
+        if progress:
+            progress(done / max(1, total))
+
+    parts = []
+    for part in found.parts:
+        packed = _packed(part, recording, step)
+        parts.append(_part(part, packed, len(maps)))
+        maps.append(packed.text)
+    starts = [focus.found.number for focus in found.focuses] or [
+        link.source for link in found.far[:1]
+    ]
+    return {
+        "model": clean(found.model),
+        "words": [word_name(word.text) or "\N{REPLACEMENT CHARACTER}" for word in found.words],
+        "labels": [
+            word_name(word.text) + name[len(word.text) :]
+            for word, name in zip(found.words, found.labels, strict=True)
+        ],
+        "special": [i for i, word in enumerate(found.words) if word.special],
+        "generated": [found.generated.start, found.generated.stop],
+        "sides": [_side(side) for side in found.sides],
+        "parts": parts,
+        "blanks": [
+            {"layer": blank.layer, "name": clean(blank.name), "reason": clean(blank.reason)}
+            for blank in found.blanks
+        ],
+        "starts": starts,
+        "top": found.top,
+    }
+
+
+def _effects(found: Effects) -> dict[str, Any]:
+    """Links by effect, words by number."""
+    return {
+        "word": found.word,
+        "token": None if found.token is None else word_name(found.token),
+        "size": found.size,
+        "directions": found.directions,
+        "width": found.width,
+        "edges": found.edges,
+        "links": [
+            {
+                "layer": link.layer,
+                "head": link.head,
+                "from": link.source,
+                "to": link.target,
+                "effect": link.effect,
+                "weight": link.weight,
+                "value": link.value,
+            }
+            for link in found.links
+        ],
+    }
+
+
+def _side(side: Side) -> dict[str, Any]:
+    """A text as pieces: the number of a word, or what lies between two."""
+    pieces: list[int | str] = []
+    reached = 0
+    for i, word in enumerate(side.words):
+        if word.start < word.end:
+            pieces += _gap(side.text[reached : word.start])
+            reached = max(reached, word.end)
+        pieces.append(side.first + i)
+    pieces += _gap(side.text[reached:].rstrip())
+    return {
+        "first": side.first,
+        "count": len(side.words),
+        "pieces": pieces,
+        "rtl": _right_to_left(side.text),
+    }
+
+
+def _gap(text: str) -> list[str]:
+    """What lies between two words: a new line, a space, or characters that have no token."""
+    if not text:
+        return []
+    said = clean("".join(" " if char.isspace() else char for char in text)).strip()
+    before = "\n" if "\n" in text else " " if text[0].isspace() else ""
+    after = " " if said and text[-1].isspace() else ""
+    return [piece for piece in (before, said, after) if piece]
+
+
+def _right_to_left(text: str) -> bool:
+    """Whether the first letter with a direction is of a script written from right to left."""
+    for char in text:
+        kind = unicodedata.bidirectional(char)
+        if kind in ("L", "R", "AL"):
+            return kind != "L"
+    return False
+
+
+def _part(part: Part, packed: _Packed, number: int) -> dict[str, Any]:
+    return {
+        "kind": part.kind,
+        "heads": part.heads,
+        "names": {str(layer): clean(name) for layer, name in part.names.items()},
+        "readers": [part.readers.first, len(part.readers.words)],
+        "keys": [part.keys.first, len(part.keys.words)],
+        "same": part.readers is part.keys,
+        "sinks": [row.nonzero().flatten().tolist() for row in part.sinks],
+        "map": number,
+        "listed": packed.listed,
+        "metrics": {
+            "left": _rounded((part.received * ~(part.special | part.sinks)).sum(1)),
+            **{name: _rounded(values) for name, values in packed.metrics.items()},
+        },
+    }
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A part's weights as text. ``listed``: links a word and head; 0 where all weights are there.
+
+    ``metrics`` float32 (heads,): means over the words that are not special tokens.
+    """
+
+    text: str
+    listed: int
+    metrics: dict[str, Tensor]
+
+
+def _packed(part: Part, recording: Recording, step: Callable[[int], object]) -> _Packed:
+    """The weights of a part, whole if they are few enough, and what is measured on the way.
+
+    Whole: (heads, readers, keys). Else the strongest of each row of the heads, of each layer's
+    mean and of the mean over all: the keys' numbers, the weights, and the rows' sums. Numbers
+    are written bytes of one place after another, which deflate likes.
+    """
+    heads, readers, keys = len(part.heads), len(part.readers.words), len(part.keys.words)
+    whole = heads * readers * keys <= FULL
+    series = heads + len(part.layers) + 1
+    listed = 0 if whole else min(keys, max(1, LINKS // (series * readers)))
+    measured = _Measured(part)
+    weights = torch.zeros(heads if whole else series, readers, keys if whole else listed).short()
+    places = torch.zeros(0 if whole else series, readers, listed, dtype=torch.int32)
+    sums = torch.zeros(0 if whole else series, readers, dtype=torch.int16)
+    for rows, tables in _tables(part, recording):
+        mean = torch.zeros(len(rows), keys)
+        at = 0
+        for number, table in enumerate(tables):
+            span = slice(at, at + len(table))
+            measured.add(span, rows, table)
+            if whole:
+                weights[span, rows.start : rows.stop] = _in_units(table)
+            else:
+                here = mean.new_zeros(len(table) + 1, len(rows), keys)
+                here[:-1], here[-1] = table, table.mean(0)
+                to = [*range(at, at + len(table)), heads + number]
+                _list(here, to, rows, weights, places, sums)
+                mean += table.sum(0)
+            at += len(table)
+        if not whole:
+            _list((mean / heads)[None], [series - 1], rows, weights, places, sums)
+        step(len(rows))
+    planes = [_bytes(weights, 2)]
+    if not whole:
+        planes = [_bytes(places, 3), *planes, _bytes(sums, 2)]
+    text = base64.b64encode(zlib.compress(b"".join(planes), 9)).decode()
+    return _Packed(text, listed, measured.means())
+
+
+def _tables(part: Part, recording: Recording) -> Iterator[tuple[range, Iterator[Tensor]]]:
+    """Blocks of readers, each with its word weights layer by layer: (heads, block, keys)."""
+    words = part.readers.words
+    most = max(recording.layers[layer].heads for layer in part.layers)
+    size = max(1, _TILE // max(1, most * len(part.keys.words.of_token)))
+    for start in range(0, len(words), size):
+        rows = range(start, min(start + size, len(words)))
+        yield rows, (_table(part, recording, layer, rows) for layer in part.layers)
+
+
+def _table(part: Part, recording: Recording, layer: int, rows: range) -> Tensor:
+    words, keys, heads = part.readers.words, part.keys.words, part.layers[layer]
+    table = torch.zeros(len(heads), len(rows), len(keys))
+    stop = words[rows[-1]].tokens.stop
+    size = max(1, _TILE // max(1, recording.layers[layer].heads * len(keys.of_token)))
+    for first in range(words[rows[0]].tokens.start, stop, size):
+        last = min(first + size, stop)
+        weights = recording.weights(layer, rows=slice(first, last))
+        if len(heads) < len(weights):
+            weights = weights[heads]
+        table.index_add_(1, words.of_token[first:last] - rows.start, keys.sum_tokens(weights))
+    return table / words.sizes[rows.start : rows.stop, None]
+
+
+def _in_units(table: Tensor) -> Tensor:
+    """Weights as whole units, each within one, so rounded that rows keep their sums."""
+    ends = (table.double().cumsum(-1) * UNIT).round()
+    return torch.diff(ends, dim=-1, prepend=torch.zeros_like(ends[..., :1])).short()
+
+
+def _list(
+    table: Tensor, to: list[int], rows: range, weights: Tensor, places: Tensor, sums: Tensor
+) -> None:
+    """Write the strongest of each row of ``table`` (series, rows, keys)."""
+    best = table.topk(weights.shape[2], -1)
+    for i, series in enumerate(to):
+        weights[series, rows.start : rows.stop] = (best.values[i] * UNIT).round().short()
+        places[series, rows.start : rows.stop] = best.indices[i].int()
+        sums[series, rows.start : rows.stop] = (table[i].sum(-1) * UNIT).round().short()
+
+
+def _bytes(values: Tensor, places: int) -> bytes:
+    """Whole numbers from 0 on as bytes: all lowest ones, then the next, …"""
+    flat = values.flatten().to(torch.int32)
+    return b"".join(
+        ((flat >> 8 * place) & 255).to(torch.uint8).numpy().tobytes() for place in range(places)
+    )
+
+
+class _Measured:
+    """What is said of each head, summed over words: the page explains each by its name."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.special = torch.tensor([word.special for word in part.readers.words])
+        self.apart = part.special | part.sinks
+        names = ["entropy"]
+        if part.readers is part.keys:
+            names += ["before", "after", "itself", "distance"]
+        self.sums = {name: torch.zeros(len(part.heads)) for name in names}
+
+    def add(self, heads: slice, rows: range, table: Tensor) -> None:
+        """Add a table (heads, rows, keys)."""
+        at = torch.arange(rows.start, rows.stop)
+        counts = ~self.special[at]
+        table, at = table[:, counts], at[counts]
+        self.sums["entropy"][heads] -= torch.xlogy(table, table).sum((1, 2))
+        if "before" not in self.sums:
+            return
+        here = torch.arange(len(at))
+        for name, by in (("before", -1), ("itself", 0), ("after", 1)):
+            inside = (at + by >= 0) & (at + by < table.shape[2])
+            self.sums[name][heads] += table[:, here[inside], at[inside] + by].sum(1)
+        rest = table.masked_fill(self.apart[heads, None], 0)
+        away = (torch.arange(table.shape[2]) - at[:, None]).abs()
+        self.sums["distance"][heads] += (rest * away).sum(2).div(rest.sum(2) + 1e-9).sum(1)
+
+    def means(self) -> dict[str, Tensor]:
+        """By name: float32 (heads,)."""
+        count = max(1, int((~self.special).sum()))
+        return {name: values / count for name, values in self.sums.items()}

@@ -1,0 +1,382 @@
+"""`walk`: how one head's output for one word comes about, each step with the model's real numbers.
+
+The model runs twice: as it is, where hooks note what its modules take and give at one position,
+and watched, which shows the query, keys and values that the attention received. The steps are
+computed from the second, in float64, and end where the first must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import Call
+from .errors import RegardError
+from .loading import Encoded, _without_cache, quiet
+from .lowered import Span
+from .projection import output_projection
+from .tracing import Trace, moved, near
+from .tracking import module_of
+from .walked import Check, Embedded, Side, Token, Walk, Weighing
+from .watching import watch
+from .words import Words, columns, find, label
+
+if TYPE_CHECKING:
+    from .loading import Reader
+    from .recording import Recording
+
+_PLAIN = (-5.0, 12.0)  # largest scores of which exp prints well without anything taken off
+_ROUNDINGS = 256  # a difference is rounding up to so many ε of the largest number compared
+
+
+def walk(
+    reader: Reader,
+    text: str,
+    word: str,
+    *,
+    head: tuple[int, int] | None = None,
+    generate: int = 0,
+    target: str | None = None,
+    step: Callable[[int], object] | None = None,
+) -> Walk:
+    """Walk through what the word `word` of `text` computes in head (layer, head).
+
+    Layers are numbered as in a recording: an encoder-decoder's decoder follows its encoder, self-
+    and cross-attention apart. Without `head`, that with the strongest link from the word to another
+    that is neither special nor the head's sink. Of a word of several tokens the last walks.
+    generate: let the model first add so many tokens; target: what an encoder-decoder's decoder
+    reads, given. RegardError where the word or head is not there.
+    """
+    model, inputs, texts = _prepared(reader, text, generate, target, step)
+    sides = _sides(texts)
+    calls: dict[str, Call] = {}
+    with quiet(), torch.no_grad():
+        with watch(model, keep_qk=True) as seen:
+            recorded = seen.record
+
+            def record(
+                name: str, kind: str, call: Call, lse: Tensor, out: Tensor | None = None
+            ) -> None:
+                calls[name] = call
+                recorded(name, kind, call, lse, out)
+
+            seen.record = record  # type: ignore[method-assign]
+            model(**inputs)
+        recording = seen.recording(model=reader.name)
+        number, layer, chosen = _place(recording, sides, word, head)
+        side = sides[_of_word(sides, number)]
+        at = side.words[number - side.first].tokens[-1]
+        with Trace(model, at) as trace:
+            model(**inputs)
+    index = layer[0]
+    name = recording.layers[index].name
+    source = sides[0] if _kind(recording, index, len(sides)) in ("encoder", "cross") else side
+    parts = _steps(model, trace, calls[name], name, at, layer[1])
+    exact = recording.weights(index, layer[1], rows=[at])[0]
+    weights = parts["weighing"].weights
+    checks = [_check("weights", weights, exact, torch.float32), *parts.pop("checks")]
+    return Walk(
+        model=reader.name,
+        module=name,
+        kind=_kind(recording, index, len(sides)),
+        layer=index,
+        head=layer[1],
+        block=seen.layers[index].index,
+        layers=len(recording.layers),
+        rotary=any("rotary" in n for n, _ in model.named_modules()),
+        engine=str(getattr(model.config, "_attn_implementation", "")),
+        chosen=chosen,
+        reader=side,
+        source=source,
+        word=number,
+        at=at,
+        checks=checks,
+        **parts,
+    )
+
+
+def _prepared(
+    reader: Reader,
+    text: str,
+    generate: int,
+    target: str | None,
+    step: Callable[[int], object] | None,
+) -> tuple[Any, dict[str, Any], list[Encoded]]:
+    """The model to run, its inputs, and the texts that it reads."""
+    if target is not None and reader.family != "encoder-decoder":
+        raise RegardError(f"{reader.name} has no decoder apart, so there is no target to give it")
+    if target is not None and generate:
+        raise RegardError("give a target, or let the model generate: not both")
+    encoded = reader.encode(text)
+    reader._fits(len(encoded.ids), generate)
+    ids = torch.tensor([encoded.ids])
+    with quiet(), torch.no_grad():
+        new = reader._generate(ids, generate, step) if generate else []
+    model, texts = reader.model.base_model, [encoded]
+    if reader.family == "causal" and generate:
+        texts = [reader._continued(encoded, new)]
+    elif reader.family == "encoder-decoder" and generate:
+        texts.append(reader._continued(Encoded("", []), new))
+    elif target is not None:
+        texts.append(_target(reader, target))
+        reader._fits(len(texts[1].ids), 0)
+    elif reader.family == "encoder-decoder":
+        model = reader.model.get_encoder()
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([texts[0].ids])}
+    if len(texts) > 1:
+        inputs["decoder_input_ids"] = torch.tensor([texts[1].ids])
+    return model, inputs | _without_cache(model), texts
+
+
+def _target(reader: Reader, text: str) -> Encoded:
+    """A given target as the decoder reads it: its start token first, no end."""
+    said = reader.encode(text)
+    config = reader.model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    start = getattr(config, "bos_token_id", None) if start is None else start
+    if start is None:
+        raise RegardError(f"{reader.name} names no token that its decoder starts with")
+    stop = len(said.ids) - (said.ids[-1] == reader.tokenizer.eos_token_id)
+    return Encoded(
+        text,
+        [start, *said.ids[:stop]],
+        [*reader._names([start]), *said.tokens[:stop]],
+        [(0, 0), *said.offsets[:stop]],
+        [True, *said.special[:stop]],
+    )
+
+
+def _sides(texts: Sequence[Encoded]) -> list[Side]:
+    """The texts with their words, which are numbered over all of them."""
+    split = [Words.split(t.text, t.tokens, t.offsets, t.special) for t in texts]
+    names = label([word for words in split for word in words])
+    sides: list[Side] = []
+    first = 0
+    for text, words in zip(texts, split, strict=True):
+        tokens = []
+        for i, of in enumerate(words.of_token.tolist()):
+            word = words[of]
+            cut = text.text[slice(*text.offsets[i])].strip() or text.tokens[i]
+            before, after = i > word.tokens[0], i < word.tokens[-1]
+            piece = "…" * before + cut + "…" * after + names[first + of][len(word.text) :]
+            whole = len(word.tokens) == 1
+            tokens.append(Token(names[first + of], piece, text.ids[i], text.special[i], whole))
+        sides.append(Side(text.text, words, tokens, first))
+        first += len(words)
+    return sides
+
+
+def _of_word(sides: Sequence[Side], number: int) -> int:
+    return 1 if len(sides) > 1 and number >= sides[1].first else 0
+
+
+def _kind(recording: Recording, layer: int, sides: int) -> str:
+    recorded = recording.layers[layer]
+    if sides == 1:
+        return "self"
+    if recorded.kind == "cross":
+        return "cross"
+    return "decoder" if "decoder" in recorded.name.split(".") else "encoder"
+
+
+def _place(
+    recording: Recording, sides: list[Side], name: str, head: tuple[int, int] | None
+) -> tuple[int, tuple[int, int], tuple[str, float] | None]:
+    """The number of the word, its layer and head, and what it reads there where we chose."""
+    words = [word for side in sides for word in side.words]
+    if head is None:
+        number = find(words, name).number
+        return number, *_strongest(recording, sides, number)
+    layer, which = head
+    count = len(recording.layers)
+    if not 0 <= layer < count:
+        raise RegardError(f"no layer {layer}: the model has layers 0 to {count - 1}")
+    heads = recording.layer(layer).heads
+    if not 0 <= which < heads:
+        raise RegardError(f"no head {which}: layer {layer} has heads 0 to {heads - 1}")
+    side = sides[_kind(recording, layer, len(sides)) in ("decoder", "cross")]
+    try:
+        number = find(words, name).number
+    except RegardError:
+        number = -1
+    if not side.first <= number < side.first + len(side.words):
+        number = side.first + find(side.words, name).number
+    return number, head, None
+
+
+def _strongest(
+    recording: Recording, sides: list[Side], number: int
+) -> tuple[tuple[int, int], tuple[str, float]]:
+    """The head with the strongest link from a word, and what it is a link to."""
+    own = _of_word(sides, number)
+    side = sides[own]
+    at = side.words[number - side.first].tokens[-1]
+    best: tuple[float, int, int, str] | None = None
+    for i, recorded in enumerate(recording.layers):
+        kind = _kind(recording, i, len(sides))
+        if not recorded.pattern or (kind in ("decoder", "cross")) != bool(own):
+            continue
+        keys = sides[0] if kind in ("encoder", "cross") else side
+        links = keys.words.sum_tokens(recording.weights(i, rows=[at])[:, 0])
+        apart = columns(recording, i, keys.words).sinks
+        apart |= torch.tensor([word.special for word in keys.words])
+        if keys is side:
+            apart[:, number - side.first] = True
+        # What is left apart still ranks, for a word that reads nothing else
+        ranked = links - 2.0 * apart
+        top = int(ranked.argmax())
+        which, to = divmod(top, len(keys.words))
+        value = float(ranked[which, to])
+        if best is None or value > best[0]:
+            best = value, i, which, keys.tokens[keys.words[to].tokens[0]].word
+    if best is None:
+        raise RegardError("the model has no layer with softmax attention, so nothing to walk")
+    value, layer, which, to_name = best
+    return (layer, which), (to_name, value + 2.0 * (value < 0))
+
+
+def _steps(
+    model: nn.Module, trace: Trace, call: Call, name: str, at: int, head: int
+) -> dict[str, Any]:
+    """The fields of a `Walk` that the two runs give, and its checks."""
+    modules = dict(model.named_modules())
+    again = re.search(r"#(\d+)", name)
+    run = int(again[1]) if again else 1
+    block = _block(modules, module_of(name))
+    layer, attention = trace.find(block, run), trace.find(module_of(name), run)
+    weighings, mixed, values = _weighed(call, at)
+    weights = output_projection(modules, name, mixed.numel())
+    projection = next(
+        n for n, m in modules.items() if getattr(m, "weight", weights[:0]).data_ptr()
+        == weights.data_ptr()
+    )  # fmt: skip
+    ran = trace.find(projection, run)
+    if ran.taken is None or ran.given is None or layer.taken is None or attention.taken is None:
+        raise RegardError(f"{name}: what its layer takes and gives was not seen; cannot walk it")
+    theirs = ran.taken.view_as(mixed)
+    # A gate or norm on the way to W_O: what the head gives is then not what W_O takes
+    scaled = not near(theirs, mixed, 1e-2)
+    bias = getattr(modules[projection], "bias", None)
+    bias = bias.detach().double() if isinstance(bias, Tensor) else None
+    by_head = weights.detach().double().unflatten(1, mixed.shape)
+    written = torch.einsum("hv,mhv->hm", theirs if scaled else mixed, by_head)
+    attended = written.sum(0) + (0 if bias is None else bias)
+    kind = call.query.dtype
+    checks = [] if scaled else [_check("head", mixed[head], theirs[head], kind)]
+    checks.append(_check("output", attended, ran.given, kind))
+    base, residual = trace.residual(layer, attention, attended)
+    embedded, entered, normed = _embedded(trace, block)
+    place = call.place
+    own = head // (place.heads // place.kv_heads)
+    moves = not near(attention.taken, layer.taken, 1e-6)
+    return {
+        "heads": place.heads,
+        "kv_heads": place.kv_heads,
+        "embedded": embedded,
+        "entered": entered,
+        "normed": normed,
+        "x": layer.taken,
+        "taken": attention.taken if moves else None,
+        "query": call.query[0, head, at].double(),
+        "keys": call.key[0, own].double(),
+        "values": values[own],
+        "weighing": weighings(head),
+        "mixed": mixed[head],
+        "scaled": scaled,
+        "written": written,
+        "bias": bias,
+        "attended": attended,
+        "base": base,
+        "residual": residual,
+        "handed": layer.given,
+        "checks": checks,
+    }
+
+
+def _weighed(call: Call, at: int) -> tuple[Callable[[int], Weighing], Tensor, Tensor]:
+    """(the weighing of a head, what each mixes (heads, v_dim), values (kv_heads, keys, v_dim))."""
+    assert call.value is not None
+    place, group = call.place, call.place.heads // call.place.kv_heads
+    query, key, value = (t[0].detach().double() for t in (call.query, call.key, call.value))
+    dots = (key.repeat_interleave(group, 0) @ query[:, at, :, None])[..., 0]
+    scaled = dots * call.scale
+    capped = None if call.softcap is None else call.softcap * (scaled / call.softcap).tanh()
+    scores = scaled if capped is None else capped
+    span = Span(at, at + 1, 0, place.k_len, slice(0, 1), slice(0, place.heads))
+    visible = call.program.visible(span).expand(1, place.heads, 1, -1)[0, :, 0]
+    bias = None
+    for added in call.biases:
+        tile = added.tile(span, torch.float64).detach().expand(1, place.heads, 1, -1)[0, :, 0]
+        visible = visible & (tile > torch.finfo(call.query.dtype).min / 2)  # lower hides
+        bias = tile if bias is None else bias + tile
+    if bias is not None:
+        bias = bias.masked_fill(~visible, 0)
+        scores = scores + bias
+        bias = bias if bool(bias.any()) else None
+    scores = scores.masked_fill(~visible, -torch.inf)
+    logits = None if call.sinks is None else call.sinks.detach().double()
+    top = scores.amax(-1) if logits is None else torch.maximum(scores.amax(-1), logits)
+    low, high = _PLAIN
+    plain = (top >= low) & (top <= high) | (top == -torch.inf)
+    shift = top.masked_fill(plain, 0)
+    exps = (scores - shift[:, None]).exp()
+    sink_exps = torch.zeros(place.heads).double() if logits is None else (logits - shift).exp()
+    total = exps.sum(-1) + sink_exps
+    weights = exps / total.masked_fill(total == 0, 1)[:, None]
+    mixed = (weights[:, None] @ value.repeat_interleave(group, 0))[:, 0]
+
+    def of(head: int) -> Weighing:
+        return Weighing(
+            dots=dots[head],
+            scale=call.scale,
+            scaled=scaled[head],
+            softcap=call.softcap,
+            capped=None if capped is None else capped[head],
+            bias=None if bias is None else bias[head],
+            scores=scores[head],
+            visible=visible[head],
+            shift=float(shift[head]),
+            exps=exps[head],
+            total=float(total[head]),
+            weights=weights[head],
+            sink=None if logits is None else float(logits[head]),
+            sink_exp=float(sink_exps[head]),
+            sink_weight=float(sink_exps[head] / total[head]),
+        )
+
+    return of, mixed, value
+
+
+def _embedded(trace: Trace, block: str) -> tuple[list[Embedded], Tensor | None, bool]:
+    """The rows embedded for the stack of layers that `block` is of, what enters, if by a norm."""
+    rows, entered, normed = trace.before(block.rpartition(".")[0])
+    found = []
+    for ran in rows:
+        name = ran.name.rpartition(".")[2].lower()
+        position = any(part in name for part in ("pos", "wpe"))
+        kind = "position" if position else "type" if "type" in name else "word"
+        assert ran.given is not None
+        found.append(Embedded(kind, ran.row, ran.given))
+    found.sort(key=lambda e: ("word", "position", "type").index(e.kind))
+    return found, entered, normed
+
+
+def _block(modules: dict[str, nn.Module], name: str) -> str:
+    """The name of the layer that a module is part of; its own where there is no list of layers."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if isinstance(modules.get(".".join(parts[:i])), nn.ModuleList):
+            return ".".join(parts[: i + 1])
+    return name
+
+
+def _check(what: str, ours: Tensor, theirs: Tensor, kind: torch.dtype) -> Check:
+    """Two results that may differ by the rounding of a dtype."""
+    size = float(theirs.abs().amax()) if theirs.numel() else 0.0
+    difference = moved(ours, theirs)
+    bound = _ROUNDINGS * torch.finfo(kind).eps / 2 * max(size, 1e-6)
+    return Check(what, difference, size, difference <= bound)

@@ -1,0 +1,48 @@
+"""`import regard`: light, and exactly the public names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import regard
+
+HEAVY = ("transformers", "tokenizers", "click", "rich", "matplotlib", "triton", "bokeh", "pytest")
+
+
+def test_import_brings_no_optional_package():
+    """Nor anything that only some commands need."""
+    code = "import sys, torch; import regard; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "regard" in loaded
+    assert not loaded & set(HEAVY)
+    assert done.stderr == ""
+
+
+def test_public_names_are_all():
+    tree = ast.parse(Path(regard.__file__).read_text("utf-8"))
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(imported) == sorted(regard.__all__)
+    assert list(regard.__all__) == sorted(regard.__all__)
+    assert all(getattr(regard, name).__module__.startswith("regard.") for name in imported)
+    assert all(getattr(regard, name).__doc__ for name in imported)
+
+
+def test_init_is_short():
+    assert len(Path(regard.__file__).read_text("utf-8").splitlines()) < 40
+
+
+def test_no_module_bears_a_public_functions_name():
+    modules = {path.stem for path in Path(regard.__file__).parent.glob("*.py")}
+    assert not modules & set(regard.__all__)
+
+
+def test_it_is_typed_and_has_a_version():
+    assert (Path(regard.__file__).parent / "py.typed").exists()
+    assert regard.__version__.count(".") == 2

@@ -1,0 +1,362 @@
+"""Masks, element by element against plain Python, and the tile classes that engines skip by."""
+
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from regard import (
+    Causal,
+    Dense,
+    Documents,
+    Edges,
+    First,
+    Full,
+    Heads,
+    Mask,
+    Padding,
+    Predicate,
+    RegardError,
+    Window,
+    attention,
+)
+from regard.lowered import Span
+from regard.masks import And, Not, Or, Place
+
+CPU = torch.device("cpu")
+
+
+def place(batch=2, heads=2, q_len=66, k_len=133, query_start=None, key_start=0) -> Place:
+    start = key_start + k_len - q_len if query_start is None else query_start
+    return Place(batch, heads, heads, q_len, k_len, start, key_start, CPU)
+
+
+def naive(mask: Mask, at: Place):
+    """(b, h, i, j) → bool: what the docstrings say, on plain integers."""
+    match mask:
+        case And():
+            left, right = naive(mask.left, at), naive(mask.right, at)
+            return lambda *x: left(*x) and right(*x)
+        case Or():
+            left, right = naive(mask.left, at), naive(mask.right, at)
+            return lambda *x: left(*x) or right(*x)
+        case Not():
+            inner = naive(mask.mask, at)
+            return lambda *x: not inner(*x)
+        case Full():
+            return lambda b, h, i, j: True
+        case Causal():
+            return lambda b, h, i, j: j + at.key_start <= i + at.query_start
+        case Window():
+            shift = at.query_start - at.key_start
+            return lambda b, h, i, j: i + shift - mask.n < j <= i + shift + mask.ahead
+        case First():
+            return lambda b, h, i, j: j + at.key_start < mask.n
+        case Heads():
+            return lambda b, h, i, j: h in mask.heads
+        case Documents():
+            mine, theirs = (rows(t, at.batch) for t in (mask.query_ids, mask.key_ids))
+            return lambda b, h, i, j: mine[b][i] == theirs[b][j] >= 0
+        case Padding():
+            keep = rows(mask.keep, at.batch)
+            return lambda b, h, i, j: keep[b][j]
+        case Edges():
+            pairs = {tuple(map(int, pair)) for pair in mask.pairs}
+            return lambda b, h, i, j: (i + at.query_start, j + at.key_start) in pairs
+        case Dense():
+            shape = (at.batch, at.heads, at.q_len, at.k_len)
+            shown = mask.visible.expand(shape).tolist()
+            return lambda b, h, i, j: shown[b][h][i][j]
+        case Predicate():
+            return lambda b, h, i, j: bool(mask.fn(b, h, i + at.query_start, j + at.key_start))
+    raise AssertionError(f"no naive twin of {mask}")
+
+
+def rows(tensor: torch.Tensor, batch: int) -> list:
+    return tensor.expand(batch, -1).tolist()
+
+
+def naively(mask: Mask, at: Place) -> torch.Tensor:
+    answer = naive(mask, at)
+    everyone = itertools.product(*map(range, (at.batch, at.heads, at.q_len, at.k_len)))
+    flat = torch.tensor([answer(*x) for x in everyone], dtype=torch.bool)
+    return flat.view(at.batch, at.heads, at.q_len, at.k_len)
+
+
+def check(mask: Mask, at: Place, blocks, exact: bool = False) -> None:
+    """Elements, one item's program, and the classes of tiles, all against the naive answer."""
+    program, wanted = mask.lower(at), naively(mask, at)
+    whole = Span(0, at.q_len, 0, at.k_len)
+    assert torch.equal(program.visible(whole).expand_as(wanted), wanted)
+    q0, q1, k0, k1 = at.q_len // 3, at.q_len - at.q_len // 4, at.k_len // 4, at.k_len
+    inner = Span(q0, q1, k0, k1, slice(at.batch - 1, at.batch), slice(0, 1))
+    part = wanted[at.batch - 1 :, :1, q0:q1, k0:k1]
+    assert torch.equal(program.visible(inner).expand_as(part), part)
+    for b in range(at.batch):
+        item = program.item(b)
+        assert not item.by_batch
+        assert torch.equal(
+            item.visible(whole).expand(1, -1, -1, -1).expand_as(wanted[:1]), wanted[b : b + 1]
+        )
+    batch, heads = program.spread()
+    assert torch.equal(wanted, wanted[:batch].expand_as(wanted))
+    assert torch.equal(wanted, wanted[:, :heads].expand_as(wanted))
+    for block_q, block_k in blocks:
+        some, every = program.classes(block_q, block_k)
+        shown, whole_tile = tiles(wanted, block_q, block_k)
+        some, every = some.expand_as(shown), every.expand_as(shown)
+        assert (some >= shown).all(), f"{mask}: a tile of {block_q} × {block_k} is not empty"
+        assert (every <= whole_tile).all(), f"{mask}: a tile of {block_q} × {block_k} is not full"
+        if exact:
+            assert torch.equal(some, shown)
+            assert torch.equal(every, whole_tile)
+
+
+def tiles(shown: torch.Tensor, block_q: int, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether any and whether all of a tile is visible: (batch, heads, q tiles, k tiles)."""
+    tail = (0, -shown.shape[3] % block_k, 0, -shown.shape[2] % block_q)
+    answers = []
+    for fill in (False, True):
+        padded = torch.nn.functional.pad(shown, tail, value=fill)
+        padded = padded.unflatten(3, (-1, block_k)).unflatten(2, (-1, block_q)).transpose(3, 4)
+        answers.append(padded.flatten(4).all(-1) if fill else padded.flatten(4).any(-1))
+    return answers[0], answers[1]
+
+
+rng = torch.Generator().manual_seed(0)
+BLOCKS = [(1, 1), (3, 5), (16, 16), (64, 64), (64, 128), (128, 64), (200, 200), (7, 133)]
+PAIRS = [(70, 3), (80, 132), (100, 100), (132, 0), (500, 500), (66, 3)]
+LEAVES = {
+    "full": Full(),
+    "causal": Causal(),
+    "window": Window(20),
+    "window of 1": Window(1),
+    "window ahead": Window(3, ahead=40),
+    "first": First(40),
+    "first 0": First(0),
+    "heads": Heads([1]),
+}
+MASKS = LEAVES | {
+    "documents": Documents(
+        torch.randint(-1, 3, (2, 66), generator=rng), torch.randint(-1, 3, (1, 133), generator=rng)
+    ),
+    "sorted documents": Documents(torch.arange(66) // 20, torch.arange(133) // 40),
+    "padding": Padding(torch.rand(2, 133, generator=rng) < 0.5),
+    "padding in runs": Padding(torch.arange(133) >= torch.tensor([[0], [70]])),
+    "edges": Edges(PAIRS),
+    "edge tensor, twice the same": Edges(torch.tensor(PAIRS + PAIRS)),
+    "a tile of edges": Edges([(67 + q, k) for q in range(16) for k in range(48)]),
+    "dense": Dense(torch.rand(2, 2, 66, 133, generator=rng) < 0.5),
+    "dense rows": Dense(torch.rand(2, 1, 66, 1, generator=rng) < 0.5),
+    "dense keys": Dense(torch.rand(133, generator=rng) < 0.5),
+    "dense in blocks": Dense((torch.arange(66)[:, None] // 32 + torch.arange(133) // 32) % 2 == 0),
+    "dense of one": Dense(torch.tensor(True)),
+    "predicate": Predicate(lambda b, h, q, k: (q + k) % 3 == 0),
+    "predicate of all": Predicate(lambda b, h, q, k: (q - k) * (h + 1) < 60 * (b + 1)),
+    "predicate of keys": Predicate(lambda b, h, q, k: k >= 64),
+    "predicate of heads": Predicate(lambda b, h, q, k: h == 1),
+    "sinks and window": Causal() & (Window(9) | First(4)),
+    "prefix": Causal() | First(100),
+    "deep": ~(~(Causal() | Heads([0])) | ~Window(30, ahead=2)) | (First(9) & ~Edges(PAIRS)),
+}
+PLACES = {
+    "at the end": {},
+    "from 0": {"query_start": 0},
+    "in the middle": {"query_start": 71, "key_start": 33},
+    "before its keys": {"query_start": 5, "key_start": 60},
+    "after its keys": {"query_start": 300, "key_start": 1},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_every_mask_is_its_definition(mask):
+    check(mask, place(), BLOCKS, exact=mask in LEAVES.values())
+
+
+@pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("mask", [*LEAVES.values(), MASKS["deep"], Edges(PAIRS)], ids=str)
+def test_positions_are_the_sequences(mask, where):
+    check(mask, place(1, 2, 20, 37, **where), [(4, 8), (16, 16)], exact=mask in LEAVES.values())
+
+
+@pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
+def test_predicates_see_positions(where):
+    check(MASKS["predicate of all"], place(**where), [(64, 64), (50, 30)])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 64), (64, 1), (65, 64), (128, 128), (63, 129)])
+@pytest.mark.parametrize("name", ["full", "causal", "predicate", "deep"])
+def test_tails_that_fill_no_tile(name, sizes):
+    at = place(1, 2, *sizes)
+    check(MASKS[name], at, [(64, 64), (16, 128)], exact=name in LEAVES)
+
+
+def leaves(at: Place) -> st.SearchStrategy[Mask]:
+    n = st.integers(1, 40)
+    flags = st.randoms(use_true_random=False)
+
+    def bools(*shape: int):
+        count = torch.Size(shape).numel()
+        return flags.map(
+            lambda r: torch.tensor([r.random() < 0.5 for _ in range(count)]).view(shape)
+        )
+
+    def numbers(size: int):
+        row = st.lists(st.integers(-1, 2), min_size=size, max_size=size)
+        return st.sampled_from([row, row.map(sorted)]).flatmap(lambda r: r).map(torch.tensor)
+
+    pairs = st.tuples(st.integers(0, 45), st.integers(0, 30))
+    dense = st.tuples(*(st.sampled_from([1, s]) for s in (at.batch, at.heads, at.q_len, at.k_len)))
+    return st.one_of(
+        st.sampled_from([Full(), Causal()]),
+        st.builds(Window, n, ahead=st.integers(0, 9)),
+        st.builds(First, n),
+        st.builds(Heads, st.lists(st.integers(0, at.heads - 1), max_size=2)),
+        st.builds(Documents, numbers(at.q_len), numbers(at.k_len)),
+        st.builds(Padding, bools(at.batch, at.k_len)),
+        st.builds(Edges, st.lists(pairs, max_size=6)),
+        dense.flatmap(lambda shape: bools(*shape)).map(Dense),
+        n.map(lambda m: Predicate(lambda b, h, q, k: (q * m + k + b + h) % 3 == 0)),
+    )
+
+
+@st.composite
+def trees(draw) -> tuple[Mask, Place]:
+    size = st.integers(1, 20)
+    at = place(
+        draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(size), draw(size),
+        draw(st.none() | st.integers(0, 30)), draw(st.integers(0, 10)),
+    )  # fmt: skip
+    mask = st.recursive(
+        leaves(at),
+        lambda m: m.map(Not) | st.builds(And, m, m) | st.builds(Or, m, m),
+        max_leaves=5,
+    )
+    return draw(mask), at
+
+
+@given(trees(), st.integers(1, 24), st.integers(1, 24))
+@settings(max_examples=100)
+def test_any_tree_of_masks(tree, block_q, block_k):
+    check(*tree, [(block_q, block_k)])
+
+
+def test_cu_seqlens():
+    packed = Documents.from_cu_seqlens(torch.tensor([0, 3, 3, 7]))
+    assert packed.query_ids.tolist() == [0, 0, 0, 2, 2, 2, 2]
+    shown = (packed & Causal()).lower(place(1, 1, 7, 7)).visible(Span(0, 7, 0, 7))[0, 0]
+    blocks = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(4, 4).tril())
+    assert torch.equal(shown, blocks.bool())
+    cross = Documents.from_cu_seqlens(torch.tensor([0, 1, 3]), torch.tensor([0, 4, 5]))
+    assert cross.lower(place(1, 1, 3, 5)).visible(Span(0, 3, 0, 5))[0, 0].tolist() == [
+        [True, True, True, True, False],
+        [False, False, False, False, True],
+        [False, False, False, False, True],
+    ]
+    for wrong in ([1, 3], [0, 3, 2], [[0, 3]]):
+        with pytest.raises(RegardError, match="must be one row that starts at 0"):
+            Documents.from_cu_seqlens(torch.tensor(wrong))
+
+
+def test_a_predicate_is_evaluated_once_for_a_shape():
+    asked = []
+    mask = Predicate(lambda b, h, q, k: asked.append(q) is None and (q >= k))
+    first = mask.lower(place())
+    once = len(asked)
+    assert once == 2  # rows of cells: O(k_len) elements at a time, never the square
+    again = (mask & Full()).lower(place())
+    assert len(asked) == once
+    assert again.tensors[0] is first.tensors[0]
+    mask.lower(place(query_start=0))
+    assert len(asked) == 2 * once
+
+
+def test_a_predicate_keeps_bits_of_mixed_cells_only():
+    program = Causal().lower(place(1, 1, 256, 256))
+    same = Predicate(lambda b, h, q, k: q >= k).lower(place(1, 1, 256, 256))
+    cells, bits = same.tensors
+    assert cells.shape == (1, 1, 4, 4)
+    assert bits.shape[0] == 4  # the diagonal
+    for theirs, ours in zip(program.classes(64, 64), same.classes(64, 64), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+WRONG = {
+    "documents": (Documents(torch.zeros(5)), "query_ids is (1, 5), this call needs (2, 66)"),
+    "keys of documents": (
+        Documents(torch.zeros(66), torch.zeros(3, 133)),
+        "key_ids is (3, 133), this call needs (2, 133)",
+    ),
+    "documents of one side": (Documents(torch.zeros(66)), "key_ids is (1, 66)"),
+    "padding": (Padding(torch.ones(2, 66)), "keep is (2, 66), this call needs (2, 133)"),
+    "padding of a batch": (Padding(torch.ones(3, 133)), "keep is (3, 133)"),
+    "padding of 3 dims": (Padding(torch.ones(2, 1, 133)), "keep is (2, 1, 133)"),
+    "dense": (
+        Dense(torch.ones(66, 66, dtype=torch.bool)),
+        "(66, 66) does not broadcast to (2, 2, 66, 133)",
+    ),
+    "dense of 5 dims": (Dense(torch.ones(1, 1, 1, 1, 1, dtype=torch.bool)), "(1, 1, 1, 1, 1)"),
+    "dense floats": (Dense(torch.ones(66, 133)), "give bool (True: visible), or pass it as bias"),
+    "heads": (Heads([0, 2]), "2"),
+    "a predicate's shape": (
+        Predicate(lambda b, h, q, k: torch.ones(5, dtype=torch.bool)),
+        "it returned (5,) for indices that broadcast to (2, 2, 64, 133)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mask, said", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("combined", [lambda m: m, lambda m: ~(Causal() | m)], ids=["", "inside"])
+def test_wrong_sizes_are_said(mask, said, combined):
+    with pytest.raises(RegardError) as error:
+        combined(mask).lower(place())
+    assert said in str(error.value)
+    assert str(mask) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: Window(0), lambda: Window(3, ahead=-1), lambda: First(-1)]
+)
+def test_wrong_numbers_are_said(wrong):
+    with pytest.raises(RegardError, match="give n ≥"):
+        wrong()
+
+
+def test_masks_say_what_they_are():
+    def near(b, h, q, k):
+        return q - k < 3
+
+    said = [
+        (Causal() & (Window(20) | First(4)), "(Causal() & (Window(20) | First(4)))"),
+        (~Window(3, ahead=5), "~Window(3, ahead=5)"),
+        (Padding(torch.ones(2, 7).bool()) & Full(), "(Padding(keep (2, 7)) & Full())"),
+        (Documents(torch.zeros(2, 9)), "Documents(query_ids (2, 9))"),
+        (Dense(torch.ones(1, 9)), "Dense((1, 9))"),
+        (Edges([(1, 2), (3, 4)]), "Edges(2 pairs)"),
+        (Edges(torch.arange(10).view(5, 2)), "Edges(5 pairs)"),
+        (Heads([0, 3]), "Heads([0, 3])"),
+        (Predicate(near), "Predicate(near)"),
+    ]
+    assert [str(mask) for mask, _ in said] == [text for _, text in said]
+
+
+@pytest.mark.parametrize("make", [lambda: Causal() & Window(3), lambda: ~Heads([0, 2])])
+def test_masks_are_values(make):
+    assert make() == make()
+    assert hash(make()) == hash(make())
+
+
+def test_edges_of_an_iterator_stay():
+    mask = Edges(zip([70, 80], [1, 2], strict=True))
+    for _ in range(2):
+        assert naively(Edges([(70, 1), (80, 2)]), place()).equal(
+            mask.lower(place()).visible(Span(0, 66, 0, 133)).expand(2, 2, -1, -1)
+        )
+
+
+def test_padding_refuses_an_additive_mask():
+    q = torch.zeros(1, 1, 3, 8)
+    with pytest.raises(RegardError, match=r"keep is torch\.float32"):
+        attention(q, q, q, mask=Padding(torch.tensor([[0.0, 0.0, -torch.inf]])))
