@@ -175,7 +175,7 @@ def test_no_engine_lists_every_refusal():
     """The named engine's reasons alone; the call with its shapes, dtype, device and mask."""
     with pytest.raises(NoEngine) as error:
         attention(
-            drawn(*Q), drawn(*K), drawn(*V), mask=Causal() & Padding(drawn(2, 7)), softcap=2.0,
+            drawn(*Q), drawn(*K), drawn(*V), mask=Causal() & Padding(drawn(2, 7) > 0), softcap=2.0,
             sinks=drawn(4), dropout=Dropout(0.1, 3), bias=ALiBi(), engine="sdpa",
         )  # fmt: skip
     first, *lines = str(error.value).splitlines()
