@@ -63,9 +63,13 @@ def write_html(
     other: Recording | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> None:
-    """Write the page of ``as_html`` to ``path``: under another name until it is whole."""
+    """Write the page of ``as_html`` to ``path``."""
     check_html(path)
-    page = as_html(found, recording, other=other, progress=progress)
+    write_page(path, as_html(found, recording, other=other, progress=progress))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write ``page`` to ``path``: under another name until it is whole."""
     path = path.resolve()
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:

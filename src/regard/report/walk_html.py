@@ -5,7 +5,6 @@ All of it is plain markup, escaped here; the script only shows the steps one by 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
@@ -13,9 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import RegardError
 from ..walked import Side, Walk
-from .html import _digest, check_html
+from .html import _digest, check_html, write_page
 from .screen import clean, word_name
 from .walk_steps import Line, Row, Step, checks, chosen_line, head_line, head_name, steps
 from .walk_terminal import vector
@@ -68,18 +66,9 @@ _FRAME = """<!doctype html>
 
 
 def write_walk(walk: Walk, path: Path, top: int = 3) -> None:
-    """Write the page to ``path``: under another name until it is whole."""
+    """Write the page to ``path``."""
     check_html(path)
-    page = walk_html(walk, top)
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        part.write_text(page, "utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise RegardError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_page(path, walk_html(walk, top))
 
 
 def walk_html(walk: Walk, top: int = 3) -> str:
