@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .biases import Bias
 from .call import Call
@@ -54,16 +55,28 @@ def attention(
     key is 0. Gradients flow through out and lse. RegardError if the request does not fit together;
     NoEngine if the named engine, or none of them, can run it: a named engine never falls back.
     """
+    if has_torch_function_variadic(query, key, value):  # as torch's own: `watch` sees the call
+        return handle_torch_function(
+            attention, (query, key, value), query, key, value, mask=mask, bias=bias, scale=scale,
+            softcap=softcap, sinks=sinks, dropout=dropout, query_start=query_start,
+            key_start=key_start, observe=observe, return_lse=return_lse, engine=engine,
+        )  # fmt: skip
     call = Call.checked(
         query, key, value, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
         dropout=dropout, query_start=query_start, key_start=key_start, observe=observe,
         return_lse=return_lse,
     )  # fmt: skip
-    out, lse = select(call, engine).forward(call)
-    answer = (out, lse) if return_lse else (out,)
-    if observe is not None:
-        answer = (*answer, weigh(call, lse, out))
-    return answer if len(answer) > 1 else out
+    chosen = select(call, engine)
+    if observe is None:
+        out, lse = chosen.forward(call)
+        return (out, lse) if return_lse else out
+    seen: dict[int, Any] = {}
+    if hasattr(chosen, "observed"):  # it gathers some itself; the second pass does the others
+        out, lse, seen = chosen.observed(call)
+    else:
+        out, lse = chosen.forward(call)
+    results = weigh(call, lse, out, seen=seen)
+    return (out, lse, results) if return_lse else (out, results)
 
 
 def observe(

@@ -40,10 +40,16 @@ class Added:
         """The bias in a span, broadcastable to (batch, heads, q1 − q0, k1 − k0), in dtype."""
         if self.kind == Kind.DENSE:
             return span.cut(self.tensor).to(dtype)
-        rows = self.tensor[span.heads].to(dtype)
+        rows = replace(self, tensor=self.tensor[span.heads].to(dtype))
+        return rows.along(self.offsets(span))[None]
+
+    def along(self, offsets: Tensor) -> Tensor:
+        """A bias of distance alone, at offsets key − query (…): (heads, …)."""
         if self.kind == Kind.ALIBI:
-            return (-rows[:, None, None] * self.offsets(span).abs())[None]
-        return rows[:, self.buckets(span)][None]
+            slopes = self.tensor.view(-1, *[1] * offsets.dim())
+            return -slopes * offsets.abs()
+        both, longest = self.args
+        return self.tensor[:, relative_bucket(offsets, bool(both), self.tensor.shape[1], longest)]
 
     def item(self, batch: int) -> Added:
         """The same bias for one item of the batch."""
@@ -69,12 +75,20 @@ class Added:
             part = span.cut(grad)
             summed = [d for d in range(4) if part.shape[d] == 1 and scores_grad.shape[d] > 1]
             part += scores_grad.sum(summed, keepdim=True) if summed else scores_grad
-        elif self.kind == Kind.RELATIVE:
-            per_head = scores_grad.sum(0).flatten(1)
-            grad[span.heads].index_add_(1, self.buckets(span).flatten(), per_head)
         else:
-            distance = self.offsets(span).abs().to(scores_grad.dtype)
-            grad[span.heads] -= (scores_grad * distance).sum((0, 2, 3))
+            grad[span.heads] += self.collect_along(scores_grad.sum(0), self.offsets(span))
+
+    def collect_along(self, grad: Tensor, offsets: Tensor) -> Tensor:
+        """The gradient of a bias of distance alone, from d(loss)/d(scores) at offsets key − query.
+
+        grad (heads, …); offsets (…) int64.
+        """
+        if self.kind == Kind.ALIBI:
+            return -(grad * offsets.abs()).flatten(1).sum(1)
+        both, longest = self.args
+        buckets = relative_bucket(offsets, bool(both), self.tensor.shape[1], longest)
+        total = grad.new_zeros(len(grad), self.tensor.shape[1])
+        return total.index_add_(1, buckets.flatten(), grad.flatten(1))
 
 
 def relative_bucket(offset: Tensor, bidirectional: bool, buckets: int, longest: int) -> Tensor:

@@ -104,6 +104,18 @@ class Received(Observer):
             return place.heads
         return place.kv_heads if self.heads.startswith("group") else 1
 
+    def pool(self, total: Tensor, count: Tensor, place: Place) -> list[Tensor]:
+        """Sum and count (batch, heads, k_len) of each head, pooled as asked.
+
+        A pooled column counts the queries that see it in any of its heads.
+        """
+        if self.heads == "each":
+            return [total, count]
+        size = place.heads // self.pooled(place)
+        total = total.unflatten(1, (-1, size))
+        pooled = total.mean(2) if self.heads.endswith("mean") else total.sum(2)
+        return [pooled, count.unflatten(1, (-1, size)).amax(2)]
+
     def written(self) -> list[str]:
         queries = "null" if self.queries is None else _list(self.queries)
         return [queries, f'"{self.heads}"']

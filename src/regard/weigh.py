@@ -6,6 +6,8 @@ Each observer has a reader here that is fed every strip and fills the tensors th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -260,18 +262,26 @@ READERS: dict[type[Observer], type[Reader]] = {
 
 
 def weigh(
-    call: Call, lse: Tensor, out: Tensor | None = None, shard: bool = False
+    call: Call,
+    lse: Tensor,
+    out: Tensor | None = None,
+    shard: bool = False,
+    seen: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[Any, ...]:
     """What the call's observers see of the weights exp(score − lse), in their order.
 
     lse (batch, heads, q_len): that of all keys. shard: the call may hold only some of them.
     out (batch, heads, q_len, v_dim): the output; an Effect waits for its gradient.
+    seen: results that the forward gathered already, by the number of their observer.
     """
-    now = [o for o in call.observers if not isinstance(o, Effect)]
+    left = [o for i, o in enumerate(call.observers) if i not in seen]
+    now = [o for o in left if not isinstance(o, Effect)]
     read = iter(_read(call, now, lse, shard) if now else ())
     results = []
-    for observer in call.observers:
-        if not isinstance(observer, Effect):
+    for i, observer in enumerate(call.observers):
+        if i in seen:
+            results.append(seen[i])
+        elif not isinstance(observer, Effect):
             results.append(next(read))
         elif out is None:
             raise RegardError("Effect is read in a backward pass; a second pass alone has none")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..errors import NoEngine, RegardError
-from . import reference, sdpa, tiled
+from . import cpu, reference, sdpa, tiled
 
 
 class Engine(Protocol):
@@ -27,7 +27,7 @@ class Engine(Protocol):
 
 
 # `auto` takes the first that can. `reference` materialises the weights: only by name.
-PREFERENCE: tuple[Any, ...] = (sdpa, tiled)
+PREFERENCE: tuple[Any, ...] = (cpu, sdpa, tiled)
 ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, reference)}
 
 

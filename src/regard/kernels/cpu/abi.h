@@ -1,0 +1,94 @@
+// The plain C interface: what `engines/cpu.py` packs and the kernels read. Every field is 8 bytes
+// wide, so that one struct.pack in Python lays out the whole.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum RegardType : int64_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, I32 = 4, I64 = 5 };
+
+// A tensor of up to 4 dimensions; strides count elements, 0 where a dimension is broadcast.
+struct RegardView {
+    void* data;
+    int64_t type;
+    int64_t stride[4];
+};
+
+// Pages of a paged cache: key j of item b lies in page table[b · row + j / size], row j % size.
+// The pool's view is then (pages, kv_heads, size, dim).
+struct RegardPages {
+    const int32_t* table;
+    int64_t row, size;
+};
+
+// A pooled map: cells over queries and over keys, by position.
+struct RegardMap {
+    int64_t row_first, row_size, rows, col_first, col_size, cols, is_max;
+    float* out;  // (batch, heads, rows, cols)
+};
+
+struct RegardReceived {
+    int64_t first, last;  // the queries of the call that count: first ≤ i < last
+    float* sum;           // (batch, heads, k_len)
+    int32_t* count;       // likewise
+};
+
+struct RegardDistances {
+    int64_t bins;
+    const int64_t* edges;  // where each bin begins, ascending from 0
+    float *past, *future;  // (batch, heads, bins)
+};
+
+// What to keep of the weights; null or 0 where not asked for.
+struct RegardObserve {
+    int64_t k;       // of the top k
+    int32_t* index;  // (batch, heads, q_len, k): positions of keys, −1 where fewer are visible
+    float *top, *rest, *sink;
+    float *entropy, *max_score;  // (batch, heads, q_len)
+    int64_t received_count, map_count, distances_count, row_count;
+    const RegardReceived* received;
+    const RegardMap* map;
+    const RegardDistances* distances;
+    const int64_t* row;  // ascending queries of the call, whose rows are kept whole
+    float* rows;         // (batch, heads, row_count, k_len)
+};
+
+// One call of attention. Positions of queries and keys begin at query_start and key_start.
+struct RegardCall {
+    int64_t batch, heads, kv_heads, q_len, k_len, dim, v_dim, query_start, key_start;
+    double scale, softcap, dropout;  // 0: none
+    int64_t seed, threads, level;    // level: an instruction set (dispatch.cpp)
+    RegardView query, key, value, out;
+    float* lse;              // (batch, heads, q_len)
+    float* stats;            // (batch, heads, q_len, 2) or null: each row's largest score and sum
+    const float* sinks;      // (heads) or null
+    const float* by_offset;  // (heads, q_len + k_len − 1): the bias at query − key + k_len − 1
+    int64_t bias_count, code_count;
+    const RegardView* bias;  // dense
+    const int64_t* code;     // the mask's program (lowered.py)
+    const RegardView* mask;  // its tensors
+    const int64_t* mask_sizes;  // the first size of each: of edges, how many
+    RegardPages pages;
+    const RegardObserve* observe;  // or null
+};
+
+// Gradients of one call, from what its forward left. All are float32 and contiguous.
+struct RegardBackward {
+    RegardView grad_out;
+    const float* stats;    // of the forward
+    const float* delta;    // (batch, heads, q_len): grad_out · out − grad_lse
+    float *d_query, *d_key, *d_value;
+    float* d_by_offset;    // (heads, q_len + k_len − 1) or null; zeroed
+    const RegardView* d_bias;  // one a dense bias, zeroed; data null where not wanted
+    const int64_t* bias_floats;  // how many numbers each of them holds
+};
+
+#pragma GCC visibility push(default)
+int regard_built(void);                                    // bit i: level i is in the library
+int regard_levels(void);                                   // bit i: it can run here, too
+int regard_forward(const RegardCall*);                     // 0, or an error of `regard_error`
+int regard_backward(const RegardCall*, const RegardBackward*);
+void regard_use_openmp(void* gomp_parallel);
+const char* regard_error(int);
+#pragma GCC visibility pop
+}

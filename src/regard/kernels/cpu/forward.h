@@ -1,0 +1,447 @@
+// The forward: tiles of 64 rows × 128 keys, an online softmax over them (Dao et al. 2022), observers
+// beside it. Lanes are queries: scores stand as [key][lane], so that maxima, sums, top-k and entropy
+// are vertical, and keys and values are read by broadcast where they lie.
+#pragma once
+#include "matmul.h"
+#include "observe.h"
+#include "plan.h"
+
+namespace regard::LEVEL {
+
+// What the items of one call share.
+struct Shared {
+    RegardCall call;
+    RegardObserve observe;
+    bool observing;
+    Plan plan;
+    Shaping shaping;
+    float* columns;             // [item of the batch][head][stripe]
+    long column_floats;
+    float *partial, *strips;    // of blocks whose keys are cut into chunks
+    long partial_floats, strip_floats;
+    std::atomic<int>* left;     // chunks of a block that are not done
+    Queue* queue;
+
+    Columns column(long b, long h, long stripe) const {
+        long stripes = plan.flat ? 1 : plan.stripes;
+        long at = ((b * call.heads + h) * stripes + (plan.flat ? 0 : stripe)) * column_floats;
+        return Columns(columns + at, call, observe);
+    }
+};
+
+class Forward {
+  public:
+    explicit Forward(Shared& shared)
+        : sh(shared), c(shared.call), o(shared.observe), plan(shared.plan), shaping(shared.shaping) {
+        Cutter measure{nullptr};
+        lay_out(measure);
+        static thread_local Arena arena;
+        Cutter cutter{arena.take(measure.used)};
+        lay_out(cutter);
+    }
+
+    void run() {
+        for (long item; sh.queue->take(item);) {
+            long chunk = item % plan.chunks, stripe = item / plan.chunks % plan.stripes;
+            long owner = item / plan.chunks / plan.stripes;
+            if (plan.chunks > 1) {
+                part(owner, stripe, chunk);
+                continue;
+            }
+            // Later queries see more keys under a causal mask: longest first
+            for (long index = plan.blocks - 1 - stripe; index >= 0; index -= plan.stripes) {
+                Block block = plan.block(c, owner, index);
+                State state(own_state, block.lanes(), c.v_dim, (int)o.k);
+                Strip strip(own_strip, c.k_len, block.lanes());
+                start(block, state, 0);
+                walk(block, state, strip, 0, c.k_len, stripe);
+                finish(block, state, strip, stripe);
+            }
+        }
+    }
+
+  private:
+    Shared& sh;
+    const RegardCall& c;
+    const RegardObserve& o;
+    const Plan& plan;
+    const Shaping& shaping;
+    float *query, *line, *scores, *dropped, *biases, *factors, *keys, *values, *own_state, *own_strip;
+    float *scale, *weighing, *turned;
+    uint64_t *visible, *stack;
+
+    void lay_out(Cutter& cut) {
+        long dim = most(c.dim, c.v_dim);
+        query = cut.cut(LANES * c.dim);
+        line = cut.cut(W * (dim + W));
+        turned = cut.cut(W * (dim + W));
+        scores = cut.cut(KEYS * PW);
+        dropped = cut.cut(KEYS * PW);
+        biases = cut.cut(KEYS * LANES);
+        factors = cut.cut(c.dropout ? KEYS * LANES : 0);
+        keys = cut.cut(KEYS * c.dim);
+        values = cut.cut(KEYS * c.v_dim);
+        own_state = cut.cut(State::floats(LANES, c.v_dim, (int)o.k));
+        own_strip = cut.cut(plan.columns && plan.chunks == 1 ? Strip::floats(c.k_len, LANES) : 0);
+        scale = cut.cut(LANES);
+        weighing = cut.cut(plan.columns ? Weighing::floats(o) : 0);
+        visible = (uint64_t*)cut.cut(2 * KEYS);
+        stack = (uint64_t*)cut.cut(2 * Shaping::words(c));
+    }
+
+    // One chunk of a block's keys; whoever does the last of them joins them all, in order.
+    void part(long owner, long index, long chunk) {
+        Block block = plan.block(c, owner, index);
+        long id = owner * plan.blocks + index;
+        float* mine = sh.partial + id * plan.chunks * sh.partial_floats;
+        auto state = [&](long i) {
+            return State(mine + i * sh.partial_floats, block.lanes(), c.v_dim, (int)o.k);
+        };
+        Strip strip(sh.strips + id * sh.strip_floats, c.k_len, block.lanes());
+        State own = state(chunk);
+        start(block, own, chunk);
+        long k0 = chunk * Plan::CHUNK;
+        walk(block, own, strip, k0, least(k0 + Plan::CHUNK, c.k_len), 0);
+        if (sh.left[id].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+        State whole = state(0);
+        for (long i = 1; i < plan.chunks; i++) whole.join(state(i));
+        finish(block, whole, strip, 0);
+    }
+
+    void start(const Block& block, State& state, long chunk) {
+        state.clear();
+        if (c.sinks && chunk == 0)
+            for (int i = 0; i < block.segments; i++)
+                for (int r = 0; r < block.segment[i].count; r++)
+                    state.sink(block.segment[i].lane + r, c.sinks[block.segment[i].h]);
+        turn_rows(c.query, block, c.dim, shaping.query_scale(), line, query);
+    }
+
+    // All tiles between two keys. Sixteen at a time are asked first whether any shows something.
+    void walk(const Block& block, State& state, Strip& strip, long from, long to, long stripe) {
+        if (plan.columns)
+            for (long t = from / KEYS; t * KEYS < to; t++) strip.held[t] = 0;
+        for (long far = from; far < to; far += 16 * KEYS) {
+            long end = least(far + 16 * KEYS, to);
+            Answer several = {true, true};
+            if (!shaping.sees_all()) several = shaping.classify(block, far, end);
+            if (!several.some) continue;
+            for (long k0 = far; k0 < end; k0 += KEYS) {
+                int n = (int)least(KEYS, end - k0);
+                Answer a = several;
+                if (!a.every) a = shaping.classify(block, k0, k0 + n);
+                if (a.some) tile(block, state, strip, k0, n, a.every, stripe);
+            }
+        }
+    }
+
+    void tile(const Block& block, State& state, Strip& strip, long k0, int n, bool every, long stripe) {
+        const Segment& first = block.segment[0];
+        long kv = first.h / plan.group;
+        if (!every) shaping.look(block, k0, n, visible, stack);
+        if (o.received_count)
+            for (int i = 0; i < block.segments; i++) {
+                const Segment& s = block.segment[i];
+                sh.column(s.b, s.h, stripe).count_tile(c, o, s, k0, n, every ? nullptr : visible);
+            }
+        if (shaping.biased) shaping.bias(block, k0, n, biases);
+        if (c.dropout) shaping.dropout(block, k0, n, factors);
+        Rows k = rows_of(c.key, c.pages, first.b, kv, k0, n, c.dim, keys);
+        Rows v = rows_of(c.value, c.pages, first.b, kv, k0, n, c.v_dim, values);
+        float* held = plan.columns ? strip.tile(k0 / KEYS) : nullptr;
+        for (int p = 0; p < block.panels; p++) {
+            float* s = held ? held + (long)p * KEYS * PW : scores;
+            if (block.panel_rows(p) > W)
+                panel<2>(block, state, p, k, v, s, k0, n, every);
+            else
+                panel<1>(block, state, p, k, v, s, k0, n, every);
+        }
+        if (held) {
+            memcpy(strip.top + k0 / KEYS * block.lanes(), state.top, block.lanes() * sizeof(float));
+            strip.held[k0 / KEYS] = 1;
+        }
+    }
+
+    // Scores, softmax and mix of one panel: NV vectors of rows against n keys.
+    template <int NV>
+    void panel(const Block& block, State& state, int p, Rows k, Rows v, float* s, long k0, int n,
+               bool every) {
+        product<false, NV>(n, c.dim, k.data, k.ld, 1, query + p * c.dim * PW, PW, s, PW);
+        if (!every || shaping.shaped())
+            shaping.finish<NV>(p, n, s, PW, every ? nullptr : visible,
+                               shaping.biased ? biases : nullptr);
+        if (o.row_count) keep_rows(block, p, s, k0, n);
+        float* mixed = state.mixed + p * c.v_dim * PW;
+        if (o.entropy)
+            softmax<NV, true>(state, p, s, k0, n, mixed);
+        else
+            softmax<NV, false>(state, p, s, k0, n, mixed);
+        const float* weights = s;
+        if (c.dropout) {
+            for (int j = 0; j < n; j++)
+                for (int i = 0; i < PW; i++)
+                    dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
+            weights = dropped;
+        }
+        product<true, NV>(c.v_dim, n, v.data, 1, v.ld, weights, PW, mixed, PW);
+    }
+
+    template <int NV, bool entropy>
+    void softmax(State& state, int p, float* s, long k0, int n, float* mixed) {
+        V high[NV], fall[NV];
+        bool moved = false;
+        #pragma GCC unroll 2
+        for (int i = 0; i < NV; i++) {
+            int at = p * PW + i * W;
+            V a = all(-INFINITY), b = a;
+            for (int j = 0; j + 1 < n; j += 2) {
+                a = max(load(s + j * PW + i * W), a);
+                b = max(load(s + (j + 1) * PW + i * W), b);
+            }
+            if (n & 1) a = max(load(s + (n - 1) * PW + i * W), a);
+            a = max(a, b);
+            if (o.k) state.offer_all(at, s + i * W, n, k0, a);
+            store(state.visible + at, max(a, load(state.visible + at)));
+            V was = load(state.top + at);
+            high[i] = max(a, was);
+            store(state.top + at, high[i]);
+            moved |= any(high[i] != was);
+            fall[i] = exp(was - high[i]);
+            V total = load(state.total + at);
+            if (entropy)
+                store(state.spread + at,
+                      fall[i] * (load(state.spread + at) + State::shift(was - high[i], total)));
+            store(state.total + at, fall[i] * total);
+        }
+        if (moved)
+            for (long d = 0; d < c.v_dim; d++)
+                for (int i = 0; i < NV; i++)
+                    store(mixed + d * PW + i * W, fall[i] * load(mixed + d * PW + i * W));
+        V total[NV] = {}, spread[NV] = {};
+        #pragma GCC unroll 2
+        for (int j = 0; j < n; j++) {
+            #pragma GCC unroll 2
+            for (int i = 0; i < NV; i++) {
+                V t = load(s + j * PW + i * W) - high[i];
+                V e = exp(t);
+                if (entropy) spread[i] += e * max(all(-200.f), t);
+                total[i] += e;
+                store(s + j * PW + i * W, e);
+            }
+        }
+        for (int i = 0; i < NV; i++) {
+            int at = p * PW + i * W;
+            store(state.total + at, load(state.total + at) + total[i]);
+            if (entropy) store(state.spread + at, load(state.spread + at) + spread[i]);
+        }
+    }
+
+    // The scores of the rows that are kept whole; `finish` makes weights of them.
+    void keep_rows(const Block& block, int p, const float* s, long k0, int n) {
+        each_kept(block, [&](const Segment&, int lane, float* to) {
+            if (lane / PW != p) return;
+            for (int j = 0; j < n; j++) to[k0 + j] = s[j * PW + lane % PW];
+        });
+    }
+
+    template <class Then>
+    void each_kept(const Block& block, Then then) {
+        for (int i = 0; i < block.segments; i++) {
+            const Segment& s = block.segment[i];
+            for (long r = 0; r < o.row_count; r++)
+                if (o.row[r] >= s.q0 && o.row[r] < s.q0 + s.count)
+                    then(s, s.lane + (int)(o.row[r] - s.q0),
+                         o.rows + ((s.b * c.heads + s.h) * o.row_count + r) * c.k_len);
+        }
+    }
+
+    void finish(const Block& block, State& state, Strip& strip, long stripe) {
+        for (int i = 0; i < block.lanes(); i++)
+            scale[i] = i >= block.count || state.total[i] == 0 ? 0 : 1 / state.total[i];
+        for (int i = 0; i < block.segments; i++) write(block.segment[i], state);
+        if (o.row_count)
+            each_kept(block, [&](const Segment&, int lane, float* row) {
+                V top = all(state.top[lane]), by = all(scale[lane]);
+                for (long j = 0; j < c.k_len; j += W) {
+                    V x = all(-INFINITY);
+                    long n = least(W, c.k_len - j);
+                    memcpy(&x, row + j, n * sizeof(float));
+                    x = exp(x - top) * by;
+                    memcpy(row + j, &x, n * sizeof(float));
+                }
+            });
+        if (plan.columns)
+            for (int i = 0; i < block.segments; i++) {
+                const Segment& s = block.segment[i];
+                Weighing(c, o, strip, state, scale, weighing)
+                    .segment(s, c.k_len, sh.column(s.b, s.h, stripe));
+            }
+    }
+
+    // Out, lse, and what observers keep of each row.
+    void write(const Segment& s, const State& state) {
+        for (int r = 0; r < s.count; r++) {
+            int lane = s.lane + r;
+            long row = (s.b * c.heads + s.h) * c.q_len + s.q0 + r;
+            double top = state.top[lane], total = state.total[lane];
+            if (c.stats) {
+                c.stats[2 * row] = state.top[lane];
+                c.stats[2 * row + 1] = state.total[lane];
+            }
+            c.lse[row] = total == 0 ? -INFINITY : (float)(top + ::log(total));
+            float taken = 0;
+            if (c.sinks && total != 0)
+                taken = (float)(::exp(c.sinks[s.h] - top) / total);
+            if (o.max_score) o.max_score[row] = state.visible[lane];
+            if (o.entropy) {
+                // −Σ p ln p with p = exp(score − top) / total, over the keys: less what a sink took
+                double mass = 1 - (double)taken, spread = state.spread[lane] / total;
+                if (taken > 0) spread -= taken * (c.sinks[s.h] - top);
+                o.entropy[row] = total == 0 ? 0 : (float)(mass * ::log(total) - spread);
+            }
+            if (o.k) keep_top(state, lane, row, (float)(c.sinks ? 1 - (double)taken : total != 0), taken);
+        }
+        write_mixed(s, state);
+    }
+
+    void keep_top(const State& state, int lane, long row, float mass, float taken) {
+        float listed = 0;
+        for (int t = 0; t < o.k; t++) {
+            int32_t key = state.index[(long)t * state.lanes + lane];
+            float score = state.value[(long)t * state.lanes + lane];
+            float weight = exp(all(score - state.top[lane]))[0] * scale[lane];
+            // A row that holds a NaN has no weights: it surfaces in all of them
+            if (state.total[lane] != state.total[lane]) weight = state.total[lane];
+            o.index[row * o.k + t] = key < 0 ? -1 : key + (int32_t)c.key_start;
+            o.top[row * o.k + t] = key < 0 && weight == weight ? 0 : weight;
+            listed += weight;
+        }
+        float rest = mass - listed;
+        o.rest[row] = rest < 0 ? 0 : rest;
+        o.sink[row] = taken;
+    }
+
+    // The mixed values [dim][lane], turned into rows and divided by the rows' sums.
+    void write_mixed(const Segment& s, const State& state) {
+        for (int lane = s.lane / W * W; lane < s.lane + s.count; lane += W) {
+            const float* from = state.mixed + lane / PW * c.v_dim * PW + lane % PW;
+            for (long d = 0; d < c.v_dim; d += W) {
+                V v[W];
+                for (int i = 0; i < W; i++) v[i] = d + i < c.v_dim ? load(from + (d + i) * PW) : V{};
+                transpose(v);
+                for (int i = 0; i < W; i++) {
+                    store(turned + i * (c.v_dim + W) + d, v[i] * scale[lane + i]);
+                }
+            }
+            for (int i = 0; i < W; i++) {
+                int r = lane + i - s.lane;
+                if (r < 0 || r >= s.count) continue;
+                char* to = (char*)address(c.out, s.b, s.h, s.q0 + r);
+                narrow(c.out.type, turned + i * (c.v_dim + W), c.v_dim, to);
+            }
+        }
+    }
+};
+
+// Keys and values as float32, once for all, where many blocks would convert them again and again.
+struct Packing {
+    const RegardCall* call;
+    float *key, *value;
+    Queue* queue;
+
+    static void work(void* data) {
+        const Packing& p = *(Packing*)data;
+        const RegardCall& c = *p.call;
+        long tiles = (c.k_len + KEYS - 1) / KEYS;
+        for (long item; p.queue->take(item);) {
+            long k0 = item % tiles * KEYS, head = item / tiles;
+            long b = head / c.kv_heads, h = head % c.kv_heads;
+            int n = (int)least(KEYS, c.k_len - k0);
+            copy(c.key, c, b, h, k0, n, c.dim, p.key + (head * c.k_len + k0) * c.dim);
+            copy(c.value, c, b, h, k0, n, c.v_dim, p.value + (head * c.k_len + k0) * c.v_dim);
+        }
+    }
+    static void copy(const RegardView& v, const RegardCall& c, long b, long h, long k0, int n,
+                     long dim, float* to) {
+        Rows rows = rows_of(v, c.pages, b, h, k0, n, dim, to);
+        if (rows.data == to) return;
+        for (int i = 0; i < n; i++) memcpy(to + i * dim, rows.data + i * rows.ld, dim * 4);
+    }
+};
+
+static void work_forward(void* shared) { Forward(*(Shared*)shared).run(); }
+
+static void sum_columns(void* data) {
+    Shared& sh = *(Shared*)data;
+    for (long item; sh.queue->take(item);) {
+        long b = item / sh.call.heads, h = item % sh.call.heads;
+        Columns first = sh.column(b, h, 0);
+        for (long s = 1; !sh.plan.flat && s < sh.plan.stripes; s++)
+            first.add(sh.column(b, h, s), sh.call, sh.observe);
+        first.write(sh.call, sh.observe, b, h);
+    }
+}
+
+// 0, or 1: out of memory.
+static int forward(const RegardCall& given) {
+    Shared sh{};
+    sh.call = given;
+    RegardCall& c = sh.call;
+    if (given.observe) sh.observe = *given.observe;
+    const RegardObserve& o = sh.observe;
+    sh.plan = Plan(c, given.observe);
+    Plan& plan = sh.plan;
+    float* packed = nullptr;
+    bool ready = c.key.type == F32 && c.key.stride[3] == 1 && c.value.stride[3] == 1;
+    if (!ready && plan.blocks * (plan.flat ? 1 : plan.group) > 1) {
+        long rows = c.batch * c.kv_heads * c.k_len;
+        packed = (float*)malloc((size_t)rows * (c.dim + c.v_dim) * sizeof(float));
+        if (!packed) return 1;
+        Queue queue(c.batch * c.kv_heads * ((c.k_len + KEYS - 1) / KEYS));
+        Packing packing{&given, packed, packed + rows * c.dim, &queue};
+        run_team(least(c.threads, queue.count), Packing::work, &packing);
+        c.key = {packing.key, F32, {c.kv_heads * c.k_len * c.dim, c.k_len * c.dim, c.dim, 1}};
+        c.value = {packing.value, F32, {c.kv_heads * c.k_len * c.v_dim, c.k_len * c.v_dim, c.v_dim, 1}};
+        c.pages.table = nullptr;
+    }
+    sh.shaping = Shaping(c);
+    long lanes = plan.block(c, 0, 0).lanes();
+    size_t column_count = 0, partial_count = 0, strip_count = 0;
+    if (plan.columns) {
+        sh.column_floats = Columns::floats(c, o);
+        column_count = c.batch * c.heads * (plan.flat ? 1 : plan.stripes) * sh.column_floats;
+    }
+    if (plan.chunks > 1) {
+        sh.partial_floats = (State::floats((int)lanes, c.v_dim, (int)o.k) + 15) / 16 * 16;
+        partial_count = plan.owners * plan.blocks * plan.chunks * sh.partial_floats;
+        if (plan.columns) {
+            sh.strip_floats = (Strip::floats(c.k_len, (int)lanes) + 15) / 16 * 16;
+            strip_count = plan.owners * plan.blocks * sh.strip_floats;
+        }
+    }
+    sh.columns = (float*)calloc(column_count + 1, sizeof(float));
+    sh.partial = (float*)malloc((partial_count + 1) * sizeof(float));
+    sh.strips = (float*)malloc((strip_count + 1) * sizeof(float));
+    long counters = plan.chunks > 1 ? plan.owners * plan.blocks : 1;
+    sh.left = (std::atomic<int>*)malloc(counters * sizeof(std::atomic<int>));
+    bool enough = sh.columns && sh.partial && sh.strips && sh.left;
+    if (enough) {
+        for (long i = 0; i < counters; i++) new (&sh.left[i]) std::atomic<int>((int)plan.chunks);
+        Queue queue(plan.items());
+        sh.queue = &queue;
+        run_team(least(c.threads, queue.count), work_forward, &sh);
+        if (plan.columns) {
+            Queue heads(c.batch * c.heads);
+            sh.queue = &heads;
+            run_team(1, sum_columns, &sh);
+        }
+    }
+    free(packed);
+    free(sh.columns);
+    free(sh.partial);
+    free(sh.strips);
+    free(sh.left);
+    return enough ? 0 : 1;
+}
+
+}  // namespace regard::LEVEL

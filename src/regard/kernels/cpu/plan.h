@@ -1,0 +1,120 @@
+// How a call is cut into work, and the memory that the work is done in.
+#pragma once
+#include <cstdlib>
+
+#include "scores.h"
+#include "team.h"
+
+namespace regard::LEVEL {
+
+// Floats of this thread that outlive the call, so that calls need no fresh pages.
+struct Arena {
+    float* data = nullptr;
+    size_t size = 0;
+    ~Arena() { free(data); }
+    float* take(size_t floats) {
+        if (floats > size) {
+            free(data);
+            size = floats;
+            data = (float*)aligned_alloc(64, (floats * 4 + 63) / 64 * 64);
+        }
+        return data;
+    }
+};
+
+// Hands out parts of a buffer, each beginning on a cache line; measures first where data is null.
+struct Cutter {
+    float* data;
+    size_t used = 0;
+    float* cut(size_t floats) {
+        float* part = data ? data + used : nullptr;
+        used += (floats + 15) / 16 * 16;
+        return part;
+    }
+};
+
+// How a call is cut into items of work. It depends on the sizes of one item of the batch alone, never
+// on threads: so do the bits.
+struct Plan {
+    bool flat;          // a block holds all queries of several heads, rather than 64 queries of one
+    long group, heads_per_block;
+    long owners;        // a head of an item of the batch; flat: a kv head of one
+    long blocks;        // of each owner
+    long stripes;       // into which these are dealt
+    long chunks;        // into which a flat block's keys are cut
+    bool columns;       // whether column statistics are gathered
+    static constexpr long CHUNK = 4 * KEYS;
+
+    Plan() = default;
+    Plan(const RegardCall& c, const RegardObserve* o) {
+        group = c.heads / c.kv_heads;
+        flat = c.q_len <= LANES;
+        heads_per_block = flat ? least(group, LANES / c.q_len) : 1;
+        owners = c.batch * (flat ? c.kv_heads : c.heads);
+        blocks = flat ? (group + heads_per_block - 1) / heads_per_block
+                      : (c.q_len + LANES - 1) / LANES;
+        columns = o && (o->received_count || o->map_count || o->distances_count);
+        stripes = columns && !flat ? least(blocks, most(1, 64 / c.heads)) : blocks;
+        chunks = flat && c.k_len > 2 * CHUNK ? (c.k_len + CHUNK - 1) / CHUNK : 1;
+    }
+    long items() const { return owners * stripes * chunks; }
+    long chunk_keys(const RegardCall& c) const { return chunks == 1 ? c.k_len : CHUNK; }
+
+    Block block(const RegardCall& c, long owner, long index) const {
+        Block b;
+        long per = flat ? c.kv_heads : c.heads, item = owner / per, head = owner % per;
+        if (!flat) {
+            long q0 = index * LANES;
+            int count = (int)least(LANES, c.q_len - q0);
+            b.segment[0] = {item, head, q0, count, 0};
+            b.segments = 1;
+            b.count = count;
+        } else {
+            b.segments = (int)least(heads_per_block, group - index * heads_per_block);
+            for (int i = 0; i < b.segments; i++)
+                b.segment[i] = {item, head * group + index * heads_per_block + i, 0, (int)c.q_len,
+                                (int)(i * c.q_len)};
+            b.count = b.segments * (int)c.q_len;
+        }
+        b.panels = (b.count + PW - 1) / PW;
+        return b;
+    }
+};
+
+// Rows of queries (or of gradients) as lanes: to[panel][dim][PW], multiplied by `scale`; lanes without
+// a row are 0. line: W · dim floats of scratch.
+static void turn_rows(const RegardView& view, const Block& block, long dim, float scale, float* line,
+                      float* to) {
+    V by = all(scale);
+    for (int lane = 0; lane < block.lanes(); lane += W) {
+        const float* row[W];
+        for (int i = 0; i < W; i++) {
+            row[i] = nullptr;
+            for (int s = 0; s < block.segments && lane + i < block.count; s++) {
+                const Segment& g = block.segment[s];
+                if (lane + i < g.lane || lane + i >= g.lane + g.count) continue;
+                const char* from = address(view, g.b, g.h, g.q0 + lane + i - g.lane);
+                row[i] = (const float*)from;
+                if (view.type != F32 || (view.stride[3] != 1 && dim > 1)) {
+                    row[i] = line + i * dim;
+                    widen(view.type, from, view.stride[3], dim, line + i * dim);
+                }
+                break;
+            }
+        }
+        float* panel = to + lane / PW * dim * PW + lane % PW;
+        for (long d = 0; d < dim; d += W) {
+            V v[W];
+            long n = least(W, dim - d);
+            for (int i = 0; i < W; i++) {
+                v[i] = V{};
+                if (row[i] && n == W) v[i] = load(row[i] + d);
+                if (row[i] && n < W) memcpy(&v[i], row[i] + d, n * sizeof(float));
+            }
+            transpose(v);
+            for (int i = 0; i < n; i++) store(panel + (d + i) * PW, v[i] * by);
+        }
+    }
+}
+
+}  // namespace regard::LEVEL

@@ -1,0 +1,123 @@
+// Rows of a tensor as float32: in place where they are that already, else converted into scratch.
+#pragma once
+#include "mask.h"
+
+namespace regard::LEVEL {
+
+struct Rows {
+    const float* data;
+    long ld;  // floats from one row to the next
+};
+
+INLINE float from_half(uint16_t h) {
+    // The exponent is rebased by a product, which also gets the subnormals right
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &bits, 4);
+    x *= 0x1p112f;
+    uint32_t out;
+    memcpy(&out, &x, 4);
+    if ((h & 0x7c00) == 0x7c00) out |= 0x7f800000;
+    out |= (uint32_t)(h & 0x8000) << 16;
+    memcpy(&x, &out, 4);
+    return x;
+}
+INLINE uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    if (size < 0x38800000) {  // subnormal: the sum rounds to its last place
+        float y;
+        memcpy(&y, &size, 4);
+        y += 0.5f;
+        memcpy(&size, &y, 4);
+        return (uint16_t)(sign | (size - 0x3f000000));
+    }
+    size += 0xc8000fff + (size >> 13 & 1);
+    return (uint16_t)(sign | size >> 13);
+}
+INLINE float from_brain(uint16_t b) {
+    uint32_t bits = (uint32_t)b << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE uint16_t to_brain(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+}
+
+// n numbers at `from` (elements `step` apart) to float32.
+static void widen(int64_t type, const void* from, long step, long n, float* to) {
+    if (type == F32) {
+        const float* x = (const float*)from;
+        for (long i = 0; i < n; i++) to[i] = x[i * step];
+    } else if (type == BF16) {
+        const uint16_t* x = (const uint16_t*)from;
+        if (step == 1)
+            for (long i = 0; i < n; i++) to[i] = from_brain(x[i]);
+        else
+            for (long i = 0; i < n; i++) to[i] = from_brain(x[i * step]);
+    } else {
+        const uint16_t* x = (const uint16_t*)from;
+        long i = 0;
+#if defined(__F16C__)
+        if (step == 1)
+            for (; i + 8 <= n; i += 8)
+                _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
+#endif
+        for (; i < n; i++) to[i] = from_half(x[i * step]);
+    }
+}
+
+// n floats to a row of `type`.
+static void narrow(int64_t type, const float* from, long n, void* to) {
+    if (type == F32) {
+        memcpy(to, from, n * sizeof(float));
+    } else if (type == BF16) {
+        uint16_t* x = (uint16_t*)to;
+        for (long i = 0; i < n; i++) x[i] = to_brain(from[i]);
+    } else {
+        uint16_t* x = (uint16_t*)to;
+        long i = 0;
+#if defined(__F16C__)
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128((__m128i*)(x + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+        for (; i < n; i++) x[i] = to_half(from[i]);
+    }
+}
+
+INLINE const char* address(const RegardView& v, long b, long h, long row) {
+    long size = v.type == F32 ? 4 : 2;
+    return (const char*)v.data + (b * v.stride[0] + h * v.stride[1] + row * v.stride[2]) * size;
+}
+
+// Rows first … first + n − 1 of (batch, heads, length, dim), or of the pages that hold them.
+static Rows rows_of(const RegardView& v, const RegardPages& pages, long b, long h, long first, int n,
+                    long dim, float* scratch) {
+    bool direct = v.type == F32 && (v.stride[3] == 1 || dim == 1);
+    if (!pages.table) {
+        if (direct) return {(const float*)address(v, b, h, first), v.stride[2]};
+        for (int i = 0; i < n; i++)
+            widen(v.type, address(v, b, h, first + i), v.stride[3], dim, scratch + i * dim);
+        return {scratch, dim};
+    }
+    const int32_t* table = pages.table + b * pages.row;
+    if (direct && first / pages.size == (first + n - 1) / pages.size)
+        return {(const float*)address(v, table[first / pages.size], h, first % pages.size),
+                v.stride[2]};
+    for (int i = 0; i < n; i++) {
+        long page = table[(first + i) / pages.size];
+        widen(v.type, address(v, page, h, (first + i) % pages.size), v.stride[3], dim,
+              scratch + i * dim);
+    }
+    return {scratch, dim};
+}
+
+}  // namespace regard::LEVEL

@@ -1,0 +1,79 @@
+"""The compiled CPU kernels: where the library lies, and which instruction sets it may use here.
+
+The library speaks plain C (kernels/cpu/abi.h) and is loaded by ctypes: one build serves every
+Python. `REGARD_ISA` names the highest instruction set to use: portable, avx2, avx512 or amx.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+from ..errors import RegardError
+
+LEVELS = ("portable", "avx2", "avx512")
+
+
+@cache
+def path() -> str | None:
+    """Where the library lies; None if this installation was built without it."""
+    found = importlib.util.find_spec("regard.kernels._cpu")
+    return None if found is None else found.origin
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, loaded; None if this installation was built without it."""
+    where = path()
+    if where is None:
+        return None
+    loaded = ctypes.CDLL(where)
+    loaded.regard_forward.argtypes = [ctypes.c_char_p]
+    loaded.regard_use_openmp.argtypes = [ctypes.c_void_p]
+    loaded.regard_error.argtypes = [ctypes.c_int]
+    loaded.regard_error.restype = ctypes.c_char_p
+    loaded.regard_use_openmp(_torch_threads())
+    return loaded
+
+
+def _torch_threads() -> int | None:
+    """`GOMP_parallel` of the OpenMP that torch is linked to: kernels then run in its threads.
+
+    Looked up through torch: scikit-learn, say, may have loaded another copy, with its own threads.
+    """
+    try:
+        linked = ctypes.CDLL(torch._C.__file__)
+        return ctypes.cast(linked.GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError):
+        return None
+
+
+def built() -> tuple[str, ...]:
+    """The instruction sets for which the library holds kernels; () if there is no library."""
+    loaded = library()
+    return _named(0 if loaded is None else loaded.regard_built())
+
+
+def levels() -> tuple[str, ...]:
+    """The instruction sets that library, processor and system have, the best last."""
+    loaded = library()
+    return _named(0 if loaded is None else loaded.regard_levels())
+
+
+def _named(bits: int) -> tuple[str, ...]:
+    return tuple(name for i, name in enumerate(LEVELS) if bits >> i & 1)
+
+
+@cache
+def level() -> int:
+    """The number of the instruction set to use: the best, or what `REGARD_ISA` names."""
+    here, wanted = levels(), os.environ.get("REGARD_ISA")
+    if wanted is None:
+        return LEVELS.index(here[-1])
+    if wanted not in here:
+        raise RegardError(f"REGARD_ISA is {wanted!r}; give one that runs here: {', '.join(here)}")
+    return LEVELS.index(wanted)
