@@ -8,7 +8,23 @@
 
 namespace regard::LEVEL {
 
-INLINE long padded(long dim) { return (dim + W - 1) / W * W; }
+// Rows for a product stand as panels: [panel][row][PW], so that a panel's rows are neighbours (rows of
+// 512 bytes would fall into the same few sets of the cache).
+INLINE long padded(long dim) { return (dim + PW - 1) / PW * PW; }
+static void to_panels(const float* from, long ld, long rows, long dim, float* to, long to_rows) {
+    for (long d = 0; d < dim; d += PW) {
+        float* panel = to + d / PW * to_rows * PW;
+        long n = least(PW, dim - d);
+        for (long r = 0; r < rows; r++) {
+            if (n == PW) {
+                store(panel + r * PW, load(from + r * ld + d));
+                store(panel + r * PW + W, load(from + r * ld + d + W));
+            } else {
+                for (long i = 0; i < PW; i++) panel[r * PW + i] = i < n ? from[r * ld + d + i] : 0;
+            }
+        }
+    }
+}
 
 // What the items of one backward share.
 struct SharedBackward {
@@ -17,18 +33,17 @@ struct SharedBackward {
     Plan plan;
     Shaping shaping;
     Queue* queue;
-    long dim, v_dim;             // padded to whole vectors
+    long dim, v_dim;             // padded to whole panels
     long tiles, stripes;         // of keys, and into how many they are dealt
     bool together;               // one item sees the whole batch: a shared bias needs its gradient
-    long lanes;                  // of a block, at most
-    float *query, *grad;         // [row][padded dim] of all rows
-    float *query_lanes, *grad_lanes;  // [block][panel][dim][PW]
-    float* d_query;              // [stripe][row][padded dim]
+    long lanes, blocks;          // lanes of a block, at most; blocks in all
+    float *query, *grad;         // [block] panels of its rows
+    float *query_lanes, *grad_lanes;  // [block][panel of lanes][dim][PW]
+    float* d_query;              // [stripe][block] panels of its rows
     float* d_by_offset;          // [stripe][item of the batch][head][q_len + k_len − 1]
     float* d_bias;               // [stripe] of those dense biases that all keys share
     long bias_floats;
 
-    long rows() const { return call.batch * call.heads * call.q_len; }
     long offsets() const { return call.q_len + call.k_len - 1; }
     long first_row(const Block& b) const {
         return (b.segment[0].b * call.heads + b.segment[0].h) * call.q_len + b.segment[0].q0;
@@ -39,24 +54,26 @@ struct SharedBackward {
 static void pack_blocks(void* data) {
     SharedBackward& sh = *(SharedBackward*)data;
     const RegardCall& c = sh.call;
+    long widest = most(c.dim, c.v_dim);
     static thread_local Arena arena;
-    float* line = arena.take(W * most(c.dim, c.v_dim) + 16);
+    float *line = arena.take(W * widest + LANES * widest + 16), *rows = line + W * widest;
     for (long item; sh.queue->take(item);) {
         Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
         turn_rows(c.query, block, c.dim, sh.shaping.query_scale(), line,
                   sh.query_lanes + item * sh.lanes * c.dim);
         turn_rows(sh.back.grad_out, block, c.v_dim, 1, line,
                   sh.grad_lanes + item * sh.lanes * c.v_dim);
-        long row = sh.first_row(block);
-        for (int i = 0; i < block.segments; i++) {
-            const Segment& s = block.segment[i];
-            for (int r = 0; r < s.count; r++, row++) {
-                widen(c.query.type, address(c.query, s.b, s.h, s.q0 + r), c.query.stride[3], c.dim,
-                      sh.query + row * sh.dim);
-                widen(sh.back.grad_out.type, address(sh.back.grad_out, s.b, s.h, s.q0 + r),
-                      sh.back.grad_out.stride[3], c.v_dim, sh.grad + row * sh.v_dim);
+        auto panels = [&](const RegardView& view, long dim, long wide, float* to) {
+            for (int i = 0; i < block.segments; i++) {
+                const Segment& s = block.segment[i];
+                for (int r = 0; r < s.count; r++)
+                    widen(view.type, address(view, s.b, s.h, s.q0 + r), view.stride[3], dim,
+                          rows + (s.lane + r) * dim);
             }
-        }
+            to_panels(rows, dim, block.count, dim, to + item * sh.lanes * wide, sh.lanes);
+        };
+        panels(c.query, c.dim, sh.dim, sh.query);
+        panels(sh.back.grad_out, c.v_dim, sh.v_dim, sh.grad);
     }
 }
 
@@ -87,13 +104,14 @@ class Backward {
     const RegardBackward& back;
     const Shaping& shaping;
     long stripe = 0;
-    float *key, *value, *d_key, *d_value, *score, *weight, *slope, *capped, *biases, *factors;
+    float *key, *value, *key_panels, *d_key, *d_value, *score, *weight, *slope, *capped, *biases, *factors;
     float *top, *inverse, *delta;
     uint64_t *visible, *stack;
 
     void lay_out(Cutter& cut) {
-        key = cut.cut(KEYS * sh.dim);
-        value = cut.cut(KEYS * sh.v_dim);
+        key = cut.cut(KEYS * c.dim);
+        value = cut.cut(KEYS * c.v_dim);
+        key_panels = cut.cut(KEYS * sh.dim);
         d_key = cut.cut(KEYS * sh.dim);
         d_value = cut.cut(KEYS * sh.v_dim);
         score = cut.cut(KEYS * LANES);   // then the weights, dropped out
@@ -108,25 +126,15 @@ class Backward {
         stack = (uint64_t*)cut.cut(2 * Shaping::words(c));
     }
 
-    // Copies rows so that they are whole vectors; in place where they are already.
-    Rows whole(const RegardView& view, long b, long h, long k0, int n, long dim, long ld, float* to) {
-        if (dim == ld) return rows_of(view, c.pages, b, h, k0, n, dim, to);
-        Rows rows = rows_of(view, c.pages, b, h, k0, n, dim, score);  // free until the scores come
-        for (int i = 0; i < n; i++) {
-            memcpy(to + i * ld, rows.data + i * rows.ld, dim * sizeof(float));
-            memset(to + i * ld + dim, 0, (ld - dim) * sizeof(float));
-        }
-        return {to, ld};
-    }
-
     // The gradients of one tile of keys, from all rows that see it.
     void keys_of(long owner, long k0) {
         long b = owner / c.kv_heads, kv = owner % c.kv_heads, group = sh.plan.group;
         int n = (int)least(KEYS, c.k_len - k0);
-        Rows k = whole(c.key, b, kv, k0, n, c.dim, sh.dim, key);
-        Rows v = whole(c.value, b, kv, k0, n, c.v_dim, sh.v_dim, value);
-        memset(d_key, 0, n * sh.dim * sizeof(float));
-        memset(d_value, 0, n * sh.v_dim * sizeof(float));
+        Rows k = rows_of(c.key, c.pages, b, kv, k0, n, c.dim, key);
+        Rows v = rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, value);
+        to_panels(k.data, k.ld, n, c.dim, key_panels, KEYS);
+        memset(d_key, 0, KEYS * sh.dim * sizeof(float));
+        memset(d_value, 0, KEYS * sh.v_dim * sizeof(float));
         for (long g = 0; g < (sh.plan.flat ? 1 : group); g++) {
             long mine = sh.plan.flat ? owner : b * c.heads + kv * group + g;
             for (long index = 0; index < sh.plan.blocks; index++) {
@@ -138,8 +146,9 @@ class Backward {
         for (int j = 0; j < n; j++) {
             long row = owner * c.k_len + k0 + j;
             for (long d = 0; d < c.dim; d++)
-                back.d_key[row * c.dim + d] = d_key[j * sh.dim + d] * (float)c.scale;
-            memcpy(back.d_value + row * c.v_dim, d_value + j * sh.v_dim, c.v_dim * sizeof(float));
+                back.d_key[row * c.dim + d] = d_key[(d / PW * KEYS + j) * PW + d % PW] * (float)c.scale;
+            for (long d = 0; d < c.v_dim; d++)
+                back.d_value[row * c.v_dim + d] = d_value[(d / PW * KEYS + j) * PW + d % PW];
         }
     }
 
@@ -167,19 +176,19 @@ class Backward {
         if (shaping.biased) gather_biases(block, k0, n);
         if (c.softcap)
             for (long i = 0; i < (long)n * LANES; i++) slope[i] *= 1 - capped[i] * capped[i];
-        const float* rows = sh.query + row * sh.dim;
-        columns(n, block.count, score, LANES, 1, sh.grad + row * sh.v_dim, sh.v_dim, sh.v_dim, d_value);
-        columns(n, block.count, slope, LANES, 1, rows, sh.dim, sh.dim, d_key);
-        columns(block.count, n, slope, 1, LANES, k.data, k.ld, sh.dim,
-                sh.d_query + (stripe * sh.rows() + row) * sh.dim);
+        long at = id * sh.lanes;
+        columns(n, block.count, score, LANES, 1, sh.grad + at * sh.v_dim, sh.lanes, sh.v_dim, d_value,
+                KEYS);
+        columns(n, block.count, slope, LANES, 1, sh.query + at * sh.dim, sh.lanes, sh.dim, d_key, KEYS);
+        columns(block.count, n, slope, 1, LANES, key_panels, KEYS, sh.dim,
+                sh.d_query + (stripe * sh.blocks * sh.lanes + at) * sh.dim, sh.lanes);
     }
 
-    // C (rows × dim) += A (rows × depth) B (depth × dim), C's rows contiguous.
+    // C (rows × dim) += A (rows × depth) B (depth × dim), B and C in panels.
     static void columns(long rows, long depth, const float* a, long rs, long ks, const float* b,
-                        long ldb, long dim, float* to) {
-        long d = 0;
-        for (; d + PW <= dim; d += PW) product<true, 2>(rows, depth, a, rs, ks, b + d, ldb, to + d, dim);
-        if (d < dim) product<true, 1>(rows, depth, a, rs, ks, b + d, ldb, to + d, dim);
+                        long b_rows, long dim, float* to, long to_rows) {
+        for (long p = 0; p < dim / PW; p++)
+            product<true>(rows, depth, a, rs, ks, b + p * b_rows * PW, PW, to + p * to_rows * PW, PW);
     }
 
     // Weights and slopes of one panel, as [key][lane].
@@ -238,18 +247,20 @@ class Backward {
 
 static void work_backward(void* shared) { Backward(*(SharedBackward*)shared).run(); }
 
-// Adds the stripes' gradients of one row after another.
+// Adds the stripes' gradients of one block after another.
 static void sum_rows(void* data) {
     SharedBackward& sh = *(SharedBackward*)data;
     const RegardCall& c = sh.call;
     for (long item; sh.queue->take(item);) {
-        long last = least((item + 1) * KEYS, sh.rows());
-        for (long row = item * KEYS; row < last; row++)
+        Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
+        float* to = sh.back.d_query + sh.first_row(block) * c.dim;
+        for (int r = 0; r < block.count; r++)
             for (long d = 0; d < c.dim; d++) {
                 float total = 0;
                 for (long s = 0; s < sh.stripes; s++)
-                    total += sh.d_query[(s * sh.rows() + row) * sh.dim + d];
-                sh.back.d_query[row * c.dim + d] = total * (float)c.scale;
+                    total += sh.d_query[(s * sh.blocks + item) * sh.lanes * sh.dim +
+                                        (d / PW * sh.lanes + r) * PW + d % PW];
+                to[r * c.dim + d] = total * (float)c.scale;
             }
     }
 }
@@ -274,11 +285,10 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
         bool by_item = c.batch == 1 || view.stride[0], by_head = c.heads == 1 || view.stride[1];
         sh.together |= !by_item || !by_head;
     }
-    long blocks = sh.plan.owners * sh.plan.blocks;
+    sh.blocks = sh.plan.owners * sh.plan.blocks;
+    size_t lanes = (size_t)sh.blocks * sh.lanes;
     size_t counts[] = {
-        (size_t)(sh.rows() * sh.dim), (size_t)(sh.rows() * sh.v_dim),
-        (size_t)(blocks * sh.lanes * c.dim), (size_t)(blocks * sh.lanes * c.v_dim),
-        (size_t)(sh.stripes * sh.rows() * sh.dim),
+        lanes * sh.dim, lanes * sh.v_dim, lanes * c.dim, lanes * c.v_dim, lanes * sh.dim * sh.stripes,
         (size_t)(back.d_by_offset ? sh.stripes * c.batch * c.heads * sh.offsets() : 0),
         (size_t)(sh.stripes * sh.bias_floats),
     };
@@ -296,9 +306,9 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
         sh.queue = &queue;
         run_team(least(c.threads, items), work, &sh);
     };
-    run(blocks, pack_blocks);
+    run(sh.blocks, pack_blocks);
     run((sh.together ? 1 : c.batch * c.kv_heads) * sh.stripes, work_backward);
-    run((sh.rows() + KEYS - 1) / KEYS, sum_rows);
+    run(sh.blocks, sum_rows);
     if (back.d_by_offset)
         for (long s = 0; s < sh.stripes; s++)
             for (long b = 0; b < c.batch; b++)

@@ -2,6 +2,7 @@
 // beside it. Lanes are queries: scores stand as [key][lane], so that maxima, sums, top-k and entropy
 // are vertical, and keys and values are read by broadcast where they lie.
 #pragma once
+#include "few.h"
 #include "matmul.h"
 #include "observe.h"
 #include "plan.h"
@@ -66,13 +67,14 @@ class Forward {
     const RegardObserve& o;
     const Plan& plan;
     const Shaping& shaping;
-    float *query, *line, *scores, *dropped, *biases, *factors, *keys, *values, *own_state, *own_strip;
+    float *query, *query_rows, *line, *scores, *dropped, *biases, *factors, *keys, *values, *own_state, *own_strip;
     float *scale, *weighing, *turned;
     uint64_t *visible, *stack;
 
     void lay_out(Cutter& cut) {
         long dim = most(c.dim, c.v_dim);
         query = cut.cut(LANES * c.dim);
+        query_rows = cut.cut(FEW * c.dim);
         line = cut.cut(W * (dim + W));
         turned = cut.cut(W * (dim + W));
         scores = cut.cut(KEYS * PW);
@@ -115,6 +117,8 @@ class Forward {
                 for (int r = 0; r < block.segment[i].count; r++)
                     state.sink(block.segment[i].lane + r, c.sinks[block.segment[i].h]);
         turn_rows(c.query, block, c.dim, shaping.query_scale(), line, query);
+        for (int r = 0; r < block.count && block.count <= FEW; r++)
+            for (long d = 0; d < c.dim; d++) query_rows[r * c.dim + d] = query[d * PW + r];
     }
 
     // All tiles between two keys. Sixteen at a time are asked first whether any shows something.
@@ -166,7 +170,14 @@ class Forward {
     template <int NV>
     void panel(const Block& block, State& state, int p, Rows k, Rows v, float* s, long k0, int n,
                bool every) {
-        product<false, NV>(n, c.dim, k.data, k.ld, 1, query + p * c.dim * PW, PW, s, PW);
+        int few = NV == 1 && block.count <= FEW && c.dim % W == 0 && c.v_dim % W == 0 ? block.count : 0;
+        switch (few) {
+            case 1: few_scores<1>(n, c.dim, k.data, k.ld, query_rows, s); break;
+            case 2: few_scores<2>(n, c.dim, k.data, k.ld, query_rows, s); break;
+            case 3: few_scores<3>(n, c.dim, k.data, k.ld, query_rows, s); break;
+            case 4: few_scores<4>(n, c.dim, k.data, k.ld, query_rows, s); break;
+            default: product<false, NV>(n, c.dim, k.data, k.ld, 1, query + p * c.dim * PW, PW, s, PW);
+        }
         if (!every || shaping.shaped())
             shaping.finish<NV>(p, n, s, PW, every ? nullptr : visible,
                                shaping.biased ? biases : nullptr);
@@ -183,7 +194,13 @@ class Forward {
                     dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
             weights = dropped;
         }
-        product<true, NV>(c.v_dim, n, v.data, 1, v.ld, weights, PW, mixed, PW);
+        switch (few) {
+            case 1: few_mix<1>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
+            case 2: few_mix<2>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
+            case 3: few_mix<3>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
+            case 4: few_mix<4>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
+            default: product<true, NV>(c.v_dim, n, v.data, 1, v.ld, weights, PW, mixed, PW);
+        }
     }
 
     template <int NV, bool entropy>

@@ -110,45 +110,51 @@ struct Columns {
     }
 };
 
-// Weighs the strip of a finished block.
+// Weighs the strip of a finished block: one walk over its tiles serves all observers.
 class Weighing {
   public:
     // scale: [lane] 1 / total, 0 for lanes that hold no row; scratch: floats() of them.
     Weighing(const RegardCall& call, const RegardObserve& o, const Strip& strip, const State& state,
              const float* scale, float* scratch)
         : call(call), o(o), strip(strip), state(state), scale(scale), lanes(strip.lanes),
-          factor(scratch), sum(factor + LANES), by_lane(sum + KEYS) {}
+          factor(scratch), sum(factor + LANES), cells(sum + KEYS) {}
 
     static long floats(const RegardObserve& o) {
-        long most_cells = 0;
-        for (long m = 0; m < o.map_count; m++) most_cells = most(most_cells, o.map[m].cols);
-        for (long d = 0; d < o.distances_count; d++)
-            most_cells = most(most_cells, 2 * o.distances[d].bins);
-        return LANES + KEYS + most_cells * LANES;
+        long count = 0;
+        for (long m = 0; m < o.map_count; m++) count += o.map[m].cols;
+        for (long d = 0; d < o.distances_count; d++) count += 2 * o.distances[d].bins;
+        return LANES + KEYS + count * LANES;
     }
 
     // What the rows of one segment give the keys in front of `end`.
     void segment(const Segment& s, long end, const Columns& to) {
-        for (long i = 0; i < o.received_count; i++) {
-            long first = most(o.received[i].first - s.q0, 0);
-            long last = least(o.received[i].last - s.q0, s.count);
-            if (first < last)
-                for_tiles(s, first, last, end, [&](long k0, int n) {
-                    add_up(k0, n);
-                    float* x = to.received + i * call.k_len + k0;
-                    for (int j = 0; j < n; j++) x[j] += sum[j];
-                });
-        }
-        float* map = to.maps;
+        memset(cells, 0, (floats(o) - LANES - KEYS) * sizeof(float));
+        for_tiles(s, 0, s.count, end, [&](long k0, int n) {
+            add_up(k0, n);
+            receive(s, k0, n, to);
+            float *cell = cells, *map = to.maps, *bins = to.distances;
+            for (long m = 0; m < o.map_count; m++) {
+                pool(o.map[m], s, k0, n, cell, map);
+                cell += o.map[m].cols * LANES;
+                map += o.map[m].rows * o.map[m].cols;
+            }
+            for (long d = 0; d < o.distances_count; d++) {
+                measure(o.distances[d], s, k0, n, cell, bins);
+                cell += 2 * o.distances[d].bins * LANES;
+                bins += 2 * o.distances[d].bins;
+            }
+        });
+        receive_parts(s, end, to);
+        const float* cell = cells;
+        float *map = to.maps, *bins = to.distances;
         for (long m = 0; m < o.map_count; m++) {
-            pool(o.map[m], s, end, map);
+            deal(o.map[m], s, cell, map);
+            cell += o.map[m].cols * LANES;
             map += o.map[m].rows * o.map[m].cols;
         }
-        float* bins = to.distances;
-        for (long d = 0; d < o.distances_count; d++) {
-            measure(o.distances[d], s, end, bins);
-            bins += 2 * o.distances[d].bins;
-        }
+        for (long d = 0; d < o.distances_count; d++)
+            for (long b = 0; b < 2 * o.distances[d].bins; b++, cell += LANES, bins++)
+                for (int r = 0; r < s.count; r++) *bins += cell[s.lane + r];
     }
 
   private:
@@ -158,12 +164,14 @@ class Weighing {
     const State& state;
     const float* scale;
     int lanes;
-    float *factor, *sum, *by_lane;
+    float *factor, *sum, *cells;
+    bool clean = false;  // every lane of the strip counts
 
     // For each tile that was computed: `factor` is what its weights are multiplied by, 0 outside of
     // the rows first … last of the segment.
     template <class Then>
     void for_tiles(const Segment& s, long first, long last, long end, Then then) {
+        clean = s.lane == 0 && first == 0 && last == lanes;
         for (long t = 0; t * KEYS < end; t++) {
             if (!strip.held[t]) continue;
             const float* was = strip.top + t * lanes;
@@ -176,68 +184,104 @@ class Weighing {
         }
     }
 
-    // A lane without a row may hold anything, so it is left out rather than multiplied by 0.
-    INLINE_MEMBER V weighed(const float* x, int c) const {
-        V f = load(factor + c);
-        return f == 0.f ? V{} : load(x) * f;
+    // The weights at x of W lanes. A lane that does not count may hold anything, so it is left out
+    // rather than multiplied by 0.
+    template <bool clean>
+    static INLINE_MEMBER V weighed(const float* x, V f) {
+        return clean ? load(x) * f : f == 0.f ? V{} : load(x) * f;
     }
 
     // sum[j]: what the lanes give key j of a tile.
-    void add_up(long k0, int n) {
+    void add_up(long k0, int n) { clean ? add_up_lanes<true>(k0, n) : add_up_lanes<false>(k0, n); }
+    template <bool clean>
+    void add_up_lanes(long k0, int n) {
         const float* w = strip.tile(k0 / KEYS);
         for (int j = 0; j < n; j += W) {
-            V part[W];
-            for (int i = 0; i < W; i++) {
-                int at = least(j + i, n - 1);
-                part[i] = V{};
-                for (int p = 0; p < lanes / PW; p++) {
-                    const float* x = w + ((long)p * KEYS + at) * PW;
-                    part[i] += weighed(x, p * PW) + weighed(x + W, p * PW + W);
-                }
+            V part[W] = {};
+            for (int p = 0; p < lanes / PW; p++) {
+                V f = load(factor + p * PW), g = load(factor + p * PW + W);
+                const float* x = w + ((long)p * KEYS + j) * PW;
+                // Past the last key lies scratch, whose sums are not kept
+                #pragma GCC unroll 16
+                for (int i = 0; i < W; i++)
+                    part[i] += weighed<clean>(x + i * PW, f) + weighed<clean>(x + i * PW + W, g);
             }
-            V all_of = sums(part);
-            for (int i = 0; i < W && j + i < n; i++) sum[j + i] = all_of[i];
+            store(sum + j, sums(part));
         }
     }
 
-    // Adds the lanes [from, to) of key j of a tile, one by one, to a cell; or takes the larger.
-    template <bool largest>
-    void gather(long k0, int j, float* cell, int from, int to) {
+    // cell[lane] += the weights of the keys [from, to) of a tile, in the lanes [a, b); or the largest.
+    template <bool largest, bool clean>
+    void gather(long k0, int from, int to, int a, int b, float* cell) const {
         const float* w = strip.tile(k0 / KEYS);
-        for (int c = from / W * W; c < to; c += W) {
-            V x = weighed(w + ((long)(c / PW) * KEYS + j) * PW + c % PW, c), y = load(cell + c);
-            I mine = lanes_of(bits_between(from, to) >> c);
-            V joined = !largest ? x + y : x <= y ? y : x;
-            store(cell + c, mine ? joined : y);
+        for (int c = a / W * W; c < b; c += W) {
+            const float* x = w + (long)(c / PW) * KEYS * PW + c % PW;
+            V f = load(factor + c), total = load(cell + c), was = total;
+            for (int j = from; j < to; j++) {
+                V y = weighed<clean>(x + j * PW, f);
+                total = !largest ? total + y : y <= total ? total : y;
+            }
+            I mine = lanes_of(bits_between(a, b) >> c);
+            store(cell + c, mine ? total : was);
         }
     }
 
-    void pool(const RegardMap& map, const Segment& s, long end, float* to) {
-        long query = s.q0 + call.query_start;
-        long first = floor_div(query, map.row_size), last = floor_div(query + s.count - 1, map.row_size);
-        auto col = [&](long k) {
-            return floor_div(k + call.key_start, map.col_size) - map.col_first;
-        };
-        if (first == last && !map.is_max) {  // one row of cells: sums over all lanes will do
-            float* row = to + (first - map.row_first) * map.cols;
-            for_tiles(s, 0, s.count, end, [&](long k0, int n) {
-                add_up(k0, n);
-                for (int j = 0; j < n; j++) row[col(k0 + j)] += sum[j];
-            });
-            return;
+    void receive(const Segment& s, long k0, int n, const Columns& to) {
+        for (long i = 0; i < o.received_count; i++) {
+            if (o.received[i].first > s.q0 || o.received[i].last < s.q0 + s.count) continue;
+            float* x = to.received + i * call.k_len + k0;
+            for (int j = 0; j < n; j++) x[j] += sum[j];
         }
-        memset(by_lane, 0, (size_t)map.cols * LANES * sizeof(float));
-        for_tiles(s, 0, s.count, end, [&](long k0, int n) {
-            for (int j = 0; j < n; j++) {
-                float* cell = by_lane + col(k0 + j) * LANES;
-                map.is_max ? gather<true>(k0, j, cell, 0, lanes)
-                           : gather<false>(k0, j, cell, 0, lanes);
-            }
-        });
+    }
+    // Of a range of queries that holds only some of the rows.
+    void receive_parts(const Segment& s, long end, const Columns& to) {
+        for (long i = 0; i < o.received_count; i++) {
+            long first = most(o.received[i].first - s.q0, 0);
+            long last = least(o.received[i].last - s.q0, s.count);
+            if (first >= last || last - first == s.count) continue;
+            for_tiles(s, first, last, end, [&](long k0, int n) {
+                add_up(k0, n);
+                float* x = to.received + i * call.k_len + k0;
+                for (int j = 0; j < n; j++) x[j] += sum[j];
+            });
+        }
+    }
+
+    // Whether all rows of a segment stand in one row of a map's cells: then sums over lanes will do.
+    bool in_one_row(const RegardMap& map, const Segment& s) const {
+        long query = s.q0 + call.query_start;
+        return !map.is_max && floor_div(query, map.row_size) ==
+                                  floor_div(query + s.count - 1, map.row_size);
+    }
+    float* row_of(const RegardMap& map, long query, float* to) const {
+        return to + (floor_div(query + call.query_start, map.row_size) - map.row_first) * map.cols;
+    }
+
+    void pool(const RegardMap& map, const Segment& s, long k0, int n, float* cell, float* to) {
+        bool one = in_one_row(map, s);
+        float* row = row_of(map, s.q0, to);
+        for (int j = 0; j < n;) {
+            long key = k0 + j + call.key_start, col = floor_div(key, map.col_size);
+            int next = (int)least(n, j + (col + 1) * map.col_size - key);
+            col -= map.col_first;
+            if (one)
+                for (int i = j; i < next; i++) row[col] += sum[i];
+            else if (map.is_max)
+                gather<true, false>(k0, j, next, 0, lanes, cell + col * LANES);
+            else if (clean)
+                gather<false, true>(k0, j, next, 0, lanes, cell + col * LANES);
+            else
+                gather<false, false>(k0, j, next, 0, lanes, cell + col * LANES);
+            j = next;
+        }
+    }
+    // Deals the cells of each lane to the rows of the map.
+    void deal(const RegardMap& map, const Segment& s, const float* cell, float* to) const {
+        if (in_one_row(map, s)) return;
         for (int r = 0; r < s.count; r++) {
-            float* row = to + (floor_div(query + r, map.row_size) - map.row_first) * map.cols;
+            float* row = row_of(map, s.q0 + r, to);
             for (long k = 0; k < map.cols; k++) {
-                float x = by_lane[k * LANES + s.lane + r];
+                float x = cell[k * LANES + s.lane + r];
                 row[k] = !map.is_max ? row[k] + x : x <= row[k] ? row[k] : x;
             }
         }
@@ -245,31 +289,25 @@ class Weighing {
 
     // to: [past, future][bin]. Most keys stand in one bin for all rows; near the borders of the bins
     // the rows are dealt to several.
-    void measure(const RegardDistances& d, const Segment& s, long end, float* to) {
+    void measure(const RegardDistances& d, const Segment& s, long k0, int n, float* cell, float* to) {
         long query = s.q0 + call.query_start - call.key_start;
-        memset(by_lane, 0, (size_t)2 * d.bins * LANES * sizeof(float));
-        for_tiles(s, 0, s.count, end, [&](long k0, int n) {
-            add_up(k0, n);
-            for (int j = 0; j < n; j++) {
-                for (int r = 0; r < s.count;) {
-                    // The rows r … next − 1 lie equally far from the key, as far as bins go
-                    long distance = query + r - (k0 + j), size = distance < 0 ? -distance : distance;
-                    long b = d.bins - 1;
-                    while (d.edges[b] > size) b--;
-                    long run = distance < 0 ? size - most(d.edges[b], 1) + 1
-                               : b + 1 < d.bins ? d.edges[b + 1] - size : s.count;
-                    int next = (int)least(r + run, s.count);
-                    long bin = distance < 0 ? d.bins + b : b;
-                    if (next - r == s.count)
-                        to[bin] += sum[j];
-                    else
-                        gather<false>(k0, j, by_lane + bin * LANES, s.lane + r, s.lane + next);
-                    r = next;
-                }
+        for (int j = 0; j < n; j++) {
+            for (int r = 0; r < s.count;) {
+                // The rows r … next − 1 lie equally far from the key, as far as bins go
+                long distance = query + r - (k0 + j), size = distance < 0 ? -distance : distance;
+                long b = d.bins - 1;
+                while (d.edges[b] > size) b--;
+                long run = distance < 0 ? size - most(d.edges[b], 1) + 1
+                           : b + 1 < d.bins ? d.edges[b + 1] - size : s.count;
+                int next = (int)least(r + run, s.count);
+                long bin = distance < 0 ? d.bins + b : b;
+                if (next - r == s.count)
+                    to[bin] += sum[j];
+                else
+                    gather<false, false>(k0, j, j + 1, s.lane + r, s.lane + next, cell + bin * LANES);
+                r = next;
             }
-        });
-        for (long b = 0; b < 2 * d.bins; b++)
-            for (int r = 0; r < s.count; r++) to[b] += by_lane[b * LANES + s.lane + r];
+        }
     }
 };
 

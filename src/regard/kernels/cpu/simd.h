@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -42,11 +42,19 @@ INLINE V load(const float* p) { return *(const Loose*)p; }
 INLINE void store(float* p, V v) { *(Loose*)p = v; }
 // Of a NaN and a number, the second operand
 INLINE V max(V a, V b) { return a > b ? a : b; }
+// Whether any lane of a comparison is true. The compiler would test lane by lane.
 INLINE bool any(I mask) {
-    N bits = (N)mask;
+#if defined(__AVX512F__) && WIDTH == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__) && WIDTH == 8
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__) && WIDTH == 4
+    return _mm_movemask_ps((__m128)mask) != 0;
+#else
     uint32_t some = 0;
-    for (int i = 0; i < W; i++) some |= bits[i];
+    for (int i = 0; i < W; i++) some |= (uint32_t)mask[i];
     return some != 0;
+#endif
 }
 INLINE float sum(V v) {
     float total = 0;
