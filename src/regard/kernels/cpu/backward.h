@@ -74,6 +74,9 @@ static void pack_blocks(void* data) {
         };
         panels(c.query, c.dim, sh.dim, sh.query);
         panels(sh.back.grad_out, c.v_dim, sh.v_dim, sh.grad);
+        for (long s = 0; s < sh.stripes; s++)
+            memset(sh.d_query + (s * sh.blocks + item) * sh.lanes * sh.dim, 0,
+                   sh.lanes * sh.dim * sizeof(float));
     }
 }
 
@@ -81,11 +84,11 @@ class Backward {
   public:
     explicit Backward(SharedBackward& shared)
         : sh(shared), c(shared.call), back(shared.back), shaping(shared.shaping) {
-        Cutter measure{nullptr};
-        lay_out(measure);
         static thread_local Arena arena;
-        Cutter cutter{arena.take(measure.used)};
-        lay_out(cutter);
+        Cutter measure{nullptr}, cut{nullptr};
+        lay_out(measure);
+        cut.data = arena.take(measure.used);
+        lay_out(cut);
     }
 
     void run() {
@@ -254,13 +257,15 @@ static void sum_rows(void* data) {
     for (long item; sh.queue->take(item);) {
         Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
         float* to = sh.back.d_query + sh.first_row(block) * c.dim;
-        for (int r = 0; r < block.count; r++)
-            for (long d = 0; d < c.dim; d++) {
-                float total = 0;
+        V by = all((float)c.scale);
+        for (long d = 0; d < c.dim; d += W)
+            for (int r = 0; r < block.count; r++) {
+                V total = {};
                 for (long s = 0; s < sh.stripes; s++)
-                    total += sh.d_query[(s * sh.blocks + item) * sh.lanes * sh.dim +
-                                        (d / PW * sh.lanes + r) * PW + d % PW];
-                to[r * c.dim + d] = total * (float)c.scale;
+                    total += load(sh.d_query + (s * sh.blocks + item) * sh.lanes * sh.dim +
+                                  (d / PW * sh.lanes + r) * PW + d % PW);
+                total *= by;
+                memcpy(to + r * c.dim + d, &total, least(W, c.dim - d) * sizeof(float));
             }
     }
 }
@@ -276,7 +281,7 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
     sh.dim = padded(c.dim);
     sh.v_dim = padded(c.v_dim);
     sh.tiles = (c.k_len + KEYS - 1) / KEYS;
-    sh.stripes = least(sh.tiles, most(1, 32 / c.kv_heads));
+    sh.stripes = least(sh.tiles, most(1, 16 / c.kv_heads));
     sh.lanes = sh.plan.block(c, 0, 0).lanes();
     for (long d = 0; d < c.bias_count; d++) {
         const RegardView& view = back.d_bias[d];
@@ -292,14 +297,16 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
         (size_t)(back.d_by_offset ? sh.stripes * c.batch * c.heads * sh.offsets() : 0),
         (size_t)(sh.stripes * sh.bias_floats),
     };
-    size_t total = 0;
-    for (size_t count : counts) total += (count + 15) / 16 * 16;
-    float* all_of_it = (float*)calloc(total + 1, sizeof(float));
-    if (!all_of_it) return 1;
-    Cutter cut{all_of_it};
     float** parts[] = {&sh.query, &sh.grad, &sh.query_lanes, &sh.grad_lanes, &sh.d_query,
                        &sh.d_by_offset, &sh.d_bias};
+    static thread_local Arena arena;
+    Cutter measure{nullptr}, cut{nullptr};
+    for (int i = 0; i < 7; i++) measure.cut(counts[i]);
+    cut.data = arena.take(measure.used + 16);
+    if (!cut.data) return 1;
     for (int i = 0; i < 7; i++) *parts[i] = cut.cut(counts[i]);
+    memset(sh.d_by_offset, 0, counts[5] * sizeof(float));
+    memset(sh.d_bias, 0, counts[6] * sizeof(float));
 
     auto run = [&](long items, void (*work)(void*)) {
         Queue queue(items);
@@ -323,7 +330,7 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
             from += back.bias_floats[d];
         }
     }
-    free(all_of_it);
+    arena.trim();
     return 0;
 }
 

@@ -36,10 +36,10 @@ class Forward {
         : sh(shared), c(shared.call), o(shared.observe), plan(shared.plan), shaping(shared.shaping) {
         Cutter measure{nullptr};
         lay_out(measure);
-        static thread_local Arena arena;
-        Cutter cutter{arena.take(measure.used)};
+        Cutter cutter{arena().take(measure.used)};
         lay_out(cutter);
     }
+    ~Forward() { arena().trim(); }
 
     void run() {
         for (long item; sh.queue->take(item);) {
@@ -62,6 +62,11 @@ class Forward {
     }
 
   private:
+    static Arena& arena() {
+        static thread_local Arena own;
+        return own;
+    }
+
     Shared& sh;
     const RegardCall& c;
     const RegardObserve& o;
@@ -235,16 +240,21 @@ class Forward {
                 for (int i = 0; i < NV; i++)
                     store(mixed + d * PW + i * W, fall[i] * load(mixed + d * PW + i * W));
         V total[NV] = {}, spread[NV] = {};
-        #pragma GCC unroll 2
-        for (int j = 0; j < n; j++) {
+        for (int from = 0; from < n; from += 16) {  // in short sums, which round less
+            V part[NV] = {};
+            int to = (int)least(n, from + 16);
             #pragma GCC unroll 2
-            for (int i = 0; i < NV; i++) {
-                V t = load(s + j * PW + i * W) - high[i];
-                V e = exp(t);
-                if (entropy) spread[i] += e * max(all(-200.f), t);
-                total[i] += e;
-                store(s + j * PW + i * W, e);
+            for (int j = from; j < to; j++) {
+                #pragma GCC unroll 2
+                for (int i = 0; i < NV; i++) {
+                    V t = load(s + j * PW + i * W) - high[i];
+                    V e = exp(t);
+                    if (entropy) spread[i] += e * max(all(-200.f), t);
+                    part[i] += e;
+                    store(s + j * PW + i * W, e);
+                }
             }
+            for (int i = 0; i < NV; i++) total[i] += part[i];
         }
         for (int i = 0; i < NV; i++) {
             int at = p * PW + i * W;
@@ -347,7 +357,8 @@ class Forward {
                 for (int i = 0; i < W; i++) v[i] = d + i < c.v_dim ? load(from + (d + i) * PW) : V{};
                 transpose(v);
                 for (int i = 0; i < W; i++) {
-                    store(turned + i * (c.v_dim + W) + d, v[i] * scale[lane + i]);
+                    float total = scale[lane + i] == 0 ? INFINITY : state.total[lane + i];
+                    store(turned + i * (c.v_dim + W) + d, v[i] / total);
                 }
             }
             for (int i = 0; i < W; i++) {
@@ -436,13 +447,20 @@ static int forward(const RegardCall& given) {
             strip_count = plan.owners * plan.blocks * sh.strip_floats;
         }
     }
-    sh.columns = (float*)calloc(column_count + 1, sizeof(float));
-    sh.partial = (float*)malloc((partial_count + 1) * sizeof(float));
-    sh.strips = (float*)malloc((strip_count + 1) * sizeof(float));
-    long counters = plan.chunks > 1 ? plan.owners * plan.blocks : 1;
-    sh.left = (std::atomic<int>*)malloc(counters * sizeof(std::atomic<int>));
-    bool enough = sh.columns && sh.partial && sh.strips && sh.left;
-    if (enough) {
+    long counters = plan.chunks > 1 ? plan.owners * plan.blocks : 0;
+    auto lay_out = [&](Cutter& cut) {
+        sh.columns = cut.cut(column_count);
+        sh.partial = cut.cut(partial_count);
+        sh.strips = cut.cut(strip_count);
+        sh.left = (std::atomic<int>*)cut.cut(counters);
+    };
+    static thread_local Arena arena;
+    Cutter measure{nullptr}, cut{nullptr};
+    lay_out(measure);
+    cut.data = arena.take(measure.used + 16);
+    lay_out(cut);
+    if (cut.data) {
+        memset(sh.columns, 0, column_count * sizeof(float));
         for (long i = 0; i < counters; i++) new (&sh.left[i]) std::atomic<int>((int)plan.chunks);
         Queue queue(plan.items());
         sh.queue = &queue;
@@ -450,15 +468,12 @@ static int forward(const RegardCall& given) {
         if (plan.columns) {
             Queue heads(c.batch * c.heads);
             sh.queue = &heads;
-            run_team(1, sum_columns, &sh);
+            run_team(least(c.threads, heads.count), sum_columns, &sh);
         }
     }
+    arena.trim();
     free(packed);
-    free(sh.columns);
-    free(sh.partial);
-    free(sh.strips);
-    free(sh.left);
-    return enough ? 0 : 1;
+    return cut.data ? 0 : 1;
 }
 
 }  // namespace regard::LEVEL

@@ -18,10 +18,7 @@ INLINE void block(const float* a, long rs, long ks, const float* b, long ldb, lo
                   long ldc) {
     V low[R], high[R];
     #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        low[r] = add ? load(c + r * ldc) : V{};
-        if (NV > 1) high[r] = add ? load(c + r * ldc + W) : V{};
-    }
+    for (int r = 0; r < R; r++) low[r] = high[r] = V{};
     // Every third row has a pointer; the two after it are reached by the address' own arithmetic
     const float* bases[(R + 2) / 3];
     #pragma GCC unroll 4
@@ -40,8 +37,9 @@ INLINE void block(const float* a, long rs, long ks, const float* b, long ldb, lo
     }
     #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-        store(c + r * ldc, low[r]);
-        if (NV > 1) store(c + r * ldc + W, high[r]);
+        // Added in the end: the sum of this block alone rounds less than one carried along
+        store(c + r * ldc, add ? load(c + r * ldc) + low[r] : low[r]);
+        if (NV > 1) store(c + r * ldc + W, add ? load(c + r * ldc + W) + high[r] : high[r]);
     }
 }
 

@@ -1,24 +1,41 @@
 // How a call is cut into work, and the memory that the work is done in.
 #pragma once
 #include <cstdlib>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "scores.h"
 #include "team.h"
 
 namespace regard::LEVEL {
 
-// Floats of this thread that outlive the call, so that calls need no fresh pages.
+// Floats of this thread. They outlive the call, as fresh pages cost more than short calls; large
+// buffers ask for huge pages, and `trim` gives them back.
 struct Arena {
     float* data = nullptr;
     size_t size = 0;
+    static constexpr size_t HUGE_PAGE = 1 << 21, KEPT = 16 << 20;
+
     ~Arena() { free(data); }
     float* take(size_t floats) {
         if (floats > size) {
             free(data);
-            size = floats;
-            data = (float*)aligned_alloc(64, (floats * 4 + 63) / 64 * 64);
+            size_t bytes = floats * sizeof(float), unit = bytes < 2 * HUGE_PAGE ? 64 : HUGE_PAGE;
+            bytes = (bytes + unit - 1) / unit * unit;
+            data = (float*)aligned_alloc(unit, bytes);
+            size = data ? floats : 0;
+#if defined(__linux__)
+            if (data && unit == HUGE_PAGE) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
         }
         return data;
+    }
+    void trim() {
+        if (size <= KEPT) return;
+        free(data);
+        data = nullptr;
+        size = 0;
     }
 };
 

@@ -3,6 +3,7 @@
 // longer exist, so there, and where there is no OpenMP, a call starts threads of its own.
 #include "team.h"
 
+#include <system_error>
 #include <thread>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -29,9 +30,14 @@ void run_team(long threads, void (*work)(void*), void* data) {
     constexpr long MOST = 256;
     std::thread others[MOST];
     long count = threads - 1 < MOST ? threads - 1 : MOST;
-    for (long i = 0; i < count; i++) others[i] = std::thread(work, data);
+    long started = 0;
+    try {
+        for (; started < count; started++) others[started] = std::thread(work, data);
+    } catch (const std::system_error&) {
+        // The system starts no more: those that there are take all the items
+    }
     work(data);
-    for (long i = 0; i < count; i++) others[i].join();
+    for (long i = 0; i < started; i++) others[i].join();
 }
 
 }  // namespace regard
