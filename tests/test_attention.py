@@ -87,13 +87,14 @@ def test_tiled_in_small_strips(case, monkeypatch):
         torch.testing.assert_close(mine, truth, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @every_case
-def test_auto_is_the_first_that_can(case):
-    call = call_of(case)
+def test_auto_is_the_first_that_can(case, dtype):
+    call = call_of(case, dtype)
     able = [name for name, reasons in refusals(call).items() if not reasons]
     first = next(e.name for e in PREFERENCE if e.name in able)
     assert select(call).name == first == able[0]
-    tensors, request = case.tensors(), case.request()
+    tensors, request = case.tensors(dtype=dtype), case.request(dtype)
     chosen = attention(*tensors, **request)
     torch.testing.assert_close(chosen, attention(*tensors, **request, engine=first), rtol=0, atol=0)
 
@@ -101,10 +102,12 @@ def test_auto_is_the_first_that_can(case):
 def test_explain():
     query, key, value = Case("", at(5, 7, v_dim=24)).tensors()
     said = explain(query, key, value, softcap=2.0, sinks=torch.zeros(4), return_lse=True)
-    assert list(said) == ["sdpa", "tiled", "reference"]
+    assert list(said) == ["cpu", "sdpa", "tiled", "reference"]
     assert said["tiled"] == said["reference"] == []
+    assert said["cpu"] == ["query is float64; it computes in float32"]
     assert [r.split()[0] for r in said["sdpa"]] == ["v_dim", "softcap", "sinks"]
-    assert all(not r for r in explain(query, key, value[..., :16]).values())
+    alike = [t.float() for t in (query, key, value[..., :16])]
+    assert all(not r for r in explain(*alike).values())
 
 
 @every_engine
@@ -127,26 +130,30 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+OURS = ["cpu", "tiled"]
+
+
+@pytest.mark.parametrize("engine", OURS)
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_same_bits_again_and_alone(case, threads):
+def test_same_bits_again_and_alone(case, engine, threads):
     """Same input, same bits: over runs, whatever the threads or the neighbours in the batch."""
     tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
-    first = with_one_thread(case)
-    again = attention(*tensors, **request, engine="tiled", return_lse=True)
+    first = with_one_thread(case, engine)
+    again = attention(*tensors, **request, engine=engine, return_lse=True)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     if "dropout" in request:  # the item's number enters the counter
         return
     for b in range(case.sizes.batch):
-        alone = ENGINES["tiled"].forward(call_of(case, torch.float32).item(b))
+        alone = ENGINES[engine].forward(call_of(case, torch.float32).item(b))
         assert all(torch.equal(a[b], c[0]) for a, c in zip(first, alone, strict=True))
 
 
 @cache
-def with_one_thread(case: Case) -> tuple[Tensor, Tensor]:
+def with_one_thread(case: Case, engine: str) -> tuple[Tensor, Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     answer = attention(
-        *case.tensors(dtype=torch.float32), **case.request(torch.float32), engine="tiled",
+        *case.tensors(dtype=torch.float32), **case.request(torch.float32), engine=engine,
         return_lse=True,
     )  # fmt: skip
     torch.set_num_threads(before)
@@ -156,14 +163,15 @@ def with_one_thread(case: Case) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dim", [8, 33])
 @pytest.mark.parametrize("n", [7, 130])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_same_bits_in_a_larger_batch(kv_heads, n, dim, threads):
+@pytest.mark.parametrize("engine", OURS)
+def test_same_bits_in_a_larger_batch(engine, kv_heads, n, dim, threads):
     """The strips of 1 and of 7 items differ in size; an item's bits do not."""
     sizes = at(n, batch=7, heads=2 * kv_heads, kv_heads=kv_heads, dim=dim)
     tensors = Case("", sizes).tensors(dtype=torch.float32)
-    whole = attention(*tensors, mask=Causal(), engine="tiled", return_lse=True)
+    whole = attention(*tensors, mask=Causal(), engine=engine, return_lse=True)
     for b in (0, 6):
         item = (t[b : b + 1] for t in tensors)
-        alone = attention(*item, mask=Causal(), engine="tiled", return_lse=True)
+        alone = attention(*item, mask=Causal(), engine=engine, return_lse=True)
         assert all(torch.equal(w[b], a[0]) for w, a in zip(whole, alone, strict=True))
 
 
@@ -173,6 +181,8 @@ def test_same_bits_in_a_larger_batch(kv_heads, n, dim, threads):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_nan_and_inf_surface(engine, where, value, dtype):
     """One bad number shows in each row that sees it, and in ours in none that does not."""
+    if engine == "cpu" and dtype == torch.float64:
+        dtype = torch.float16
     tensors = dict(zip(("query", "key", "value"), Case("", at(40, 60)).tensors(dtype=dtype)))  # noqa: B905
     bad = tensors[where].clone()
     bad[1, 1, 30, 5] = value
@@ -194,8 +204,9 @@ def test_nan_and_inf_surface(engine, where, value, dtype):
         assert torch.equal(shown, rows)
 
 
+@pytest.mark.parametrize("engine", OURS)
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_no_buffer_is_read_unwritten(case):
+def test_no_buffer_is_read_unwritten(case, engine):
     """Every torch.empty is filled with NaN; the answers are the same bits."""
     tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
     leaves = [t.clone().requires_grad_() for t in tensors]
@@ -203,7 +214,7 @@ def test_no_buffer_is_read_unwritten(case):
     def run() -> list[Tensor]:
         watchers = [TopK(3), Received(), Entropy()]
         out, lse, seen = attention(
-            *leaves, **request, engine="tiled", return_lse=True, observe=watchers
+            *leaves, **request, engine=engine, return_lse=True, observe=watchers
         )
         grads = torch.autograd.grad(out.sum() + lse[lse.isfinite()].sum(), leaves)
         return [out, lse, *grads, *vars(seen[0]).values(), seen[1].sum, seen[2].values]
@@ -229,7 +240,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize(
-    "engine, named", [*(("tiled", name) for name in COMPILED), ("auto", "window"), ("auto", "bias")]
+    "engine, named", [*((engine, name) for engine in OURS for name in COMPILED), ("sdpa", "window")]
 )
 def test_compiles_whole(engine, named):
     """torch.compile keeps the call in one graph, forward and backward, observers too."""

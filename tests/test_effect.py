@@ -76,6 +76,30 @@ def test_effect_is_the_closed_form(case):
         torch.testing.assert_close(found.where(sure, 0), truth.where(sure, 0), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("case", [c for c in SMALL_CASES if c.magnitude < 100], ids=str)
+def test_the_kernels_effect_is_the_closed_form(case):
+    """Engine cpu's own pass, in float32: what it lists, and how much."""
+    tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
+    given = [t.clone().requires_grad_() for t in tensors]
+    out, (seen,) = attention(*given, **request, engine="cpu", observe=[Effect(3)])
+    place = Call.checked(*tensors, **request).place
+    if not all(place.__dict__[n] for n in ("batch", "q_len", "k_len")):
+        return
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    out.backward(grad)
+    truth, weights = closed_form(case, grad.double())
+    best = truth.abs().sort(-1, descending=True).values[..., :3]
+    # 1 − p loses digits where a weight is nearly 1
+    sure = ((1 - weights).amin(-1) > 1e-3)[..., None]
+    listed = seen.effect.abs()[..., : best.shape[-1]].double()
+    torch.testing.assert_close(listed * sure, best * sure, rtol=1e-3, atol=1e-4)
+    cols = (seen.indices.long() - place.key_start).clamp(min=0)
+    shown = seen.indices >= 0
+    torch.testing.assert_close(
+        seen.weights.double(), weights.gather(-1, cols) * shown, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_effect_is_the_derivative_of_removing_an_edge():
     """A whole model, not only one layer: the change by ε of an edge's removal, as ε goes to 0.
 

@@ -180,6 +180,20 @@ def test_all_observers_are_exact(case):
     look(case, "tiled", torch.float64, 1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_case
+def test_all_observers_inside_the_kernels(case, dtype):
+    """Engine cpu gathers them in its forward, in float32; huge scores are off by their rounding."""
+    look(case, "cpu", dtype, 0.02 if case.magnitude > 100 else 1e-4)
+
+
+@pytest.mark.parametrize("sizes", [at(1, 3000), at(5, 2100, heads=8), at(64, 1100, heads=2)])
+@pytest.mark.parametrize("mask", [Full(), Causal() & Window(1500)], ids=str)
+def test_all_observers_where_keys_are_cut_into_chunks(sizes, mask):
+    """Few queries and many keys: chunks of a row are joined."""
+    look(Case("", sizes, lambda s, g: {"mask": mask}), "cpu", torch.float32, 1e-4)
+
+
 @pytest.mark.parametrize("case", [c for c in FEW if c.sizes.q_len > 64], ids=str)
 def test_all_observers_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""
@@ -200,7 +214,7 @@ def test_all_observers_in_rounding(case):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_results_carry_no_gradients(engine):
-    leaves = [t.requires_grad_() for t in Case("", at(9, 12)).tensors()]
+    leaves = [t.requires_grad_() for t in Case("", at(9, 12)).tensors(dtype=torch.float32)]
     out, seen = attention(*leaves, engine=engine, observe=watchers(3))
     assert out.requires_grad
     assert not any(t.requires_grad for result in seen for t in parts(result).values())

@@ -87,7 +87,7 @@ class Call:
             query,
             key,
             value,
-            mask.lower(place),
+            mask.lower(place, query, key),
             tuple(b.lower(place) for b in _biases(bias)),
             float(scale),
             None if softcap is None else float(softcap),
@@ -163,17 +163,11 @@ def _placed(
     query: Tensor, key: Tensor, value: Tensor | None, query_start: int | None, key_start: int
 ) -> Place:
     """Check shapes, dtypes and devices against each other; say where the call stands."""
-    named = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    said = ", ".join(f"{n} {_shape(t)} {_dtype(t)} on {t.device}" for n, t in named.items())
     wrong = _misfit(query, key, value)
     if wrong:
+        named = {"query": query, "key": key} | ({} if value is None else {"value": value})
+        said = ", ".join(f"{n} {_shape(t)} {_dtype(t)} on {t.device}" for n, t in named.items())
         raise RegardError(f"{said}: {wrong}")
-    if any(t.dtype != query.dtype or t.dtype not in FLOATS for t in named.values()):
-        raise RegardError(
-            f"{said}: give all of them in one dtype of float64, float32, float16, bfloat16"
-        )
-    if any(t.device != query.device for t in named.values()):
-        raise RegardError(f"{said}: move all of them to one device")
     batch, heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
     if key_start < 0:
@@ -194,4 +188,9 @@ def _misfit(query: Tensor, key: Tensor, value: Tensor | None) -> str:
         return f"kv_heads {key.shape[1]} must divide heads {query.shape[1]}"
     if value is not None and value.shape[:3] != key.shape[:3]:
         return "key and value must agree in batch, kv_heads and length"
+    others = (key,) if value is None else (key, value)
+    if query.dtype not in FLOATS or any(t.dtype != query.dtype for t in others):
+        return "give all of them in one dtype of float64, float32, float16, bfloat16"
+    if any(t.device != query.device for t in others):
+        return "move all of them to one device"
     return ""

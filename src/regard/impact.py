@@ -6,6 +6,7 @@ and keeps the k largest effects of each row. O(N·k) memory, exact top-k.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,10 +21,17 @@ from .topk import largest
 from .weighed import Weighed
 
 
-def attach(call: Call, lse: Tensor, out: Tensor, effect: Effect) -> EffectSeen:
+Measured = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
+
+
+def attach(
+    call: Call, lse: Tensor, out: Tensor, effect: Effect,
+    by: Callable[[Tensor], Measured] | None = None,
+) -> EffectSeen:  # fmt: skip
     """The result of an `Effect`, filled when the gradient of `out` arrives.
 
     out (batch, heads, q_len, v_dim), lse (batch, heads, q_len). RegardError without gradients.
+    by: an engine's own way to measure the effect on one scalar, from the gradient.
     """
     if not out.requires_grad:
         raise RegardError(
@@ -36,9 +44,8 @@ def attach(call: Call, lse: Tensor, out: Tensor, effect: Effect) -> EffectSeen:
     )
     seen, result, lse = EffectSeen(), out.detach(), lse.detach().to(call.working)
     if not effect.norm:
-        out.register_hook(
-            lambda grad: seen.fill(*measure(still, lse, result, grad.detach()[None], effect.k))
-        )
+        by = by or (lambda grad: measure(still, lse, result, grad[None], effect.k))
+        out.register_hook(lambda grad: seen.fill(*by(grad.detach())))
         return seen
     if call.dropout is not None:
         raise RegardError("Effect of a norm takes no dropout: its copies would not be alike")

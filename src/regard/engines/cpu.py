@@ -11,6 +11,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from ..biases import Kind
 from ..call import Call
+from ..impact import Measured, attach
 from ..kernels import native
 from ..observers import (
     Distances,
+    Effect,
     Entropy,
     LogSumExp,
     Map,
@@ -42,13 +45,14 @@ name = "cpu"
 MOST_CODE = 1024  # integers of a mask's program (kernels/cpu/mask.h)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLAIN = (Tensor, torch.nn.Parameter)
+NONE = torch.empty(0)
 FUSED = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 
 
 def why_not(call: Call) -> list[str]:
     """It takes every mask, bias, cap, sink and dropout; not float64, and no other device."""
     reasons = []
-    if native.library() is None:
+    if not native.AVAILABLE:
         reasons.append("this installation was built without the compiled kernels")
     if call.place.device.type != "cpu":
         reasons.append(f"query is on {call.place.device}; this engine runs on cpu")
@@ -69,8 +73,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def observed(call: Call) -> tuple[Tensor, Tensor, dict[int, Any]]:
     """(out, lse, results): of those observers that the forward gathers itself, by their number."""
     mine = {i: o for i, o in enumerate(call.observers) if isinstance(o, FUSED)}
-    out, lse, _, *tensors = _computed(call, tuple(mine.values()))
+    out, lse, stats, *tensors = _computed(call, tuple(mine.values()))
     results: dict[int, Any] = {}
+    still = replace(call, query=call.query.detach(), key=call.key.detach())
+    for i, observer in enumerate(call.observers):
+        if isinstance(observer, Effect) and not observer.norm and out.requires_grad and direct(call):
+            by = partial(effect, still, out.detach(), stats, observer.k)
+            results[i] = attach(call, lse, out, observer, by)
     for i, observer in mine.items():
         count = len(observer.shapes(call.place, call.working))
         results[i] = observer.result([t.detach() for t in tensors[:count]], call.place)
@@ -114,10 +123,10 @@ def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -
     place, query, value = call.place, call.query, call.value
     assert value is not None
     rows = (place.batch, place.heads, place.q_len)
-    out = query.new_empty(*rows, value.shape[-1])
-    lse = query.new_empty(rows, dtype=torch.float32)
+    out = torch.empty(*rows, value.shape[-1], dtype=query.dtype)
+    lse = torch.empty(rows)
     kept = Buffers()
-    saved = query.new_empty((*rows, 2) if stats else 0, dtype=torch.float32)
+    saved = torch.empty(*rows, 2) if stats else NONE
     watching = Watching(call, observers, lse) if observers else None
     if lse.numel():
         observe = watching.packed(kept) if watching else 0
@@ -171,6 +180,26 @@ def run_backward(
         d_sinks = -(share * delta).sum((0, 2)).to(call.sinks.dtype)
     tensors = (call.query, call.key, value)
     return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], d_biases, d_sinks
+
+
+def effect(call: Call, out: Tensor, stats: Tensor, k: int, grad: Tensor) -> Measured:
+    """(indices, effect, weights) of the k edges of each row that matter most to a scalar.
+
+    grad: the scalar's gradient of out; both (batch, heads, q_len, v_dim).
+    """
+    place = call.place
+    rows = (place.batch, place.heads, place.q_len, k)
+    indices = torch.full(rows, -1, dtype=torch.int32)
+    sizes, weights = torch.zeros(rows), torch.zeros(rows)
+    delta = (grad.float() * out.float()).sum(-1).contiguous()
+    if delta.numel():
+        kept = Buffers()
+        wanted = struct.pack(
+            "6q6q", *kept.view(grad, TYPES[grad.dtype]), stats.data_ptr(), delta.data_ptr(), k,
+            indices.data_ptr(), sizes.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
+        _check(library().regard_effect(words_of(call, out, delta, None, kept), wanted))
+    return indices, sizes, weights
 
 
 def library() -> ctypes.CDLL:
@@ -345,11 +374,9 @@ def words_of(
     place, value = call.place, call.value
     assert value is not None
     kind = TYPES[call.query.dtype]
-    dense = [
-        kept.view(t, TYPES[t.dtype])
-        for t in (_float(b.tensor) for b in call.biases if b.kind == Kind.DENSE)
-    ]
-    mask = [kept.view(t, 0) for t in _mask_tensors(call)]
+    floats = [_float(b.tensor) for b in call.biases if b.kind == Kind.DENSE]
+    dense = [kept.view(t, TYPES[t.dtype]) for t in floats]
+    mask = [kept.view(t, 0) for t in _mask_tensors(call)] if call.program.tensors else []
     sizes = [t.shape[0] for t in call.program.tensors]
     dropout = call.dropout
     seed = int(dropout.seed) if dropout is not None and dropout.seed is not None else 0
@@ -360,9 +387,11 @@ def words_of(
         call.query.shape[-1], value.shape[-1], place.query_start, place.key_start,
         call.scale, call.softcap or 0.0, 0.0 if dropout is None else dropout.p,
         seed, torch.get_num_threads(), native.level(),
-        *kept.view(call.query, kind), *kept.view(call.key, kind), *kept.view(value, kind),
-        *kept.view(out, kind),
-        kept.tensor(lse), kept.tensor(stats), kept.tensor(sinks), kept.tensor(by_offset(call)),
+        call.query.data_ptr(), kind, *call.query.stride(),
+        call.key.data_ptr(), kind, *call.key.stride(),
+        value.data_ptr(), kind, *value.stride(),
+        out.data_ptr(), kind, *out.stride(),
+        lse.data_ptr(), 0 if stats is None else stats.data_ptr(), kept.tensor(sinks), kept.tensor(by_offset(call)),
         len(dense), len(call.program.code),
         kept.packed(f"{6 * len(dense)}q", *(n for v in dense for n in v)),
         kept.integers(call.program.code),
@@ -378,7 +407,7 @@ def by_offset(call: Call) -> Tensor | None:
 
     Entry x is that of query index − key index = x − (k_len − 1).
     """
-    total = None
+    total: Tensor | None = None
     for bias in call.biases:
         if bias.kind == Kind.DENSE:
             continue

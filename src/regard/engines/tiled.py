@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..call import Call
 from ..packed import SCHEMA, pack, unpack
 from ..strips import Strips, product, take
@@ -26,15 +27,20 @@ def why_not(call: Call) -> list[str]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable in everything that goes in."""
-    out, lse = torch.ops.regard.tiled(call.query, call.key, call.value, *pack(call))
-    return out, lse
+    assert call.value is not None
+    return _run(call, call.value)
 
 
 def log_sum_exp(call: Call) -> Tensor:
     """lse (batch, heads, q_len) of a call without values."""
-    nothing = call.key[..., :0]
-    lse: Tensor = torch.ops.regard.tiled(call.query, call.key, nothing, *pack(call))[1].detach()
-    return lse
+    return _run(call, call.key[..., :0])[1].detach()
+
+
+def _run(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
+    if transforms.active():
+        return transforms.run(call, value, torch.ops.regard.tiled, torch.ops.regard.tiled_backward)
+    out, lse = torch.ops.regard.tiled(call.query, call.key, value, *pack(call))
+    return out, lse
 
 
 @torch.library.custom_op(

@@ -25,6 +25,10 @@ def path() -> str | None:
     return None if found is None else found.origin
 
 
+# A constant, as torch.compile reads it
+AVAILABLE = path() is not None
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, loaded; None if this installation was built without it."""

@@ -83,11 +83,22 @@ struct RegardBackward {
     const int64_t* bias_floats;  // how many numbers each of them holds
 };
 
+// The k edges of each row whose removal would change the scalar most whose gradient is grad_out.
+struct RegardEffect {
+    RegardView grad_out;
+    const float* stats;  // of the forward
+    const float* delta;  // (batch, heads, q_len): grad_out · out
+    int64_t k;
+    int32_t* index;          // (batch, heads, q_len, k): positions of keys, −1 where fewer are visible
+    float *effect, *weight;  // likewise
+};
+
 #pragma GCC visibility push(default)
 int regard_built(void);                                    // bit i: level i is in the library
 int regard_levels(void);                                   // bit i: it can run here, too
 int regard_forward(const RegardCall*);                     // 0, or an error of `regard_error`
 int regard_backward(const RegardCall*, const RegardBackward*);
+int regard_effect(const RegardCall*, const RegardEffect*);
 void regard_use_openmp(void* gomp_parallel);
 const char* regard_error(int);
 #pragma GCC visibility pop

@@ -1,5 +1,5 @@
 // The C interface: picks the instruction set.
-#include "abi.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -8,15 +8,6 @@
 namespace regard {
 
 void use_openmp(void*);
-int forward_portable(const RegardCall&);
-int backward_portable(const RegardCall&, const RegardBackward&);
-#if defined(REGARD_X86)
-int forward_avx2(const RegardCall&);
-int backward_avx2(const RegardCall&, const RegardBackward&);
-int forward_avx512(const RegardCall&);
-int backward_avx512(const RegardCall&, const RegardBackward&);
-#endif
-
 #if defined(REGARD_X86)
 // What the processor has, and what the system saves when it switches threads.
 static int detect() {
@@ -39,6 +30,16 @@ static int detect() {
 static int detect() { return 1; }
 #endif
 
+static const Kernels& at(int64_t level) {
+#if defined(REGARD_X86)
+    if (level == 2) return kernels_avx512;
+    if (level == 1) return kernels_avx2;
+#else
+    (void)level;
+#endif
+    return kernels_portable;
+}
+
 }  // namespace regard
 
 extern "C" {
@@ -56,30 +57,14 @@ int regard_levels(void) {
     return levels;
 }
 
-int regard_forward(const RegardCall* call) {
-    switch (call->level) {
-#if defined(REGARD_X86)
-        case 2:
-            return regard::forward_avx512(*call);
-        case 1:
-            return regard::forward_avx2(*call);
-#endif
-        default:
-            return regard::forward_portable(*call);
-    }
-}
+int regard_forward(const RegardCall* call) { return regard::at(call->level).forward(*call); }
 
 int regard_backward(const RegardCall* call, const RegardBackward* back) {
-    switch (call->level) {
-#if defined(REGARD_X86)
-        case 2:
-            return regard::backward_avx512(*call, *back);
-        case 1:
-            return regard::backward_avx2(*call, *back);
-#endif
-        default:
-            return regard::backward_portable(*call, *back);
-    }
+    return regard::at(call->level).backward(*call, *back);
+}
+
+int regard_effect(const RegardCall* call, const RegardEffect* wanted) {
+    return regard::at(call->level).effect(*call, *wanted);
 }
 
 void regard_use_openmp(void* gomp_parallel) { regard::use_openmp(gomp_parallel); }

@@ -410,6 +410,11 @@ static void sum_columns(void* data) {
     }
 }
 
+// How many threads the work is worth: waking one takes as long as some hundred thousand products.
+static long worth(const RegardCall& c) {
+    return 1 + c.batch * c.heads * c.q_len * c.k_len * (c.dim + c.v_dim) / (1 << 18);
+}
+
 // 0, or 1: out of memory.
 static int forward(const RegardCall& given) {
     Shared sh{};
@@ -464,7 +469,7 @@ static int forward(const RegardCall& given) {
         for (long i = 0; i < counters; i++) new (&sh.left[i]) std::atomic<int>((int)plan.chunks);
         Queue queue(plan.items());
         sh.queue = &queue;
-        run_team(least(c.threads, queue.count), work_forward, &sh);
+        run_team(least(least(c.threads, queue.count), worth(c)), work_forward, &sh);
         if (plan.columns) {
             Queue heads(c.batch * c.heads);
             sh.queue = &heads;

@@ -1,0 +1,15 @@
+// What each instruction set offers.
+#pragma once
+#include "abi.h"
+
+namespace regard {
+
+struct Kernels {
+    int (*forward)(const RegardCall&);
+    int (*backward)(const RegardCall&, const RegardBackward&);
+    int (*effect)(const RegardCall&, const RegardEffect&);
+};
+
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+
+}  // namespace regard
