@@ -14,17 +14,25 @@ from torch import Generator, Tensor
 
 from regard import (
     ALiBi,
+    BigBird,
+    BlockSparse,
     Causal,
+    Chunks,
     Dense,
+    Dilated,
     Documents,
     Dropout,
     Edges,
     First,
+    Fixed,
     Full,
     Heads,
+    Longformer,
     Padding,
     Predicate,
     RelativeBias,
+    Strided,
+    TopBlocks,
     Window,
 )  # fmt: skip
 from regard.call import Call
@@ -144,6 +152,7 @@ def packed(s: Sizes, *ends: int) -> Documents:
 WIDE = at(70, 150)  # more keys than queries, and no tile filled
 SMALL = at(19, 33)
 SINKS = Causal() & (Window(20) | First(4))
+PLACED = {"query_start": 101, "key_start": 37}
 
 MASKS = {
     "full": lambda s, g: Full(),
@@ -174,6 +183,23 @@ MASKS = {
     "predicate": lambda s, g: Predicate(lambda b, h, q, k: (q * 3 + k) % 5 < 2),
     "predicate by head": lambda s, g: Predicate(lambda b, h, q, k: (q - k) < 10 * (h + 1)),
     "predicate by item": lambda s, g: Predicate(lambda b, h, q, k: k < 64 * (b + 1)) & Causal(),
+    # Queries stand at 80 … 149
+    "block sparse": lambda s, g: BlockSparse(bools(g, s.batch, s.heads, 5, 10), 16),
+    "block sparse shared": lambda s, g: BlockSparse(bools(g, 3, 5), 32) & Causal(),
+    "block sparse by head": lambda s, g: ~BlockSparse(bools(g, s.heads, 1, 3), 64) | Window(9),
+    "block sparse by item": lambda s, g: BlockSparse(bools(g, s.batch, 1, 22, 22), 7, (0, 0)),
+    "dilated": lambda s, g: Dilated(6, 11),
+    "strided": lambda s, g: Strided(12) & Causal(),
+    "fixed": lambda s, g: Fixed(24, 5),
+    "fixed and causal": lambda s, g: Fixed(16, 2) & Causal() & Padding(bools(g, s.batch, s.k_len)),
+    "longformer": lambda s, g: Longformer(20, [0, 1, 90, 120]),
+    "big bird": lambda s, g: BigBird(16, 3, 1, 2, seed=4),
+    "chunks": lambda s, g: Chunks(50) & Causal(),
+    "chunks that overlap": lambda s, g: Chunks(50, 20),
+    "top blocks": lambda s, g: TopBlocks(3, 16),
+    "top blocks and causal": lambda s, g: Causal() & TopBlocks(2, 32),
+    "top blocks and others": lambda s, g: Causal() & (TopBlocks(2, 16) | Window(9) | First(3)),
+    "all but the top blocks": lambda s, g: left_padding(s, (150, 60)) & ~TopBlocks(3, 20),
     "nested": lambda s, g: ~(Causal() & ~Window(9)) & (Padding(bools(g, s.k_len)) | ~First(30)),
 }
 
@@ -232,6 +258,16 @@ REQUESTS: dict[str, Callable[[Sizes, Generator], dict[str, Any]]] = {
         "query_start": 101,
         "key_start": 37,
     },
+    "placed blocks": lambda s, g: {"mask": BlockSparse(bools(g, s.heads, 5, 10), 16), **PLACED},
+    "placed patterns": lambda s, g: {
+        "mask": (Strided(13) | Dilated(3, 40)) & ~Fixed(9, 2) & Longformer(160, [100, 104]),
+        **PLACED,
+    },
+    "placed before 0": lambda s, g: {
+        "mask": BigBird(16, 1, 1, 2) | Chunks(30, 9) & ~Fixed(7, 1),
+        "query_start": -33,
+    },
+    "placed top blocks": lambda s, g: {"mask": Causal() & TopBlocks(2, 16), **PLACED},
     "placed predicate": lambda s, g: {
         "mask": Predicate(lambda b, h, q, k: (q + k) % 3 > h % 2),
         "query_start": 7,

@@ -8,17 +8,23 @@ import torch
 from hypothesis import given, settings
 
 from regard import (
+    BlockSparse,
     Causal,
+    Chunks,
     Dense,
+    Dilated,
     Documents,
     Edges,
     First,
+    Fixed,
     Full,
     Heads,
+    Longformer,
     Mask,
     Padding,
     Predicate,
     RegardError,
+    Strided,
     Window,
     attention,
 )
@@ -71,7 +77,50 @@ def naive(mask: Mask, at: Place):
             return lambda b, h, i, j: shown[b][h][i][j]
         case Predicate():
             return lambda b, h, i, j: bool(mask.fn(b, h, i + at.query_start, j + at.key_start))
+        case BlockSparse():
+            return blocks(mask, at)
+    pattern = positional(mask)
+    return lambda b, h, i, j: pattern(i + at.query_start, j + at.key_start)
+
+
+def positional(mask: Mask):
+    """(query, key) → bool, both positions in the sequence."""
+    match mask:
+        case Dilated():
+            return lambda q, k: q - k in range(0, mask.n * mask.step, mask.step)
+        case Strided():
+            return lambda q, k: abs(q - k) < mask.n or (q - k) % mask.n == 0
+        case Fixed():
+            return lambda q, k: (
+                q // mask.n == k // mask.n or k % mask.n in range(mask.n - mask.summary, mask.n)
+            )
+        case Longformer():
+            side = mask.window // 2
+            everywhere = {p for start, stop in mask.ranges for p in range(start, stop)}
+            return lambda q, k: abs(q - k) <= side or q in everywhere or k in everywhere
+        case Chunks():
+            starts = range(0, 1000, mask.size - mask.overlap)
+            return lambda q, k: any(s <= min(q, k) and max(q, k) < s + mask.size for s in starts)
     raise AssertionError(f"no naive twin of {mask}")
+
+
+def blocks(mask: BlockSparse, at: Place):
+    """Block rows and cols counted from the call's first, or from `first`."""
+    row, col = mask.first or (at.query_start // mask.block, at.key_start // mask.block)
+    sizes = mask.layout[(None,) * (4 - mask.layout.dim())].shape
+    layout = mask.layout.reshape(sizes).tolist()
+
+    def seen(b: int, h: int, i: int, j: int) -> bool:
+        cell = (
+            b,
+            h,
+            (i + at.query_start) // mask.block - row,
+            (j + at.key_start) // mask.block - col,
+        )
+        b, h, r, c = (0 if n == 1 else x for x, n in zip(cell, sizes, strict=True))
+        return layout[b][h][r][c]
+
+    return seen
 
 
 def rows(tensor: torch.Tensor, batch: int) -> list:
@@ -195,6 +244,7 @@ def test_tails_that_fill_no_tile(name, sizes):
 
 def leaves(at: Place) -> st.SearchStrategy[Mask]:
     n = st.integers(1, 40)
+    few = st.integers(1, 9)
     flags = st.randoms(use_true_random=False)
 
     def bools(*shape: int):
@@ -213,6 +263,12 @@ def leaves(at: Place) -> st.SearchStrategy[Mask]:
         st.sampled_from([Full(), Causal()]),
         st.builds(Window, n, ahead=st.integers(0, 9)),
         st.builds(First, n),
+        st.builds(Dilated, n, n),
+        st.builds(Strided, n),
+        n.flatmap(lambda m: st.builds(Fixed, st.just(m), st.integers(0, m))),
+        st.builds(Longformer, st.integers(0, 20), st.integers(0, 9) | st.sets(n, max_size=3)),
+        n.flatmap(lambda m: st.builds(Chunks, st.just(m), st.integers(0, m - 1))),
+        few.flatmap(lambda b: st.builds(BlockSparse, bools(1, at.heads, *grid(at, b)), st.just(b))),
         st.builds(Heads, st.lists(st.integers(0, at.heads - 1), max_size=2)),
         st.builds(Documents, numbers(at.q_len), numbers(at.k_len)),
         st.builds(Padding, bools(at.batch, at.k_len)),
@@ -220,6 +276,12 @@ def leaves(at: Place) -> st.SearchStrategy[Mask]:
         dense.flatmap(lambda shape: bools(*shape)).map(Dense),
         n.map(lambda m: Predicate(lambda b, h, q, k: (q * m + k + b + h) % 3 == 0)),
     )
+
+
+def grid(at: Place, block: int) -> tuple[int, int]:
+    """How many blocks the call's queries, and its keys, stand in."""
+    sides = ((at.query_start, at.q_len), (at.key_start, at.k_len))
+    return tuple(len({p // block for p in range(start, start + n)}) for start, n in sides)
 
 
 @st.composite

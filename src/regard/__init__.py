@@ -1,22 +1,34 @@
 """Attention at the hardware's speed, with the weights in sight at any length."""
-# ruff: noqa: I001 (a name a line would hide the list)
+# ruff: noqa: I001, RUF022 (a name a line would hide the list; H2O is no constant)
 
 from .attend import attention, explain, observe
 from .biases import ALiBi, RelativeBias
+from .caching import H2O, KVCache, PagedCache, SnapKV, TOVA, WindowCache
+from .chosen import TopBlocks
 from .dropout import Dropout
 from .errors import NoEngine, RegardError
+from .generating import generation_cache
+from .linear import Favor, LinearState, linear_attention
 from .masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask  # fmt: skip
 from .masks import Padding, Predicate, Window  # fmt: skip
+from .merging import merge, piecewise
 from .observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore, NormTopK  # fmt: skip
 from .observers import Received, Rows, TopK  # fmt: skip
+from .pages import Pages
+from .patterns import BigBird, BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided  # fmt: skip
 from .recording import Recording
 from .watched import Cut
 from .watching import watch
+from .windows import Unseen, stitch, unseen, unseen_mass, unseen_recorded
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALiBi", "Causal", "Cut", "Dense", "Distances", "Documents", "Dropout", "Edges", "Effect",
-    "Entropy", "First", "Full", "Heads", "LogSumExp", "Map", "Mask", "MaxScore", "NoEngine",
-    "NormTopK", "Padding", "Predicate", "Received", "Recording", "RegardError", "RelativeBias",
-    "Rows", "TopK", "Window", "attention", "explain", "observe", "watch",
+    "ALiBi", "BigBird", "BlockSparse", "Causal", "Chunks", "Cut", "Dense", "Dilated",
+    "Distances", "Documents", "Dropout", "Edges", "Effect", "Entropy", "Favor", "First",
+    "Fixed", "Full", "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "Longformer", "Map",
+    "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache", "Pages", "Predicate",
+    "Received", "Recording", "RegardError", "RelativeBias", "Rows", "SnapKV", "Strided", "TOVA",
+    "TopBlocks", "TopK", "Unseen", "Window", "WindowCache", "attention", "explain",
+    "generation_cache", "linear_attention", "merge", "observe", "piecewise", "stitch", "unseen",
+    "unseen_mass", "unseen_recorded", "watch",
 ]  # fmt: skip

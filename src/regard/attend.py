@@ -10,11 +10,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .biases import Bias
 from .call import Call
+from .chosen import by_content
 from .dropout import Dropout
 from .engines import refusals, select, tiled
 from .errors import RegardError
 from .masks import Full, Mask
 from .observers import Observer
+from .pages import Pages
 from .weigh import weigh
 
 
@@ -31,6 +33,7 @@ def attention(
     dropout: Dropout | float | None = None,
     query_start: int | None = None,
     key_start: int = 0,
+    pages: Pages | None = None,
     observe: Sequence[Observer] | None = None,
     return_lse: bool = False,
     engine: str = "auto",
@@ -48,6 +51,8 @@ def attention(
     dropout: a probability, or `Dropout(p, seed)`.
     query_start, key_start: positions of the first query and key in the sequence. By default keys
         start at 0 and the last query stands at the last key.
+    pages: key and value are then pools (pages, kv_heads, size, dim), which engine cpu reads in
+        place: `Pages(table, lengths)`. They take no gradients.
     observe: what to keep of the weights, such as `[TopK(8), Received()]`.
 
     Returns out (batch, heads, q_len, v_dim); with `return_lse`, also the log-sum-exp
@@ -64,7 +69,7 @@ def attention(
     call = Call.checked(
         query, key, value, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
         dropout=dropout, query_start=query_start, key_start=key_start, observe=observe,
-        return_lse=return_lse,
+        return_lse=return_lse, pages=pages,
     )  # fmt: skip
     chosen = select(call, engine)
     if observe is None:
@@ -75,7 +80,7 @@ def attention(
         out, lse, seen = chosen.observed(call)
     else:
         out, lse = chosen.forward(call)
-    results = weigh(call, lse, out, seen=seen)
+    results = weigh(call.gathered(), lse, out, seen=seen)
     return (out, lse, results) if return_lse else (out, results)
 
 
@@ -104,6 +109,11 @@ def observe(
         query_start=query_start, key_start=key_start, observe=observe,
     )  # fmt: skip
     shard = lse is not None
+    if shard and by_content(mask):
+        raise RegardError(
+            f"mask {mask} chooses among all keys, and with lse these may be a shard of them; give "
+            "no lse, or what its TopBlocks(…).choose(query, key, …) returns"
+        )
     if lse is None:
         lse = tiled.log_sum_exp(call)
     if lse.shape != query.shape[:3] or lse.device != query.device:

@@ -15,6 +15,8 @@ from .errors import RegardError
 from .lowered import Program
 from .masks import Full, Mask, Place
 from .observers import Observer
+from .ops import Op
+from .pages import Pages, check
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,6 +42,7 @@ class Call:
     mask: Mask
     observers: tuple[Observer, ...] = ()
     return_lse: bool = False
+    pages: Pages | None = None  # then key and value are pools (pages, kv_heads, size, dim)
 
     @classmethod
     def checked(
@@ -58,9 +61,10 @@ class Call:
         key_start: int = 0,
         observe: Sequence[Observer] | None = None,
         return_lse: bool = False,
+        pages: Pages | None = None,
     ) -> Call:
         """The call, or a RegardError that shows the shapes and says what to do."""
-        place = _placed(query, key, value, query_start, key_start)
+        place = _placed(query, key, value, query_start, key_start, pages)
         mask = Full() if mask is None else mask
         if not isinstance(mask, Mask):
             raise RegardError(
@@ -97,6 +101,21 @@ class Call:
             mask,
             observers,
             return_lse,
+            pages,
+        )
+
+    def gathered(self) -> Call:
+        """The same call with its keys and values copied out of their pages."""
+        if self.pages is None:
+            return self
+        program, keep = self.program, self.pages.keep()
+        code = (*program.code, Op.PADDING, len(program.tensors), Op.AND)
+        return replace(
+            self,
+            key=self.pages.gather(self.key),
+            value=None if self.value is None else self.pages.gather(self.value),
+            program=replace(program, code=code, tensors=(*program.tensors, keep)),
+            pages=None,
         )
 
     @property
@@ -160,16 +179,20 @@ def _biases(bias: Bias | Tensor | Sequence[Bias | Tensor] | None) -> list[Bias]:
 
 
 def _placed(
-    query: Tensor, key: Tensor, value: Tensor | None, query_start: int | None, key_start: int
-) -> Place:
+    query: Tensor, key: Tensor, value: Tensor | None, query_start: int | None, key_start: int,
+    pages: Pages | None,
+) -> Place:  # fmt: skip
     """Check shapes, dtypes and devices against each other; say where the call stands."""
-    wrong = _misfit(query, key, value)
+    wrong = _misfit(query, key, value, pages is not None)
     if wrong:
         named = {"query": query, "key": key} | ({} if value is None else {"value": value})
         said = ", ".join(f"{n} {_shape(t)} {_dtype(t)} on {t.device}" for n, t in named.items())
         raise RegardError(f"{said}: {wrong}")
     batch, heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
+    if pages is not None:
+        check(query, key, pages)
+        k_len = pages.k_len
     if key_start < 0:
         raise RegardError(f"key_start is {key_start}; positions of keys count from 0")
     if query_start is None:
@@ -177,10 +200,10 @@ def _placed(
     return Place(batch, heads, kv_heads, q_len, k_len, query_start, key_start, query.device)
 
 
-def _misfit(query: Tensor, key: Tensor, value: Tensor | None) -> str:
+def _misfit(query: Tensor, key: Tensor, value: Tensor | None, paged: bool) -> str:
     if query.dim() != 4 or key.dim() != 4 or (value is not None and value.dim() != 4):
         return "each needs 4 dimensions, (batch, heads, length, dim)"
-    if key.shape[0] != query.shape[0]:
+    if key.shape[0] != query.shape[0] and not paged:
         return f"query has batch {query.shape[0]}, key {key.shape[0]}; make them equal"
     if key.shape[3] != query.shape[3]:
         return f"query has dim {query.shape[3]}, key {key.shape[3]}; make them equal"

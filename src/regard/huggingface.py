@@ -20,6 +20,7 @@ from transformers import masking_utils as hf
 from transformers.utils import output_capturing
 
 from .biases import Bias, DenseBias
+from .caching import owner_of
 from .call import Call
 from .engines import select
 from .errors import RegardError
@@ -169,8 +170,15 @@ def attend(
         raise RegardError("regard cannot read a paged cache yet; use the default cache")
     where = next(((w, n) for w in active() if (n := w.call_of(module)) is not None), None)
     kind = _kind(module, where[1] if where else "")
-    shown, biases, start, key_start = _shown(module, query, key, attention_mask, is_causal)
+    held = owner_of(key)  # a cache that evicts: the mask speaks of more keys than there are
+    k_len = key.shape[2] if held is None else held.layout.length
+    shown, biases, start, key_start = _shown(module, query, k_len, attention_mask, is_causal)
     if position_bias is not None:
+        if position_bias.shape[-1] not in (1, k_len):
+            raise RegardError(
+                f"{type(module).__name__} computed a position bias for {position_bias.shape[-1]} "
+                f"keys of {k_len} tokens, as if none were evicted; use KVCache() or PagedCache()"
+            )
         biases.append(DenseBias(position_bias))
     if where:
         start = where[0].position(where[1], kind, start)
@@ -178,24 +186,36 @@ def attend(
         shown = shown if kept is None else shown & kept
     if query.shape[0] != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
-    call = Call.checked(
-        query, key, value, mask=shown, bias=biases or None, scale=scaling, softcap=softcap,
-        sinks=s_aux, dropout=dropout or None, query_start=start, key_start=key_start,
-    )  # fmt: skip
-    out, lse = select(call).forward(call)
-    if where and where[0].wants(where[1]):
+    request: dict[str, Any] = dict(
+        mask=shown, bias=biases or None, scale=scaling, softcap=softcap, sinks=s_aux
+    )
+    wanted, asked = where is not None and where[0].wants(where[1]), _asked_for_weights(rest)
+    call = None
+    if held is None:
+        call = Call.checked(
+            query, key, value, **request, dropout=dropout or None, query_start=start,
+            key_start=key_start,
+        )  # fmt: skip
+        out, lse = select(call).forward(call)
+    else:
+        if dropout:
+            raise RegardError("a cache that evicts takes no dropout; use model.eval()")
+        if wanted or asked:
+            call = held.in_positions(query, **request)
+        out, lse = held.attend_appended(query, **request, return_lse=True)
+    if where and wanted and call:
         where[0].record(where[1], kind, call, lse, out)
     weights = None
-    if _asked_for_weights(rest):
+    if asked and call:
         weights = whole_rows(call, lse.detach(), (0, call.place.q_len)).to(query.dtype)
     return out.transpose(1, 2).contiguous(), weights
 
 
 def _shown(
-    module: nn.Module, query: Tensor, key: Tensor, given: Tensor | None, is_causal: bool | None
+    module: nn.Module, query: Tensor, k_len: int, given: Tensor | None, is_causal: bool | None
 ) -> tuple[Mask, list[Bias | Tensor], int, int]:
     """(mask, biases, query_start, key_start) from what arrives as the mask."""
-    q_len, k_len = query.shape[2], key.shape[2]
+    q_len = query.shape[2]
     if given is None:
         # As in transformers: causal from the top left, as a cache may hold unwritten keys
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -204,8 +224,8 @@ def _shown(
         return Full(), [], k_len - 1 if causal else 0, 0
     if given.shape[-2] not in (1, q_len) or given.shape[-1] not in (1, k_len):
         raise RegardError(
-            f"the model's mask is {tuple(given.shape)}, its query {tuple(query.shape)} and key "
-            f"{tuple(key.shape)}; the last two sizes of the mask must be ({q_len}, {k_len}), or 1"
+            f"the model's mask is {tuple(given.shape)}, its query {tuple(query.shape)}, of {k_len} "
+            f"keys; the last two sizes of the mask must be ({q_len}, {k_len}), or 1"
         )
     if isinstance(given, CompactMask):
         return given.regard, [], *given.starts

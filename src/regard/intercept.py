@@ -1,9 +1,10 @@
-"""Catches torch's own attention calls of one thread and reads their weights beside them."""
+"""Catches torch's attention calls of one thread, and ours, and reads their weights beside them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .biases import DenseBias
+from .attend import attention
+from .biases import DenseBias, Kind
 from .call import Call
 from .engines import select, tiled
 from .masks import Causal, Dense, Full, Mask, Padding
 from .observers import Effect
+from .ops import Op
 from .watched import Watched
-from .weigh import whole_rows
+from .weigh import weigh, whole_rows
 
 
 class Caught(NamedTuple):
@@ -35,7 +38,8 @@ class Caught(NamedTuple):
 
 
 class Intercept(TorchFunctionMode):
-    """While active, `F.scaled_dot_product_attention` and `F.multi_head_attention_forward` report.
+    """While active, `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` and
+    `regard.attention` report.
 
     The output is torch's own, to the bit, with queries and keys read beside it; only where edges
     are cut, or effects asked for, is the attention itself computed by regard.
@@ -54,10 +58,17 @@ class Intercept(TorchFunctionMode):
             F.multi_head_attention_forward: _catch_mha,
         }.get(func)
         module = self.watched.tracker.innermost
-        if catch is None or module is None:
+        if module is None or (catch is None and func is not attention):
             return func(*args, **kwargs)
         name = self.watched.tracker.call(module)
         wanted, kept = self.watched.wants(name), self.watched.cut_of(name)
+        if catch is None:
+            if not wanted and kept is None:
+                return func(*args, **kwargs)
+            kind = getattr(self.watched.modules[module], "kind", None)
+            if kept is not None:
+                kwargs["mask"] = kwargs["mask"] & kept
+            return self._regard(name, kind, wanted, *args, **kwargs)
         effects = any(isinstance(o, Effect) for o in self.watched.observe)
         if kept is not None or (wanted and effects):
             caught = catch(*args, **kwargs)
@@ -72,6 +83,35 @@ class Intercept(TorchFunctionMode):
             self.watched.record(name, caught.kind, call, tiled.log_sum_exp(call))
         return out
 
+    def _regard(
+        self,
+        name: str,
+        kind: str | None,
+        wanted: bool,
+        *tensors: Tensor,
+        observe: Any,
+        return_lse: bool,
+        engine: str,
+        **request: Any,
+    ) -> Any:
+        """`regard.attention`, computed by its own engine and read from its own lse.
+
+        kind: "self" or "cross", where the module says it; else it is told by mask and lengths.
+        """
+        call = Call.checked(*tensors, **request, observe=observe, return_lse=return_lse)
+        out, lse = select(call, engine).forward(call)
+        if wanted:
+            placed = _depends_on_positions(call)
+            if kind not in ("self", "cross"):
+                kind = "self" if placed or call.place.q_len == call.place.k_len else "cross"
+            start = self.watched.position(name, kind, call.place.query_start)
+            seen = call if placed else _moved(call, start)
+            self.watched.record(name, kind, seen, lse, out)
+        answer = (out, lse) if return_lse else (out,)
+        if observe is not None:
+            answer = (*answer, weigh(call, lse, out))
+        return answer if len(answer) > 1 else out
+
     def _compute(self, name: str, caught: Caught, wanted: bool) -> Any:
         """Ours in the place of torch's."""
         call = Call.checked(caught.query, caught.key, caught.value, **caught.request)
@@ -80,6 +120,20 @@ class Intercept(TorchFunctionMode):
             self.watched.record(name, caught.kind, call, lse, out)
         rows = (0, call.place.q_len)
         return caught.finish(out, lambda: whole_rows(call, lse.detach(), rows).to(out.dtype))
+
+
+def _depends_on_positions(call: Call) -> bool:
+    """Whether the mask or a bias asks where the queries stand."""
+    free = (Op.FULL, Op.DOCUMENTS, Op.PADDING, Op.DENSE, Op.HEADS, Op.AND, Op.OR, Op.NOT)
+    return any(op not in free for op, _ in call.program.instructions()) or any(
+        b.kind != Kind.DENSE for b in call.biases
+    )
+
+
+def _moved(call: Call, start: int) -> Call:
+    """The same call with its queries counted from `start`; nothing in it depends on that."""
+    place = replace(call.place, query_start=start)
+    return replace(call, place=place, program=replace(call.program, query_start=start))
 
 
 def _catch_sdpa(

@@ -1,8 +1,8 @@
 """The lowered form of a mask: one program of integers plus tensors.
 
 A program is a list of instructions in postfix order, flat in a tuple of integers: an `Op` and its
-operands. Leaves push an answer, AND, OR and NOT combine what was pushed. The same form serves every
-engine, the registered op and files. It answers two questions:
+operands (`ops`). Leaves push an answer, AND, OR and NOT combine what was pushed. The same form
+serves every engine, the registered op and files. It answers two questions:
 
 - `visible(span)`: element by element, who sees whom in a tile;
 - `classes(block_q, block_k)`: for all tiles at once, whether anything may be visible in it and
@@ -14,43 +14,16 @@ key_start + j. Leaves that hold a tensor per query or key index it by i and j.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-
-class Op(IntEnum):
-    """Instructions. The operands are integers; `t` is an index into the program's tensors."""
-
-    FULL = 0
-    CAUSAL = 1
-    WINDOW = 2  # n, ahead
-    FIRST = 3  # n
-    DOCUMENTS = 4  # t: query ids (batch, q_len), t: key ids (batch, k_len)
-    PADDING = 5  # t: keep (batch, k_len)
-    EDGES = 6  # t: (n, 2) positions of query and key
-    DENSE = 7  # t: bool, broadcastable to (batch, heads, q_len, k_len)
-    TILES = 8  # t: cells (batch, heads, rows, cols) int32, t: bits (mixed cells, side, side / 8)
-    HEADS = 9  # t: bool (heads,)
-    AND = 16
-    OR = 17
-    NOT = 18
-
-    @property
-    def holds_tensors(self) -> bool:
-        """Whether the operands are indices into the program's tensors."""
-        return self in (Op.DOCUMENTS, Op.PADDING, Op.EDGES, Op.DENSE, Op.TILES, Op.HEADS)
-
-
-OPERANDS = {Op.WINDOW: 2, Op.FIRST: 1, Op.DOCUMENTS: 2, Op.PADDING: 1, Op.EDGES: 1, Op.DENSE: 1}
-OPERANDS |= {Op.TILES: 2, Op.HEADS: 1}
-TILE_SIDE = 64  # of the cells into which a predicate is evaluated
-EMPTY_CELL, FULL_CELL = -2, -1  # a cell's value is one of these, or its row in `bits`
-
-Answer = tuple[Tensor, Tensor]  # for tiles: (something may be visible, everything is visible)
+from .ops import FULL_CELL, TILE_SIDE
+from .ops import Op as Op  # the name is part of what this module offers
+from .tiling import Answer, Side, Tiling
 
 
 @dataclass(frozen=True)
@@ -95,26 +68,19 @@ class Program:
 
     def spread(self) -> tuple[int, int]:
         """The batch and head sizes of the answer: 1 where all share one."""
-        sizes = [(1, 1), *self._leaf_sizes()]
-        return max(b for b, _ in sizes), max(h for _, h in sizes)
-
-    def _leaf_sizes(self) -> Iterator[tuple[int, int]]:
+        sizes = {"b": 1, "h": 1}
         for op, args in self.instructions():
-            if op in (Op.DOCUMENTS, Op.PADDING):
-                yield self.tensors[args[0]].shape[0], 1
-            elif op == Op.HEADS:
-                yield 1, self.tensors[args[0]].numel()
-            elif op in (Op.DENSE, Op.TILES):
-                yield self.tensors[args[0]].shape[0], self.tensors[args[0]].shape[1]
+            for i, dims in zip(args, op.form.tensors, strict=False):
+                for dim, size in zip(dims, self.tensors[i].shape, strict=False):
+                    sizes[dim] = max(sizes[dim], size)
+        return sizes["b"], sizes["h"]
 
     def item(self, batch: int) -> Program:
         """The same mask for one item of the batch."""
         tensors = list(self.tensors)
         for op, args in self.instructions():
-            # Of a predicate, only the cells count the batch; of edges and heads, nothing does
-            by_batch = {Op.EDGES: (), Op.HEADS: (), Op.TILES: args[:1]}.get(op, args)
-            for i in by_batch if op.holds_tensors else ():
-                if tensors[i].shape[0] > 1:
+            for i, dims in zip(args, op.form.tensors, strict=False):
+                if dims[:1] == "b" and tensors[i].shape[0] > 1:
                     tensors[i] = tensors[i][batch : batch + 1]
         return replace(self, tensors=tuple(tensors))
 
@@ -123,9 +89,14 @@ class Program:
         at = 0
         while at < len(self.code):
             op = Op(self.code[at])
-            count = OPERANDS.get(op, 0)
-            yield op, self.code[at + 1 : at + 1 + count]
-            at += 1 + count
+            end = at + 1 + op.form.operands
+            yield op, self.code[at + 1 : end]
+            at = end
+
+    def _operands(self, args: tuple[int, ...], op: Op) -> tuple[list[Tensor], tuple[int, ...]]:
+        """A leaf's operands: its tensors, and its numbers."""
+        count = len(op.form.tensors)
+        return [self.tensors[i] for i in args[:count]], args[count:]
 
     def visible(self, span: Span) -> Tensor:
         """Who sees whom: bool, broadcastable to (batch, heads, q1 − q0, k1 − k0) of the span."""
@@ -139,36 +110,57 @@ class Program:
                 right, left = stack.pop(), stack.pop()
                 stack.append(left & right if op == Op.AND else left | right)
             else:
-                stack.append(self._leaf(op, args, span, query, key))
+                shown = self._leaf(op, *self._operands(args, op), span, query, key)
+                stack.append(shown[None, None] if shown.dim() == 2 else shown)
         return stack.pop()
 
     def _leaf(
-        self, op: Op, args: tuple[int, ...], span: Span, query: Tensor, key: Tensor
+        self,
+        op: Op,
+        tensors: Sequence[Tensor],
+        numbers: Sequence[int],
+        span: Span,
+        query: Tensor,
+        key: Tensor,
     ) -> Tensor:
-        tensors = [self.tensors[i] for i in args] if op.holds_tensors else []
+        """One leaf's answer, (q1 − q0, k1 − k0) or with batch and heads before them."""
+        rows, cols = span.q1 - span.q0, span.k1 - span.k0
         if op == Op.FULL:
-            return (key >= key[:, :1]).expand(1, 1, span.q1 - span.q0, -1)
+            return (key >= key[:, :1]).expand(rows, -1)
         if op == Op.CAUSAL:
-            return (key <= query)[None, None]
+            return key <= query
         if op == Op.WINDOW:
             back = query - key
-            return ((back < args[0]) & (back >= -args[1]))[None, None]
+            return (back < numbers[0]) & (back >= -numbers[1])
         if op == Op.FIRST:
-            return (key < args[0]).expand(1, 1, span.q1 - span.q0, -1)
+            return (key < numbers[0]).expand(rows, -1)
+        if op == Op.STEP:
+            return (query - key) % numbers[0] == 0
+        if op == Op.CHUNK:
+            return query // numbers[0] == key // numbers[0]
+        if op == Op.PHASE:
+            phase = key % numbers[0]
+            return ((phase >= numbers[1]) & (phase < numbers[2])).expand(rows, -1)
+        if op == Op.QUERIES:
+            return ((query >= numbers[0]) & (query < numbers[1])).expand(-1, cols)
         if op == Op.DOCUMENTS:
             mine = _batch(tensors[0], span)[:, None, span.q0 : span.q1, None]
             theirs = _batch(tensors[1], span)[:, None, None, span.k0 : span.k1]
             return (mine == theirs) & (mine >= 0)
         if op == Op.PADDING:
             keep = _batch(tensors[0], span)[:, None, None, span.k0 : span.k1]
-            return keep.expand(-1, 1, span.q1 - span.q0, -1)
+            return keep.expand(-1, 1, rows, -1)
         if op == Op.EDGES:
             return self._edges(tensors[0], span)
         if op == Op.HEADS:
             mine = tensors[0][span.heads].view(1, -1, 1, 1)
-            return mine.expand(-1, -1, span.q1 - span.q0, span.k1 - span.k0)
+            return mine.expand(-1, -1, rows, cols)
         if op == Op.DENSE:
-            return span.cut(tensors[0]).expand(-1, -1, span.q1 - span.q0, span.k1 - span.k0)
+            return span.cut(tensors[0]).expand(-1, -1, rows, cols)
+        if op == Op.BLOCKS:
+            block, row, col = numbers
+            mine = _items(tensors[0], span).index_select(2, query[:, 0] // block - row)
+            return mine.index_select(3, key[0] // block - col)
         return _unpack(tensors[0], tensors[1], span)
 
     def _edges(self, pairs: Tensor, span: Span) -> Tensor:
@@ -178,15 +170,23 @@ class Program:
         inside = (query >= 0) & (query < rows) & (key >= 0) & (key < span.k1 - span.k0)
         tile = torch.zeros(rows, span.k1 - span.k0, dtype=torch.bool, device=self.device)
         tile[query[inside], key[inside]] = True
-        return tile[None, None]
+        return tile
 
     def classes(self, block_q: int, block_k: int) -> Answer:
         """Two bool tensors broadcastable to (batch, heads, q tiles, k tiles): (some, all).
 
         `some` is False only where a tile is surely empty; `all` True only where it is surely full.
         """
+        tiles = self.tiles(block_q, block_k)
+        return tiles.some, tiles.every
+
+    def tiles(self, block_q: int, block_k: int, lead: tuple[int, int] = (0, 0)) -> Tiles:
+        """All tiles with their classes; the first ones begin `lead` indices before the call."""
+        grid = Tiling(
+            Side(self.q_len, block_q, self.query_start, lead[0], self.device),
+            Side(self.k_len, block_k, self.key_start, lead[1], self.device),
+        )
         stack: list[Answer] = []
-        tiles = Tiling(self, block_q, block_k)
         for op, args in self.instructions():
             if op == Op.NOT:
                 some, every = stack.pop()
@@ -198,133 +198,55 @@ class Program:
                 else:
                     stack.append((left[0] | right[0], left[1] | right[1]))
             else:
-                stack.append(tiles.leaf(op, args))
+                stack.append(grid.leaf(op, *self._operands(args, op)))
         some, every = stack.pop()
-        shape = torch.broadcast_shapes(
-            some.shape, every.shape, (1, 1, len(tiles.q0), len(tiles.k0))
+        sizes = (1, 1, grid.query.count, grid.key.count)
+        shape = torch.broadcast_shapes(some.shape, every.shape, sizes)
+        return Tiles(some.expand(shape), every.expand(shape), grid.query, grid.key)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A call's tiles: bool (batch or 1, heads or 1, q tiles, k tiles), and the grid's two sides."""
+
+    some: Tensor
+    every: Tensor
+    query: Side
+    key: Side
+
+    @cached_property
+    def undecided(self) -> Tensor:
+        """(rows, cols): tiles that are neither surely empty nor surely full, for some item."""
+        return (self.some & ~self.every).flatten(0, 1).any(0)
+
+    def mixed(self) -> Iterator[tuple[int, int, int, Span]]:
+        """Where elements decide: (row, first col, last col + 1) of neighbours, and their span."""
+        mixed = self.undecided
+        edge = mixed.new_zeros(len(mixed), 1)
+        change = torch.cat([edge, mixed, edge], 1).diff(dim=1).nonzero().tolist()
+        q0, q1, k0, k1 = (
+            [int(n) for n in side]
+            for side in (self.query.first, self.query.last + 1, self.key.first, self.key.last + 1)
         )
-        return some.expand(shape), every.expand(shape)
-
-
-class Tiling:
-    """A grid of tiles over a call, and each leaf's answer for all of them at once."""
-
-    def __init__(self, program: Program, block_q: int, block_k: int) -> None:
-        self.program = program
-        self.block_q, self.block_k = block_q, block_k
-        device = program.device
-        self.q0 = torch.arange(0, program.q_len, block_q, device=device)
-        self.k0 = torch.arange(0, program.k_len, block_k, device=device)
-        self.q_last = (self.q0 + block_q).clamp(max=program.q_len) - 1
-        self.k_last = (self.k0 + block_k).clamp(max=program.k_len) - 1
-
-    def leaf(self, op: Op, args: tuple[int, ...]) -> Answer:
-        """The answer of one leaf, each half broadcastable to (batch, heads, q tiles, k tiles)."""
-        program = self.program
-        shift = program.query_start - program.key_start
-        # query − key, over the tile: smallest and largest
-        least = (self.q0 + shift)[:, None] - self.k_last[None, :]
-        most = (self.q_last + shift)[:, None] - self.k0[None, :]
-        tensors = [program.tensors[i] for i in args] if op.holds_tensors else []
-        if op == Op.FULL:
-            return _both(torch.ones_like(least, dtype=torch.bool))
-        if op == Op.CAUSAL:
-            return (most >= 0)[None, None], (least >= 0)[None, None]
-        if op == Op.WINDOW:
-            behind, ahead = args
-            some = (most >= -ahead) & (least < behind)
-            return some[None, None], ((least >= -ahead) & (most < behind))[None, None]
-        if op == Op.FIRST:
-            first = args[0] - program.key_start
-            some, every = self.k0 < first, self.k_last < first
-            return some[None, None, None], every[None, None, None]
-        if op == Op.DOCUMENTS:
-            mine, theirs = _ends(tensors[0], self.block_q), _ends(tensors[1], self.block_k)
-            low, high = (e[:, None, :, None] for e in mine)
-            other_low, other_high = (e[:, None, None, :] for e in theirs)
-            some = (low <= other_high) & (other_low <= high) & (high >= 0)
-            every = (low == high) & (other_low == other_high) & (low == other_low) & (low >= 0)
-            return some, every
-        if op == Op.PADDING:
-            low, high = _ends(tensors[0].to(torch.int8), self.block_k)
-            return (high > 0)[:, None, None, :], (low > 0)[:, None, None, :]
-        if op == Op.EDGES:
-            return self._edges(tensors[0])
-        if op == Op.HEADS:
-            return (tensors[0].view(1, -1, 1, 1),) * 2
-        if op == Op.DENSE:
-            return self._dense(tensors[0])
-        return self._cells(tensors[0])
-
-    def _edges(self, pairs: Tensor) -> Answer:
-        query, key = pairs[:, 0] - self.program.query_start, pairs[:, 1] - self.program.key_start
-        inside = (query >= 0) & (query < self.program.q_len) & (key >= 0)
-        inside &= key < self.program.k_len
-        row, col = query[inside] // self.block_q, key[inside] // self.block_k
-        count = torch.zeros(len(self.q0), len(self.k0), dtype=torch.int64, device=row.device)
-        count.index_put_((row, col), torch.ones_like(row), accumulate=True)
-        area = (self.q_last - self.q0 + 1)[:, None] * (self.k_last - self.k0 + 1)[None, :]
-        return (count > 0)[None, None], (count == area)[None, None]
-
-    def _dense(self, dense: Tensor) -> Answer:
-        some = every = dense
-        for dim, block in ((-2, self.block_q), (-1, self.block_k)):
-            if dense.shape[dim] > 1:
-                some = _pool(some, dim, block, torch.amax, False)
-                every = _pool(every, dim, block, torch.amin, True)
-        return some, every
-
-    def _cells(self, cells: Tensor) -> Answer:
-        """A predicate's cells have a side of their own: pool those that a tile overlaps."""
-        some, every = cells != EMPTY_CELL, cells == FULL_CELL
-        for dim, start, last in ((-2, self.q0, self.q_last), (-1, self.k0, self.k_last)):
-            some = _count(some, dim, start, last) > 0
-            every = _count(~every, dim, start, last) == 0
-        return some, every
-
-
-def _both(answer: Tensor) -> Answer:
-    return answer[None, None], answer[None, None]
+        for (row, start), (_, stop) in zip(change[::2], change[1::2], strict=True):
+            yield row, start, stop, Span(q0[row], q1[row], k0[start], k1[stop - 1])
 
 
 def _batch(tensor: Tensor, span: Span) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[span.batch]
 
 
-def _count(flags: Tensor, dim: int, start: Tensor, last: Tensor) -> Tensor:
-    """How many flags are set among the cells that [start, last] overlaps, along dim."""
-    total = flags.to(torch.int32).cumsum(dim, dtype=torch.int32)
-    total = torch.cat([torch.zeros_like(total.narrow(dim, 0, 1)), total], dim)
-    upto = total.index_select(dim, last // TILE_SIDE + 1)
-    return upto - total.index_select(dim, start // TILE_SIDE)
-
-
-def _ends(ids: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Least and largest id of each block: (batch, n) → two of (batch, blocks)."""
-    pad = -ids.shape[-1] % block
-    if pad:
-        ids = torch.cat([ids, ids[..., -1:].expand(*ids.shape[:-1], pad)], -1)
-    low, high = ids.unflatten(-1, (-1, block)).aminmax(dim=-1)
-    return low, high
-
-
-def _pool(flags: Tensor, dim: int, block: int, reduce, padding: bool) -> Tensor:  # type: ignore[no-untyped-def]
-    pad = -flags.shape[dim] % block
-    if pad:
-        shape = list(flags.shape)
-        shape[dim] = pad
-        flags = torch.cat([flags, flags.new_full(shape, padding)], dim)
-    pooled: Tensor = reduce(flags.unflatten(dim, (-1, block)), dim)
-    return pooled
+def _items(tensor: Tensor, span: Span) -> Tensor:
+    """The batch items and heads of a span, of a tensor (batch or 1, heads or 1, …)."""
+    heads = slice(None) if tensor.shape[1] == 1 else span.heads
+    return _batch(tensor, span)[:, heads]
 
 
 def _unpack(cells: Tensor, bits: Tensor, span: Span) -> Tensor:
     """The elements of a span from a predicate's cells."""
     r0, r1 = span.q0 // TILE_SIDE, (span.q1 - 1) // TILE_SIDE + 1
     c0, c1 = span.k0 // TILE_SIDE, (span.k1 - 1) // TILE_SIDE + 1
-    batch = slice(None) if cells.shape[0] == 1 else span.batch
-    heads = slice(None) if cells.shape[1] == 1 else span.heads
-    cells = cells[batch, heads, r0:r1, c0:c1]
+    cells = _items(cells, span)[:, :, r0:r1, c0:c1]
     mixed = cells >= 0
     shift = torch.arange(8, device=bits.device, dtype=torch.uint8)
     out = (cells == FULL_CELL)[..., None, None].repeat(1, 1, 1, 1, TILE_SIDE, TILE_SIDE)

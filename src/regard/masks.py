@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import RegardError
-from .lowered import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op, Program, pack
+from .lowered import Program, pack
+from .ops import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,48 @@ class Place:
         return f"batch {self.batch}, heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
 
 
+@dataclass(eq=False)
+class Lowering:
+    """A mask on its way into a program: the call that it is for, and what has been written.
+
+    query, key: the call's; a mask that chooses by content looks at them. granted: instead of
+    choosing, it is taken to show what lets the whole show the most (True) or the least (False).
+    odd: whether an odd number of `~` stands before what is written now.
+    """
+
+    mask: Mask
+    place: Place
+    query: Tensor | None = None
+    key: Tensor | None = None
+    granted: bool | None = None
+    odd: bool = False
+    code: list[int] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def write(self, op: Op, *operands: Tensor | int) -> None:
+        """Append an instruction: first its tensors, then its numbers."""
+        self.code.append(int(op))
+        for operand in operands:
+            if isinstance(operand, Tensor):
+                self.code.append(len(self.tensors))
+                self.tensors.append(operand)
+            else:
+                self.code.append(operand)
+
+    def program(self) -> Program:
+        """What has been written, for the call."""
+        place = self.place
+        return Program(
+            tuple(self.code),
+            tuple(self.tensors),
+            place.q_len,
+            place.k_len,
+            place.query_start,
+            place.key_start,
+            place.device,
+        )
+
+
 class Mask:
     """Who may see whom. Combine with `&` (both), `|` (either) and `~` (the opposite)."""
 
@@ -56,58 +98,43 @@ class Mask:
     def __invert__(self) -> Mask:
         return Not(self)
 
-    def lower(self, place: Place) -> Program:
-        """The mask as one program for a call at `place`. RegardError if it does not fit there."""
-        code, tensors = self._emit(place, 0)
-        return Program(
-            tuple(int(c) for c in code),
-            tuple(tensors),
-            place.q_len,
-            place.k_len,
-            place.query_start,
-            place.key_start,
-            place.device,
-        )
+    def lower(
+        self, place: Place, query: Tensor | None = None, key: Tensor | None = None
+    ) -> Program:
+        """The mask as one program for a call at `place`. RegardError if it does not fit there.
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        """Instructions and tensors; tensor operands count from `base`."""
+        query (batch, heads, q_len, dim) and key (batch, kv_heads, k_len, dim) are needed only where
+        something in the mask is chosen by content.
+        """
+        lowering = Lowering(self, place, query, key)
+        self._write(lowering)
+        return lowering.program()
+
+    def _write(self, to: Lowering) -> None:
+        """Write the instructions that push this mask's answer."""
         raise NotImplementedError
 
 
-def _joined(op: Op, left: Mask, right: Mask, place: Place, base: int) -> Any:
-    code, tensors = left._emit(place, base)
-    more, others = right._emit(place, base + len(tensors))
-    return [*code, *more, op], [*tensors, *others]
-
-
 @dataclass(frozen=True)
-class And(Mask):
+class _Joined(Mask):
+    left: Mask
+    right: Mask
+
+    def _write(self, to: Lowering) -> None:
+        self.left._write(to)
+        self.right._write(to)
+        to.write(Op.AND if isinstance(self, And) else Op.OR)
+
+    def __str__(self) -> str:
+        return f"({self.left} {'&' if isinstance(self, And) else '|'} {self.right})"
+
+
+class And(_Joined):
     """Visible where both masks show it."""
 
-    left: Mask
-    right: Mask
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        joined: tuple[list[int], list[Tensor]] = _joined(Op.AND, self.left, self.right, place, base)
-        return joined
-
-    def __str__(self) -> str:
-        return f"({self.left} & {self.right})"
-
-
-@dataclass(frozen=True)
-class Or(Mask):
+class Or(_Joined):
     """Visible where either mask shows it."""
-
-    left: Mask
-    right: Mask
-
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        joined: tuple[list[int], list[Tensor]] = _joined(Op.OR, self.left, self.right, place, base)
-        return joined
-
-    def __str__(self) -> str:
-        return f"({self.left} | {self.right})"
 
 
 @dataclass(frozen=True)
@@ -116,9 +143,11 @@ class Not(Mask):
 
     mask: Mask
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        code, tensors = self.mask._emit(place, base)
-        return [*code, Op.NOT], tensors
+    def _write(self, to: Lowering) -> None:
+        to.odd = not to.odd
+        self.mask._write(to)
+        to.odd = not to.odd
+        to.write(Op.NOT)
 
     def __str__(self) -> str:
         return f"~{self.mask}"
@@ -128,8 +157,8 @@ class Not(Mask):
 class Full(Mask):
     """Every query sees every key."""
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        return [Op.FULL], []
+    def _write(self, to: Lowering) -> None:
+        to.write(Op.FULL)
 
     def __str__(self) -> str:
         return "Full()"
@@ -139,8 +168,8 @@ class Full(Mask):
 class Causal(Mask):
     """A query sees the keys at its own position and before."""
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        return [Op.CAUSAL], []
+    def _write(self, to: Lowering) -> None:
+        to.write(Op.CAUSAL)
 
     def __str__(self) -> str:
         return "Causal()"
@@ -157,8 +186,8 @@ class Window(Mask):
         if self.n < 1 or self.ahead < 0:
             raise RegardError(f"{self}: give n ≥ 1 and ahead ≥ 0")
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        return [Op.WINDOW, self.n, self.ahead], []
+    def _write(self, to: Lowering) -> None:
+        to.write(Op.WINDOW, self.n, self.ahead)
 
     def __str__(self) -> str:
         return f"Window({self.n}, ahead={self.ahead})" if self.ahead else f"Window({self.n})"
@@ -174,8 +203,8 @@ class First(Mask):
         if self.n < 0:
             raise RegardError(f"{self}: give n ≥ 0")
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        return [Op.FIRST, self.n], []
+    def _write(self, to: Lowering) -> None:
+        to.write(Op.FIRST, self.n)
 
     def __str__(self) -> str:
         return f"First({self.n})"
@@ -190,10 +219,11 @@ def _fits(tensor: Tensor, shape: Sequence[int], place: Place, mask: Mask, name: 
         raise RegardError(
             f"{mask}: {name} is {tuple(tensor.shape)}, this call needs {tuple(shape)} ({place})"
         )
-    return _moved(tensor, place, mask, name)
+    return moved(tensor, place, mask, name)
 
 
-def _moved(tensor: Tensor, place: Place, mask: Mask, name: str) -> Tensor:
+def moved(tensor: Tensor, place: Place, mask: Mask, name: str) -> Tensor:
+    """The tensor, if it stands on the call's device."""
     if tensor.device != place.device:
         raise RegardError(
             f"{mask}: {name} is on {tensor.device}, the query on {place.device}; move one of them"
@@ -225,15 +255,15 @@ class Documents(Mask):
 
         return cls(ids(query), None if key is None else ids(key))
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        tensors = []
+    def _write(self, to: Lowering) -> None:
+        place, tensors = to.place, []
         given = (self.query_ids, self.query_ids if self.key_ids is None else self.key_ids)
         for ids, n, name in zip(
             given, (place.q_len, place.k_len), ("query_ids", "key_ids"), strict=True
         ):
             rows = ids[None] if ids.dim() == 1 else ids
             tensors.append(_fits(rows, (place.batch, n), place, self, name))
-        return [Op.DOCUMENTS, base, base + 1], tensors
+        to.write(Op.DOCUMENTS, *tensors)
 
     def __str__(self) -> str:
         return f"Documents(query_ids {tuple(self.query_ids.shape)})"
@@ -245,14 +275,14 @@ class Padding(Mask):
 
     keep: Tensor
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+    def _write(self, to: Lowering) -> None:
         keep = self.keep[None] if self.keep.dim() == 1 else self.keep
-        keep = _fits(keep, (place.batch, place.k_len), place, self, "keep")
+        keep = _fits(keep, (to.place.batch, to.place.k_len), to.place, self, "keep")
         if keep.is_floating_point():
             raise RegardError(
                 f"{self}: keep is {keep.dtype}; give bool (True: visible), or pass it as bias"
             )
-        return [Op.PADDING, base], [keep.bool()]
+        to.write(Op.PADDING, keep.bool())
 
     def __str__(self) -> str:
         return f"Padding(keep {tuple(self.keep.shape)})"
@@ -274,8 +304,8 @@ class Edges(Mask):
             raise RegardError(f"Edges: pairs are {tuple(held.shape)}; give (query, key) pairs")
         object.__setattr__(self, "pairs", torch.unique(held.reshape(-1, 2), dim=0))
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        return [Op.EDGES, base], [self.pairs.to(place.device)]
+    def _write(self, to: Lowering) -> None:
+        to.write(Op.EDGES, self.pairs.to(to.place.device))
 
     def __str__(self) -> str:
         return f"Edges({len(self.pairs)} pairs)"
@@ -290,12 +320,13 @@ class Heads(Mask):
     def __init__(self, heads: Iterable[int]) -> None:
         object.__setattr__(self, "heads", tuple(int(h) for h in heads))
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
+    def _write(self, to: Lowering) -> None:
+        place = to.place
         if any(not 0 <= h < place.heads for h in self.heads):
             raise RegardError(f"{self}: the call has heads 0 … {place.heads - 1} ({place})")
         mine = torch.zeros(place.heads, dtype=torch.bool, device=place.device)
         mine[list(self.heads)] = True
-        return [Op.HEADS, base], [mine]
+        to.write(Op.HEADS, mine)
 
     def __str__(self) -> str:
         return f"Heads({list(self.heads)})"
@@ -307,8 +338,8 @@ class Dense(Mask):
 
     visible: Tensor
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        visible = self.visible
+    def _write(self, to: Lowering) -> None:
+        visible, place = self.visible, to.place
         if visible.dtype != torch.bool:
             raise RegardError(
                 f"{self}: it is {visible.dtype}; give bool (True: visible), or pass it as bias"
@@ -322,7 +353,7 @@ class Dense(Mask):
             raise RegardError(
                 f"{self}: {tuple(visible.shape)} does not broadcast to {shape} ({place})"
             )
-        return [Op.DENSE, base], [_moved(aligned, place, self, "visible")]
+        to.write(Op.DENSE, moved(aligned, place, self, "visible"))
 
     def __str__(self) -> str:
         return f"Dense({tuple(self.visible.shape)})"
@@ -340,10 +371,10 @@ class Predicate(Mask):
     fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     _kept: dict[Place, list[Tensor]] = field(default_factory=dict, repr=False)
 
-    def _emit(self, place: Place, base: int) -> tuple[list[int], list[Tensor]]:
-        if place not in self._kept:
-            self._kept[place] = self._evaluate(place)
-        return [Op.TILES, base, base + 1], self._kept[place]
+    def _write(self, to: Lowering) -> None:
+        if to.place not in self._kept:
+            self._kept[to.place] = self._evaluate(to.place)
+        to.write(Op.TILES, *self._kept[to.place])
 
     def _evaluate(self, place: Place) -> list[Tensor]:
         """Row by row of cells, so that only O(k_len) elements exist at a time."""

@@ -135,7 +135,7 @@ class Watched:
     ) -> None:
         self.observe, self.keep_qk = tuple(observe), keep_qk
         self._cuts, self._done = tuple(cut), set[int]()
-        self._modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules())
         self._wanted = None if layers is None else list(layers)
         self._model = type(model).__name__
         self.tracker = Tracker(model)
@@ -176,7 +176,7 @@ class Watched:
         if not isinstance(observer, NormTopK) or observer.projection is not None:
             return observer
         width = call.place.heads * (0 if call.value is None else call.value.shape[-1])
-        return replace(observer, projection=output_projection(self._modules, name, width))
+        return replace(observer, projection=output_projection(self.modules, name, width))
 
     def cut_of(self, name: str) -> Mask | None:
         """What stays visible in a call of this module, where something is cut."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ _LOCK = threading.Lock()
 _WATCHING: set[int] = set()
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 _TORCH_CALLS = ("scaled_dot_product_attention(", "multi_head_attention_forward(")
+_REGARD = re.compile(r"^\s*(?:import|from)\s+regard\b", re.MULTILINE)
 
 
 @contextlib.contextmanager
@@ -36,7 +38,8 @@ def watch(
         top, received = seen["model.layers.0.self_attn"].seen
 
     model: a Hugging Face model that goes through `AttentionInterface`, or any torch model that
-        calls `F.scaled_dot_product_attention` or has `nn.MultiheadAttention`.
+        calls `F.scaled_dot_product_attention` or `regard.attention`, or has `nn.MultiheadAttention`
+        or modules of `regard.nn`.
     observe: what to keep of every layer's weights. layers: only these: numbers of layers (3), or
         modules' names and patterns ("decoder.*"). keep_qk: also keep q, k and lse, O(N) a layer,
         for `seen.recording()`. cut: edges or whole heads to remove; the rest of the model runs on.
@@ -88,9 +91,9 @@ def _check(model: nn.Module, hugging: bool) -> None:
         raise RegardError(f"watch takes a torch module, not a {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise RegardError("this model is compiled; watch the original, model._orig_mod")
-    if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
-        return
     sources = _sources(model)
+    if _has_attention(model) or any(map(_REGARD.search, sources or ())):
+        return
     ways = (*_INTERFACE, *_TORCH_CALLS) if hugging else _TORCH_CALLS
     if sources is not None and not any(way in s for s in sources for way in ways):
         raise RegardError(
@@ -100,9 +103,17 @@ def _check(model: nn.Module, hugging: bool) -> None:
         )
 
 
+def _has_attention(model: nn.Module) -> bool:
+    """Whether it has torch's attention module, or one of ours."""
+    return any(
+        isinstance(m, nn.MultiheadAttention) or type(m).__module__.startswith("regard.")
+        for m in model.modules()
+    )
+
+
 def _calls_torch(model: nn.Module, sources: list[str]) -> bool:
     """Whether a Hugging Face model also has attention outside the interface."""
-    if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+    if _has_attention(model) or any(map(_REGARD.search, sources)):
         return True
     return any(call in source for source in sources for call in _TORCH_CALLS)
 

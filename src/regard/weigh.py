@@ -6,13 +6,14 @@ Each observer has a reader here that is fed every strip and fills the tensors th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import transforms
 from .call import Call
 from .errors import RegardError
 from .impact import attach
@@ -347,6 +348,31 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
     call = unpack(query, key, None, *packed)
     shapes = [s for o in parse(observers) for s in o.shapes(call.place, call.working)]
     return [query.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+
+@_weigh.register_vmap
+def _(info: Any, in_dims: Any, query: Tensor, key: Tensor, *rest: Any) -> Any:
+    *packed, lse, norms, shard, observers = rest
+    packed[3] = None  # dropout's seed: weights are observed before it
+    dims = in_dims[2:]
+    laid, kinds = transforms.Laid.of(packed), ["all", "all"]
+    flat = transforms.tensors_of(packed)
+    end = 2 + len(flat)
+
+    def once(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return torch.ops.regard.weigh(
+            *tensors[:2], *laid.packed(tensors[2:end]), tensors[end], tensors[end + 1 :], shard,
+            observers,
+        )  # fmt: skip
+
+    answers = transforms.mapped(
+        once,
+        [query, key, *flat, lse, *norms],
+        [*in_dims[:2], *transforms.tensors_of(packed, dims), dims[-4], *dims[-3]],
+        [*kinds, *laid.kinds, "all", *["all"] * len(norms)],
+        info.batch_size,
+    )
+    return list(answers), [0] * len(answers)
 
 
 def whole_rows(call: Call, lse: Tensor, rows: tuple[int, int]) -> Tensor:

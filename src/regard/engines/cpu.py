@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from .. import transforms
 from ..biases import Kind
 from ..call import Call
 from ..impact import Measured, attach
@@ -59,6 +60,10 @@ def why_not(call: Call) -> list[str]:
     if call.query.dtype not in TYPES:
         kind = str(call.query.dtype).removeprefix("torch.")
         reasons.append(f"query is {kind}; it computes in float32")
+    if call.pages is not None and (call.needs_grad or not direct(call)):
+        reasons.append("keys lie in pages; they take no gradients, and no compiler or transform")
+    if transforms.active():
+        reasons.append("a transform of torch.func looks on; it serves none")
     if len(call.program.code) > MOST_CODE:
         reasons.append(f"the mask has {len(call.program.code)} integers, more than {MOST_CODE}")
     return reasons
@@ -382,7 +387,7 @@ def words_of(
     seed = int(dropout.seed) if dropout is not None and dropout.seed is not None else 0
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     return struct.pack(
-        "9q3d3q24q4q2q4q3qq",
+        "9q3d3q24q4q2q4q4qq",
         place.batch, place.heads, place.kv_heads, place.q_len, place.k_len,
         call.query.shape[-1], value.shape[-1], place.query_start, place.key_start,
         call.scale, call.softcap or 0.0, 0.0 if dropout is None else dropout.p,
@@ -397,9 +402,17 @@ def words_of(
         kept.integers(call.program.code),
         kept.packed(f"{6 * len(mask)}q", *(n for v in mask for n in v)),
         kept.integers(sizes),
-        0, 0, 0,
+        *_pages(call, kept),
         observe,
     )  # fmt: skip
+
+
+def _pages(call: Call, kept: Buffers) -> tuple[int, ...]:
+    """A RegardPages: table, its row, tokens of a page, lengths."""
+    if call.pages is None:
+        return 0, 0, 0, 0
+    table, lengths = (t.to(torch.int32).contiguous() for t in (call.pages.table, call.pages.lengths))
+    return kept.tensor(table), table.shape[1], call.key.shape[2], kept.tensor(lengths)
 
 
 def by_offset(call: Call) -> Tensor | None:

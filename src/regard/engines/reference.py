@@ -66,6 +66,7 @@ def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse). Vaswani et al. 2017, eq. 1."""
+    call = call.gathered()
     assert call.value is not None
     scored = scores(call)
     p = softmax(scored, call.sinks)

@@ -30,6 +30,8 @@ def why_not(call: Call) -> list[str]:
             reasons.append(f"{what} is given; its kernel takes none")
     if call.scale <= 0 and _causal(call):
         reasons.append(f"scale is {call.scale}; below or at 0 its kernel's causal mask gives NaN")
+    if call.pages is not None:
+        reasons.append("keys lie in pages; its kernel reads none")
     if call.return_lse and call.needs_grad:
         reasons.append("return_lse needs gradients; its kernel gives none through lse")
     if call.biases and call.needs_grad and any(b.tensor.requires_grad for b in call.biases):

@@ -15,10 +15,11 @@ struct RegardView {
 };
 
 // Pages of a paged cache: key j of item b lies in page table[b · row + j / size], row j % size.
-// The pool's view is then (pages, kv_heads, size, dim).
+// The pool's view is then (pages, kv_heads, size, dim). Keys beyond an item's length are hidden.
 struct RegardPages {
     const int32_t* table;
     int64_t row, size;
+    const int32_t* lengths;  // (batch,): the keys that each item has
 };
 
 // A pooled map: cells over queries and over keys, by position.

@@ -126,10 +126,14 @@ class Forward {
             for (long d = 0; d < c.dim; d++) query_rows[r * c.dim + d] = query[d * PW + r];
     }
 
+    // The keys that an item of the batch has.
+    long keys_of(long b) const { return c.pages.table ? c.pages.lengths[b] : c.k_len; }
+
     // All tiles between two keys. Sixteen at a time are asked first whether any shows something.
     void walk(const Block& block, State& state, Strip& strip, long from, long to, long stripe) {
         if (plan.columns)
             for (long t = from / KEYS; t * KEYS < to; t++) strip.held[t] = 0;
+        to = least(to, keys_of(block.segment[0].b));
         for (long far = from; far < to; far += 16 * KEYS) {
             long end = least(far + 16 * KEYS, to);
             Answer several = {true, true};
@@ -301,7 +305,7 @@ class Forward {
             for (int i = 0; i < block.segments; i++) {
                 const Segment& s = block.segment[i];
                 Weighing(c, o, strip, state, scale, weighing)
-                    .segment(s, c.k_len, sh.column(s.b, s.h, stripe));
+                    .segment(s, keys_of(s.b), sh.column(s.b, s.h, stripe));
             }
     }
 
@@ -384,7 +388,8 @@ struct Packing {
         for (long item; p.queue->take(item);) {
             long k0 = item % tiles * KEYS, head = item / tiles;
             long b = head / c.kv_heads, h = head % c.kv_heads;
-            int n = (int)least(KEYS, c.k_len - k0);
+            long end = c.pages.table ? c.pages.lengths[b] : c.k_len;
+            int n = (int)most(0, least(KEYS, end - k0));
             copy(c.key, c, b, h, k0, n, c.dim, p.key + (head * c.k_len + k0) * c.dim);
             copy(c.value, c, b, h, k0, n, c.v_dim, p.value + (head * c.k_len + k0) * c.v_dim);
         }
@@ -435,7 +440,7 @@ static int forward(const RegardCall& given) {
         run_team(least(c.threads, queue.count), Packing::work, &packing);
         c.key = {packing.key, F32, {c.kv_heads * c.k_len * c.dim, c.k_len * c.dim, c.dim, 1}};
         c.value = {packing.value, F32, {c.kv_heads * c.k_len * c.v_dim, c.k_len * c.v_dim, c.v_dim, 1}};
-        c.pages.table = nullptr;
+        if (c.pages.table) c.pages.size = 0;  // the copies lie in order; the lengths still hold
     }
     sh.shaping = Shaping(c);
     long lanes = plan.block(c, 0, 0).lanes();

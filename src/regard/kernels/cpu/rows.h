@@ -102,7 +102,7 @@ INLINE const char* address(const RegardView& v, long b, long h, long row) {
 static Rows rows_of(const RegardView& v, const RegardPages& pages, long b, long h, long first, int n,
                     long dim, float* scratch) {
     bool direct = v.type == F32 && (v.stride[3] == 1 || dim == 1);
-    if (!pages.table) {
+    if (!pages.size) {
         if (direct) return {(const float*)address(v, b, h, first), v.stride[2]};
         for (int i = 0; i < n; i++)
             widen(v.type, address(v, b, h, first + i), v.stride[3], dim, scratch + i * dim);

@@ -1,0 +1,73 @@
+"""The tensors of a problem."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..lowered import Span
+from ..masks import Causal, Full
+from .forms import FORMS
+from .problems import Problem
+
+
+class Inputs:
+    """The tensors of a problem, drawn from a seed, in the shapes that `Problem` says.
+
+    gradient (batch, heads, q_len, dim): that of the output. linear: what a form takes besides.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = p = problem
+        rng = torch.Generator().manual_seed(0)
+
+        def drawn(heads: int, length: int) -> Tensor:
+            return torch.randn(p.batch, heads, length, p.dim, generator=rng).to(p.dtype)
+
+        self.query = drawn(p.heads, p.q_len).requires_grad_(p.backward)
+        self.key = drawn(p.kv_heads, p.k_len).requires_grad_(p.backward)
+        self.value = drawn(p.kv_heads, p.k_len).requires_grad_(p.backward)
+        self.gradient = drawn(p.heads, p.q_len)
+        self.linear = {} if p.form is None else FORMS[p.form](p, rng)
+        if "beta" in self.linear:  # the delta rule is stable for keys no longer than 1
+            self.key = torch.nn.functional.normalize(self.key, dim=-1)
+        self.call = Call.checked(
+            self.query, self.key, self.value, mask=p.mask, observe=p.observe or None
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value."""
+        return self.query, self.key, self.value
+
+    @property
+    def full(self) -> bool:
+        """Whether every query sees every key."""
+        p = self.problem
+        return p.mask == Full() or (p.mask == Causal() and p.q_len == 1)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the mask is that of torch's `is_causal`: aligned top-left."""
+        return self.problem.mask == Causal() and self.problem.q_len == self.problem.k_len
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Who sees whom, whole: bool, broadcastable to (batch, heads, q_len, k_len)."""
+        p = self.problem
+        return self.call.program.visible(Span(0, p.q_len, 0, p.k_len)).contiguous()
+
+    def first(self, tokens: int, heads: slice = slice(None)) -> dict[str, Any]:
+        """The arguments of `linear_attention` for the first tokens, of some heads."""
+        given = dict(zip(("query", "key", "value"), self.tensors, strict=True)) | self.linear
+        return {name: _cut(value, tokens, heads) for name, value in given.items()}
+
+
+def _cut(value: Any, tokens: int, heads: slice) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value[heads] if value.dim() == 1 else value[:, heads, :tokens]

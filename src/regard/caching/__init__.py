@@ -1,0 +1,11 @@
+"""Caches: the keys and values of the tokens seen so far, and what a policy keeps of them."""
+
+from .base import Cache, mark, owner_of
+from .held import KVCache, WindowCache
+from .paged import PagedCache, Tables
+from .policies import H2O, TOVA, Eviction, SnapKV
+
+__all__ = [
+    "H2O", "TOVA", "Cache", "Eviction", "KVCache", "PagedCache", "SnapKV", "Tables", "WindowCache",
+    "mark", "owner_of",
+]  # fmt: skip

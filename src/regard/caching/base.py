@@ -1,0 +1,315 @@
+"""Cache: the keys and values of one layer, and the one front door to attend over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attend import attention
+from ..call import Call
+from ..errors import RegardError
+from ..masks import Causal, Mask
+from ..observers import Observer
+from ..weigh import weigh
+from .layout import Biases, InSlots, Layout
+from .seen import moved, moves, spread
+
+Lengths = Sequence[int] | Tensor | None
+_OWNER = "_regard_cache"
+
+
+class Cache:
+    """The keys and values of one layer, for the tokens seen so far.
+
+    Keys stay as they are given: rotate them by their true position, which is `length` (or, in a
+    ragged batch, `lengths`) for the next token, whatever was evicted. A cache is for inference: it
+    keeps no graph.
+    """
+
+    def __init__(self) -> None:
+        self._lengths: list[int] = []
+        self._layout: Layout | None = None
+        self._settled = True
+
+    # What a kind of cache is made of
+
+    def _write(self, key: Tensor, value: Tensor, new: list[int]) -> Layout:
+        """Store the first new[b] tokens of each item; where they and the held ones stand."""
+        raise NotImplementedError
+
+    def _drop(self, counts: list[int]) -> None:
+        """Forget the last counts[b] tokens of each item, which were just written or never evict."""
+        raise NotImplementedError
+
+    def _clear(self) -> None:
+        """Let go of everything, shapes and dtype among it; nothing is held any more."""
+        raise NotImplementedError
+
+    def _pick(self, rows: Tensor) -> None:
+        """Make the batch of these of its items."""
+        raise NotImplementedError
+
+    def _shape(self) -> tuple[tuple[int, int, int], torch.dtype, torch.device] | None:
+        """(kv_heads, dim, v_dim), dtype and device; None while there is nothing."""
+        raise NotImplementedError
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Key and value (batch, kv_heads, slots, dim) as the last `append` left them, in slots."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: keys, values, and all that is kept about them."""
+        raise NotImplementedError
+
+    @property
+    def wanted(self) -> list[Observer]:
+        """What has to be observed of the last append's attention, for `settle`; over slots."""
+        return []
+
+    def settle(self, seen: Sequence[Any]) -> None:
+        """After the attention over the last append: take what `wanted` saw, and evict."""
+        self._settled = True
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last append was attended over, and what is to be evicted is."""
+        return self._settled
+
+    @property
+    def gapless(self) -> bool:
+        """Whether it never evicts, so that slots are positions whatever comes."""
+        return True
+
+    # What all have in common
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far, evicted ones among them: the position of the next token.
+
+        In a ragged batch that of the longest item.
+        """
+        return max(self._lengths, default=0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens seen so far by each item: int64 (batch,)."""
+        shape = self._shape()
+        return torch.tensor(self._lengths, dtype=torch.int64, device=shape[2] if shape else None)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the queries and keys of the last append stand."""
+        if self._layout is None:
+            raise RegardError(f"{self!r}: nothing was appended yet")
+        return self._layout
+
+    def append(self, key: Tensor, value: Tensor, lengths: Lengths = None) -> None:
+        """Store the keys and values of new tokens, at the end of what each item of the batch holds.
+
+        key (batch, kv_heads, n, dim), value (batch, kv_heads, n, v_dim). lengths (batch,): how many
+        of the n are real for each item; the others are padding. `attend` does this itself.
+        """
+        self._check(key, value)
+        if not self._settled:
+            raise RegardError(
+                f"{self!r} evicts by what its last call attended to, and was not told; use attend, "
+                "or settle"
+            )
+        new = self._counted(lengths, key)
+        if not self._lengths:
+            self._lengths = [0] * len(new)
+        self._layout = self._write(key.detach(), value.detach(), new)
+        self._lengths = [s + n for s, n in zip(self._lengths, new, strict=True)]
+        self._settled = self.gapless
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Mask = Causal(),
+        bias: Biases = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        lengths: Lengths = None,
+        observe: Sequence[Observer] | None = None,
+        return_lse: bool = False,
+        engine: str = "auto",
+    ) -> Any:
+        """Append new tokens, and attend from their queries to all that is held.
+
+        query (batch, heads, n, dim), key (batch, kv_heads, n, dim), value (batch, kv_heads, n,
+        v_dim): n new tokens, a prompt, a chunk or one decode step. lengths (batch,): how many of
+        the n are real for each item of the batch; the others are padding: their rows are 0.
+
+        mask, bias and observers speak of the sequence: keys 0 … length − 1, with the evicted ones
+        among them (a tensor in a mask or bias has a size for each), and the queries at its end.
+        The other arguments, and what is returned, are those of `regard.attention`. Results of
+        observers are per position; an evicted key has weight 0. After an error the cache is as it
+        was before.
+        """
+        _check_query(query, key)
+        if isinstance(observe, Observer):
+            raise RegardError(f"observe is {observe!r} alone; give a list, such as [TopK(8)]")
+        asked = list(observe or ())
+        if asked:
+            self._in_order()
+        self.append(key, value, lengths)
+        try:
+            return self.attend_appended(
+                query, mask=mask, bias=bias, observe=observe, return_lse=return_lse, engine=engine,
+                scale=scale, softcap=softcap, sinks=sinks,
+            )  # fmt: skip
+        except Exception:
+            self._take_back()
+            raise
+
+    def attend_appended(
+        self,
+        query: Tensor,
+        *,
+        mask: Mask,
+        bias: Biases = None,
+        observe: Sequence[Observer] | None = None,
+        return_lse: bool = False,
+        engine: str = "auto",
+        **rest: Any,
+    ) -> Any:
+        """`attend`, after `append`: for who computes between the two."""
+        layout, wanted, asked = self.layout, self.wanted, list(observe or ())
+        key, value = self.read()
+        direct = [o for o in asked if layout.straight or moves(o)]
+        later = [o for o in asked if o not in direct]
+        request = layout.request(query, key, mask, bias) | rest
+        observers = [*wanted, *direct]
+        answer = self._attention(
+            query, key, value, observe=observers or None, return_lse=return_lse or bool(later),
+            engine=engine, **request,
+        )  # fmt: skip
+        out, *told = (answer,) if isinstance(answer, Tensor) else answer
+        seen = told[-1] if observers else ()
+        results = dict(zip(map(id, direct), seen[len(wanted) :], strict=True))
+        if direct and not layout.straight:
+            slots = InSlots(layout, query, key.shape[1])
+            results = {name: moved(result, slots) for name, result in results.items()}
+        if later:
+            call = self.in_positions(query, mask=mask, bias=bias, observe=later, **rest)
+            results |= zip(map(id, later), weigh(call, told[0], out), strict=True)
+        self.settle(seen[: len(wanted)])
+        answer = (out, told[0]) if return_lse else (out,)
+        if observe is not None:
+            answer = (*answer, tuple(results[id(o)] for o in asked))
+        return answer if len(answer) > 1 else out
+
+    def in_positions(self, query: Tensor, *, mask: Mask, bias: Biases = None, **rest: Any) -> Call:
+        """The call over the last append, over positions instead of slots; before it is settled.
+
+        Evicted keys are 0 and hidden: O(length) memory. The rest is what `Call.checked` takes.
+        """
+        return spread(self.layout, query, *self.read(), mask, bias, **rest)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, **request: Any) -> Any:
+        """`regard.attention` over what `read` gave: the one place to read it in place instead."""
+        return attention(query, key, value, **request)
+
+    def _in_order(self) -> None:
+        """Put the slots in order of position, where they are not."""
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """Make the batch of these items, in this order; one may come twice, or be left out.
+
+        For beam search, for several answers to one prompt, and to drop what is finished.
+        """
+        given = torch.as_tensor(rows).flatten()
+        batch = len(self._lengths)
+        if any(not isinstance(r, int) or not 0 <= r < batch for r in given.tolist()):
+            raise RegardError(f"select: rows {given.tolist()}; the batch has items 0 … {batch - 1}")
+        self._must_be_settled("select")
+        self._pick(given.long())
+        self._lengths = [self._lengths[r] for r in given.tolist()]
+        self._layout = None
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens of each item. RegardError where a policy has evicted."""
+        if not 0 <= count <= min(self._lengths, default=0):
+            raise RegardError(
+                f"crop: {count} of {min(self._lengths, default=0)} tokens; give a number of tokens "
+                "that all items have"
+            )
+        self._must_be_settled("crop")
+        self._drop([count] * len(self._lengths))
+        self._lengths = [s - count for s in self._lengths]
+        self._layout = None
+
+    def _take_back(self) -> None:
+        """Undo the last append."""
+        new = self.layout.new
+        self._drop(new)
+        self._lengths = [s - n for s, n in zip(self._lengths, new, strict=True)]
+        self._layout, self._settled = None, True
+        if not self.length:
+            self._lengths = []
+            self._clear()
+
+    def _must_be_settled(self, what: str) -> None:
+        if not self._settled:
+            raise RegardError(f"{what}: {self!r} was not told what its last call attended to")
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        said = f"key {tuple(key.shape)} {key.dtype}, value {tuple(value.shape)} {value.dtype}"
+        if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
+            raise RegardError(
+                f"{said}: each needs (batch, kv_heads, length, dim), the first three the same"
+            )
+        if key.dtype != value.dtype or key.device != value.device:
+            raise RegardError(f"{said}: give both in one dtype and on one device")
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise RegardError("a cache keeps no graph; run under torch.no_grad()")
+        if self._lengths and key.shape[0] != len(self._lengths):
+            raise RegardError(f"{said}: the cache holds a batch of {len(self._lengths)}")
+        held = self._shape()
+        if held is None:
+            return
+        sizes, dtype, device = held
+        fits = sizes == (key.shape[1], key.shape[3], value.shape[3])
+        if not fits or (key.dtype, key.device) != (dtype, device):
+            raise RegardError(
+                f"{said} on {key.device}: the cache holds {sizes[0]} kv_heads, dim {sizes[1]} and "
+                f"v_dim {sizes[2]}, {dtype} on {device}"
+            )
+
+    def _counted(self, lengths: Lengths, key: Tensor) -> list[int]:
+        batch, n = key.shape[0], key.shape[2]
+        if lengths is None:
+            return [n] * batch
+        new = [int(m) for m in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        if len(new) != batch or any(not 0 <= m <= n for m in new):
+            raise RegardError(
+                f"lengths {new}: give one number for each of {batch} items, of 0 … {n} new tokens"
+            )
+        return new
+
+
+def mark(key: Tensor, owner: Cache) -> None:
+    """Note on a tensor of keys whose slots they are; for an attention that is handed them alone."""
+    setattr(key, _OWNER, owner)
+
+
+def owner_of(key: Tensor) -> Cache | None:
+    """The cache whose slots these keys are, if they are marked."""
+    owner: Cache | None = getattr(key, _OWNER, None)
+    return owner
+
+
+def _check_query(query: Tensor, key: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
+    if query.dim() != 4 or key.dim() != 4:
+        raise RegardError(f"{shapes}: each needs 4 dimensions, (batch, heads, length, dim)")
+    if (query.shape[0], query.shape[2]) != (key.shape[0], key.shape[2]):
+        raise RegardError(f"{shapes}: each new token has a query and a key; make the lengths equal")

@@ -1,0 +1,143 @@
+"""The front door: `linear_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..call import Call
+from ..errors import NoEngine, RegardError
+from ..masks import Causal, Full, Mask
+from ..observers import Observer
+from . import chunked, recurrent, reference
+from .features import Favor
+from .flow import Prepared, full_precision, in_document_order, prepared
+from .observing import check, weigh
+from .request import Request
+from .state import LinearState
+
+ENGINES = ("chunked", "recurrent", "reference")
+MOST_STEPS = 4  # `auto` decodes so many tokens one by one
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str | Favor | Callable[[Tensor], Tensor] | None = "elu",
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    causal: bool = True,
+    mask: Mask = Full(),
+    normalise: bool | None = None,
+    scale: float | None = None,
+    state: LinearState | None = None,
+    return_state: bool = False,
+    observe: Sequence[Observer] | None = None,
+    engine: str = "auto",
+) -> Any:
+    """Attention whose weights are φ(q_i) · φ(k_j): a state instead of a cache, cost linear in N.
+
+        S_t = exp(decay_t) ∘ S_{t−1} + φ(k_t) v_tᵀ        out_t = scale · S_tᵀ φ(q_t)
+
+    normalised, out_t is divided by the sum of its weights; with beta, the delta rule, v_t gives
+    place to beta_t (v_t − (exp(decay_t) ∘ S_{t−1})ᵀ φ(k_t)): it writes only what is new.
+
+    query (batch, heads, q_len, dim); key (batch, kv_heads, k_len, dim);
+    value (batch, kv_heads, k_len, v_dim); kv_heads divides heads. Causal: q_len = k_len.
+
+    feature_map: φ. "elu": elu + 1 (Katharopoulos et al. 2020); "identity" or None;
+        `Favor(features, seed)` (Choromanski et al. 2021); or a function of a tensor (…, dim).
+    decay: natural logarithm of the factor, ≤ 0 (−inf forgets). (heads,): fixed (RetNet, Sun et al.
+        2023); (batch, heads, k_len): a gate per token (Mamba-2, Dao & Gu 2024); with one more
+        dimension of features: per key channel (GLA, Yang et al. 2024). Also with kv_heads.
+    beta (batch, heads or kv_heads, k_len): the delta rule's strength, 0 … 1 (DeltaNet, Yang et al.
+        2024; with decay Gated DeltaNet, Yang et al. 2025). Stable for keys no longer than 1.
+    causal: a query sees the keys at its position and before; else all keys, and nothing decays.
+    mask: `Documents` (the state is forgotten between them; each one run of tokens), `Padding` (a
+        hidden key changes nothing), or both joined by &.
+    normalise: divide by the sum of the weights. Default: where φ is "elu" or Favor and there is no
+        beta (Katharopoulos normalises; RetNet, GLA, DeltaNet do not). A sum of 0 gives 0.
+    scale: multiplies the weights that are not normalised; default 1.
+    state: what the tokens before left, of a call with `return_state`.
+    observe: what to keep of the weights w with out_i = Σ_j w_ij v_j, exactly; see docs/linear.md.
+    engine: "chunked" (parallel, for training), "recurrent" (token by token, for decoding),
+        "reference" (readable, the specification), or "auto".
+
+    Returns out (batch, heads, q_len, v_dim); with `return_state`, also a `LinearState`; with
+    `observe`, last, a tuple of results in its order. float64 is computed in float64, all else in
+    float32. RegardError if the request does not fit together.
+    """
+    request = asked(
+        query, key, value, feature_map=feature_map, decay=decay, beta=beta, causal=causal,
+        mask=mask, normalise=normalise, scale=scale, state=state, observe=observe,
+    )  # fmt: skip
+    if engine not in ("auto", *ENGINES):
+        raise RegardError(f"no engine is named {engine!r}; there are auto, {', '.join(ENGINES)}")
+    if return_state and not causal and request.key_ids is not None:
+        raise RegardError("documents without causality leave no single state: return_state=False")
+    check(request)
+    with full_precision(query):
+        ready = prepared(request)
+        out, last = reference.forward(request) if engine == "reference" else _run(ready, engine)
+        answer: tuple[Any, ...] = (out, last) if return_state else (out,)
+        if observe is not None:
+            answer = (*answer, weigh(ready))
+    return answer if len(answer) > 1 else out
+
+
+def asked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: Any = "elu",
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    causal: bool = True,
+    mask: Mask = Full(),
+    normalise: bool | None = None,
+    scale: float | None = None,
+    state: LinearState | None = None,
+    observe: Sequence[Observer] | None = None,
+) -> Request:
+    """The checked request of `linear_attention`."""
+    start = state.length if isinstance(state, LinearState) else 0
+    joined = Causal() & mask if causal and isinstance(mask, Mask) else mask
+    call = Call.checked(
+        query, key, value, mask=joined, query_start=start if causal else None, key_start=start,
+        observe=observe,
+    )  # fmt: skip
+    return Request.checked(
+        call, feature_map=feature_map, decay=decay, beta=beta, causal=causal,
+        normalise=normalise, scale=scale, state=state,
+    )  # fmt: skip
+
+
+def _run(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
+    request, flow = ready.request, ready.flow
+    if engine == "recurrent" and not request.causal:
+        raise NoEngine(f"recurrent cannot run {request.call}: it goes token by token, causal=True")
+    if not request.causal:
+        return _everything(ready)
+    few = flow.query.shape[2] <= MOST_STEPS and not flow.needs_grad
+    form = recurrent if engine == "recurrent" or (engine == "auto" and few) else chunked
+    mixed, memory = form.forward(flow)
+    return ready.out(mixed), ready.state(memory)
+
+
+def _everything(ready: Prepared) -> tuple[Tensor, LinearState]:
+    """Without causality: one sum over all keys, or one for each document."""
+    flow = ready.flow
+    added = flow.key.mT @ flow.value.to(flow.key.dtype)
+    memory = flow.memory + added
+    if ready.request.query_ids is None:
+        rows = flow.query.unflatten(1, (flow.key.shape[1], -1))
+        return ready.out((rows @ memory[:, :, None]).flatten(1, 2)), ready.state(memory)
+    in_order, place = in_document_order(ready)
+    mixed, _ = chunked.forward(in_order)
+    index = place[:, None, :, None].expand(-1, mixed.shape[1], -1, mixed.shape[3])
+    return ready.out(mixed.gather(2, index)), ready.state(memory)

@@ -1,0 +1,30 @@
+"""The recurrent form: one token after another, O(1) memory; the step that decodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .flow import Flow
+
+
+def forward(flow: Flow) -> tuple[Tensor, Tensor]:
+    """What the queries read (batch, heads, n, columns), and the last memory. Katharopoulos et al.
+    2020, eq. 18–20; with the delta rule Yang et al. 2024, DeltaNet, eq. 3. Plain autograd, which
+    keeps a state for each token.
+    """
+    state_heads, memory, read = flow.key.shape[1], flow.memory, []
+    value = flow.value.to(memory.dtype)
+    for t in range(flow.query.shape[2]):
+        key, new = flow.key[:, :, t], value[:, :, t]
+        if flow.decay is not None:
+            memory = flow.decay[:, :, t].exp()[..., None] * memory
+        if flow.beta is not None:
+            written = (key[:, :, None] @ memory)[:, :, 0]
+            new = flow.beta[:, :, t, None] * (new - written)
+        memory = memory + key[..., None] * new[:, :, None]
+        rows = flow.query[:, :, t].unflatten(1, (state_heads, -1))
+        read.append((rows @ memory).flatten(1, 2))
+    if not read:
+        return memory.new_zeros(*flow.query.shape[:3], value.shape[-1]), memory
+    return torch.stack(read, 2), memory

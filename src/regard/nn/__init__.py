@@ -1,0 +1,35 @@
+"""Modules around `regard.attention`: multi-head attention, positions, blocks, `Transformer`."""
+
+from . import functional
+from .blocks import Block, BlockSeen, FeedForward
+from .multihead import Memory, MultiHeadAttention
+from .positions import (
+    LearnedPositions,
+    LinearScaling,
+    NTKScaling,
+    RelativePositions,
+    Rotary,
+    SinusoidalPositions,
+    YaRNScaling,
+)
+from .transformer import Decoder, Encoder, Transformer, TransformerSeen
+
+__all__ = [
+    "Block",
+    "BlockSeen",
+    "Decoder",
+    "Encoder",
+    "FeedForward",
+    "LearnedPositions",
+    "LinearScaling",
+    "Memory",
+    "MultiHeadAttention",
+    "NTKScaling",
+    "RelativePositions",
+    "Rotary",
+    "SinusoidalPositions",
+    "Transformer",
+    "TransformerSeen",
+    "YaRNScaling",
+    "functional",
+]

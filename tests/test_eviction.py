@@ -1,0 +1,340 @@
+"""Eviction, token for token: what is kept, and what is computed from it, as the papers say it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+import regard
+import zoo
+from cases import bools, floats
+from regard import (
+    H2O,
+    TOVA,
+    ALiBi,
+    Causal,
+    Dense,
+    Distances,
+    Entropy,
+    First,
+    KVCache,
+    Map,
+    NormTopK,
+    PagedCache,
+    Padding,
+    Received,
+    RegardError,
+    RelativeBias,
+    Rows,
+    SnapKV,
+    TopK,
+    Window,
+    WindowCache,
+    attention,
+)
+
+EXACT = dict(rtol=0, atol=1e-12)
+
+
+# The plain implementation: eager, one item and kv head at a time, lists of positions
+
+
+@dataclass
+class Eager:
+    """One layer's cache, by the papers. Heads of a layer are computed together, kept apart.
+
+    kept[kv]: positions held, in order. sums[kv]: H2O's accumulated score of each of them.
+    """
+
+    policy: H2O | SnapKV | TOVA
+    group: int
+    kept: list[list[int]] = field(default_factory=list)
+    sums: list[dict[int, float]] = field(default_factory=list)
+    keys: Tensor | None = None  # (kv_heads, all tokens, dim)
+    values: Tensor | None = None
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Callable[[int, int], bool] = lambda q, k: k <= q,
+        added: Callable[[int, int, int], float] = lambda h, q, k: 0.0,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(out (heads, n, dim), weights of each kv head (group, n, all tokens)) of n new tokens."""
+        kv_heads, n = key.shape[:2]
+        start = 0 if self.keys is None else self.keys.shape[1]
+        self.keys = key if self.keys is None else torch.cat([self.keys, key], 1)
+        self.values = value if self.values is None else torch.cat([self.values, value], 1)
+        self.kept = self.kept or [[] for _ in range(kv_heads)]
+        self.sums = self.sums or [{} for _ in range(kv_heads)]
+        out, weights = [], []
+        for kv in range(kv_heads):
+            held = [*self.kept[kv], *range(start, start + n)]
+            rows = torch.zeros(self.group, n, start + n, dtype=query.dtype)
+            for g in range(self.group):
+                head = kv * self.group + g
+                scores = query[head] @ self.keys[kv, held].T / query.shape[-1] ** 0.5
+                for i in range(n):
+                    for j, k in enumerate(held):
+                        scores[i, j] += added(head, start + i, k)
+                        if not visible(start + i, k):
+                            scores[i, j] = -torch.inf
+                seen = scores.softmax(-1)
+                seen[(scores == -torch.inf).all(-1)] = 0
+                out.append(seen @ self.values[kv, held])
+                rows[g][:, held] = seen
+            weights.append(rows)
+        self.evict(start, n, weights)
+        return torch.stack(out), weights
+
+    def evict(self, start: int, n: int, weights: list[Tensor]) -> None:
+        length = start + n
+        over_heads = torch.stack([w[:, -1] for w in weights]).mean((0, 1)) if n else None
+        for kv, w in enumerate(weights):
+            held = [*self.kept[kv], *range(start, length)]
+            policy = self.policy
+            if isinstance(policy, H2O):  # algorithm 1
+                for k in held:
+                    self.sums[kv][k] = self.sums[kv].get(k, 0.0) + float(w[:, :, k].sum())
+                score, exempt, due = self.sums[kv], policy.budget // 2, True
+                if policy.recent is not None:
+                    exempt = policy.recent
+            elif isinstance(policy, TOVA):
+                score, exempt, due = {k: float(over_heads[k]) for k in held} if n else {}, 0, n > 0
+            else:
+                score, exempt, due = self.votes(held, length, w), policy.window, n > 1
+            if due and len(held) > policy.budget:
+                others = [k for k in held if k < length - exempt]
+                count = policy.budget - (len(held) - len(others))
+                best = sorted(others, key=lambda k: (-score[k], -k))[:count]
+                held = sorted([*best, *(k for k in held if k >= length - exempt)])
+                self.sums[kv] = {k: s for k, s in self.sums[kv].items() if k in held}
+            self.kept[kv] = held
+
+    def votes(self, held: list[int], length: int, weights: Tensor) -> dict[int, float]:
+        """SnapKV's listing 1: the window votes for the prefix, pooled over neighbours."""
+        policy = self.policy
+        prefix = [k for k in held if k < length - policy.window]
+        voted = weights[:, -policy.window :][:, :, prefix].sum(1)
+        scores, half = {}, policy.kernel // 2
+        for at, k in enumerate(prefix):
+            near = voted[:, max(at - half, 0) : at + half + 1]
+            largest, mean = near.amax(-1), near.sum(-1) / policy.kernel
+            scores[k] = float((largest if policy.pool == "max" else mean).mean())
+        return scores
+
+
+POLICIES = [
+    H2O(12),
+    H2O(10, recent=0),
+    H2O(6, recent=5),
+    H2O(1, recent=0),
+    H2O(7, recent=7),
+    SnapKV(12, window=4),
+    SnapKV(12, window=4, kernel=3, pool="max"),
+    SnapKV(5, window=5, kernel=1),
+    SnapKV(9, window=1, kernel=7),
+    TOVA(12),
+    TOVA(1),
+]
+policies = pytest.mark.parametrize("policy", POLICIES, ids=str)
+CHUNKS = {
+    "at once": (30,),
+    "one by one": (1,) * 40,
+    "prompt and steps": (20, *(1,) * 20),
+    "short prompt": (5, *(1,) * 35),
+    "chunks": (5, 1, 1, 13, 1, 2, 3, 3, 3, 8),
+    "few at a time": (10, *(2,) * 15),
+}
+chunks = pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+
+
+def drawn(batch: int, heads: int, kv_heads: int, length: int, seed: int = 0) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    query, key = (floats(rng, batch, h, length, 8).double() * 1.5 for h in (heads, kv_heads))
+    return [query, key, floats(rng, batch, kv_heads, length, 6).double()]
+
+
+def pieces(sizes) -> list[slice]:
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [slice(e - n, e) for e, n in zip(ends, sizes, strict=True)]
+
+
+def assert_kept(cache: KVCache, twins: list[Eager]) -> None:
+    for item, twin in enumerate(twins):
+        for kv, held in enumerate(twin.kept):
+            ours = [p for p in cache.positions[item, kv].tolist() if p >= 0]
+            assert ours == held
+            key = cache.key[item, kv, : len(held)]
+            assert torch.equal(key, twin.keys[kv, held])
+            assert torch.equal(cache.value[item, kv, : len(held)], twin.values[kv, held])
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (4, 1)])
+@chunks
+@policies
+def test_token_for_token(policy, sizes, heads, kv_heads):
+    data = drawn(2, heads, kv_heads, sum(sizes))
+    cache = KVCache(evict=policy)
+    twins = [Eager(policy, heads // kv_heads) for _ in range(2)]
+    for at in pieces(sizes):
+        out = cache.attend(*(t[:, :, at] for t in data))
+        for item, twin in enumerate(twins):
+            exact, _ = twin.step(*(t[item, :, at] for t in data))
+            torch.testing.assert_close(out[item], exact, **EXACT)
+        assert_kept(cache, twins)
+    assert cache.length == sum(sizes)
+
+
+def test_by_hand():
+    """H2O of 2 keys, the last one exempt: positions 0, 1, 2 score ln 1, ln 2, ln 3 by every query."""
+    key = torch.tensor([1.0, 2.0, 3.0, 1.0]).log()[None, None, :, None]
+    query, value = torch.ones_like(key), torch.eye(4)[None, None]
+    cache = KVCache(evict=H2O(2, recent=1))
+    cache.attend(query[:, :, :2], key[:, :, :2], value[:, :, :2], scale=1.0)
+    # Received so far: 1 + 1/3, 2/3. The third query gives 1/6, 2/6, 3/6: 1.5, 1.0; key 1 goes
+    out = cache.attend(query[:, :, 2:3], key[:, :, 2:3], value[:, :, 2:3], scale=1.0)
+    torch.testing.assert_close(out[0, 0, 0], torch.tensor([1 / 6, 2 / 6, 3 / 6, 0]))
+    assert cache.positions.tolist() == [[[0, 2]]]
+    # The fourth sees keys 0, 2, 3 and gives 1/5, 3/5, 1/5: 1.7 and 1.1; key 2 goes, 3 is exempt
+    out = cache.attend(query[:, :, 3:], key[:, :, 3:], value[:, :, 3:], scale=1.0)
+    torch.testing.assert_close(out[0, 0, 0], torch.tensor([1 / 5, 0, 3 / 5, 1 / 5]))
+    assert cache.positions.tolist() == [[[0, 3]]]
+
+
+def test_equal_worth_leaves_the_later():
+    data = [torch.zeros(1, 2, 9, 4) for _ in range(3)]
+    cache = KVCache(evict=TOVA(4))
+    cache.attend(*data)  # every key has weight 1/9
+    assert cache.positions.tolist() == [[[5, 6, 7, 8]] * 2]
+    for n in range(3):
+        cache.attend(*(t[:, :, :1] for t in data))
+        assert cache.positions.tolist() == [[list(range(6 + n, 10 + n))] * 2]
+
+
+# Masks, biases and observers after eviction
+
+LENGTH = 40
+RNG = torch.Generator().manual_seed(5)
+KEEP = bools(RNG, LENGTH, share=0.8)
+TABLE = floats(RNG, 16, 4).double()
+SLOPES = [0.25, 0.0625, 0.015625, 0.00390625]
+DENSE = floats(RNG, LENGTH, LENGTH).double()
+FAR = RelativeBias(TABLE, bidirectional=False, max_distance=30)
+
+
+def of_table(h: int, q: int, k: int) -> float:
+    from regard.biases import relative_bucket
+
+    bucket = relative_bucket(torch.tensor(k - q), False, 16, 30)
+    return float(TABLE[bucket, h])
+
+
+REQUESTS = {
+    "window": (
+        lambda at: {"mask": Causal() & Window(9)},
+        {"visible": lambda q, k: 0 <= q - k < 9},
+    ),
+    "window and first": (
+        lambda at: {"mask": Causal() & (Window(6) | First(3))},
+        {"visible": lambda q, k: k <= q and (q - k < 6 or k < 3)},
+    ),
+    "padding": (
+        lambda at: {"mask": Causal() & Padding(KEEP[: at.stop])},
+        {"visible": lambda q, k: k <= q and bool(KEEP[k])},
+    ),
+    "dense": (
+        lambda at: {"mask": Causal() & Dense(DENSE[at, : at.stop] < 1)},
+        {"visible": lambda q, k: k <= q and float(DENSE[q, k]) < 1},
+    ),
+    "alibi": (lambda at: {"bias": ALiBi()}, {"added": lambda h, q, k: -SLOPES[h] * (q - k)}),
+    "relative": (lambda at: {"bias": FAR}, {"added": of_table}),
+    "bias": (
+        lambda at: {"bias": DENSE[at, : at.stop]},
+        {"added": lambda h, q, k: float(DENSE[q, k])},
+    ),
+}
+
+
+@pytest.mark.parametrize("request_of, eager", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("policy", [H2O(12), SnapKV(12, window=4), TOVA(12)], ids=str)
+def test_masks_and_biases_go_by_position(policy, request_of, eager):
+    data = drawn(1, 4, 2, LENGTH)
+    cache, twin = KVCache(evict=policy), Eager(policy, 2)
+    for at in pieces((20, 1, 1, 5, *(1,) * 10, 3)):
+        out = cache.attend(*(t[:, :, at] for t in data), **request_of(at))
+        exact, _ = twin.step(*(t[0, :, at] for t in data), **eager)
+        torch.testing.assert_close(out[0], exact, **EXACT)
+        assert_kept(cache, [twin])
+
+
+@pytest.mark.parametrize("policy", [H2O(12), SnapKV(12, window=4), TOVA(12)], ids=str)
+def test_observers_see_positions(policy):
+    """What is observed after an eviction is told by position, the evicted ones having weight 0."""
+    data = drawn(1, 4, 2, LENGTH)
+    cache, twin = KVCache(evict=policy), Eager(policy, 2)
+    asked = [
+        TopK(5), Received(), Received(heads="sum"), Received(heads="group_mean"), Entropy(),
+        Rows([-1]), Map(8, 8), Map(64, 64, reduce="max"), Distances(6), NormTopK(3),
+        Received(queries=(18, 27)),
+    ]  # fmt: skip
+    for at in pieces((20, 1, 1, 5, *(1,) * 10, 3)):
+        out, seen = cache.attend(*(t[:, :, at] for t in data), observe=asked)
+        exact, weights = twin.step(*(t[0, :, at] for t in data))
+        torch.testing.assert_close(out[0], exact, **EXACT)
+        truth = torch.cat(weights)
+        top, received, pooled, grouped, entropy, rows, blocks, cells, distances, norm, part = seen
+        for ranked, of in ((top, truth), (norm, truth * norms(twin))):
+            most = of.topk(ranked.indices.shape[-1])
+            listed = ranked.indices[0].long()
+            found = of.gather(-1, listed.clamp(min=0)).where(listed >= 0, 0)
+            torch.testing.assert_close(found, most.values, **EXACT)
+            assert torch.equal(listed >= 0, most.values > 0)
+        torch.testing.assert_close(received.sum[0], truth.sum(1), **EXACT)
+        assert torch.equal(received.count[0], (truth > 0).sum(1).int())
+        torch.testing.assert_close(pooled.sum[0, 0], truth.sum((0, 1)), **EXACT)
+        torch.testing.assert_close(grouped.sum[0], truth.unflatten(0, (2, 2)).mean(1).sum(1))
+        torch.testing.assert_close(entropy.values[0], -truth.xlogy(truth).sum(-1), **EXACT)
+        assert rows.indices == (at.stop - 1,)
+        torch.testing.assert_close(rows.weights[0, :, 0], truth[:, -1], **EXACT)
+        torch.testing.assert_close(blocks.weights.sum((2, 3))[0], truth.sum((1, 2)), **EXACT)
+        assert cells.cols.size == 1
+        assert cells.rows.first == at.start
+        torch.testing.assert_close(cells.weights[0], truth, **EXACT)
+        near = [float(truth[0, i, at.start + i]) for i in range(at.stop - at.start)]
+        assert float(distances.past[0, 0, 0]) == pytest.approx(sum(near))
+        rows_of = [q - at.start for q in range(18, 27) if at.start <= q < at.stop]
+        torch.testing.assert_close(part.sum[0], truth[:, rows_of].sum(1), **EXACT)
+        assert_kept(cache, [twin])
+
+
+def norms(twin: Eager) -> Tensor:
+    return twin.values.norm(dim=-1).repeat_interleave(twin.group, 0)[:, None]
+
+
+@policies
+def test_ragged(policy):
+    """Every item of a ragged batch is evicted as if it were alone."""
+    data = drawn(3, 4, 2, 60)
+    cache, twins, starts = KVCache(evict=policy), [Eager(policy, 2) for _ in range(3)], [0, 0, 0]
+    calls = [(16, 3, 0), (1, 1, 1), (1, 1, 1), (2, 9, 14), (1, 1, 1), (0, 1, 1), (7, 8, 2)]
+    for new in [*calls, *[(1, 1, 1)] * 6]:
+        width = max(new) + 1
+        parts = [torch.full((3, t.shape[1], width, t.shape[3]), 50.0).double() for t in data]
+        for part, tensor in zip(parts, data, strict=True):
+            for item, (start, n) in enumerate(zip(starts, new, strict=True)):
+                part[item, :, :n] = tensor[item, :, start : start + n]
+        out = cache.attend(*parts, lengths=new)
+        for item, (start, n) in enumerate(zip(starts, new, strict=True)):
+            if not n:
+                continue
+            own = (t[item, :, start : start + n] for t in data)
+            exact, _ = twins[item].step(*own)
+            torch.testing.assert_close(out[item, :, :n], exact, **EXACT)
+        starts = [s + n for s, n in zip(starts, new, strict=True)]
+        assert_kept(cache, twins)
+        assert cache.lengths.tolist() == starts

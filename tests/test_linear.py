@@ -1,0 +1,527 @@
+"""Linear attention in all its forms against the float64 twin, and the twin against the formula."""
+
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import regard.linear.chunked
+from cases import DTYPES, Case, assert_within, at, floats, mapped
+from linear_cases import CASES, CAUSAL, FEW, FORMS, gate, short
+from regard import (
+    Causal,
+    Documents,
+    Favor,
+    LinearState,
+    Padding,
+    Rows,
+    attention,
+    linear_attention,
+)
+from regard.linear import reference
+from regard.linear.front import asked
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def leaves_of(tensors, request) -> tuple[list[Tensor], dict, list[Tensor]]:
+    """Tensors and request whose floats ask for gradients, and the list of those."""
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    return [leaf(t) for t in tensors], mapped(request, leaf), leaves
+
+
+def answers(run, tensors, request) -> tuple[list[Tensor], list[Tensor]]:
+    """(out, memory, normaliser of the state), and the gradients of a fixed functional of them."""
+    tensors, request, leaves = leaves_of(tensors, request)
+    out, state = run(*tensors, **request)
+    given = [t for t in (out, *parts(state)) if t is not None]
+    rng = torch.Generator().manual_seed(2)
+    loss = sum((t.double() * torch.randn(t.shape, generator=rng)).sum() for t in given)
+    loss = loss + 0 * sum(leaf.sum() for leaf in leaves if not leaf.numel())  # part of a graph
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in given], list(grads)
+
+
+def parts(state: LinearState | None) -> tuple[Tensor | None, ...]:
+    return (None, None) if state is None else (state.memory, state.normaliser)
+
+
+def by(engine: str):
+    def run(*tensors, **request):
+        packed = not request.get("causal", True) and "documents" in str(request).lower()
+        if packed:
+            return linear_attention(*tensors, **request, engine=engine), None
+        return linear_attention(*tensors, **request, engine=engine, return_state=True)
+
+    return run
+
+
+def plainly(*tensors, **request):
+    """The twin, wholly in the dtype of its tensors: what the bar measures."""
+    out, state = reference.forward(asked(*tensors, **request), tensors[0].dtype)
+    packed = not request.get("causal", True) and "documents" in str(request).lower()
+    return out, None if packed else state
+
+
+@cache
+def exact(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    return answers(by("reference"), *case.exactly(dtype))
+
+
+def engines_of(case: Case) -> list[str]:
+    return ["chunked", "recurrent"] if case.request().get("causal", True) else ["chunked"]
+
+
+def assert_equal(ours: list[Tensor], truths: list[Tensor], tolerance: float = 1e-11) -> None:
+    for mine, truth in zip(ours, truths, strict=True):
+        scale = max(float(truth.abs().max()), 1.0) if truth.numel() else 1.0
+        torch.testing.assert_close(mine, truth, rtol=0, atol=tolerance * scale)
+
+
+@every_case
+def test_float64_is_the_twins(case):
+    """Out, state and the gradients of everything that goes in; both forms."""
+    for engine in engines_of(case):
+        for ours, truths in zip(
+            answers(by(engine), case.tensors(), case.request()),
+            exact(case, torch.float64),
+            strict=True,
+        ):
+            assert_equal(ours, truths)
+
+
+@pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 100], ids=str)
+def test_float64_in_small_segments(case, monkeypatch):
+    """Segments of one chunk: the small cases, too, take many."""
+    monkeypatch.setattr(regard.linear.chunked, "MOST_CHUNKS", 1)
+    for ours, truths in zip(
+        answers(by("chunked"), case.tensors(), case.request()),
+        exact(case, torch.float64),
+        strict=True,
+    ):
+        assert_equal(ours, truths)
+
+
+def typical(error: Tensor) -> Tensor:
+    """Root mean square: the one largest among sums over hundreds of rows is chance."""
+    return error.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_other_dtypes_meet_the_bar(case, dtype):
+    tensors, request = case.tensors(dtype=dtype), case.request(dtype)
+    simple = answers(plainly, tensors, request)
+    for engine in engines_of(case):
+        mine = answers(by(engine), tensors, request)
+        assert mine[0][0].dtype == dtype
+        assert all(t.dtype == torch.float32 for t in mine[0][1:])
+        for ours, theirs, truths in zip(mine, simple, exact(case, dtype), strict=True):
+            for a, b, truth in zip(ours, theirs, truths, strict=True):
+                if b.isfinite().all():
+                    assert_within(a, b.to(a.dtype), truth, error=typical)
+                else:  # what overflows in plain float16 is computed in float32
+                    eps = torch.finfo(a.dtype).eps * float(truth.abs().max())
+                    torch.testing.assert_close(a.double(), truth, rtol=0, atol=eps)
+
+
+def literal(case: Case) -> Tensor:
+    """The implied weights from their definition, key by key back from each query:
+
+    w_ij = φ(q_i)ᵀ (I − β_i k_i k_iᵀ) A_i … (I − β_{j+1} k_{j+1} k_{j+1}ᵀ) A_{j+1} β_j k_j
+    """
+    s, request = case.sizes, case.request()
+    query, key, _ = case.tensors()
+    phi = {
+        "elu": lambda x: torch.nn.functional.elu(x) + 1,
+        "identity": lambda x: x,
+        None: lambda x: x,
+    }
+    phi = phi.get(request.get("feature_map", "elu"), request.get("feature_map"))
+    query, key = phi(query) * request.get("scale", 1), phi(key)
+    weights = torch.zeros(s.batch, s.heads, s.q_len, s.k_len, dtype=torch.float64)
+    for b in range(s.batch):
+        for h in range(s.heads):
+            mine = h * s.kv_heads // s.heads
+            for i in range(s.q_len):
+                row = query[b, h, i]
+                for j in range(i, -1, -1):
+                    k = key[b, mine, j]
+                    strength = of_head(request.get("beta"), s, b, h, j)
+                    weights[b, h, i, j] = (row @ k) * (1 if strength is None else strength)
+                    if strength is not None:
+                        row = row - strength * (row @ k) * k
+                    decay = of_head(request.get("decay"), s, b, h, j)
+                    if decay is not None:
+                        row = row * decay.exp()
+    elu = request.get("feature_map", "elu") == "elu" and "beta" not in request
+    if request.get("normalise", elu):
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights
+
+
+def of_head(given: Tensor | None, s, b: int, h: int, j: int) -> Tensor | None:
+    if given is None:
+        return None
+    heads = given.shape[0] if given.dim() == 1 else given.shape[1]
+    h = h * heads // s.heads
+    return given[h] if given.dim() == 1 else given[b, h, j]
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if "favor" not in f and f != "wider"])
+def test_the_twin_is_the_formula(form):
+    case = Case(form, at(23, batch=2, dim=3, v_dim=5), FORMS[form], layout=short)
+    value = case.tensors()[2].repeat_interleave(2, 1)
+    ours = linear_attention(*case.tensors(), **case.request(), engine="reference")
+    torch.testing.assert_close(ours, literal(case) @ value, rtol=1e-11, atol=1e-11)
+
+
+def test_without_causality_is_the_formula():
+    """Katharopoulos et al. 2020, eq. 4."""
+    query, key, value = Case("", at(9, 12, kv_heads=4)).tensors()
+    phi = torch.nn.functional.elu
+    weights = (phi(query) + 1) @ (phi(key) + 1).mT
+    truth = weights / weights.sum(-1, keepdim=True) @ value
+    for engine in ("reference", "chunked"):
+        ours = linear_attention(query, key, value, causal=False, engine=engine)
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_gated_delta_rule_is_qwens():
+    """The recurrence of Qwen3-Next in transformers (float32, scaled by 1 / √dim)."""
+    theirs = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    case = Case("", at(90, heads=3, kv_heads=3, dim=8), FORMS["gated delta"], layout=short)
+    tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
+    decay, beta = request["decay"], request["beta"]
+    truth, last = theirs.torch_recurrent_gated_delta_rule(
+        *(t.transpose(1, 2) for t in tensors), g=decay.mT, beta=beta.mT, output_final_state=True
+    )
+    ours, state = linear_attention(*tensors, **request, scale=8**-0.5, return_state=True)
+    torch.testing.assert_close(ours, truth.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.memory, last, rtol=1e-5, atol=1e-5)
+
+
+def test_channel_delta_rule_is_kimis():
+    """The recurrence of Kimi Linear in transformers (float32, scaled by 1 / √dim)."""
+    theirs = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    case = Case("", at(90, heads=3, kv_heads=3, dim=8), FORMS["channel delta"], layout=short)
+    tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
+    truth, last = theirs.recurrent_kimi_delta_attention(
+        *(t.transpose(1, 2) for t in tensors), request["decay"].transpose(1, 2),
+        request["beta"].mT, None, True,
+    )  # fmt: skip
+    ours, state = linear_attention(*tensors, **request, scale=8**-0.5, return_state=True)
+    torch.testing.assert_close(ours, truth.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.memory, last, rtol=1e-5, atol=1e-5)
+
+
+def cut(value, start: int, stop: int):
+    """A request's tensor or mask, from token start to stop."""
+    if isinstance(value, Tensor) and value.dim() >= 3:
+        return value[:, :, start:stop]
+    if isinstance(value, Documents):
+        return Documents(value.query_ids[..., start:stop])
+    if isinstance(value, Padding):
+        return Padding(value.keep[..., start:stop])
+    if hasattr(value, "left"):
+        return cut(value.left, start, stop) & cut(value.right, start, stop)
+    return value
+
+
+def in_pieces(*tensors, ends: list[int], engine: str, **request):
+    state, outs = None, []
+    for a, b in pairwise(ends):
+        out, state = linear_attention(
+            *(t[:, :, a:b] for t in tensors),
+            **{name: cut(v, a, b) for name, v in request.items()},
+            state=state,
+            return_state=True,
+            engine=engine,
+        )
+        outs.append(out)
+    return torch.cat(outs, 2), state
+
+
+@pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len == 150], ids=str)
+def test_pieces_are_the_whole(case):
+    """A sequence cut anywhere, the state handed on: the same out, state and gradients."""
+    ends = [0, 1, 2, 40, 40, 104, 147, 150]
+    for engine in ("chunked", "recurrent"):
+        ours = answers(
+            lambda *t, **r: in_pieces(*t, ends=ends, engine=engine, **r),  # noqa: B023
+            case.tensors(),
+            case.request(),
+        )
+        for mine, truths in zip(ours, exact(case, torch.float64), strict=True):
+            assert_equal(mine, truths)
+
+
+@pytest.mark.parametrize("form", ["elu", "elu, fixed", "gla", "channel delta", "favor"])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_prefill_and_decode_are_the_whole(form, engine):
+    case = next(c for c in CAUSAL if c.name == form)
+    tensors, request = case.tensors(), case.request()
+    out, state = in_pieces(*tensors, ends=[0, 140, *range(141, 151)], engine=engine, **request)
+    whole, last = linear_attention(*tensors, **request, return_state=True, engine="chunked")
+    torch.testing.assert_close(out, whole, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(state.memory, last.memory, rtol=1e-11, atol=1e-11)
+
+
+def test_auto_decodes_by_steps(monkeypatch):
+    """A few tokens without gradients take the recurrent step; any other call is chunked."""
+    ran = []
+    for form in (regard.linear.chunked, regard.linear.recurrent):
+        monkeypatch.setattr(
+            form,
+            "forward",
+            lambda flow, form=form, run=form.forward: (ran.append(form), run(flow))[1],
+        )
+    query, key, value = Case("", at(4)).tensors()
+    linear_attention(query, key, value)
+    linear_attention(query.clone().requires_grad_(), key, value)
+    linear_attention(*Case("", at(5)).tensors())
+    chunked, recurrent = regard.linear.chunked, regard.linear.recurrent
+    assert ran == [recurrent, chunked, chunked]
+
+
+def test_a_state_counts_and_detaches():
+    query, key, value = (t.requires_grad_() for t in Case("", at(9)).tensors())
+    _, state = linear_attention(query, key, value, return_state=True)
+    _, state = linear_attention(query, key, value, state=state, return_state=True)
+    assert state.length == 18
+    assert state.memory.requires_grad
+    cut_off = state.detach()
+    assert not cut_off.memory.requires_grad
+    assert not cut_off.normaliser.requires_grad
+    assert cut_off.length == 18
+
+
+def test_a_memory_without_keys_of_its_own():
+    """Without causality a state is a memory to read: cross-attention to what was summed up."""
+    query, key, value = Case("", at(9, 30)).tensors()
+    whole = linear_attention(query, key, value, causal=False)
+    _, state = linear_attention(key.repeat_interleave(2, 1), key, value, return_state=True)
+    ours = linear_attention(query, key[:, :, :0], value[:, :, :0], causal=False, state=state)
+    torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
+    half = linear_attention(
+        query, key[:, :, :11], value[:, :, :11], causal=False, return_state=True
+    )[1]
+    ours = linear_attention(query, key[:, :, 11:], value[:, :, 11:], causal=False, state=half)
+    torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_documents_are_apart():
+    """Packed documents give what each gives alone, and the state is that of the last."""
+    query, key, value = Case("", at(100), layout=short).tensors()
+    rng = torch.Generator().manual_seed(5)
+    decay, beta = gate(rng, 2, 2, 100, 16).double(), torch.rand(2, 2, 100, generator=rng).double()
+    cu = [0, 30, 31, 100]
+    mask = Documents.from_cu_seqlens(torch.tensor(cu))
+    request = {"feature_map": None, "decay": decay, "beta": beta}
+    packed, state = linear_attention(query, key, value, **request, mask=mask, return_state=True)
+    for a, b in pairwise(cu):
+        here = {name: cut(v, a, b) for name, v in request.items()}
+        alone, last = linear_attention(
+            *(t[:, :, a:b] for t in (query, key, value)), **here, return_state=True
+        )
+        torch.testing.assert_close(packed[:, :, a:b], alone, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state.memory, last.memory, rtol=1e-12, atol=1e-12)
+    assert state.document.tolist() == [2, 2]
+
+
+def test_mixed_dtypes():
+    """Gates in float32 beside bfloat16: kept as precise as they are; gradients in each dtype."""
+    case = Case("", at(70), FORMS["gated delta"], layout=short)
+    tensors = [t.requires_grad_() for t in case.tensors(dtype=torch.bfloat16)]
+    request = mapped(case.request(torch.float32), lambda t: t.requires_grad_())
+    out, state = linear_attention(*tensors, **request, return_state=True)
+    assert (out.dtype, state.memory.dtype) == (torch.bfloat16, torch.float32)
+    wide = linear_attention(*(t.float() for t in tensors), **request)
+    torch.testing.assert_close(out, wide.bfloat16(), rtol=0, atol=0)
+    out.float().sum().backward()
+    assert [t.grad.dtype for t in tensors] == [torch.bfloat16] * 3
+    assert request["decay"].grad.dtype == request["beta"].grad.dtype == torch.float32
+
+
+def test_strong_gates_neither_overflow_nor_forget_too_much():
+    """One chunk with decays of e^−300 among none: later tokens still see each other exactly."""
+    query, key, value = Case("", at(64, batch=1, heads=1, kv_heads=1)).tensors(dtype=torch.float32)
+    decay = torch.zeros(1, 1, 64, 16)
+    decay[:, :, ::7] = -300.0
+    decay[..., 3] = -1e30
+    request = {"feature_map": None, "decay": decay}
+    out = linear_attention(query, key, value, **request)
+    truth = linear_attention(
+        *(t.double() for t in (query, key, value)), feature_map=None, decay=decay.double(),
+        engine="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_far_below_zero_still_reads():
+    """elu + 1 of it underflows in float32; the factor that cancels is taken out."""
+    query, key, value = Case("", at(9)).tensors(dtype=torch.float32)
+    shifted = linear_attention(query - 500, key, value)
+    truth = (query - query.amax(-1, keepdim=True)).double().exp()
+    phi = torch.where(key > 0, key + 1, key.clamp(max=0).exp()).double()
+    weights = (truth @ phi.repeat_interleave(2, 1).mT).tril()
+    weights = weights / weights.sum(-1, keepdim=True)
+    truth = weights @ value.double().repeat_interleave(2, 1)
+    torch.testing.assert_close(shifted.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_favor_directions_are_orthogonal():
+    drawn = torch.ops.regard.favor_directions(torch.zeros(1, 8, dtype=torch.float64), 20, 5)
+    assert drawn.shape == (20, 8)
+    for block in drawn.split(8):
+        gram = block @ block.mT
+        torch.testing.assert_close(gram, torch.diag(gram.diagonal()), rtol=0, atol=1e-12)
+    assert drawn.norm(dim=-1).unique().numel() == 20
+    again = torch.ops.regard.favor_directions(torch.zeros(1, 8), 20, 5)
+    torch.testing.assert_close(again.double(), drawn, rtol=1e-6, atol=1e-6)
+    other = torch.ops.regard.favor_directions(torch.zeros(1, 8), 20, 6)
+    assert (again - other).abs().min() > 0
+
+
+def test_favor_is_on_average_softmax():
+    """φ(q) · φ(k) → exp(q · k / √dim) over seeds; out → softmax attention with more features."""
+    query, key, value = Case("", at(20, heads=2, kv_heads=2, dim=8), magnitude=0.5).tensors()
+    key = key * 0.5
+    kernel = (query @ key.mT / 8**0.5).exp()
+    drawn = torch.stack(
+        [
+            Favor(64, seed).exponents(query).exp() @ Favor(64, seed).exponents(key).exp().mT
+            for seed in range(400)
+        ]
+    )
+    spread = drawn.std(0) / 400**0.5
+    assert ((drawn.mean(0) - kernel).abs() / spread).square().mean() < 2  # 1 if unbiased
+    exact = attention(query, key, value, mask=Causal())
+    errors = []
+    for features in (16, 256, 4096):
+        maps = (Favor(features, seed) for seed in range(8))
+        off = [linear_attention(query, key, value, feature_map=m) - exact for m in maps]
+        errors.append(float(typical(torch.stack(off))))
+    assert errors[0] > 2.5 * errors[1] > 2.5**2 * errors[2]  # 16 times as many: a quarter
+    assert errors[2] < 0.02
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("form", ["elu", "retention", "gla", "channel delta", "favor"])
+def test_nan_and_inf_surface(form, where, bad):
+    """In every row that sees it, and in no other head or item."""
+    case = Case("", at(130), FORMS[form], layout=short)
+    tensors = [t.clone() for t in case.tensors(dtype=torch.float32)]
+    tensors[where][1, 1, 70, 2] = bad
+    for engine in ("chunked", "recurrent", "reference"):
+        out = linear_attention(*tensors, **case.request(torch.float32), engine=engine)
+        shown = ~out.isfinite().all(-1)
+        assert not shown[0].any()
+        assert not shown[1, :2].any() or where == 0
+        if where == 0:
+            assert shown[1, 1].nonzero().flatten().tolist() == [70] or engine == "chunked"
+            assert shown[1, 1, 70]
+        elif form in ("elu", "favor") or where == 2:
+            assert shown[1, 2:, 70].all()
+
+
+def test_gradcheck():
+    """Against finite differences, through out and state."""
+    rng = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> Tensor:
+        return floats(rng, *shape).double().requires_grad_()
+
+    query, key, value = drawn(1, 2, 5, 3), drawn(1, 1, 5, 3), drawn(1, 1, 5, 2)
+    decay = gate(rng, 1, 1, 5, 3).double().requires_grad_()
+    beta = torch.rand(1, 1, 5, generator=rng).double().requires_grad_()
+    memory = drawn(1, 1, 3, 2)
+
+    def delta(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        *qkv, decay, beta, memory = leaves
+        out, state = linear_attention(
+            *qkv, feature_map=None, decay=decay, beta=beta, state=LinearState(memory),
+            return_state=True, engine="chunked",
+        )  # fmt: skip
+        return out, state.memory
+
+    assert torch.autograd.gradcheck(delta, (query, key, value, decay, beta, memory))
+
+    def elu(*leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *qkv, decay, memory = leaves
+        state = LinearState(memory, memory.abs().sum(-1))
+        mask = Documents(torch.tensor([0, 0, -1, 1, 1])) & Padding(torch.arange(5) != 1)
+        out, state = linear_attention(
+            *qkv, decay=decay, state=state, return_state=True, engine="chunked"
+        )
+        packed = linear_attention(*qkv, decay=decay, mask=mask, engine="chunked")
+        return out, packed, state.memory
+
+    fixed = gate(rng, 2).double().requires_grad_()
+    wide = drawn(1, 2, 3, 2)
+    assert torch.autograd.gradcheck(elu, (query, key, value, fixed, wide))
+
+
+@pytest.mark.parametrize("case", [c for c in FEW if c.sizes.batch > 1][::3], ids=str)
+def test_same_bits_again_and_alone(case):
+    """Same input, same bits: over runs, whatever the threads or the neighbours in the batch."""
+    tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
+    first = linear_attention(*tensors, **request, engine="chunked")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    again = linear_attention(*tensors, **request, engine="chunked")
+    torch.set_num_threads(before)
+    assert torch.equal(first, again)
+    if "mask" in request:  # its ids are those of the batch
+        return
+    request = {n: v[1:] if isinstance(v, Tensor) and v.dim() > 1 else v for n, v in request.items()}
+    alone = linear_attention(*(t[1:] for t in tensors), **request, engine="chunked")
+    assert torch.equal(first[1:], alone)
+
+
+@pytest.mark.parametrize("form", ["elu", "gla", "gated delta", "favor", "everywhere, elu"])
+def test_autocast_changes_nothing(form):
+    """What is computed in float32 stays so: out, gradients and weights, to the bit."""
+    case = next(c for c in CASES if c.name == form)
+    tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
+    results = []
+    for on in (False, True):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out, (rows,) = linear_attention(*leaves, **request, observe=[Rows([3])])
+            grads = torch.autograd.grad((out * out).sum(), leaves)
+        results.append([out, rows.weights, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("form", ["elu", "gla", "channel delta", "favor", "packed"])
+def test_compiles_whole(form):
+    """torch.compile keeps the call in one graph: forward, backward, state and observers."""
+    name = "elu" if form == "packed" else form
+    case = Case("", at(70), FORMS[name], layout=short)
+    tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)
+    if form == "packed":
+        request["mask"] = Documents(torch.arange(70) // 30) & Padding(torch.arange(70) % 9 > 0)
+
+    def loss(*qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, state, (rows,) = linear_attention(
+            *(t * 2 for t in qkv), **request, return_state=True, observe=[Rows([5])]
+        )
+        return (out * out).sum() + state.memory.sum(), out, rows.weights
+
+    torch._dynamo.reset()
+    answers = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        value, *seen = function(*leaves)
+        value.backward()
+        answers.append([value, *seen, *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(answers[1], answers[0])

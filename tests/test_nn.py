@@ -1,0 +1,510 @@
+"""Modules against plain torch in float64, torch's own modules, and Hugging Face's models."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regard
+from cases import CASES, DTYPES, Case, assert_within, mapped, plain
+from regard import (
+    Causal,
+    Dense,
+    Padding,
+    Received,
+    RegardError,
+    Rows,
+    TopK,
+    Window,
+)
+from regard.nn import (
+    Block,
+    Decoder,
+    Encoder,
+    FeedForward,
+    MultiHeadAttention,
+    Rotary,
+    Transformer,
+)
+
+MODEL = 20  # the size of a token's vector
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def seeded(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Any:
+    """A module whose every parameter is drawn, and large enough for weights far from uniform."""
+    module = make().to(dtype)
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            noise = torch.randn(parameter.shape, generator=rng)
+            parameter.copy_(offset + 0.4 * noise)
+    return module
+
+
+def tokens(length: int = 7, seed: int = 0, vocab: int = 11) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (2, length), generator=rng)
+
+
+def typical(error: Tensor) -> Tensor:
+    return error.square().mean().sqrt()
+
+
+# MultiHeadAttention against its twin
+
+
+def twin(module: MultiHeadAttention, inputs: list[Tensor], at_q: Tensor, **request: Any) -> Tensor:
+    """What the module computes, from its parameters, by plain torch in their dtype."""
+    query, key, value = inputs
+
+    def heads(x: Tensor, layer: nn.Linear) -> Tensor:
+        y = x @ layer.weight.mT + (0 if layer.bias is None else layer.bias)
+        return torch.stack(y.split(module.head_dim, -1), 1)
+
+    def normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        if norm is None:
+            return x
+        return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+    def turned(x: Tensor, at: Tensor) -> Tensor:
+        if module.rotary is None:
+            return x
+        angles = at[:, None] * module.rotary.angles()[None]
+        cos, sin = (torch.cat([t, t], -1).to(x.dtype) for t in (angles.cos(), angles.sin()))
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    q = turned(normed(heads(query, module.q_proj), module.q_norm), at_q)
+    at_k = at_q if key is query else torch.arange(key.shape[1])
+    k = turned(normed(heads(key, module.k_proj), module.k_norm), at_k)
+    v = heads(value, module.v_proj)
+    request = {"softcap": module.softcap, "scale": module.scale, "sinks": module.sinks} | request
+    out, _ = plain(q, k, v, **request)
+    out = out.transpose(1, 2).flatten(2) @ module.out_proj.weight.mT
+    return out if module.out_proj.bias is None else out + module.out_proj.bias
+
+
+def outcome(
+    run: Callable[..., Tensor], module: MultiHeadAttention, inputs: list[Tensor], **request: Any
+) -> list[Tensor]:
+    """out, and the gradients of the inputs, the parameters and the biases of a fixed functional."""
+    module.zero_grad()
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    made: dict[int, Tensor] = {}
+    for tensor in inputs:  # one leaf where query is key
+        if id(tensor) not in made:
+            made[id(tensor)] = leaf(tensor)
+    request = mapped(request, leaf)
+    out = run(module, [made[id(t)] for t in inputs], **request)
+    (out.double() * drawn(*out.shape, dtype=torch.float64, seed=9)).sum().backward()
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    return [out.detach(), *(t.grad for t in [*leaves, *parameters])]
+
+
+def compare(module: MultiHeadAttention, inputs: list[Tensor], dtype: torch.dtype, **request: Any):
+    """The module at dtype, its twin at dtype, and its twin in float64 from the same numbers."""
+    start = request.pop("positions", 0)
+    at_q = torch.arange(inputs[0].shape[1]) + start
+
+    def ours(m: MultiHeadAttention, given: list[Tensor], **r: Any) -> Tensor:
+        query, key, value = given
+        if key is query:
+            return m(query, positions=start, **r)
+        return m(query, key, value, positions=start, **r)
+
+    def naive(m: MultiHeadAttention, given: list[Tensor], **r: Any) -> Tensor:
+        r |= {"query_start": start, "key_start": start if given[1] is given[0] else 0}
+        return twin(m, given, at_q, **r)
+
+    unique = {id(t): t.to(dtype) for t in inputs}
+    inputs = [unique[id(t)] for t in inputs]
+    request = mapped(request, lambda t: t.to(dtype))
+    at_dtype = torch.float32 if dtype == torch.float64 else dtype
+    low = {id(t): t.to(at_dtype) for t in inputs}
+    wide = {id(t): t.double() for t in inputs}
+    exact = outcome(
+        naive, copy.deepcopy(module).double(), [wide[id(t)] for t in inputs],
+        **mapped(request, lambda t: t.double()),
+    )  # fmt: skip
+    simple = outcome(
+        naive, copy.deepcopy(module).to(at_dtype), [low[id(t)] for t in inputs],
+        **mapped(request, lambda t: t.to(at_dtype)),
+    )  # fmt: skip
+    mine = outcome(ours, module.to(dtype), inputs, **request)
+    assert mine[0].dtype == dtype
+    assert len(mine) == len(simple) == len(exact)
+    largest = max(float(t.abs().max()) for t in exact if t.numel())
+    for a, b, c in zip(mine, simple, exact, strict=True):
+        if c.numel() and float(c.abs().max()) < 1e-12 * largest:
+            # What all keys share cancels in the softmax: its gradient is 0, and ours rounding
+            assert float(a.abs().max()) < 20 * torch.finfo(dtype).eps * largest
+        elif 0 < c.numel() < 8:  # sums over every pair: the error of a few is chance
+            close = 30 * torch.finfo(dtype).eps * float(c.abs().max())
+            torch.testing.assert_close(a.double(), c, rtol=0, atol=close)
+        else:
+            assert_within(a, b, c, dtype, error=typical)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "grouped": {"kv_heads": 2},
+    "multi-query": {"kv_heads": 1},
+    "wide heads": {"head_dim": 12},
+    "normed": {"qk_norm": True},
+    "rotary": {"rotary": Rotary(8)},
+    "sinks": {"sinks": True},
+    "softcap": {"softcap": 1.5},
+    "scaled": {"scale": 1.0},
+    "all": {
+        "kv_heads": 2, "qk_norm": True, "rotary": Rotary(8), "sinks": True, "softcap": 4.0,
+        "bias": False,
+    },
+}  # fmt: skip
+
+
+def build(heads: int = 4, dim: int = 8, **config: Any) -> MultiHeadAttention:
+    return seeded(lambda: MultiHeadAttention(MODEL, heads, **{"head_dim": dim} | config))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_self_attention_is_its_twin(config, dtype):
+    x = drawn(2, 19, MODEL)
+    mask = Causal() & Padding(torch.arange(19) >= torch.tensor([[0], [4]]))
+    compare(build(**config), [x, x, x], dtype, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_cross_attention_is_its_twin(config, dtype):
+    """Queries, keys and values of three sizes."""
+    inputs = [drawn(2, 9, MODEL), drawn(2, 23, 12, seed=1), drawn(2, 23, 7, seed=2)]
+    module = build(**config, key_dim=12, value_dim=7)
+    compare(module, inputs, dtype, mask=Window(15, ahead=3))
+
+
+def fits(case: Case) -> bool:
+    """Whether a module can make this call: no starts, nor dropout of a seed, nor dims apart."""
+    s, request = case.sizes, case.request()
+    placed = "query_start" in request or "dropout" in request
+    return not placed and s.dim == s.v_dim and s.dim > 0 and s.dim % 2 == 0 and s.batch > 0
+
+
+SHARED = [c for c in CASES if fits(c)]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_the_shared_cases(case):
+    """Every mask and bias, with grouped heads, a norm and rotary, forward and gradients."""
+    s, request = case.sizes, case.request(torch.float32)
+    config = {name: request.pop(name) for name in ("softcap", "scale") if name in request}
+    sinks = request.pop("sinks", None)
+    module = build(
+        s.heads, s.dim, kv_heads=s.kv_heads, qk_norm=True, rotary=Rotary(s.dim),
+        sinks=sinks is not None, **config,
+    )  # fmt: skip
+    query = drawn(s.batch, s.q_len, MODEL)
+    key, value = drawn(s.batch, s.k_len, MODEL, seed=1), drawn(s.batch, s.k_len, MODEL, seed=2)
+    compare(module, [query, key, value], torch.float32, **request)
+
+
+def test_the_shared_cases_are_many():
+    assert len(SHARED) > 70
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_positions_of_self_attention(start):
+    """Masks and rotary both count from the start."""
+    x = drawn(2, 19, MODEL)
+    module = build(rotary=Rotary(8))
+    compare(module, [x, x, x], torch.float32, mask=regard.First(12) & Causal(), positions=start)
+
+
+def test_positions_as_a_tensor():
+    """Left padding: each item's first token stands at 0."""
+    module, x = build(rotary=Rotary(8, base=50.0)).double(), drawn(1, 9, MODEL).double()
+    alone = module(x, mask=Causal())
+    padded = torch.cat([drawn(1, 3, MODEL, seed=3).double(), x], 1)
+    keep = torch.arange(12)[None] >= 3
+    at = (torch.arange(12) - 3).clamp(min=0)
+    for positions in (at, at[None]):
+        out = module(padded, mask=Causal() & Padding(keep), positions=positions)
+        torch.testing.assert_close(out[:, 3:], alone)
+
+
+def test_observers_see_the_weights():
+    """(out, seen) as from `regard.attention` on what the projections give."""
+    module, x = build(kv_heads=2, rotary=Rotary(8), qk_norm=True), drawn(2, 13, MODEL)
+    q = module.rotary(module.q_norm(module.q_proj(x).unflatten(-1, (4, 8)).transpose(1, 2)))
+    k, v = module.remember(x)
+    watchers = [TopK(3), Received(), Rows([5])]
+    wanted_out, wanted = regard.attention(q, k, v, mask=Causal(), observe=watchers)
+    out, (top, received, rows) = module(x, mask=Causal(), observe=watchers)
+    torch.testing.assert_close(out, module.out_proj(wanted_out.transpose(1, 2).flatten(2)))
+    torch.testing.assert_close(out, module(x, mask=Causal()), rtol=0, atol=0)
+    torch.testing.assert_close(top.weights, wanted[0].weights)
+    torch.testing.assert_close(received.sum, wanted[1].sum)
+    torch.testing.assert_close(rows.weights, wanted[2].weights)
+    assert module(x, observe=[])[1] == ()
+
+
+def test_dropout_is_of_training_and_of_the_weights():
+    module, x = build().requires_grad_(False), drawn(2, 13, MODEL)
+    exact = module(x)
+    module.dropout = 0.5
+    torch.manual_seed(0)
+    first, second = module(x), module(x)
+    assert not torch.allclose(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(module(x), first)
+    mean = torch.stack([module(x) for _ in range(400)]).mean(0)
+    assert float((mean - exact).abs().mean()) < 0.1 * float(exact.abs().mean())
+    assert torch.equal(module.eval()(x), exact)
+
+
+def test_a_memory_is_projected_once():
+    module = build(key_dim=12, value_dim=7, rotary=Rotary(8)).eval()
+    query = drawn(2, 9, MODEL)
+    key, value = drawn(2, 23, 12, seed=1), drawn(2, 23, 7, seed=2)
+    out = module(query, key, value)
+    memory = module.remember(key, value)
+    assert torch.equal(module(query, memory), out)
+    steps = [module(query[:, n : n + 1], memory, positions=n) for n in range(9)]
+    torch.testing.assert_close(torch.cat(steps, 1), out)
+
+
+WRONG = {
+    "heads": (lambda: MultiHeadAttention(20, 3), "heads 3 do not divide dim 20; give head_dim"),
+    "kv_heads": (lambda: MultiHeadAttention(20, 4, kv_heads=3), "heads 4, kv_heads 3: give"),
+    "no heads": (lambda: MultiHeadAttention(20, 0), "dim 20, heads 0"),
+    "dropout": (lambda: MultiHeadAttention(20, 4, dropout=1.0), "give 0 ≤ dropout < 1"),
+    "rotary": (
+        lambda: MultiHeadAttention(16, 4, rotary=Rotary(8)),
+        "rotary turns 8 numbers of heads of 4",
+    ),
+    "query": (
+        lambda: build()(drawn(2, 3, 19)),
+        "query is (2, 3, 19); this module needs (batch, length, 20)",
+    ),
+    "unbatched": (lambda: build()(drawn(3, 20)), "query is (3, 20)"),
+    "key": (
+        lambda: build(key_dim=12)(drawn(2, 3, 20), drawn(2, 5, 20)),
+        "key is (2, 5, 20); this module needs (batch, length, 12)",
+    ),
+    "value": (
+        lambda: build(value_dim=12)(drawn(2, 3, 20), drawn(2, 5, 20)),
+        "value is (2, 5, 20); this module needs (batch, length, 12)",
+    ),
+    "value alone": (
+        lambda: build()(drawn(2, 3, 20), value=drawn(2, 3, 20)),
+        "a value is given without a key",
+    ),
+    "memory and value": (
+        lambda: build()(drawn(2, 3, 20), build().remember(drawn(2, 3, 20)), drawn(2, 3, 20)),
+        "a value is given beside a Memory",
+    ),
+    "key and value": (
+        lambda: build()(drawn(2, 3, 20), drawn(2, 5, 20), drawn(2, 4, 20)),
+        "key and value must agree in batch, kv_heads and length",
+    ),
+    "cache of cross": (
+        lambda: build()(drawn(2, 3, 20), drawn(2, 5, 20), cache=regard.KVCache()),
+        "a cache grows by the queries' own keys",
+    ),
+    "cache in training": (
+        lambda: build(dropout=0.1)(drawn(2, 3, 20), cache=regard.KVCache()),
+        "a cache is for inference, without dropout; call eval() first",
+    ),
+    "activation": (lambda: FeedForward(8, activation="tanh"), "activation is 'tanh'; give relu"),
+    "norm": (lambda: Block(8, 2, norm="batch"), "norm is 'batch'; give layer or rms"),
+    "memory to a block without": (
+        lambda: Block(8, 2)(drawn(1, 3, 8), drawn(1, 3, 8)),
+        "memory is given to a block without cross-attention; make it with cross=True",
+    ),
+    "no memory": (
+        lambda: Block(8, 2, cross=True)(drawn(1, 3, 8)),
+        "this block has cross-attention; give it a memory (batch, k_len, memory_dim)",
+    ),
+    "remember": (lambda: Block(8, 2).remember(drawn(1, 3, 8)), "no cross-attention to remember"),
+    "depth": (lambda: Encoder(0, 8, 2), "depth is 0"),
+    "caches": (
+        lambda: Decoder(2, 8, 2)(drawn(1, 3, 8), caches=[regard.KVCache()]),
+        "caches are 1 for 2 blocks; give one a block",
+    ),
+    "memories": (
+        lambda: Decoder(2, 8, 2, cross=True)(drawn(1, 3, 8), []),
+        "memory are 0 for 2 blocks",
+    ),
+    "neither": (lambda: Transformer(vocab=9, dim=8, heads=2), "encoder 0, decoder 0: give"),
+    "source_vocab": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, decoder=1, source_vocab=4),
+        "source_vocab is of an encoder beside a decoder",
+    ),
+    "positions": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, decoder=1, positions="absolute"),
+        "positions is 'absolute'; give sinusoidal, learned, rotary, relative, alibi, or a module",
+    ),
+    "learned without length": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, decoder=1, positions="learned"),
+        "learned positions end somewhere; give length",
+    ),
+    "floats": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, decoder=1)(drawn(2, 3)),
+        "tokens are (2, 3) torch.float32; give integers (batch, length)",
+    ),
+    "source": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, decoder=1)(tokens(), tokens()),
+        "source is for a model with an encoder and a decoder; give tokens alone",
+    ),
+    "no source": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, encoder=1, decoder=1)(tokens()),
+        "this model has an encoder and a decoder; give tokens and source",
+    ),
+    "no encoder": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, decoder=1).encode(tokens()),
+        "this model has no encoder",
+    ),
+    "no decoder": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, encoder=1).decode(tokens()),
+        "this model has no decoder",
+    ),
+    "nothing to remember": (
+        lambda: Transformer(vocab=9, dim=8, heads=2, encoder=1).remember(drawn(1, 2, 8)),
+        "this model has no decoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, said", WRONG.values(), ids=WRONG)
+def test_errors_show_shapes(call, said):
+    with pytest.raises(RegardError) as error:
+        call()
+    assert said in str(error.value)
+
+
+# torch.nn.MultiheadAttention
+
+
+TORCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "kdim": {"kdim": 12},
+    "vdim": {"vdim": 7},
+    "kdim and vdim": {"kdim": 12, "vdim": 7, "bias": False},
+    "sequence first": {"batch_first": False},
+    "dropout": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", TORCHES.values(), ids=TORCHES)
+def test_torchs_state_dict_gives_torchs_numbers(config, dtype):
+    """Loaded, or by from_torch: outputs and weights, under each kind of mask that torch takes."""
+    config = {"batch_first": True} | config
+    theirs = seeded(lambda: nn.MultiheadAttention(MODEL, 4, **config), dtype).eval()
+    ours = MultiHeadAttention.from_torch(theirs)
+    assert not ours.training
+    assert ours.dropout == config.get("dropout", 0.0)
+    loaded = MultiHeadAttention(
+        MODEL, 4, key_dim=config.get("kdim"), value_dim=config.get("vdim"),
+        bias=config.get("bias", True), dtype=dtype,
+    )  # fmt: skip
+    missing = loaded.load_state_dict(theirs.state_dict(), strict=True)
+    assert not missing.missing_keys + missing.unexpected_keys
+    query = drawn(2, 9, MODEL, dtype=dtype)
+    key = drawn(2, 13, theirs.kdim, dtype=dtype, seed=1)
+    value = drawn(2, 13, theirs.vdim, dtype=dtype, seed=2)
+    hide = torch.rand(9, 13, generator=torch.Generator().manual_seed(0)) < 0.3
+    hide[:, 0] = False
+    padded = torch.arange(13) >= torch.tensor([[13], [8]])
+    added = drawn(8, 9, 13, dtype=dtype, seed=3)
+    requests = [
+        ({}, {}),
+        ({"attn_mask": hide}, {"mask": ~Dense(hide)}),
+        ({"key_padding_mask": padded}, {"mask": Padding(~padded)}),
+        (
+            {"attn_mask": hide, "key_padding_mask": padded},
+            {"mask": ~Dense(hide) & Padding(~padded)},
+        ),
+        ({"attn_mask": added}, {"bias": added.unflatten(0, (2, 4))}),
+    ]
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05}[dtype]
+    for torchs, mine in requests:
+        given = (query, key, value)
+        if not theirs.batch_first:
+            given = tuple(t.transpose(0, 1) for t in given)
+        wanted, weights = theirs(*given, average_attn_weights=False, **torchs)
+        wanted = wanted if theirs.batch_first else wanted.transpose(0, 1)
+        for module in (ours, loaded.eval()):
+            out, (rows,) = module(query, key, value, observe=[Rows(range(9))], **mine)
+            rows = rows.weights
+            torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(rows.to(dtype), weights, rtol=tolerance, atol=tolerance)
+
+
+def test_torchs_gradients_are_ours():
+    theirs = seeded(lambda: nn.MultiheadAttention(MODEL, 4, batch_first=True), torch.float64)
+    ours = MultiHeadAttention.from_torch(theirs)
+    x = drawn(2, 9, MODEL, dtype=torch.float64)
+    hide = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    theirs(*[leaves[0]] * 3, attn_mask=hide, need_weights=False)[0].square().sum().backward()
+    ours(leaves[1], mask=Causal()).square().sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    for kind in ("weight", "bias"):
+        joint = torch.cat([getattr(getattr(ours, f"{n}_proj"), kind).grad for n in "qkv"])
+        torch.testing.assert_close(joint, getattr(theirs, f"in_proj_{kind}").grad)
+        own = getattr(ours.out_proj, kind).grad
+        torch.testing.assert_close(own, getattr(theirs.out_proj, kind).grad)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_torchs_state_inside_a_larger_model(assign):
+    theirs = seeded(lambda: nn.Sequential(nn.Linear(3, MODEL), nn.MultiheadAttention(MODEL, 4)))
+    ours = nn.Sequential(nn.Linear(3, MODEL), MultiHeadAttention(MODEL, 4))
+    state = theirs.state_dict()
+    names = list(state)
+    ours.load_state_dict(state, assign=assign)
+    assert list(state) == names  # the caller's own is left as it was
+    x = drawn(2, 5, 3)
+    wanted = theirs[0](x).transpose(0, 1)
+    wanted = theirs[1](wanted, wanted, wanted, need_weights=False)[0].transpose(0, 1)
+    torch.testing.assert_close(ours(x), wanted)
+    again = MultiHeadAttention(MODEL, 4)
+    again.load_state_dict(ours[1].state_dict())
+    torch.testing.assert_close(again(ours[0](x)), wanted)
+
+
+def test_what_torch_has_and_we_do_not():
+    learned = nn.MultiheadAttention(MODEL, 4, add_bias_kv=True)
+    said = "bias_k: torch's module was made with add_bias_kv=True"
+    with pytest.raises(RegardError, match=said):
+        MultiHeadAttention(MODEL, 4).load_state_dict(learned.state_dict())
+    with pytest.raises(RegardError, match=said):
+        MultiHeadAttention.from_torch(learned)
+    with pytest.raises(RegardError, match="torch's module has add_zero_attn=True"):
+        MultiHeadAttention.from_torch(nn.MultiheadAttention(MODEL, 4, add_zero_attn=True))
+    with pytest.raises(RegardError, match=r"in_proj_weight \(60, 20\) .* heads 4, kv_heads 2"):
+        MultiHeadAttention(MODEL, 4, kv_heads=2).load_state_dict(
+            nn.MultiheadAttention(MODEL, 4).state_dict()
+        )
+    with pytest.raises(RuntimeError, match="Missing key"):
+        MultiHeadAttention(MODEL, 4).load_state_dict(
+            nn.MultiheadAttention(MODEL, 4, bias=False).state_dict()
+        )
