@@ -27,7 +27,7 @@ from regard import (
 )
 from regard.biases import relative_bucket
 from regard.call import Call
-from regard.engines import ENGINES, PREFERENCE, refusals, select
+from regard.engines import ENGINES, preference, refusals, select
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -92,7 +92,7 @@ def test_tiled_in_small_strips(case, monkeypatch):
 def test_auto_is_the_first_that_can(case, dtype):
     call = call_of(case, dtype)
     able = [name for name, reasons in refusals(call).items() if not reasons]
-    first = next(e.name for e in PREFERENCE if e.name in able)
+    first = next(e.name for e in preference(call) if e.name in able)
     assert select(call).name == first == able[0]
     tensors, request = case.tensors(dtype=dtype), case.request(dtype)
     chosen = attention(*tensors, **request)

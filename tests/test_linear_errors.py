@@ -27,13 +27,15 @@ Q, K, V = (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 6)
 TOKENS = torch.arange(5)
 BAD = {
     "a short query": (
-        {"query": (2, 4, 3, 8)}, "causal linear attention takes a query for each key; give the keys "
+        {"query": (2, 4, 3, 8)},
+        "causal linear attention takes a query for each key; give the keys "
         "before them as state, or causal=False"
     ),
     "dims": ({"key": (2, 2, 5, 7)}, "query has dim 8, key 7; make them equal"),
     "a map": ({"feature_map": "silu"}, "feature_map is 'silu'; give 'elu', 'identity' (or None)"),
     "a map that drops tokens": (
-        {"feature_map": lambda x: x[:, :, :2]}, "feature_map gave (2, 4, 2, 8) for (2, 4, 5, 8); it "
+        {"feature_map": lambda x: x[:, :, :2]},
+        "feature_map gave (2, 4, 2, 8) for (2, 4, 5, 8); it "
         "must keep all but the last dimension"
     ),
     "a map that gives no tensor": ({"feature_map": lambda x: 3}, "feature_map gave int for"),
@@ -50,7 +52,8 @@ BAD = {
     ),
     "beta without order": ({"beta": ones(2, 2, 5), "causal": False}, "beta is an order in time"),
     "a factor as decay": (
-        {"decay": 0.9 * ones(4)}, "decay reaches 0.9; it is the natural logarithm of the factor, so "
+        {"decay": 0.9 * ones(4)},
+        "decay reaches 0.9; it is the natural logarithm of the factor, so "
         "at most 0: give torch.log(factor)"
     ),
     "a number as decay": ({"decay": -0.1}, "decay is -0.1; give a tensor of floats on cpu"),
@@ -58,12 +61,14 @@ BAD = {
         {"decay": -torch.ones(4, dtype=torch.int64)}, "decay is torch.int64 on cpu; give a tensor"
     ),
     "decay of 3 heads": (
-        {"decay": -ones(3)}, "decay is (3,); give one per head (4,), one per token (batch 2, heads 4 "
+        {"decay": -ones(3)},
+        "decay is (3,); give one per head (4,), one per token (batch 2, heads 4 "
         "or kv_heads 2, 5), or one more dimension of features"
     ),
     "decay of 4 tokens": ({"decay": -ones(2, 2, 4)}, "decay is (2, 2, 4); give one per head"),
     "decay of 7 channels": (
-        {"decay": -ones(2, 2, 5, 7)}, "decay is (2, 2, 5, 7); its last dimension must be that of the "
+        {"decay": -ones(2, 2, 5, 7)},
+        "decay is (2, 2, 5, 7); its last dimension must be that of the "
         "features, 8"
     ),
     "decay of favor's dim": (
@@ -78,13 +83,17 @@ BAD = {
         "sign: normalise=False"
     ),
     "the identity normalised": (
-        {"feature_map": None, "normalise": True}, "the identity map has weights of either sign, and "
+        {"feature_map": None, "normalise": True},
+        "the identity map has weights of either sign, and "
         "their sum may be 0: normalise=False, or feature_map='elu'"
     ),
     "a scale that cancels": (
         {"scale": 0.5}, "scale 0.5 cancels in normalised weights; give normalise=False"
     ),
-    "an engine": ({"engine": "triton"}, "no engine is named 'triton'; there are auto, chunked, rec"),
+    "an engine": (
+        {"engine": "triton"},
+        "no engine is named 'triton'; there are auto, chunked, rec"
+    ),
     "a tensor as state": ({"state": ones(3)}, "state is a Tensor; give the LinearState of a call"),
     "a state of other features": (
         {"state": LinearState(ones(2, 2, 9, 6), ones(2, 2, 9))}, "state: memory is (2, 2, 9, 6) "

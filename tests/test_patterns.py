@@ -332,6 +332,14 @@ def test_a_choice_can_be_kept_for_shards_of_the_keys():
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 40, 16), (3, 2, 40, 16), (2, 3, 40, 16), (2, 0, 40, 16)])
+def test_what_there_is_to_choose_from_must_fit(shape):
+    with pytest.raises(
+        RegardError, match=r"query \(2, 4, 40, 16\), key .*: give \(batch, heads, l"
+    ):
+        TopBlocks(2, 8).choose(drawn(q_len=40)[0], torch.zeros(shape))
+
+
 EMPTY = {"no query": (0, 7), "no key": (5, 0), "neither": (0, 0)}
 
 

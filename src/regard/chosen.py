@@ -74,6 +74,12 @@ class TopBlocks(Mask):
         query (batch, heads, q_len, dim), key (batch, kv_heads, k_len, dim); the starts are those of
         `attention`. The layout stands where the call does, so it also fits shards of the keys.
         """
+        fits = query.dim() == key.dim() == 4 and query.shape[::3] == key.shape[::3]
+        if not fits or not key.shape[1] or query.shape[1] % key.shape[1]:
+            raise RegardError(
+                f"{self}: query {tuple(query.shape)}, key {tuple(key.shape)}: give (batch, heads, "
+                "length, dim), of one batch and one dim; the key's heads divide the query's"
+            )
         (batch, heads, q_len, _), (_, kv_heads, k_len, _) = query.shape, key.shape
         start = key_start + k_len - q_len if query_start is None else query_start
         place = Place(batch, heads, kv_heads, q_len, k_len, start, key_start, query.device)

@@ -22,7 +22,7 @@ def _gla(p: Problem, rng: Generator) -> dict[str, Any]:
     return {"feature_map": None, "decay": logsigmoid(gate) / 16}
 
 
-def _gated_delta(p: Problem, rng: Generator) -> dict[str, Any]:
+def _delta(p: Problem, rng: Generator) -> dict[str, Any]:
     gate, beta = torch.randn(2, p.batch, p.kv_heads, p.k_len, generator=rng)
     return {"feature_map": None, "decay": logsigmoid(gate) / 16, "beta": beta.sigmoid()}
 
@@ -31,5 +31,5 @@ FORMS: dict[str, Callable[[Problem, Generator], dict[str, Any]]] = {
     "elu": lambda p, rng: {},  # Katharopoulos et al. 2020
     "retention": _retention,  # Sun et al. 2023
     "gla": _gla,  # Yang et al. 2024
-    "gated-delta": _gated_delta,  # Yang et al. 2025
+    "delta": _delta,  # gated: Yang et al. 2025
 }

@@ -193,7 +193,7 @@ def linear() -> Iterator[Entry]:
     for n in (2**b for b in range(16, 21)):
         yield entry("fp32", "elu", n, "half", quick=n == 65536)
     for type, form in (
-        ("bf16", "elu"), ("fp32", "retention"), ("fp32", "gla"), ("fp32", "gated-delta")
+        ("bf16", "elu"), ("fp32", "retention"), ("fp32", "gla"), ("fp32", "delta")
     ):  # fmt: skip
         yield entry(type, form, 4096, "causal")
         yield entry(type, form, 65536, "half")

@@ -28,18 +28,25 @@ class Engine(Protocol):
 
 # `auto` takes the first that can. `reference` materialises the weights: only by name.
 PREFERENCE: tuple[Any, ...] = (cpu, sdpa, tiled)
+YIELDING: tuple[Any, ...] = (sdpa, cpu, tiled)  # where PyTorch's kernel is measured to be faster
 ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, reference)}
+
+
+def preference(call: Call) -> tuple[Any, ...]:
+    """The engines that `auto` tries for a call, in their order."""
+    return YIELDING if cpu.yields(call) else PREFERENCE
 
 
 def refusals(call: Call) -> dict[str, list[str]]:
     """Every engine's reasons against this call, in the order of preference."""
-    return {name: engine.why_not(call) for name, engine in ENGINES.items()}
+    engines = (*preference(call), reference)
+    return {engine.name: engine.why_not(call) for engine in engines}
 
 
 def select(call: Call, engine: str = "auto") -> Any:
     """The engine for a call: the named one, or the first of the preference that can."""
     if engine == "auto":
-        for candidate in PREFERENCE:
+        for candidate in preference(call):
             if not candidate.why_not(call):
                 return candidate
         raise _refused(call, refusals(call))

@@ -47,6 +47,7 @@ MOST_CODE = 1024  # integers of a mask's program (kernels/cpu/mask.h)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLAIN = (Tensor, torch.nn.Parameter)
 NONE = torch.empty(0)
+DECODE = 16  # queries: as few leave memory the limit
 FUSED = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 
 
@@ -67,6 +68,17 @@ def why_not(call: Call) -> list[str]:
     if len(call.program.code) > MOST_CODE:
         reasons.append(f"the mask has {len(call.program.code)} integers, more than {MOST_CODE}")
     return reasons
+
+
+def yields(call: Call) -> bool:
+    """Whether PyTorch's kernel is faster, where both can: docs/benchmarks.md.
+
+    Without vector instructions beyond the baseline it is, but for decoding; so too in bfloat16,
+    where the processor has AMX and these kernels may not use it.
+    """
+    if not native.AVAILABLE or call.observers or call.place.q_len <= DECODE:
+        return False
+    return native.level() == 0 or (call.query.dtype == torch.bfloat16 and native.without_amx())
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

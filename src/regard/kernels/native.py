@@ -72,6 +72,15 @@ def _named(bits: int) -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(LEVELS) if bits >> i & 1)
 
 
+@torch.compiler.assume_constant_result
+@cache
+def without_amx() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles (AMX), and the kernels here do not."""
+    tiles = torch.cpu._is_amx_tile_supported()
+    return tiles and LEVELS[level()] != "amx"
+
+
+@torch.compiler.assume_constant_result
 @cache
 def level() -> int:
     """The number of the instruction set to use: the best, or what `REGARD_ISA` names."""
