@@ -1,37 +1,754 @@
 """`regard bench`: turns, medians, discarded rounds, wrong results, and what it prints; no times."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-pytest.importorskip("click", reason='needs pip install "regard[bench]"')
+for package in ("click", "rich"):
+    pytest.importorskip(package, reason='needs pip install "regard[bench]"')
 
 from click.testing import CliRunner  # noqa: E402
 from rich.cells import cell_len  # noqa: E402
 
 import regard.cli.bench as command  # noqa: E402
 from regard import (  # noqa: E402
-    BlockSparse,
     Causal,
+    Dilated,
     Documents,
     Entropy,
     First,
     Full,
     Map,
-    Padding,
     Received,
     RegardError,
     TopK,
     Window,
 )
-from regard.bench import SUITES, Entry, Settings, chosen, machine, measure, run, suites  # noqa: E402
-from regard.bench import checking, dense, peers, running, timing, written  # noqa: E402
+from regard.bench import Entry, Settings, chosen, machine, measure, run  # noqa: E402
+from regard.bench import checking, peers, running, suites, timing, written  # noqa: E402
 from regard.bench.checking import Truth  # noqa: E402
+from regard.bench.forms import FORMS  # noqa: E402
 from regard.bench.inputs import Inputs  # noqa: E402
 from regard.bench.problems import TYPES, Problem  # noqa: E402
 from regard.bench.sides import Refused, Side  # noqa: E402
-from regard.bench.timing import NeverQuiet, Timing, alternate  # noqa: E402
+from regard.bench.timing import Clock, NeverQuiet, Timing, alternate  # noqa: E402
 from regard.cli import main  # noqa: E402
+from regard.engines import sdpa as sdpa_engine  # noqa: E402
+
+
+class World:
+    """A clock that only the sides move, and other processes that use what they are told to."""
+
+    def __init__(self, loads=(), cores=2):
+        self.time, self.used, self.slept, self.calls = 0.0, 0.0, [], []
+        self.loads = list(loads)  # cores used by others in each round; quiet after them
+        self.asked = 0
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self.others, 2, lambda: self.time, self.slept.append)
+
+    def others(self) -> float:
+        """Asked before and after each round."""
+        self.asked += 1
+        if self.asked % 2:
+            self.began = self.time
+        elif self.loads:
+            self.used += self.loads.pop(0) * (self.time - self.began)
+        return self.used
+
+    def side(self, name, *seconds):
+        """A call that takes the given seconds in turn, the last of them for ever."""
+        left = list(seconds)
+
+        def call():
+            self.time += left.pop(0) if len(left) > 1 else left[0]
+            self.calls.append(name)
+
+        return call
+
+    def order(self):
+        """The sides in the order of their turns."""
+        return [n for i, n in enumerate(self.calls) if i == 0 or self.calls[i - 1] != n]
+
+
+def test_sides_take_turns_and_every_other_round_goes_backwards():
+    world = World()
+    sides = {"a": world.side("a", 0.001), "b": world.side("b", 0.002), "c": world.side("c", 1.0)}
+    found = alternate(sides, 3, world.clock)
+    # One call each to begin with; neighbours at the seams are one stretch
+    assert world.order() == ["a", "b", "c", "a", "b", "c", "b", "a", "b", "c"]
+    assert {name: len(rounds) for name, rounds in found.rounds.items()} == dict(a=3, b=3, c=3)
+    assert found.seconds("a") == pytest.approx(0.001)
+    assert found.ratio("b", "a") == pytest.approx((2, 2, 2))
+    assert found.ratio("a", "c").median == pytest.approx(0.001)
+    assert found.discarded == 0
+    assert world.slept == []
+
+
+def test_a_turn_settles_untimed_and_its_time_is_the_median_of_its_calls():
+    world = World()
+    # To begin with, 5 calls that settle and fill 0.04 s, then ceil(0.02 / 0.01) timed ones
+    slow = world.side("a", 0.01, 0.01, 0.01, 0.01, 0.01, 0.002, 0.008, 9.0)
+    found = alternate({"a": slow}, 1, world.clock)
+    assert found.rounds["a"] == [pytest.approx(0.005)]
+    assert len(world.calls) == 7
+    world = World()
+    alternate({"long": world.side("long", 0.6)}, 2, world.clock)
+    assert len(world.calls) == 3
+    world = World()
+    alternate({"short": world.side("short", 1e-5)}, 1, world.clock)
+    settled = round(timing.SETTLE / 1e-5)
+    assert settled + 1 <= len(world.calls) - timing.CALLS <= settled + 2
+
+
+def test_the_ratio_is_taken_within_each_round():
+    found = Timing({"ours": [1.0, 2.0, 4.0], "peer": [3.0, 4.0, 4.0]}, 0)
+    assert found.ratio("peer", "ours") == (2, 1, 3)
+    assert found.ratio("ours", "peer") == (0.5, pytest.approx(1 / 3), 1)
+    assert found.seconds("peer") == 4
+
+
+def test_rounds_with_other_load_are_discarded_and_repeated():
+    world = World(loads=[0, 1.0, 0.5, 0])
+    told = []
+    sides = {"a": world.side("a", 0.6), "b": world.side("b", 0.8, 0.8, 5.0, 6.0, 0.8)}
+    found = alternate(sides, 2, world.clock, lambda *said: told.append(said))
+    assert found.discarded == 2
+    assert found.rounds["b"] == [pytest.approx(0.8)] * 2  # not the disturbed 5 and 6 s
+    assert told == [(1, 0), (1, 1), (1, 2), (2, 2)]
+    assert world.slept == [timing.PAUSE] * 2
+    # The round that is repeated goes the same way again
+    assert world.calls == ["a", "b", "a", "b", "b", "a", "b", "a", "b", "a"]
+
+
+def test_a_tenth_of_a_core_is_quiet():
+    assert alternate({"a": World().side("a", 1.0)}, 2, World([0.11, 0.11]).clock).discarded == 0
+    world = World([0.15])
+    assert alternate({"a": world.side("a", 1.0)}, 1, world.clock).discarded == 1
+
+
+def test_never_quiet():
+    world = World(loads=[1.26] * 100)
+    said = r"^other processes used 1\.3 of 2 cores in 8 of 8 rounds$"
+    with pytest.raises(NeverQuiet, match=said) as error:
+        alternate({"a": world.side("a", 1.0)}, 2, world.clock)
+    assert isinstance(error.value, RegardError)
+
+
+STAT = """cpu  9999 0 0 0 0 0 0 0 0 0
+cpu0 100 20 3 7000 800 4 5 60 0 0
+cpu1 1 1 1 9 9 1 1 1 0 0
+cpu7 50000 0 0 0 0 0 0 0 0 0
+intr 1 2 3
+"""
+
+
+def test_busy_is_what_our_cores_did_not_idle():
+    tick = os.sysconf("SC_CLK_TCK")
+    assert machine.busy(STAT, frozenset({0})) == 192 / tick
+    assert machine.busy(STAT, frozenset({0, 1})) == 198 / tick
+
+
+def test_the_machine():
+    about = machine.describe()
+    assert json.loads(json.dumps(about)) == about
+    assert about["torch"] == torch.__version__
+    assert about["threads"] == torch.get_num_threads()
+    assert 1 <= about["cores"] <= os.cpu_count()
+    assert about["memory_gib"] > 0
+    assert machine.available_bytes() > 0
+    clock = machine.clock()
+    assert clock.cores == about["cores"]
+    assert clock.others() <= clock.others() + 60  # CPU-seconds, not ticks
+
+
+def test_everywhere_gives_the_main_thread_its_core_back():
+    before = os.sched_getaffinity(0)
+    one = frozenset({min(before)})
+    try:
+        os.sched_setaffinity(0, one)
+        with machine.everywhere(frozenset(before)):
+            assert os.sched_getaffinity(0) == before
+        assert os.sched_getaffinity(0) == one
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_without_proc_it_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    with pytest.raises(RegardError, match="whether the machine is quiet; it runs on Linux"):
+        machine.clock()
+
+
+def problem(**more) -> Problem:
+    sizes = dict(q_len=96, k_len=96, dim=16, heads=4, kv_heads=4)
+    return Problem(**(sizes | more))
+
+
+PACKED = Documents.from_cu_seqlens(torch.tensor([0, 20, 50, 96]))
+OBSERVED = (TopK(5), Received(), Entropy(), Map(16, 16))
+PROBLEMS = {
+    "full": problem(),
+    "causal": problem(mask=Causal(), batch=2),
+    "grouped": problem(mask=Causal(), kv_heads=2),
+    "decode": problem(mask=Causal(), q_len=1, kv_heads=2, batch=2),
+    "a few queries": problem(mask=Causal(), q_len=5),
+    "window": problem(mask=Causal() & Window(9)),
+    "sinks": problem(mask=Causal() & (Window(9) | First(4))),
+    "documents": problem(mask=Causal() & PACKED),
+    "blocks": problem(mask=Causal() & suites.blocks(192), q_len=192, k_len=192),
+    "backward": problem(mask=Causal(), backward=True),
+    "backward, grouped": problem(backward=True, kv_heads=2, batch=2),
+    "observed": problem(mask=Causal(), observe=OBSERVED),
+    "observed, ragged": problem(mask=Causal(), observe=OBSERVED, q_len=83, k_len=83, kv_heads=2),
+    **{form: problem(mask=Causal(), form=form, kv_heads=2) for form in FORMS},
+}
+each_problem = pytest.mark.parametrize("name", PROBLEMS)
+
+
+def answered(inputs: Inputs, make=peers.ours, engine: str = "tiled"):
+    side = make(inputs, engine)
+    return side.read(side.run())
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Small problems are checked as large ones are."""
+    monkeypatch.setattr(checking, "WHOLE", 1)
+    monkeypatch.setattr(checking, "RUN", 8)
+    monkeypatch.setattr(checking, "STRIP", 2000)
+    monkeypatch.setattr(checking, "TOKENS", 30)
+
+
+@pytest.mark.parametrize("type", TYPES)
+@each_problem
+def test_right_results_pass(name, type, in_parts):
+    inputs = Inputs(replace(PROBLEMS[name], type=type))
+    assert Truth(inputs).fault(answered(inputs)) is None
+
+
+@each_problem
+def test_the_whole_is_checked_where_it_is_small(name):
+    inputs = Inputs(PROBLEMS[name])
+    truth = Truth(inputs)
+    answer = answered(inputs)
+    assert truth.fault(answer) is None
+    for part in answer:
+        wrong = dict(answer)
+        wrong[part] = answer[part].clone()
+        if part == "TopK keys":
+            wrong[part][-1, -1, 40, 0] = wrong[part][-1, -1, 40, 4]
+        else:
+            wrong[part].flatten()[-1] += 0.01
+        assert truth.fault(wrong).startswith(f"{part} is off by "), part
+
+
+@pytest.mark.parametrize("row", [0, 7, 48, 95])
+def test_some_rows_of_a_large_problem_are_checked(in_parts, row):
+    inputs = Inputs(problem(mask=Causal()))
+    answer = answered(inputs)
+    answer["out"][0, 3, row, 3] += 0.01
+    assert "out is off by" in Truth(inputs).fault(answer)
+
+
+def test_columns_are_checked_over_all_rows(in_parts):
+    inputs = Inputs(PROBLEMS["observed"])
+    for name in ("Received", "Map"):
+        answer = answered(inputs)
+        answer[name][-1, -1].flatten()[2] += 0.01
+        assert Truth(inputs).fault(answer).startswith(f"{name} is off by ")
+
+
+@each_problem
+def test_nan_anywhere_is_wrong(name):
+    inputs = Inputs(PROBLEMS[name])
+    answer = answered(inputs)
+    first = next(iter(answer))
+    answer[first] = answer[first].clone()
+    answer[first][0, 1, 0, 0] = torch.nan
+    assert Truth(inputs).fault(answer) == f"{first} holds NaN or infinity"
+
+
+def test_the_bar_is_that_of_the_dtype():
+    inputs = Inputs(problem())
+    exact = Truth(inputs)._rows(checking.Part(0, 0, 0, 96), torch.float64)[0]["out"]
+    answer = answered(inputs)
+    answer["out"][:, :1] = (exact + 3e-6).float()
+    assert "bar" in Truth(inputs).fault(answer)
+    high = Inputs(problem(type="fp32-high"))  # two bfloat16 a number are right there
+    assert Truth(high).fault(answer) is None
+    answer["out"][:, :1] = (exact + 3e-3).float()
+    assert "bar" in Truth(high).fault(answer)
+
+
+def test_a_result_of_another_shape_is_wrong():
+    inputs = Inputs(problem())
+    out = answered(inputs)["out"]
+    said = Truth(inputs).fault({"out": out[..., :1]})
+    assert said == "out is (1, 1, 96, 1) where (1, 1, 96, 16) is right"
+
+
+PAIRS = [
+    *((p, peer) for p in ("full", "causal", "grouped", "decode", "a few queries", "window")
+      for peer in ("sdpa", "eager", "onnxruntime", "plain")),
+    *((p, peer) for p in ("sinks", "documents", "blocks") for peer in ("sdpa", "eager")),
+    *((p, peer) for p in ("backward", "backward, grouped") for peer in ("sdpa", "eager")),
+    *((p, peer) for p in ("observed", "observed, ragged")
+      for peer in ("plain", "sdpa", "materialised")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("type", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name, peer", PAIRS)
+def test_peers_are_right(name, peer, type):
+    inputs = Inputs(replace(PROBLEMS[name], type=type))
+    if peer == "onnxruntime":
+        pytest.importorskip("onnxruntime", reason='needs pip install "regard[bench]"')
+        if type == "bf16":
+            with pytest.raises(Refused, match="its CPU operators take float32 and float16"):
+                peers.onnxruntime(inputs, "auto")
+            return
+    answer = answered(inputs, peers.PEERS[peer])
+    assert Truth(inputs).fault(answer) is None
+    expected = {"materialised": set(answered(inputs))}.get(peer, {"out"})
+    if not inputs.problem.backward:
+        assert set(answer) == expected
+
+
+def test_what_onnxruntime_cannot_do_is_refused():
+    pytest.importorskip("onnxruntime", reason='needs pip install "regard[bench]"')
+    for name, reason in (
+        ("documents", "its operators have no such mask for 4 heads of 4"),
+        ("backward", "it has no backward pass"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            peers.onnxruntime(Inputs(PROBLEMS[name]), "auto")
+    many = problem(mask=Causal(), q_len=3, batch=2)
+    with pytest.raises(Refused, match="batch_size must be 1"):
+        peers.onnxruntime(Inputs(many), "auto")
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "onnx"])
+def test_what_is_not_installed_is_refused_with_its_extra(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "regard.bench.ort", raising=False)
+    monkeypatch.delattr("regard.bench.ort", raising=False)
+    said = rf'{missing} is not installed: pip install "regard\[bench\]"'
+    with pytest.raises(Refused, match=said):
+        peers.onnxruntime(Inputs(problem()), "auto")
+
+
+def test_weights_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(peers, "available_bytes", lambda: 2**20)
+    large = Inputs(problem(q_len=512, k_len=512))
+    for peer in (peers.eager, peers.materialised):
+        with pytest.raises(Refused, match="its weights would take 0 GiB, 4 times at its peak"):
+            peer(large, "auto")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Full(), Causal(), Causal() & Window(9), Window(4, ahead=3), ~Causal(), First(7) | Window(2),
+        Causal() & PACKED, Documents(torch.tensor([0, -1, 1, 1] * 24)), suites.blocks(96),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("queries", [96, 5, 1])
+def test_masks_for_flex(mask, queries):
+    if queries < 96 and ("Documents" in str(mask) or "Block" in str(mask)):
+        return  # they are laid out for 96 queries
+    inputs = Inputs(problem(mask=mask, q_len=queries))
+    i, j = torch.arange(queries)[:, None], torch.arange(96)
+    shown = peers.flex_mask(mask, 96 - queries)(torch.tensor(0), torch.tensor(0), i, j)
+    shown = shown.expand(queries, 96)
+    assert torch.equal(shown, inputs.visible[0, 0].expand(queries, 96))
+
+
+def test_a_mask_that_flex_is_not_told_is_refused():
+    with pytest.raises(Refused, match=r"no mask_mod is written here for Dilated\(3, 2\)"):
+        peers.flex_mask(Causal() & Dilated(3, 2), 0)
+
+
+def test_flex_is_compiled_and_right():
+    inputs = Inputs(problem(mask=Causal() & Window(20), kv_heads=2))
+    assert Truth(inputs).fault(answered(inputs, peers.flex)) is None
+
+
+def test_what_flex_cannot_do_is_refused():
+    with pytest.raises(Refused, match="FlexAttention does not support backward on CPU"):
+        peers.flex(Inputs(problem(backward=True, mask=Causal())), "auto")
+
+
+def test_without_a_compiler_flex_is_refused():
+    import torch._inductor.config as inductor
+
+    with (
+        inductor.patch({"cpp.cxx": (None, "/no/compiler"), "force_disable_caches": True}),
+        pytest.raises(Refused, match="No working C\\+\\+ compiler found"),
+    ):
+        peers.flex(Inputs(problem(q_len=40, k_len=56)), "auto")
+
+
+def tiny(suite="short", shape="fp32/n96", *given, **more) -> Entry:
+    return Entry(suite, shape, problem(**more), given or ("sdpa",), quick=True)
+
+
+@pytest.fixture
+def quick_turns(monkeypatch):
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
+    monkeypatch.setattr(timing, "TIMED", 0.0)
+
+
+def quiet() -> Clock:
+    return Clock(lambda: 0.0, 2)
+
+
+def failing(share=1.0):
+    """Ours, but for one number."""
+
+    def make(inputs, engine):
+        side = peers.sdpa(inputs, engine)
+        return Side(lambda: side.run() + share * (inputs.problem.dim == 16))
+
+    return make
+
+
+def test_measure(quick_turns):
+    entry = tiny("observed", "fp32/n96", "plain", "sdpa", mask=Causal(), observe=OBSERVED)
+    outcome = measure(entry, Settings("tiled", 3), quiet())
+    assert (outcome.engine, outcome.failed) == ("tiled", False)
+    assert outcome.timing.discarded == 0
+    assert set(outcome.timing.rounds) == {"ours", "plain", "sdpa"}
+    assert all(len(rounds) == 3 for rounds in outcome.timing.rounds.values())
+    assert outcome.ratio("sdpa").median > 0
+    assert outcome.cost("plain").median == pytest.approx(1 / outcome.ratio("plain").median)
+    assert outcome.ratio("eager") is None
+    assert outcome.seconds("eager") is None
+
+
+def test_threads_and_precision_are_set_for_an_entry_alone(monkeypatch, quick_turns):
+    seen = []
+
+    def spy(inputs, engine):
+        seen.append((torch.get_num_threads(), torch.get_float32_matmul_precision()))
+        return peers.sdpa(inputs, engine)
+
+    monkeypatch.setattr(running, "ours", spy)
+    before = torch.get_num_threads()
+    measure(tiny(threads=2, type="fp32-high"), Settings(rounds=1), quiet())
+    measure(tiny(), Settings(rounds=1), quiet())
+    assert seen == [(2, "high"), (before, "highest")]
+    assert torch.get_num_threads() == before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_ours_has_wrong_is_not_timed(monkeypatch, quick_turns):
+    monkeypatch.setattr(running, "ours", failing())
+    outcome = measure(tiny(), Settings(rounds=1), quiet())
+    assert outcome.failed
+    assert outcome.timing is None
+    assert outcome.wrong["ours"].startswith("out is off by 1.0e+00, bar ")
+
+
+def test_what_a_peer_has_wrong_is_withheld(monkeypatch, quick_turns):
+    monkeypatch.setitem(peers.PEERS, "eager", failing())
+    outcome = measure(tiny("short", "n", "eager", "sdpa"), Settings(rounds=1), quiet())
+    assert not outcome.failed
+    assert set(outcome.timing.rounds) == {"ours", "sdpa"}
+    assert "off by" in outcome.wrong["eager"]
+
+
+def test_a_named_engine_that_cannot_is_told(monkeypatch):
+    monkeypatch.setattr(sdpa_engine, "MASK_LIMIT", 1)
+    outcome = measure(tiny(mask=Causal() & Window(9)), Settings("sdpa", 1), quiet())
+    assert outcome.timing is None
+    assert not outcome.failed
+    assert outcome.refused["ours"].startswith("sdpa: the mask would be materialised")
+
+
+def test_no_engine_of_that_name():
+    with pytest.raises(RegardError, match="no engine is named 'fast'; there are auto, "):
+        Settings("fast")
+
+
+def test_yardsticks_are_timed_unchecked(quick_turns):
+    sparse = tiny("masks", "n", "causal", mask=Causal() & Window(5))
+    linear = tiny("linear", "n", "causal", "half", mask=Causal(), form="elu")
+    for entry in (sparse, linear):
+        outcome = measure(entry, Settings("tiled", 1), quiet())
+        assert set(outcome.timing.rounds) == {"ours", *entry.peers}
+    assert outcome.engine == "chunked"
+
+
+def test_a_machine_that_is_never_quiet_is_refused_at_the_first_entry(quick_turns):
+    used = iter(range(10**6))
+    busy = Clock(lambda: float(next(used)), 2, sleep=lambda seconds: None)
+    with pytest.raises(NeverQuiet, match=r"^the machine is not quiet: other .* of short/fp32/n96;"):
+        list(run([tiny(), tiny()], Settings("tiled", 1), busy))
+
+
+def test_later_it_costs_one_entry_its_times(monkeypatch, quick_turns):
+    used = [0.0]
+    clock = Clock(lambda: used[0], 2, sleep=lambda seconds: None)
+    outcomes = run([tiny(), tiny(), tiny()], Settings("tiled", 1), clock)
+    assert not next(outcomes).failed
+    real, clocked = clock.others, iter(range(10**6))
+    object.__setattr__(clock, "others", lambda: float(next(clocked)))
+    second = next(outcomes)
+    assert second.failed
+    assert second.timing is None
+    assert "other processes used" in second.busy
+    object.__setattr__(clock, "others", real)
+    assert not next(outcomes).failed
+
+
+def test_the_suites():
+    assert list(suites.SUITES) == [
+        "prefill", "causal", "gqa", "decode", "backward", "masks", "observed", "short", "threads",
+        "linear",
+    ]  # fmt: skip
+    entries = chosen()
+    assert len({e.name for e in entries}) == len(entries)
+    for entry in entries:
+        p = entry.problem
+        assert set(entry.peers) <= set(peers.PEERS)
+        assert p.heads % p.kv_heads == 0
+        assert cell_len(entry.shape) <= 22  # the column of the table
+    for suite in suites.SUITES:
+        assert any(e.quick for e in entries if e.suite == suite)
+    shown = suites.blocks(4096).layout.float().tril()
+    assert 0.09 < shown.sum() / torch.ones_like(shown).tril().sum() < 0.14
+    lengths = suites._packed(8192).diff()
+    assert lengths.sum() == 8192
+    assert (lengths > 0).all()
+
+
+def test_choosing():
+    assert {e.suite for e in chosen(["decode", "short"])} == {"decode", "short"}
+    assert all(e.quick for e in chosen(quick=True))
+    named = {e.name for e in chosen(only="causal/bf16/*")}
+    assert named == {e.name for e in chosen(["causal"], only="bf16")}
+    assert "causal/bf16/d64/n2048" in named
+    assert [e.name for e in chosen(only="short/fp32/n64")] == ["short/fp32/n64"]
+    with pytest.raises(RegardError, match="no suite is named 'nope'; there are prefill, causal, "):
+        chosen(["short", "nope"])
+    with pytest.raises(RegardError, match="no shape matches 'x'; regard bench --list shows all"):
+        chosen(only="x")
+    with pytest.raises(RegardError, match="no shape of --quick matches 'n8192/x'"):
+        chosen(only="n8192/x", quick=True)
+
+
+def test_times_and_ratios_have_three_digits():
+    said = [written.seconds(s) for s in (123.4, 9.996, 1.0, 0.0999, 0.001, 12.34e-6, 1e-8)]
+    assert said == ["123 s", "10.0 s", "1.00 s", "99.9 ms", "1.00 ms", "12.3 µs", "0.01 µs"]
+    assert [written.number(n) for n in (0.123, 9.994, 12.34, 99.96)] == [
+        "0.12", "9.99", "12.3", "100",
+    ]  # fmt: skip
+
+
+def test_where_linear_attention_overtakes():
+    def outcome(form, length, ratio, type="fp32"):
+        entry = tiny("linear", "n", "causal", form=form, k_len=length, type=type)
+        timed = Timing({"ours": [1.0], "causal": [ratio]}, 0)
+        return running.Outcome(entry, "chunked", timed)
+
+    outcomes = [
+        outcome("elu", 64, 1.2), outcome("elu", 128, 0.9), outcome("elu", 256, 1.0),
+        outcome("elu", 512, 3.0), outcome("gla", 64, 0.5), outcome(None, 64, 2.0),
+    ]  # fmt: skip
+    assert written.overtaken(outcomes) == {"fp32 elu": 256, "fp32 gla": None}
+    assert written.overtaking(outcomes) == (
+        "Linear attention is faster than exact attention: fp32 elu from 256 tokens on, fp32 gla at "
+        "no length timed."
+    )
+    assert written.overtaking([]) == ""
+
+
+@pytest.fixture
+def small_suites(monkeypatch, quick_turns):
+    """Two suites of tiny shapes, on a machine that is always quiet."""
+
+    def short():
+        """tiny ones"""
+        yield tiny("short", "fp32/n96", "sdpa", "eager")
+        yield tiny("short", "bf16/n96", "onnxruntime", type="bf16")
+
+    def observed():
+        """with the weights in sight"""
+        yield tiny("observed", "fp32/all/n96", "plain", "sdpa", mask=Causal(), observe=OBSERVED)
+
+    monkeypatch.setattr(suites, "SUITES", {"short": short, "observed": observed})
+    monkeypatch.setattr(written, "SUITES", suites.SUITES)
+    monkeypatch.setattr(machine, "clock", quiet)
+
+
+def bench(*arguments, **env):
+    result = CliRunner().invoke(
+        main,
+        ["bench", *map(str, arguments)],
+        env={"OMP_PROC_BIND": "true", "COLUMNS": "80"} | env,
+    )
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(*arguments) -> str:
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0].removeprefix("regard: ")
+
+
+def test_the_table(small_suites):
+    result = bench("--rounds", 2)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    rows = [line.split() for line in lines]
+    assert ["short", "ours", "engine", "peer", "time", "ratio", "range"] in rows
+    assert ["observed", "ours", "engine", "peer", "time", "ratio", "range"] in rows
+    first = next(row for row in rows if row[:2] == ["fp32", "n96"])
+    assert first[5] == "sdpa"
+    assert any(row and row[0] == "eager" for row in rows)
+    bf16 = next(row for row in rows if row[:2] == ["bf16", "n96"])
+    assert bf16[-3:] == ["onnxruntime", "refused", "[1]"]
+    assert next(row for row in rows if "unobserved" in row)[-2].startswith("×")
+    text = " ".join(" ".join(rows[i]) for i in range(len(rows)))
+    assert "[1] its CPU operators take float32 and float16" in text or "not installed" in text
+    assert "0 of 6 rounds discarded: other load." in text
+    assert f"torch {torch.__version__}" in text
+
+
+def test_json(small_suites):
+    result = bench("--json", "--rounds", 2, "--engine", "tiled")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert set(found) == {"machine", "engine", "rounds", "entries", "overtaken"}
+    assert (found["engine"], found["rounds"]) == ("tiled", 2)
+    names = [entry["name"] for entry in found["entries"]]
+    assert names == ["short/fp32/n96", "short/bf16/n96", "observed/fp32/all/n96"]
+    entry = found["entries"][0]
+    assert set(entry) == {
+        "suite", "name", "problem", "engine", "seconds", "rounds", "refused", "wrong", "discarded",
+        "busy", "peers",
+    }  # fmt: skip
+    assert entry["engine"] == "tiled"
+    assert len(entry["rounds"]) == 2
+    assert min(entry["rounds"]) <= entry["seconds"] <= max(entry["rounds"])
+    assert entry["problem"]["dtype"] == "float32"
+    assert [entry["refused"], entry["wrong"], entry["busy"], entry["discarded"]] == [
+        None, None, None, 0,
+    ]  # fmt: skip
+    sdpa, eager = entry["peers"]
+    assert set(sdpa) == {"name", "seconds", "rounds", "refused", "wrong", "ratio"}
+    assert (sdpa["name"], eager["name"]) == ("sdpa", "eager")
+    assert set(sdpa["ratio"]) == {"median", "low", "high"}
+    (onnx,) = found["entries"][1]["peers"]
+    assert (onnx["seconds"], onnx["rounds"], onnx["ratio"]) == (None, [], None)
+    assert onnx["refused"]
+    assert found["entries"][2]["problem"]["observe"] == [str(o) for o in OBSERVED]
+    assert set(found["machine"]) == set(machine.describe())
+
+
+def test_a_wrong_result_is_told_and_the_exit_code_is_1(small_suites, monkeypatch):
+    monkeypatch.setattr(running, "ours", failing())
+    result = bench("short", "--rounds", 1)
+    assert result.exit_code == 1
+    row = next(line for line in result.stdout.splitlines() if line.startswith("fp32 n96"))
+    assert "wrong: out is off by 1.0e+00" in row
+    assert "sdpa" not in row
+    found = json.loads(bench("short", "--rounds", 1, "--json").stdout)["entries"][0]
+    assert "out is off by" in found["wrong"]
+    assert found["seconds"] is None
+    assert [peer["seconds"] for peer in found["peers"]] == [None, None]
+
+
+def test_the_page(small_suites, tmp_path, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "eager", failing())
+    page = tmp_path / "benchmarks.md"
+    result = bench("short", "observed", "--rounds", 2, "--out", page)
+    assert result.exit_code == 0
+    text = page.read_text("utf-8")
+    assert f"`regard bench short observed --rounds 2 --out {page}`" in text
+    assert "## short: tiny ones" in text
+    assert "| shape | ours | engine | sdpa | eager | onnxruntime |" in text
+    assert "| shape | ours | engine | unobserved | sdpa |" in text
+    assert "wrong [1]" in text
+    assert "[1] out is off by" in text
+    assert machine.describe()["date"] in text
+    tables = [line for line in text.splitlines() if line.startswith("| fp32 n96 ")]
+    assert len(tables) == 1
+    assert tables[0].count("|") == 7
+
+
+def test_the_list(small_suites):
+    result = bench("--list", OMP_PROC_BIND=None)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "short: tiny ones",
+        "  · short/fp32/n96                     sdpa, eager",
+        "  · short/bf16/n96                     onnxruntime",
+        "observed: with the weights in sight",
+        "  · observed/fp32/all/n96              unobserved, sdpa",
+        "· is among those of --quick",
+    ]
+
+
+def test_what_is_refused():
+    assert refused("nope").startswith("no suite is named 'nope'; there are prefill, causal, gqa, ")
+    assert refused("--only", "x") == "no shape matches 'x'; regard bench --list shows all"
+    assert refused("--engine", "fast").startswith("no engine is named 'fast'; there are auto, ")
+    said = "cannot write /no/folder/b.md: /no/folder is not a folder to write to"
+    assert refused("--out", "/no/folder/b.md") == said
+
+
+def test_too_many_threads(small_suites):
+    before = torch.get_num_threads()
+    assert refused("--threads", 3) == "--threads 3: this process may use 2 cores"
+    assert torch.get_num_threads() == before
+    found = json.loads(bench("short", "--threads", 2, "--rounds", 1, "--json").stdout)
+    assert found["machine"]["threads"] == 2
+    assert torch.get_num_threads() == before
+
+
+def test_never_quiet_is_one_sentence(small_suites, monkeypatch):
+    used = iter(range(10**6))
+    busy = Clock(lambda: float(next(used)), 2, sleep=lambda seconds: None)
+    monkeypatch.setattr(machine, "clock", lambda: busy)
+    result = bench("short", "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    said = result.stderr
+    assert said.startswith("regard: the machine is not quiet: other processes used ")
+    assert said.endswith(" of short/fp32/n96; stop them and run again\n")
+
+
+def test_it_runs_in_a_process_that_is_bound(monkeypatch):
+    ran = []
+
+    def spy(arguments, env, check):
+        ran.append((arguments, env))
+        return subprocess.CompletedProcess(arguments, 1)
+
+    monkeypatch.setattr(command.subprocess, "run", spy)
+    result = bench("short", "--only", "fp32/n64", "--rounds", "1", OMP_PROC_BIND=None)
+    assert result.exit_code == 1
+    ((arguments, env),) = ran
+    assert arguments[:3] == [sys.executable, "-m", "regard.cli"]
+    assert arguments[3:] == ["bench", "short", "--only", "fp32/n64", "--rounds", "1"]
+    assert (env["OMP_PROC_BIND"], env["OMP_PLACES"]) == ("true", "cores")
+
+
+def test_the_bound_process(capfd):
+    assert command._bound(["--list", "short"], machine.BOUND) == 0
+    assert capfd.readouterr().out.startswith("short: 32 short sequences, 12 heads\n")
+    assert command._bound(["nope"], machine.BOUND) == 2

@@ -167,7 +167,7 @@ def test_the_lse_of_a_second_pass():
 
 
 def test_an_engine_that_is_not_there():
-    with pytest.raises(RegardError, match=r"no engine is named 'fast'; there are auto, sdpa"):
+    with pytest.raises(RegardError, match=r"no engine is named 'fast'; there are auto, cpu, sdpa"):
         attention(drawn(*Q), drawn(*K), drawn(*V), engine="fast")
 
 

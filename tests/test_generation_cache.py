@@ -253,8 +253,8 @@ def test_what_forgets_needs_our_attention(implementation, make):
     with pytest.raises(RegardError) as error:
         generated(model, inputs, past_key_values=cache)
     assert str(error.value) == (
-        f"{make()!r} evicts by what is attended to, and the model's attention does not say it: call "
-        'model.set_attn_implementation("regard") first'
+        f"{make()!r} evicts by what is attended to, and the model's attention does not say it: "
+        'call model.set_attn_implementation("regard") first'
     )
 
 
@@ -269,9 +269,10 @@ def test_a_bias_that_the_model_computes_for_slots(make):
 
 
 def test_dropout():
-    family = BY_NAME["Llama"]
-    model = family.build(attn_implementation="regard", attention_dropout=0.1).train()
-    with torch.no_grad(), pytest.raises(RegardError, match="takes no dropout; use model.eval()"):
+    model = BY_NAME["Llama"].build(attn_implementation="regard").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with torch.no_grad(), pytest.raises(RegardError, match=r"no dropout; use model.eval\(\)"):
         model(zoo.ids(), past_key_values=generation_cache(FORGETS["H2O"]))
 
 

@@ -497,7 +497,7 @@ def test_autocast_changes_nothing(form):
         leaves = [t.clone().requires_grad_() for t in tensors]
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
             out, (rows,) = linear_attention(*leaves, **request, observe=[Rows([3])])
-            grads = torch.autograd.grad((out * out).sum(), leaves)
+        grads = torch.autograd.grad((out * out).sum(), leaves)
         results.append([out, rows.weights, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

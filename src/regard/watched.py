@@ -115,6 +115,9 @@ class Layer:
         if self._last_key is None or not 0 <= at < call.place.k_len:
             return
         now = call.key[:, :, at].detach()
+        if now.shape == self._last_key.shape:
+            # What a cache has evicted is 0 in the call
+            now = now.where((now != 0).any(-1, keepdim=True), self._last_key)
         if now.shape != self._last_key.shape or not torch.equal(now, self._last_key):
             raise RegardError(
                 f"{self.name}: the cache was reordered between two steps (beam search?); "

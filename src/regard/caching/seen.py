@@ -71,7 +71,10 @@ def spread(
         )
     length, slots = layout.length, InSlots(layout, query, key.shape[1])
     held = Dense(_held(layout, slots))
-    if layout.positions is not None:
+    if layout.positions is None:
+        # Settling moves what the cache holds
+        key, value = key.clone(), value.clone()
+    else:
         at = layout.positions.clamp(0, max(length - 1, 0)).long()
         filled = layout.filled(key.device)[:, None, :, None]
         key, value = (_placed(t.where(filled, 0), at, length) for t in (key, value))

@@ -118,15 +118,15 @@ def _backward(
         if t is not None
     ]
     segments, grad_state = Segments(query, key, value, decay, beta), grad_last
-    for n in reversed(range(len(segments.starts))):
-        start = segments.starts[n]
-        run, values = segments.at(start)
-        part = slice(start, min(start + segments.step, segments.tokens))
-        grad = split(grouped(grad_mixed[:, :, part], key.shape[1]), run.size).flatten(3, 4)
-        with full_precision(query):
+    with full_precision(query):
+        for n in reversed(range(len(segments.starts))):
+            start = segments.starts[n]
+            run, values = segments.at(start)
+            part = slice(start, min(start + segments.step, segments.tokens))
+            grad = split(grouped(grad_mixed[:, :, part], key.shape[1]), run.size).flatten(3, 4)
             found, grad_state = _of_segment(run, values, between[n], grad, grad_state)
-        for total, mine in zip(grads, found, strict=True):
-            total[:, :, part] = mine[:, :, : part.stop - part.start]
+            for total, mine in zip(grads, found, strict=True):
+                total[:, :, part] = mine[:, :, : part.stop - part.start]
     return [*grads, grad_state.clone() if grad_state is grad_last else grad_state]
 
 

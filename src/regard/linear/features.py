@@ -41,8 +41,10 @@ class Favor:
             return x.new_full((*x.shape[:-1], self.features), -0.5 * math.log(self.features))
         x = x * x.shape[-1] ** -0.25
         directions = torch.ops.regard.favor_directions(x, self.features, self.seed)
+        # A product for each item and head: folded into one, its bits would depend on the batch
+        along = x @ directions.mT.expand(*x.shape[:-2], -1, -1)
         half_square = x.square().sum(-1, keepdim=True) / 2
-        return x @ directions.mT - (half_square + 0.5 * math.log(self.features))
+        return along - (half_square + 0.5 * math.log(self.features))
 
 
 @lru_cache(maxsize=16)
