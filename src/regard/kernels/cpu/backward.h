@@ -57,6 +57,7 @@ static void pack_blocks(void* data) {
     long widest = most(c.dim, c.v_dim);
     static thread_local Arena arena;
     float *line = arena.take(W * widest + LANES * widest + 16), *rows = line + W * widest;
+    if (!line) return;
     for (long item; sh.queue->take(item);) {
         Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
         turn_rows(c.query, block, c.dim, sh.shaping.query_scale(), line,
@@ -88,12 +89,13 @@ class Backward {
         Cutter measure{nullptr}, cut{nullptr};
         lay_out(measure);
         cut.data = arena.take(measure.used);
+        ready = cut.data != nullptr;
         lay_out(cut);
     }
 
     void run() {
         long owners = sh.together ? 1 : c.batch * c.kv_heads;
-        for (long item; sh.queue->take(item);) {
+        for (long item; ready && sh.queue->take(item);) {
             stripe = item % sh.stripes;
             for (long tile = stripe; tile < sh.tiles; tile += sh.stripes)
                 for (long i = 0; i < c.batch * c.kv_heads / owners; i++)
@@ -103,6 +105,7 @@ class Backward {
 
   private:
     SharedBackward& sh;
+    bool ready = false;
     const RegardCall& c;
     const RegardBackward& back;
     const Shaping& shaping;
@@ -308,10 +311,12 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
     memset(sh.d_by_offset, 0, counts[5] * sizeof(float));
     memset(sh.d_bias, 0, counts[6] * sizeof(float));
 
+    bool done = true;
     auto run = [&](long items, void (*work)(void*)) {
         Queue queue(items);
         sh.queue = &queue;
         run_team(least(c.threads, items), work, &sh);
+        done &= queue.empty();
     };
     run(sh.blocks, pack_blocks);
     run((sh.together ? 1 : c.batch * c.kv_heads) * sh.stripes, work_backward);
@@ -331,7 +336,7 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
         }
     }
     arena.trim();
-    return 0;
+    return done ? 0 : 1;
 }
 
 }  // namespace regard::LEVEL

@@ -22,11 +22,12 @@ class EffectPass {
         Cutter measure{nullptr}, cut{nullptr};
         lay_out(measure);
         cut.data = arena.take(measure.used);
+        ready = cut.data != nullptr;
         lay_out(cut);
     }
 
     void run() {
-        for (long item; sh.queue->take(item);) {
+        for (long item; ready && sh.queue->take(item);) {
             long index = sh.plan.blocks - 1 - item % sh.plan.blocks;
             Block block = sh.plan.block(c, item / sh.plan.blocks, index);
             start(block);
@@ -41,6 +42,7 @@ class EffectPass {
 
   private:
     SharedEffect& sh;
+    bool ready = false;
     const RegardCall& c;
     const RegardEffect& e;
     const Shaping& shaping;
@@ -168,7 +170,7 @@ static int effect(const RegardCall& call, const RegardEffect& wanted) {
     Queue queue(sh.plan.owners * sh.plan.blocks);
     sh.queue = &queue;
     run_team(least(call.threads, queue.count), work_effect, &sh);
-    return 0;
+    return queue.empty() ? 0 : 1;
 }
 
 }  // namespace regard::LEVEL

@@ -37,12 +37,13 @@ class Forward {
         Cutter measure{nullptr};
         lay_out(measure);
         Cutter cutter{arena().take(measure.used)};
+        ready = cutter.data != nullptr;
         lay_out(cutter);
     }
     ~Forward() { arena().trim(); }
 
     void run() {
-        for (long item; sh.queue->take(item);) {
+        for (long item; ready && sh.queue->take(item);) {
             long chunk = item % plan.chunks, stripe = item / plan.chunks % plan.stripes;
             long owner = item / plan.chunks / plan.stripes;
             if (plan.chunks > 1) {
@@ -68,6 +69,7 @@ class Forward {
     }
 
     Shared& sh;
+    bool ready = false;
     const RegardCall& c;
     const RegardObserve& o;
     const Plan& plan;
@@ -429,11 +431,11 @@ static int forward(const RegardCall& given) {
     const RegardObserve& o = sh.observe;
     sh.plan = Plan(c, given.observe);
     Plan& plan = sh.plan;
-    float* packed = nullptr;
+    static thread_local Arena copies;
     bool ready = c.key.type == F32 && c.key.stride[3] == 1 && c.value.stride[3] == 1;
     if (!ready && plan.blocks * (plan.flat ? 1 : plan.group) > 1) {
         long rows = c.batch * c.kv_heads * c.k_len;
-        packed = (float*)malloc((size_t)rows * (c.dim + c.v_dim) * sizeof(float));
+        float* packed = copies.take((size_t)rows * (c.dim + c.v_dim));
         if (!packed) return 1;
         Queue queue(c.batch * c.kv_heads * ((c.k_len + KEYS - 1) / KEYS));
         Packing packing{&given, packed, packed + rows * c.dim, &queue};
@@ -469,21 +471,23 @@ static int forward(const RegardCall& given) {
     lay_out(measure);
     cut.data = arena.take(measure.used + 16);
     lay_out(cut);
-    if (cut.data) {
+    bool done = cut.data != nullptr;
+    if (done) {
         memset(sh.columns, 0, column_count * sizeof(float));
         for (long i = 0; i < counters; i++) new (&sh.left[i]) std::atomic<int>((int)plan.chunks);
         Queue queue(plan.items());
         sh.queue = &queue;
         run_team(least(least(c.threads, queue.count), worth(c)), work_forward, &sh);
-        if (plan.columns) {
+        done = queue.empty();
+        if (done && plan.columns) {
             Queue heads(c.batch * c.heads);
             sh.queue = &heads;
             run_team(least(c.threads, heads.count), sum_columns, &sh);
         }
     }
     arena.trim();
-    free(packed);
-    return cut.data ? 0 : 1;
+    copies.trim();
+    return done ? 0 : 1;
 }
 
 }  // namespace regard::LEVEL

@@ -13,6 +13,8 @@ struct Queue {
     long count;
     explicit Queue(long count) : count(count) {}
     bool take(long& item) { return (item = next.fetch_add(1, std::memory_order_relaxed)) < count; }
+    // Whether all were taken: a thread without memory takes none, and leaves them to the others.
+    bool empty() const { return next.load() >= count; }
 };
 
 }  // namespace regard
