@@ -1,15 +1,13 @@
 """Eviction, token for token: what is kept, and what is computed from it, as the papers say it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor
 
-import regard
-import zoo
 from cases import bools, floats
 from regard import (
     H2O,
@@ -23,7 +21,6 @@ from regard import (
     KVCache,
     Map,
     NormTopK,
-    PagedCache,
     Padding,
     Received,
     RegardError,
@@ -32,9 +29,9 @@ from regard import (
     SnapKV,
     TopK,
     Window,
-    WindowCache,
     attention,
 )
+from regard.biases import relative_bucket
 
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -228,8 +225,6 @@ FAR = RelativeBias(TABLE, bidirectional=False, max_distance=30)
 
 
 def of_table(h: int, q: int, k: int) -> float:
-    from regard.biases import relative_bucket
-
     bucket = relative_bucket(torch.tensor(k - q), False, 16, 30)
     return float(TABLE[bucket, h])
 
@@ -338,3 +333,114 @@ def test_ragged(policy):
         starts = [s + n for s, n in zip(starts, new, strict=True)]
         assert_kept(cache, twins)
         assert cache.lengths.tolist() == starts
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiled", "reference"])
+@pytest.mark.parametrize("policy", [H2O(12), SnapKV(12, window=4), TOVA(12)], ids=str)
+def test_in_float32_the_same_are_kept(policy, engine):
+    data = [t.float() for t in drawn(2, 4, 2, 60)]
+    ours, exact = KVCache(evict=policy), KVCache(evict=policy)
+    for at in pieces((30, *(1,) * 20, 10)):
+        out = ours.attend(*(t[:, :, at] for t in data), engine=engine)
+        truth = exact.attend(*(t[:, :, at].double() for t in data), engine="reference")
+        assert torch.equal(ours.positions, exact.positions)
+        torch.testing.assert_close(out.double(), truth, rtol=0, atol=1e-5)
+
+
+@policies
+def test_select(policy):
+    """Items that are repeated go on each by itself, with what was summed up till then."""
+    data = drawn(2, 4, 2, 40)
+    cache, twins = KVCache(evict=policy), [Eager(policy, 2) for _ in range(2)]
+    for at in pieces((20, 1, 1)):
+        cache.attend(*(t[:, :, at] for t in data))
+        for item, twin in enumerate(twins):
+            twin.step(*(t[item, :, at] for t in data))
+    rows = [1, 0, 1]
+    cache.select(rows)
+    twins = [copy.deepcopy(twins[r]) for r in rows]
+    assert_kept(cache, twins)
+    others = drawn(3, 4, 2, 40, seed=1)
+    for at in pieces((1, 1, 5, 1)):
+        cache.attend(*(t[:, :, at] for t in others))
+        for item, twin in enumerate(twins):
+            twin.step(*(t[item, :, at] for t in others))
+        assert_kept(cache, twins)
+
+
+@pytest.mark.parametrize("sizes", [(300, *(1,) * 40), (1,) * 200, (40,) * 6], ids=str)
+@pytest.mark.parametrize("policy", [H2O(48), TOVA(48)], ids=str)
+def test_memory_is_bounded_by_the_budget(policy, sizes):
+    rng = torch.Generator().manual_seed(0)
+    cache, key = KVCache(evict=policy), 2 * 4 * (16 + 8) * 4  # bytes of a key and a value
+    for n in sizes:
+        cache.attend(*(floats(rng, 2, h, n, d) for h, d in ((8, 16), (4, 16), (4, 8))))
+        assert cache.key.shape[2] == min(cache.length, 48)
+    about = 2 * 4 * 48 * (4 + 4)  # positions, and what H2O has summed up
+    assert cache.nbytes <= max(48 + sizes[-1], 48 * 3 // 2 + 16) * key + about
+    assert cache.nbytes < 0.5 * cache.length * key
+
+
+# Wrong input
+
+WRONG = {
+    "no budget": (lambda: TOVA(0), "TOVA(budget=0): the budget is 0 keys"),
+    "no room": (
+        lambda: H2O(4, recent=5),
+        "H2O(budget=4, recent=5): the budget is 4 keys, of which the last 5 are exempt; give "
+        "budget ≥ 1, and no more exempt keys than that",
+    ),
+    "negative": (lambda: H2O(4, recent=-1), "of which the last -1 are exempt"),
+    "window": (lambda: SnapKV(16), "the budget is 16 keys, of which the last 32 are exempt"),
+    "no window": (lambda: SnapKV(16, window=0), "give window ≥ 1 and an odd kernel"),
+    "kernel": (lambda: SnapKV(64, kernel=4), "give window ≥ 1 and an odd kernel"),
+    "pool": (lambda: SnapKV(64, pool="sum"), "pool is mean or max"),
+}
+
+
+@pytest.mark.parametrize("make, said", WRONG.values(), ids=WRONG)
+def test_wrong_arguments(make, said):
+    with pytest.raises(RegardError) as error:
+        make()
+    assert said in str(error.value)
+
+
+def test_who_appends_has_to_settle():
+    """append, attend over it, settle: by hand as `attend` does it."""
+    query, key, value = (t[:, :, :9] for t in drawn(1, 4, 2, 9))
+    cache, same = KVCache(evict=TOVA(4)), KVCache(evict=TOVA(4))
+    cache.append(key, value)
+    assert not cache.settled
+    for call in (lambda: cache.append(key, value), lambda: cache.attend(query, key, value)):
+        with pytest.raises(RegardError, match="evicts by what its last call attended to"):
+            call()
+    for call in (lambda: cache.select([0]), lambda: cache.crop(1)):
+        with pytest.raises(RegardError, match="was not told what its last call attended to"):
+            call()
+    assert cache.length == 9
+    request = cache.layout.request(query, cache.read()[0], Causal(), None)
+    _, seen = attention(query, *cache.read(), **request, observe=cache.wanted)
+    cache.settle(seen)
+    same.attend(query, key, value)
+    assert torch.equal(cache.positions, same.positions)
+    assert cache.positions.shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize("policy", [H2O(12), TOVA(4)], ids=str)
+def test_what_was_summed_or_evicted_cannot_be_cropped(policy):
+    cache = KVCache(evict=policy)
+    cache.attend(*drawn(1, 4, 2, 9))
+    with pytest.raises(RegardError, match="what it evicted cannot come back"):
+        cache.crop(1)
+    assert cache.length == 9
+
+
+def test_a_failed_call_evicts_nothing():
+    data = drawn(1, 4, 2, 30)
+    cache, same = KVCache(evict=H2O(6)), KVCache(evict=H2O(6))
+    for at in pieces((10, 1, 4, 1)):
+        given = [t[:, :, at] for t in data]
+        with pytest.raises(RegardError, match="does not broadcast"):
+            cache.attend(*given, bias=torch.zeros(3, 99))
+        assert torch.equal(cache.attend(*given), same.attend(*given))
+        assert torch.equal(cache.positions, same.positions)

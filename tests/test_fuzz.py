@@ -15,8 +15,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from cases import Case, Sizes, bools, floats, ids, mapped, plain, shared_by_the_batch, sliced
-from cases import transposed
+from cases import (
+    Case,
+    Sizes,
+    bools,
+    floats,
+    ids,
+    mapped,
+    plain,
+    shared_by_the_batch,
+    sliced,
+    transposed,
+)
 from regard import (
     ALiBi,
     BlockSparse,
@@ -109,6 +119,7 @@ def mask_of(tree: tuple, s: Sizes, rng: Generator, start: tuple[int, int]) -> Ma
         return left & right if kind == "&" else left | right
     if kind == "~":
         return ~mask_of(rest[0], s, rng, start)
+    offset = torch.tensor(start)
     leaves = {
         "full": lambda: Full(),
         "causal": lambda: Causal(),
@@ -123,13 +134,11 @@ def mask_of(tree: tuple, s: Sizes, rng: Generator, start: tuple[int, int]) -> Ma
             ids(rng, *(() if shared else (s.batch,)), s.k_len),
         ),
         "padding": lambda shared: Padding(bools(rng, *(() if shared else (s.batch,)), s.k_len)),
-        "edges": lambda n: Edges(
-            torch.randint(-3, 200, (n, 2), generator=rng) + torch.tensor([max(start[0], 0), start[1]])
-        ),
+        "edges": lambda n: Edges(torch.randint(-3, 200, (n, 2), generator=rng) + offset),
         "heads": lambda bits: Heads([h for h in range(s.heads) if bits >> h & 1]),
         "dense": lambda *one: Dense(bools(rng, *_sizes(s, one))),
         "blocks": lambda n: BlockSparse(
-            bools(rng, 1, s.heads, *(_blocks(*side, n) for side in zip(start, (s.q_len, s.k_len), strict=True))), n
+            bools(rng, 1, s.heads, _blocks(start[0], s.q_len, n), _blocks(start[1], s.k_len, n)), n
         ),
         "predicate": lambda n: Predicate(lambda b, h, q, k: (q * 3 + k * k + h) % n < n - 1),
     }  # fmt: skip

@@ -9,7 +9,7 @@ constexpr int FEW = 4;  // rows: more are cheaper as lanes
 
 // s[j · PW + r] = query r · key j. query: [row][dim]; dim is a multiple of W.
 template <int R>
-static void few_scores(long n, long dim, const float* k, long ld, const float* query, float* s) {
+static void few_scores_of(long n, long dim, const float* k, long ld, const float* query, float* s) {
     for (long j = 0; j < n; j += W) {
         V part[R][W];
         #pragma GCC unroll 16
@@ -34,7 +34,7 @@ static void few_scores(long n, long dim, const float* k, long ld, const float* q
 
 // mixed[d · PW + r] += Σⱼ s[j · PW + r] · v[j][d].
 template <int R>
-static void few_mix(long n, long dim, const float* v, long ld, const float* s, float* mixed) {
+static void few_mix_of(long n, long dim, const float* v, long ld, const float* s, float* mixed) {
     constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;  // vectors of dims at a time
     for (long d = 0; d < dim; d += C * W) {
         int vectors = (int)(dim - d < C * W ? (dim - d) / W : C);
@@ -56,6 +56,23 @@ static void few_mix(long n, long dim, const float* v, long ld, const float* s, f
         for (int r = 0; r < R; r++)
             for (int c = 0; c < vectors; c++)
                 for (int i = 0; i < W; i++) mixed[(d + c * W + i) * PW + r] += total[r][c][i];
+    }
+}
+
+static void few_scores(int rows, long n, long dim, const float* k, long ld, const float* query, float* s) {
+    switch (rows) {
+        case 1: return few_scores_of<1>(n, dim, k, ld, query, s);
+        case 2: return few_scores_of<2>(n, dim, k, ld, query, s);
+        case 3: return few_scores_of<3>(n, dim, k, ld, query, s);
+        default: return few_scores_of<4>(n, dim, k, ld, query, s);
+    }
+}
+static void few_mix(int rows, long n, long dim, const float* v, long ld, const float* s, float* mixed) {
+    switch (rows) {
+        case 1: return few_mix_of<1>(n, dim, v, ld, s, mixed);
+        case 2: return few_mix_of<2>(n, dim, v, ld, s, mixed);
+        case 3: return few_mix_of<3>(n, dim, v, ld, s, mixed);
+        default: return few_mix_of<4>(n, dim, v, ld, s, mixed);
     }
 }
 

@@ -181,14 +181,11 @@ class Forward {
     template <int NV>
     void panel(const Block& block, State& state, int p, Rows k, Rows v, float* s, long k0, int n,
                bool every) {
-        int few = NV == 1 && block.count <= FEW && c.dim % W == 0 && c.v_dim % W == 0 ? block.count : 0;
-        switch (few) {
-            case 1: few_scores<1>(n, c.dim, k.data, k.ld, query_rows, s); break;
-            case 2: few_scores<2>(n, c.dim, k.data, k.ld, query_rows, s); break;
-            case 3: few_scores<3>(n, c.dim, k.data, k.ld, query_rows, s); break;
-            case 4: few_scores<4>(n, c.dim, k.data, k.ld, query_rows, s); break;
-            default: product<false, NV>(n, c.dim, k.data, k.ld, 1, query + p * c.dim * PW, PW, s, PW);
-        }
+        bool few = NV == 1 && block.count <= FEW && c.dim % W == 0 && c.v_dim % W == 0;
+        if (few)
+            few_scores(block.count, n, c.dim, k.data, k.ld, query_rows, s);
+        else
+            product<false, NV>(n, c.dim, k.data, k.ld, 1, query + p * c.dim * PW, PW, s, PW);
         if (!every || shaping.shaped())
             shaping.finish<NV>(p, n, s, PW, every ? nullptr : visible,
                                shaping.biased ? biases : nullptr);
@@ -205,13 +202,10 @@ class Forward {
                     dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
             weights = dropped;
         }
-        switch (few) {
-            case 1: few_mix<1>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
-            case 2: few_mix<2>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
-            case 3: few_mix<3>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
-            case 4: few_mix<4>(n, c.v_dim, v.data, v.ld, weights, mixed); break;
-            default: product<true, NV>(c.v_dim, n, v.data, 1, v.ld, weights, PW, mixed, PW);
-        }
+        if (few)
+            few_mix(block.count, n, c.v_dim, v.data, v.ld, weights, mixed);
+        else
+            product<true, NV>(c.v_dim, n, v.data, 1, v.ld, weights, PW, mixed, PW);
     }
 
     template <int NV, bool entropy>
