@@ -102,12 +102,14 @@ def test_auto_is_the_first_that_can(case, dtype):
 def test_explain():
     query, key, value = Case("", at(5, 7, v_dim=24)).tensors()
     said = explain(query, key, value, softcap=2.0, sinks=torch.zeros(4), return_lse=True)
-    assert list(said) == ["cpu", "sdpa", "tiled", "reference"]
+    assert list(said) == ["cpu", "sdpa", "tiled", "flex", "reference"]
     assert said["tiled"] == said["reference"] == []
     assert said["cpu"] == ["query is float64; it computes in float32"]
     assert [r.split()[0] for r in said["sdpa"]] == ["v_dim", "softcap", "sinks"]
     alike = [t.float() for t in (query, key, value[..., :16])]
-    assert all(not r for r in explain(*alike).values())
+    said = explain(*alike)
+    assert said.pop("flex") == ["query is on cpu; this engine runs on cuda"]
+    assert not any(said.values())
 
 
 @every_engine
@@ -319,7 +321,10 @@ def test_a_hidden_row_is_zero():
     tensors = Case("", at(6, 9)).tensors(dtype=torch.float32)
     keep = torch.ones(2, 9, dtype=torch.bool)
     keep[0] = False
-    for engine in ENGINES:
+    for engine, reasons in explain(*tensors, mask=Padding(keep) & First(5)).items():
+        if reasons:
+            assert engine == "flex"
+            continue
         out, lse, (top,) = attention(
             *tensors,
             mask=Padding(keep) & First(5),

@@ -188,7 +188,7 @@ def test_token_for_token(policy, sizes, heads, kv_heads):
 
 
 def test_by_hand():
-    """H2O of 2 keys, the last one exempt: positions 0, 1, 2 score ln 1, ln 2, ln 3 by every query."""
+    """H2O of 2 keys, the last one exempt; keys 0 … 3 score ln 1, 2, 3, 1 by every query."""
     key = torch.tensor([1.0, 2.0, 3.0, 1.0]).log()[None, None, :, None]
     query, value = torch.ones_like(key), torch.eye(4)[None, None]
     cache = KVCache(evict=H2O(2, recent=1))
@@ -418,7 +418,7 @@ def test_who_appends_has_to_settle():
         with pytest.raises(RegardError, match="was not told what its last call attended to"):
             call()
     assert cache.length == 9
-    request = cache.layout.request(query, cache.read()[0], Causal(), None)
+    request = cache.layout.request(query, 2, Causal(), None)
     _, seen = attention(query, *cache.read(), **request, observe=cache.wanted)
     cache.settle(seen)
     same.attend(query, key, value)

@@ -6,6 +6,7 @@ size of the numbers, denormal to huge; and where one number is NaN or infinite.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,33 +241,43 @@ def off_by_a_rounding(tensors: list[Tensor]) -> list[Tensor]:
     return [*moved, tensors[2]]
 
 
-def assert_near(ours: Tensor, exact: Tensor, others: list[Tensor], error: Any = torch.amax) -> None:
-    """Error ≤ 2 × (the larger of the others' + rounding), and a few units of the least number.
+def references(tensors: list[Tensor], request: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """(out, lse) in float64, then what float32 can be asked for.
 
-    The others are what float32 can be asked for: plain torch, and the truth for queries and keys
-    that are a rounding off. Plain torch's error alone may be lucky where a case has few numbers.
+    That is the truth for queries and keys that are a rounding off, and plain torch, its dims summed
+    in several orders: one order may be lucky where a case has few numbers.
     """
+    doubles, doubly = [t.double() for t in tensors], mapped(request, lambda t: t.double())
+    singles, singly = [t.float() for t in tensors], mapped(request, lambda t: t.float())
+    answers = [
+        attention(*t, **doubly, engine="reference", return_lse=True)
+        for t in (doubles, off_by_a_rounding(doubles))
+    ]
+    for seed in range(4):
+        rng = torch.Generator().manual_seed(seed)
+        order = torch.randperm(tensors[0].shape[-1], generator=rng)
+        query, key = (t[..., order] for t in singles[:2])
+        answers.append(plain(query, key, singles[2], **singly))
+    return answers
+
+
+def assert_near(
+    ours: Tensor,
+    exact: Tensor,
+    others: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    error: Any = torch.amax,
+) -> None:
+    """Error ≤ 2 × (the largest of the others' + rounding), and a few units of the least number."""
     finite = exact.isfinite()
     assert torch.equal(ours[~finite].double(), exact[~finite])
     if not finite.any():
         return
-    exact, info = exact[finite], torch.finfo(ours.dtype)
+    exact, info = exact[finite], torch.finfo(dtype or ours.dtype)
     mine, *theirs = (float(error((t[finite].double() - exact).abs())) for t in (ours, *others))
     rounding = info.eps * float(exact.abs().max())
     bar = 2 * (max(theirs) + rounding) + 4 * info.tiny * info.eps
     assert mine <= bar, f"error {mine:.3e}, bar {bar:.3e} of {theirs}"
-
-
-def assert_matches(ours: Any, tensors: list[Tensor], request: dict[str, Any]) -> None:
-    """(out, lse) of a call against float64; tensors and request as the engine had them."""
-    doubles, doubly = [t.double() for t in tensors], mapped(request, lambda t: t.double())
-    singles, singly = [t.float() for t in tensors], mapped(request, lambda t: t.float())
-    exact, noisy = (
-        attention(*t, **doubly, engine="reference", return_lse=True)
-        for t in (doubles, off_by_a_rounding(doubles))
-    )
-    for mine, *others in zip(ours, exact, noisy, plain(*singles, **singly), strict=True):
-        assert_near(mine, others[0], others[1:])
 
 
 @settings(max_examples=250)
@@ -275,7 +286,8 @@ def test_matches_float64(given, dtype):
     tensors, request = given.tensors(dtype), given.request(dtype)
     out, lse = run(tensors, request)
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
-    assert_matches((out, lse), tensors, request)
+    for mine, truth, *others in zip((out, lse), *references(tensors, request), strict=True):
+        assert_near(mine, truth, others)
 
 
 @settings(max_examples=80)
@@ -285,15 +297,21 @@ def test_gradients_match_float64(given, dtype):
     tensors, request = given.tensors(dtype), given.request(dtype)
     doubles, doubly = given.exactly(dtype)
     singles, singly = [t.float() for t in tensors], mapped(request, lambda t: t.float())
-    answers = (
-        gradients(tensors, request, by("cpu")),
-        gradients(doubles, doubly, by("reference")),
+    ours = gradients(tensors, request, by("cpu"))
+    exact = gradients(doubles, doubly, by("reference"))
+    others = (
         gradients(off_by_a_rounding(doubles), doubly, by("reference")),
         gradients(singles, singly, plain),
     )
-    for mine, exact, *others in zip(*answers, strict=True):
-        assert mine.dtype == dtype
-        assert_near(mine, exact, others, typical)
+    assert all(t.dtype == dtype for t in ours)
+    # All of a call's gradients at once, each as a share of its largest: some are one number
+    least = torch.finfo(dtype).tiny
+    most = [max(float(t.abs().max()), least) if t.numel() else least for t in exact]
+    shares = [
+        torch.cat([(t.double() / m).flatten() for t, m in zip(each, most, strict=True)])
+        for each in (ours, exact, *others)
+    ]
+    assert_near(shares[0], shares[1], shares[2:], dtype, typical)
 
 
 @settings(max_examples=100)
@@ -384,14 +402,9 @@ def test_a_bad_query_or_key_surfaces(given, dtype, bad, which, data):
     tensors, request = given.tensors(dtype), given.request(dtype)
     tensors[which], _ = spoilt(tensors[which], bad, data)
     ours = run(tensors, request)
-    doubles, doubly = [t.double() for t in tensors], mapped(request, lambda t: t.double())
-    exact, noisy = (
-        attention(*t, **doubly, engine="reference", return_lse=True)
-        for t in (doubles, off_by_a_rounding(doubles))
-    )
-    singles = plain(*(t.float() for t in tensors), **mapped(request, lambda t: t.float()))
+    exact, *others = references(tensors, request)
     fine = exact[1] < torch.inf  # neither NaN nor infinite: −inf is a row that sees nothing
     assert torch.equal(ours[1] < torch.inf, fine)
     assert not ours[0][~fine].isfinite().any()
-    for mine, truth, *others in zip(ours, exact, noisy, singles, strict=True):
-        assert_near(mine[fine], truth[fine], [o[fine] for o in others])
+    for mine, truth, *near in zip(ours, exact, *others, strict=True):
+        assert_near(mine[fine], truth[fine], [n[fine] for n in near])

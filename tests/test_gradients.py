@@ -79,8 +79,14 @@ def test_gradients_in_small_strips(case, monkeypatch):
     assert_equal(ours, exact(case, torch.float64))
 
 
+OURS = ("cpu", "tiled")
 BARS = [
-    *((engine, dtype, case) for engine in ("cpu", "tiled") for dtype in DTYPES[1:3] for case in FEW),
+    *(
+        (engine, dtype, case)
+        for engine in ("cpu", "tiled")
+        for dtype in DTYPES[1:3]
+        for case in FEW
+    ),
     *(("cpu", torch.float32, case) for case in CASES if case not in FEW),
     *(("cpu", torch.float16, case) for case in FEW[::3]),
 ]

@@ -21,6 +21,7 @@ from regard import (
     linear_attention,
 )
 from regard.linear import reference
+from regard.linear.flow import prepared
 from regard.linear.front import asked
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -500,6 +501,19 @@ def test_autocast_changes_nothing(form):
         grads = torch.autograd.grad((out * out).sum(), leaves)
         results.append([out, rows.weights, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("form", ["identity", "gla", "channel delta"])
+def test_the_ops_are_what_they_say(form):
+    """torch's own checks: schema, fake tensors, autograd."""
+    case = Case("", at(70), FORMS[form], layout=short)
+    flow = prepared(asked(*case.tensors(), **case.request())).flow
+    given = (flow.query, flow.key, flow.value, flow.decay, flow.beta, flow.memory)
+    leaves = tuple(None if t is None else t.clone().requires_grad_() for t in given)
+    torch.library.opcheck(torch.ops.regard.linear.default, (*leaves, True))
+    torch.library.opcheck(torch.ops.regard.linear.default, (*given, False))
+    like = torch.zeros(3, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.regard.favor_directions.default, (like, 5, 1))
 
 
 @pytest.mark.parametrize("form", ["elu", "gla", "channel delta", "favor", "packed"])

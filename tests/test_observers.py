@@ -212,7 +212,7 @@ def test_all_observers_in_rounding(case):
     look(case, "tiled", torch.float32, 0.02 if case.magnitude > 100 else 1e-4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "flex"])  # cuda only
 def test_results_carry_no_gradients(engine):
     leaves = [t.requires_grad_() for t in Case("", at(9, 12)).tensors(dtype=torch.float32)]
     out, seen = attention(*leaves, engine=engine, observe=watchers(3))

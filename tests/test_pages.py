@@ -89,9 +89,9 @@ def test_what_pages_cannot_serve_is_said():
         attention(query, key, value, pages=Pages(pages.table[:1], pages.lengths))
     with pytest.raises(RegardError, match="lengths reach 99, the table holds 3 pages of 16"):
         attention(query, key, value, pages=Pages(pages.table, torch.tensor([99, 1])))
+    wrong = pages.table.clone()
+    wrong[0, 0] = 700
     with pytest.raises(RegardError, match="names page 700; the pool has"):
-        wrong = pages.table.clone()
-        wrong[0, 0] = 700
         attention(query, key, value, pages=Pages(wrong, pages.lengths))
     with pytest.raises(NoEngine, match="they take no gradients"):
         attention(query.requires_grad_(), key, value, pages=pages, engine="cpu")

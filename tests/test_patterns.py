@@ -412,14 +412,15 @@ COMPILED = {
 }
 
 
+@pytest.mark.parametrize("engine", ["auto", "tiled"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_whole(name):
+def test_compiles_whole(name, engine):
     """One graph, forward and backward, observers too; also where tensors are looked at."""
     mask = COMPILED[name]()
 
     def loss(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         out, (top, received) = attention(
-            query * 2, key, value, mask=mask, engine="tiled", observe=[TopK(3), Received()]
+            query * 2, key, value, mask=mask, engine=engine, observe=[TopK(3), Received()]
         )
         return (out * out).sum(), top.weights, received.mean
 

@@ -17,7 +17,7 @@ from .errors import RegardError
 from .masks import Full, Mask
 from .observers import Observer
 from .pages import Pages
-from .weigh import weigh
+from .weigh import explained, weigh
 
 
 def attention(
@@ -127,6 +127,11 @@ def observe(
 def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[str, list[str]]:
     """Each engine's reasons against a request, in the order that `auto` tries them; [] if it can.
 
-    Takes what `attention` takes, but `engine`.
+    With `observe`, last, as "second pass by triton": what of it the Triton kernel does not read; it
+    is read in plain torch then. Takes what `attention` takes, but `engine`.
     """
-    return refusals(Call.checked(query, key, value, **request))
+    call = Call.checked(query, key, value, **request)
+    said = refusals(call)
+    if call.observers:
+        said["second pass by triton"] = explained(call.gathered())
+    return said

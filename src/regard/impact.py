@@ -20,7 +20,6 @@ from .strips import Strips, product, take
 from .topk import largest
 from .weighed import Weighed
 
-
 Measured = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
 
 

@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from .attend import attention
 from .biases import DenseBias, Kind
+from .caching import tell
 from .call import Call
 from .engines import select, tiled
+from .errors import RegardError
 from .masks import Causal, Dense, Full, Mask, Padding
 from .observers import Effect
 from .ops import Op
@@ -58,10 +60,12 @@ class Intercept(TorchFunctionMode):
             F.multi_head_attention_forward: _catch_mha,
         }.get(func)
         module = self.watched.tracker.innermost
-        if module is None or (catch is None and func is not attention):
+        if module is None or (catch is None and func not in (attention, tell)):
             return func(*args, **kwargs)
         name = self.watched.tracker.call(module)
         wanted, kept = self.watched.wants(name), self.watched.cut_of(name)
+        if func is tell:
+            return self._told(name, module, wanted, kept, *args)
         if catch is None:
             if not wanted and kept is None:
                 return func(*args, **kwargs)
@@ -111,6 +115,19 @@ class Intercept(TorchFunctionMode):
         if observe is not None:
             answer = (*answer, weigh(call, lse, out))
         return answer if len(answer) > 1 else out
+
+    def _told(
+        self, name: str, module: str, wanted: bool, kept: Mask | None, call: Call, *rest: Tensor
+    ) -> None:
+        """A call over a cache that has evicted, which is computed already."""
+        if kept is not None:
+            raise RegardError(
+                f"cut: {name} attends to a cache that has evicted; cut it before, or use KVCache()"
+            )
+        if wanted:
+            kind = getattr(self.watched.modules[module], "kind", "self")
+            self.watched.position(name, kind, call.place.query_start)
+            self.watched.record(name, kind, call, *rest)
 
     def _compute(self, name: str, caught: Caught, wanted: bool) -> Any:
         """Ours in the place of torch's."""

@@ -31,6 +31,14 @@ def active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def mapping() -> bool:
+    """Whether one of them is vmap (jacrev and hessian map, too)."""
+    if not active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def run(call: Call, value: Tensor, forward: Any, backward: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of an engine's forward op, differentiable by its backward op.
 

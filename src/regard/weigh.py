@@ -1,7 +1,8 @@
 """The second pass: reads the weights from q, k and lse, strip by strip, and keeps what was asked.
 
 Each observer has a reader here that is fed every strip and fills the tensors that the observer's
-`shapes` names. Shared by all engines that do not observe inside their forward.
+`shapes` names. Shared by all engines that do not observe inside their forward. On a GPU the Triton
+kernel of `kernels.cuda` reads what it can.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from . import transforms
 from .call import Call
 from .errors import RegardError
 from .impact import attach
+from .kernels.cuda import reading
 from .lowered import Span
 from .observers import (
     Distances,
@@ -330,7 +332,19 @@ def _detached(argument: Any) -> Any:
 def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
     *packed, lse, norms, shard, observers = rest
     call = unpack(query, key, None, *packed)
-    readers = [READERS[type(o)](o, call) for o in parse(observers)]
+    asked = parse(observers)
+    by_kernel = [] if kernel_refuses(call) else [o for o in asked if not reading.refuses(o)]
+    found = iter(reading.read(call, by_kernel, lse, shard) if by_kernel else ())
+    left = [o for o in asked if o not in by_kernel]
+    filled = iter(_fill(call, left, lse, norms, shard))
+    return [t for o in asked for t in next(found if o in by_kernel else filled)]
+
+
+def _fill(
+    call: Call, observers: Sequence[Observer], lse: Tensor, norms: Sequence[Tensor], shard: bool
+) -> list[list[Tensor]]:
+    """The tensors of each observer, by the readers in torch."""
+    readers = [READERS[type(o)](o, call) for o in observers]
     by_norm = (r for r in readers if isinstance(r, NormTopKReader))
     for weighted, own in zip(by_norm, norms, strict=True):
         weighted.norms = own
@@ -339,7 +353,23 @@ def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
             seen = Weighed(strip, lse, call, shard)
             for reader in readers:
                 reader.read(seen)
-    return [tensor for reader in readers for tensor in reader.finish(lse)]
+    return [reader.finish(lse) for reader in readers]
+
+
+def kernel_refuses(call: Call) -> list[str]:
+    """The reasons why the second pass is not by the Triton kernel; empty if it is.
+
+    An observer that the kernel does not gather is read in torch beside it: `reading.refuses`.
+    """
+    if call.place.device.type != "cuda":
+        return [f"query is on {call.place.device}; the kernel runs on cuda"]
+    return reading.why_not(call)
+
+
+def explained(call: Call) -> list[str]:
+    """Why what the call observes is not read by the Triton kernel; empty if all of it is."""
+    observers = [o for o in call.observers if not isinstance(o, Effect)]
+    return [*kernel_refuses(call), *(why for o in observers for why in reading.refuses(o))]
 
 
 @_weigh.register_fake

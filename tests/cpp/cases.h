@@ -90,9 +90,10 @@ inline std::vector<Case> cases() {
                        .k_len = k, .mask = sinks});
     for (auto [dim, v_dim] : std::vector<std::pair<long, long>>{
              {1, 1}, {24, 1}, {32, 40}, {80, 80}, {100, 66}, {128, 128}, {250, 255}, {256, 256}, {0, 3}})
-        for (int64_t type : {F32, BF16, F16})
-            all.push_back({.name = joined("dims and type", {dim, v_dim, type}),
-                           .batch = 1, .q_len = 21, .k_len = 140, .dim = dim, .v_dim = v_dim,
+        for (auto [type, q] : std::vector<std::pair<int64_t, long>>{
+                 {F32, 21}, {BF16, 21}, {F16, 21}, {F32, 1}, {BF16, 2}})
+            all.push_back({.name = joined("dims, type, queries", {dim, v_dim, type, q}),
+                           .batch = 1, .q_len = q, .k_len = 140, .dim = dim, .v_dim = v_dim,
                            .type = type, .scale = 0.1, .mask = causal()});
     for (auto [heads, kv] : std::vector<std::pair<long, long>>{{1, 1}, {3, 3}, {6, 1}, {6, 2}, {70, 1}})
         for (long q : {1, 9, 66})

@@ -10,7 +10,7 @@ struct Problem {
     Mask mask;
     Buffer query, key, value, sinks, by_offset, grad_out, grad_lse;
     std::vector<Buffer> bias;
-    Buffer key_pages, value_pages, table;
+    Buffer key_pages, value_pages, table, lengths;
 
     explicit Problem(const Case& given) : c(given) {
         mask = c.mask ? c.mask(c, random, pool) : Mask{{FULL}, [](long, long, long, long) { return true; }};
@@ -33,17 +33,26 @@ struct Problem {
         if (c.page) into_pages();
     }
 
-    // The same keys and values on pages that are dealt out backwards, one of them never used.
+    bool shows(long b, long h, long i, long j) const {
+        return mask.shows(b, h, i, j) && (!c.page || j < lengths(b, 0, 0, 0));
+    }
+
+    // The same keys and values on pages that are dealt out backwards, one of them never used. Each
+    // item has fewer keys than the one before; what stands behind its last is NaN, or no page.
     void into_pages() {
         long each = (c.k_len + c.page - 1) / c.page, count = c.batch * each + 1;
+        lengths = Buffer(I32, {c.batch});
+        lengths.each([&](long b, long, long, long) { return std::max(c.k_len - 37 * b, 0l); });
         table = Buffer(I32, {c.batch, each});
-        table.each([&](long b, long p, long, long) { return count - 1 - (b * each + p); });
+        table.each([&](long b, long p, long, long) {
+            return p * c.page < lengths(b, 0, 0, 0) ? count - 1 - (b * each + p) : -1;
+        });
         for (auto [from, to, dim] : {std::tuple{&key, &key_pages, c.dim},
                                      std::tuple{&value, &value_pages, c.v_dim}}) {
             *to = Buffer(c.type, {count, c.kv_heads, c.page, dim}, c.layout);
             for (long b = 0; b < c.batch; b++)
                 for (long h = 0; h < c.kv_heads; h++)
-                    for (long j = 0; j < c.k_len; j++)
+                    for (long j = 0; j < lengths(b, 0, 0, 0); j++)
                         for (long d = 0; d < dim; d++)
                             to->set(to->at((long)table(b, j / c.page, 0, 0), h, j % c.page, d),
                                     (*from)(b, h, j, d));
@@ -84,12 +93,13 @@ inline double dropped(double p, uint64_t seed, long row, long query, long key) {
 struct Truth {
     Numbers score, weight, out, lse, largest, sink;
     Numbers d_query, d_key, d_value, d_by_offset;
+    Numbers effect;  // of each edge, on Σ grad_out · out
     std::vector<Numbers> d_bias;
     const Problem& p;
     const Case& c;
 
     explicit Truth(const Problem& problem) : p(problem), c(problem.c) {
-        score = weight = Numbers(c.batch, c.heads, c.q_len, c.k_len);
+        score = weight = effect = Numbers(c.batch, c.heads, c.q_len, c.k_len);
         out = Numbers(c.batch, c.heads, c.q_len, c.v_dim);
         lse = largest = sink = Numbers(c.batch, c.heads, c.q_len);
         d_query = Numbers(c.batch, c.heads, c.q_len, c.dim);
@@ -115,7 +125,7 @@ struct Truth {
             double s = c.softcap ? c.softcap * inside(raw[j]) : raw[j];
             if (c.by_offset) s += p.by_offset(h, i - j + c.k_len - 1, 0, 0);
             for (const Buffer& bias : p.bias) s += bias(b, h, i, j);
-            score(b, h, i, j) = p.mask.shows(b, h, i, j) ? s : -INFINITY;
+            score(b, h, i, j) = p.shows(b, h, i, j) ? s : -INFINITY;
             high = std::max(high, score(b, h, i, j));
             if (c.dropout)
                 factor[j] = dropped(c.dropout, 7, b * c.heads + h, c.start() + i, c.key_start + j);
@@ -142,14 +152,15 @@ struct Truth {
     void slopes(long b, long h, long i, const std::vector<double>& raw,
                 const std::vector<double>& factor) {
         long kv = h / (c.heads / c.kv_heads);
-        double delta = delta_of(b, h, i);
+        double delta = delta_of(b, h, i), here = mixed_of(b, h, i);
         for (long j = 0; j < c.k_len; j++) {
             double w = weight(b, h, i, j), dw = 0;
             for (long d = 0; d < c.v_dim; d++) {
                 dw += p.grad_out(b, h, i, d) * p.value(b, kv, j, d);
                 d_value(b, kv, j, d) += w * factor[j] * p.grad_out(b, h, i, d);
             }
-            double ds = w * (dw * factor[j] - delta);
+            double left = 1 - w, ds = w * (dw * factor[j] - delta);
+            effect(b, h, i, j) = left > 1e-7 ? w * (here - dw * factor[j]) / left : -here;
             if (c.by_offset) d_by_offset(0, h, i - j + c.k_len - 1) += ds;
             for (Numbers& n : d_bias)
                 n(n.size[0] > 1 ? b : 0, n.size[1] > 1 ? h : 0, n.size[2] > 1 ? i : 0,
@@ -163,10 +174,13 @@ struct Truth {
     }
 
   public:
-    // Σ grad_out · out − grad_lse
+    // Σ grad_out · out
+    double mixed_of(long b, long h, long i) const {
+        double total = 0;
+        for (long d = 0; d < c.v_dim; d++) total += p.grad_out(b, h, i, d) * out(b, h, i, d);
+        return total;
+    }
     double delta_of(long b, long h, long i) const {
-        double delta = -p.grad_lse(b, h, i, 0);
-        for (long d = 0; d < c.v_dim; d++) delta += p.grad_out(b, h, i, d) * out(b, h, i, d);
-        return delta;
+        return mixed_of(b, h, i) - p.grad_lse(b, h, i, 0);
     }
 };

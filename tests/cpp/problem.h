@@ -147,7 +147,7 @@ struct Mask {
 };
 
 struct Case {
-    std::string name;
+    std::string name = "";
     long batch = 2, heads = 4, kv_heads = 2, q_len = 70, k_len = 150, dim = 16, v_dim = 16;
     int64_t type = F32;
     Layout layout = CONTIGUOUS;

@@ -29,9 +29,9 @@ static void close(const char* name, double ours, double truth, double tolerance)
 struct Results {
     const Case& c;
     long rows, count;
-    Buffer out, lse, stats, index, top, rest, sink, entropy, largest, kept, delta;
+    Buffer out, lse, stats, index, top, rest, sink, entropy, largest, kept, delta, here;
     Buffer received[2], seen[2], maps[3], past, future;
-    Buffer d_query, d_key, d_value, d_by_offset;
+    Buffer d_query, d_key, d_value, d_by_offset, cut, effect, cut_weight;
     std::vector<Buffer> d_bias;
     std::vector<int64_t> wanted = {0}, edges = {0, 1, 2, 5, 60};
     RegardReceived received_asked[2];
@@ -43,7 +43,7 @@ struct Results {
         count = (long)wanted.size();
         auto row = [&](long last = 1) { return std::vector<long>{batch, c.heads, c.q_len, last}; };
         out = Buffer(c.type, row(c.v_dim));
-        for (Buffer* each : {&lse, &rest, &sink, &entropy, &largest, &delta}) *each = Buffer(F32, row());
+        for (Buffer* each : {&lse, &rest, &sink, &entropy, &largest, &delta, &here}) *each = Buffer(F32, row());
         stats = Buffer(F32, row(2));
         top = Buffer(F32, row(c.top));
         index = Buffer(I32, row(c.top));
@@ -75,6 +75,9 @@ struct Results {
         d_value = Buffer(F32, {batch, c.kv_heads, c.k_len, c.v_dim});
         d_by_offset = Buffer(F32, {c.heads, std::max(c.q_len + c.k_len - 1, 0l)});
         d_by_offset.fill(0);
+        cut = Buffer(I32, row(c.top));
+        effect = Buffer(F32, row(c.top));
+        cut_weight = Buffer(F32, row(c.top));
         for (const std::vector<long>& sizes : c.bias) d_bias.emplace_back(F32, sizes).fill(0);
     }
 
@@ -91,7 +94,8 @@ struct Results {
                 &seen[0], &seen[1], &maps[0], &maps[1], &maps[2], &past, &future};
     }
     std::vector<const Buffer*> gradients() const {
-        std::vector<const Buffer*> all = {&d_query, &d_key, &d_value, &d_by_offset};
+        std::vector<const Buffer*> all = {&d_query, &d_key, &d_value, &d_by_offset,
+                                          &cut, &effect, &cut_weight};
         for (const Buffer& b : d_bias) all.push_back(&b);
         return all;
     }
@@ -105,8 +109,9 @@ struct Prepared {
     std::vector<RegardView> d_bias;
     RegardObserve observe;
     RegardBackward back{};
+    RegardEffect effect{};
 
-    Prepared(const Problem& p, const Results& r, const Truth& truth, int level, long threads,
+    Prepared(const Problem& p, Results& r, const Truth& truth, int level, long threads,
              bool observing, long item = -1) {
         const Case& c = p.c;
         long first = std::max(item, 0l);
@@ -136,7 +141,8 @@ struct Prepared {
         if (c.page) {
             call.key = p.key_pages.view();
             call.value = p.value_pages.view();
-            call.pages = {p.table.data<int32_t>() + first * p.table.size[1], p.table.size[1], c.page};
+            call.pages = {p.table.data<int32_t>() + first * p.table.size[1], p.table.size[1], c.page,
+                          p.lengths.data<int32_t>() + first};
         }
         call.out = r.out.view();
         call.lse = r.lse.data<float>();
@@ -161,9 +167,11 @@ struct Prepared {
             d_bias.push_back(b.view());
             bias_floats.push_back(b.count);
         }
-        for (long i = 0; i < r.rows; i++)
-            r.delta.data<float>()[i] = (float)truth.delta_of(
-                i / (c.heads * c.q_len), i / c.q_len % c.heads, i % c.q_len);
+        for (long i = 0; i < r.rows; i++) {
+            long b = i / (c.heads * c.q_len), h = i / c.q_len % c.heads;
+            r.delta.set(i, truth.delta_of(b, h, i % c.q_len));
+            r.here.set(i, truth.mixed_of(b, h, i % c.q_len));
+        }
         back.grad_out = p.grad_out.view();
         back.stats = r.stats.data<float>();
         back.delta = r.delta.data<float>();
@@ -173,12 +181,15 @@ struct Prepared {
         back.d_by_offset = c.by_offset ? r.d_by_offset.data<float>() : nullptr;
         back.d_bias = d_bias.data();
         back.bias_floats = bias_floats.data();
+        effect = {p.grad_out.view(), r.stats.data<float>(), r.here.data<float>(), c.top,
+                  r.cut.data<int32_t>(), r.effect.data<float>(), r.cut_weight.data<float>()};
     }
 
     void run(bool backward) {
         if (int code = regard_forward(&call)) fail(regard_error(code));
         if (!backward) return;
         if (int code = regard_backward(&call, &back)) fail(regard_error(code));
+        if (int code = regard_effect(&call, &effect)) fail(regard_error(code));
     }
 };
 
@@ -256,7 +267,7 @@ static void check_observed(const Results& r, const Truth& t) {
                     double sum = 0, count = 0;
                     for (long i = r.received_asked[n].first; i < r.received_asked[n].last; i++) {
                         sum += t.weight(b, h, i, j);
-                        count += t.p.mask.shows(b, h, i, j);
+                        count += t.p.shows(b, h, i, j);
                     }
                     close("received", r.received[n](b, h, j, 0), sum, 5e-5);
                     close("its count", r.seen[n](b, h, j, 0), count, 0);
@@ -304,6 +315,31 @@ static void check_gradients(const Results& r, const Truth& t) {
     for (size_t i = 0; i < r.d_bias.size(); i++) check_gradient("d_bias", r.d_bias[i], t.d_bias[i]);
 }
 
+static void check_effect(const Results& r, const Truth& t) {
+    const Case& c = r.c;
+    for (long b = 0; b < c.batch; b++)
+        for (long h = 0; h < c.heads; h++)
+            for (long i = 0; i < c.q_len; i++) {
+                std::vector<double> sizes;
+                for (long j = 0; j < c.k_len; j++)
+                    if (t.score(b, h, i, j) > -INFINITY) sizes.push_back(std::fabs(t.effect(b, h, i, j)));
+                std::sort(sizes.rbegin(), sizes.rend());
+                double most = sizes.empty() ? 1 : 1 + sizes[0];  // 1 / (1 − p) magnifies rounding
+                for (long n = 0; n < c.top; n++) {
+                    bool there = n < (long)sizes.size();
+                    long j = (long)r.cut(b, h, i, n) - c.key_start;
+                    close("an effect's size", std::fabs(r.effect(b, h, i, n)) / most,
+                          there ? sizes[n] / most : 0, 1e-4);
+                    if ((r.cut(b, h, i, n) >= 0) != there || (there && (j < 0 || j >= c.k_len))) {
+                        fail("an edge of an effect is there, or not, by mistake");
+                    } else if (there) {
+                        close("an effect", r.effect(b, h, i, n) / most, t.effect(b, h, i, j) / most, 1e-4);
+                        close("its weight", r.cut_weight(b, h, i, n), t.weight(b, h, i, j), 2e-5);
+                    }
+                }
+            }
+}
+
 static void test(const Case& c, const std::vector<int>& levels) {
     Problem problem(c);
     Truth truth(problem);
@@ -314,7 +350,7 @@ static void test(const Case& c, const std::vector<int>& levels) {
         Prepared(problem, one, truth, level, 1, true).run(backward);
         check_rows(one, truth);
         check_observed(one, truth);
-        if (backward) check_gradients(one, truth);
+        if (backward) check_gradients(one, truth), check_effect(one, truth);
         for (long threads : {2, 5}) {
             Results again(c, c.batch);
             Prepared(problem, again, truth, level, threads, true).run(backward);

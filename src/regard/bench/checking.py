@@ -61,7 +61,7 @@ class Truth:
 
     def _linear(self, answer: Answer) -> Iterator[str | None]:
         exact, plain = (self._specified(d) for d in (torch.float64, self.problem.dtype))
-        yield self._off("out", answer["out"][:, -1:, :TOKENS], exact, plain)
+        yield self._off("out", answer["out"][:, -self.problem.group :, :TOKENS], exact, plain)
 
     def _forward(self, answer: Answer) -> Iterator[str | None]:
         for part in self._parts():
@@ -117,8 +117,8 @@ class Truth:
         return query, key, value, visible, call.scale
 
     def _specified_of(self, dtype: torch.dtype) -> Tensor:
-        """The first tokens of the last head of linear attention, one by one."""
-        last = self.inputs.first(TOKENS, slice(self.problem.heads - 1, None))
+        """Linear attention of the first tokens, one by one, in the last kv head."""
+        last = self.inputs.first(TOKENS, last=True)
         how: dict[str, Any] = {
             n: v.to(dtype) if isinstance(v, Tensor) else v for n, v in last.items()
         }

@@ -61,10 +61,13 @@ class Inputs:
         p = self.problem
         return self.call.program.visible(Span(0, p.q_len, 0, p.k_len)).contiguous()
 
-    def first(self, tokens: int, heads: slice = slice(None)) -> dict[str, Any]:
-        """The arguments of `linear_attention` for the first tokens, of some heads."""
-        given = dict(zip(("query", "key", "value"), self.tensors, strict=True)) | self.linear
-        return {name: _cut(value, tokens, heads) for name, value in given.items()}
+    def first(self, tokens: int, last: bool = False) -> dict[str, Any]:
+        """The arguments of `linear_attention` for the first tokens; last: of the last kv head."""
+        given = {"key": self.key, "value": self.value} | self.linear
+        heads = slice(-1, None) if last else slice(None)
+        query = self.query[:, -self.problem.group :] if last else self.query
+        cut = {name: _cut(value, tokens, heads) for name, value in given.items()}
+        return {"query": query[:, :, :tokens]} | cut
 
 
 def _cut(value: Any, tokens: int, heads: slice) -> Any:

@@ -130,7 +130,10 @@ class _Session:
         self.kept = values, given  # the memory that is bound
 
     def side(self) -> Side:
-        self.session.run_with_iobinding(self.bound)  # raises what it refuses
+        try:
+            self.session.run_with_iobinding(self.bound)
+        except RuntimeError as error:  # some of what it cannot do it says only now
+            raise Refused(" ".join(str(error).split())) from error
         return Side(lambda: self.session.run_with_iobinding(self.bound), lambda _: self.read())
 
     def read(self) -> dict[str, Tensor]:

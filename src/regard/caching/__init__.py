@@ -1,11 +1,11 @@
 """Caches: the keys and values of the tokens seen so far, and what a policy keeps of them."""
 
-from .base import Cache, mark, owner_of
+from .base import Cache, mark, owner_of, tell
 from .held import KVCache, WindowCache
 from .paged import PagedCache, Tables
 from .policies import H2O, TOVA, Eviction, SnapKV
 
 __all__ = [
     "H2O", "TOVA", "Cache", "Eviction", "KVCache", "PagedCache", "SnapKV", "Tables", "WindowCache",
-    "mark", "owner_of",
+    "mark", "owner_of", "tell",
 ]  # fmt: skip

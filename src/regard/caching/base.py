@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
 
 from ..attend import attention
 from ..call import Call
+from ..dropout import Dropout
 from ..errors import RegardError
 from ..masks import Causal, Mask
 from ..observers import Observer
@@ -33,6 +39,7 @@ class Cache:
         self._lengths: list[int] = []
         self._layout: Layout | None = None
         self._settled = True
+        self._began = False  # whether the last append was the first
 
     # What a kind of cache is made of
 
@@ -45,7 +52,7 @@ class Cache:
         raise NotImplementedError
 
     def _clear(self) -> None:
-        """Let go of everything, shapes and dtype among it; nothing is held any more."""
+        """Let go of buffers, shapes and dtype; no item holds anything."""
         raise NotImplementedError
 
     def _pick(self, rows: Tensor) -> None:
@@ -120,7 +127,8 @@ class Cache:
                 "or settle"
             )
         new = self._counted(lengths, key)
-        if not self._lengths:
+        self._began = not self._lengths
+        if self._began:
             self._lengths = [0] * len(new)
         self._layout = self._write(key.detach(), value.detach(), new)
         self._lengths = [s + n for s, n in zip(self._lengths, new, strict=True)]
@@ -137,6 +145,7 @@ class Cache:
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        dropout: Dropout | float | None = None,
         lengths: Lengths = None,
         observe: Sequence[Observer] | None = None,
         return_lse: bool = False,
@@ -164,7 +173,7 @@ class Cache:
         try:
             return self.attend_appended(
                 query, mask=mask, bias=bias, observe=observe, return_lse=return_lse, engine=engine,
-                scale=scale, softcap=softcap, sinks=sinks,
+                scale=scale, softcap=softcap, sinks=sinks, dropout=dropout,
             )  # fmt: skip
         except Exception:
             self._take_back()
@@ -183,21 +192,32 @@ class Cache:
     ) -> Any:
         """`attend`, after `append`: for who computes between the two."""
         layout, wanted, asked = self.layout, self.wanted, list(observe or ())
-        key, value = self.read()
-        direct = [o for o in asked if layout.straight or moves(o)]
+        straight, kv_heads = layout.straight, self._kv_heads
+        watched = not straight and has_torch_function_unary(query)
+        if rest.get("dropout") and not straight:
+            raise RegardError(
+                f"dropout: {self!r} no longer holds what dropout goes by, all positions; use "
+                "dropout=None (a module's eval())"
+            )
+        direct = [o for o in asked if straight or moves(o)]
         later = [o for o in asked if o not in direct]
-        request = layout.request(query, key, mask, bias) | rest
-        observers = [*wanted, *direct]
-        answer = self._attention(
-            query, key, value, observe=observers or None, return_lse=return_lse or bool(later),
-            engine=engine, **request,
-        )  # fmt: skip
+        request = layout.request(query, kv_heads, mask, bias) | rest
+        request |= {"observe": [*wanted, *direct] or None, "engine": engine}
+        request["return_lse"] = return_lse or bool(later) or watched
+        if straight:
+            answer = self._attention(query, **request)
+        else:
+            # Who watches is told of the call over positions, not of this one
+            with torch._C.DisableTorchFunction():
+                answer = self._attention(query, **request)
         out, *told = (answer,) if isinstance(answer, Tensor) else answer
-        seen = told[-1] if observers else ()
+        seen = told[-1] if request["observe"] else ()
         results = dict(zip(map(id, direct), seen[len(wanted) :], strict=True))
-        if direct and not layout.straight:
-            slots = InSlots(layout, query, key.shape[1])
+        if direct and not straight:
+            slots = InSlots(layout, query, kv_heads)
             results = {name: moved(result, slots) for name, result in results.items()}
+        if watched:
+            tell(self.in_positions(query, mask=mask, bias=bias, **rest), told[0], out)
         if later:
             call = self.in_positions(query, mask=mask, bias=bias, observe=later, **rest)
             results |= zip(map(id, later), weigh(call, told[0], out), strict=True)
@@ -214,9 +234,14 @@ class Cache:
         """
         return spread(self.layout, query, *self.read(), mask, bias, **rest)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, **request: Any) -> Any:
-        """`regard.attention` over what `read` gave: the one place to read it in place instead."""
-        return attention(query, key, value, **request)
+    def _attention(self, query: Tensor, **request: Any) -> Any:
+        """`regard.attention` over what is held: the one place to read it in place instead."""
+        return attention(query, *self.read(), **request)
+
+    @property
+    def _kv_heads(self) -> int:
+        shape = self._shape()
+        return shape[0][0] if shape else 0
 
     def _in_order(self) -> None:
         """Put the slots in order of position, where they are not."""
@@ -254,7 +279,7 @@ class Cache:
         self._lengths = [s - n for s, n in zip(self._lengths, new, strict=True)]
         self._layout, self._settled = None, True
         if not self.length:
-            self._lengths = []
+            self._lengths = [] if self._began else self._lengths
             self._clear()
 
     def _must_be_settled(self, what: str) -> None:
@@ -294,6 +319,15 @@ class Cache:
                 f"lengths {new}: give one number for each of {batch} items, of 0 … {n} new tokens"
             )
         return new
+
+
+def tell(call: Call, lse: Tensor, out: Tensor) -> None:
+    """Nothing; but who overrides torch's functions (`watch`) sees what a cache computed.
+
+    call: over positions, where `regard.attention` was over slots. lse, out: what came of it.
+    """
+    if has_torch_function_variadic(lse, out):
+        handle_torch_function(tell, (lse, out), call, lse, out)
 
 
 def mark(key: Tensor, owner: Cache) -> None:

@@ -167,7 +167,7 @@ class KVCache(Cache):
 
     def _clear(self) -> None:
         self._key = self._value = self._positions = self._worth = None
-        self._fills, self._ordered = [], True
+        self._fills, self._lengths, self._ordered = [], [], True
 
     def crop(self, count: int) -> None:
         if self._positions is not None or self._worth is not None:
@@ -313,7 +313,7 @@ class KVCache(Cache):
         self._ordered = True
 
     def _in_order(self) -> None:
-        if not self._ordered and self._positions is not None:
+        if not self._ordered and self._positions is not None and self.settled:
             # Slots lose their order only where all items fill the same number of them
             everything = torch.arange(self._positions.shape[2], device=self._positions.device)
             everything = everything.expand(self._positions.shape)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from ..biases import ALiBi, Bias, DenseBias, RelativeBias, relative_bucket
 from ..lowered import Span
@@ -88,20 +89,18 @@ class Layout:
         new = torch.tensor(self.new, device=device)
         return torch.arange(self.q_len, device=device) < new[:, None]
 
-    def request(self, query: Tensor, key: Tensor, mask: Mask, bias: Biases) -> dict[str, Any]:
-        """mask, bias and query_start of the call in slots.
-
-        query (batch, heads, q_len, dim), key (batch, kv_heads, slots, dim).
-        """
+    def request(self, query: Tensor, kv_heads: int, mask: Mask, bias: Biases) -> dict[str, Any]:
+        """mask, bias and query_start of the call in slots. query (batch, heads, q_len, dim)."""
         if not isinstance(mask, Mask):  # attention says what is wrong with it
             return {"mask": mask, "bias": bias}
-        if self.full and self.q_len == 1:
-            # All that a cache holds for its newest query is in that query's past, and in sight
+        if self.full and self.q_len == 1 and not has_torch_function_unary(query):
+            # All that a cache holds for its newest query is in that query's past, and in sight;
+            # but who watches is told the mask as it was given
             mask = _latest(mask)
         elif self.shown is not None:
             mask = mask & self.shown
         if not self.straight and not (isinstance(mask, Full) and bias is None):
-            slots = InSlots(self, query, key.shape[1])
+            slots = InSlots(self, query, kv_heads)
             mask, bias = slots.mask(mask), slots.biases(bias)
         if not self.full:
             mask = mask & self._real(query.device)

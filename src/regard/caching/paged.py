@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
+from ..attend import attention
 from ..errors import RegardError
+from ..pages import Pages
 from .base import Cache
 from .layout import Layout
 
@@ -84,18 +87,16 @@ class PagedCache(Cache):
     def read(self) -> tuple[Tensor, Tensor]:
         """Key and value, gathered: (batch, kv_heads, slots, dim), 0 beyond a sequence's end."""
         tables = self.tables()
-        slots = max(self._lengths, default=0)
-        filled = None
-        if len(set(self._lengths)) > 1:
-            # What a freed block held before must not get at a sum, be it with weight 0
-            slot = torch.arange(slots, device=tables.key.device)
-            filled = (slot < tables.lengths[:, None])[:, None, :, None]
-        held = []
-        for pool in (tables.key, tables.value):
-            blocks = pool[tables.blocks.long().clamp(min=0)]
-            whole = blocks.transpose(1, 2).flatten(2, 3)[:, :, :slots]
-            held.append(whole if filled is None else whole.where(filled, 0))
-        return held[0], held[1]
+        pages = Pages(tables.blocks, tables.lengths)
+        return pages.gather(tables.key), pages.gather(tables.value)
+
+    def _attention(self, query: Tensor, *, engine: str, **request: Any) -> Any:
+        # An engine that can reads the blocks in place; who watches has no use for a table
+        if engine not in ("auto", "cpu") or has_torch_function_unary(query):
+            return super()._attention(query, engine=engine, **request)
+        tables = self.tables()
+        pages = Pages(tables.blocks, tables.lengths)
+        return attention(query, tables.key, tables.value, pages=pages, engine=engine, **request)
 
     def _pools(self) -> tuple[Tensor, Tensor]:
         if self._key is None or self._value is None:
@@ -143,7 +144,7 @@ class PagedCache(Cache):
 
     def _clear(self) -> None:
         self._key = self._value = self._written = None
-        self._tables, self._shares, self._free = [], [], []
+        self._tables, self._shares, self._free = [[] for _ in self._lengths], [], []
 
     # Writing
 

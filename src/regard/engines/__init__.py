@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..errors import NoEngine, RegardError
-from . import cpu, reference, sdpa, tiled
+from . import cpu, flex, reference, sdpa, tiled
 
 
 class Engine(Protocol):
@@ -26,10 +26,12 @@ class Engine(Protocol):
         ...
 
 
-# `auto` takes the first that can. `reference` materialises the weights: only by name.
+# `auto` takes the first that can. Only by name: `reference`, which materialises the weights, and
+# `flex`, until it has been measured on a GPU.
 PREFERENCE: tuple[Any, ...] = (cpu, sdpa, tiled)
 YIELDING: tuple[Any, ...] = (sdpa, cpu, tiled)  # where PyTorch's kernel is measured to be faster
-ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, reference)}
+BY_NAME: tuple[Any, ...] = (flex, reference)
+ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
 
 
 def preference(call: Call) -> tuple[Any, ...]:
@@ -39,7 +41,7 @@ def preference(call: Call) -> tuple[Any, ...]:
 
 def refusals(call: Call) -> dict[str, list[str]]:
     """Every engine's reasons against this call, in the order of preference."""
-    engines = (*preference(call), reference)
+    engines = (*preference(call), *BY_NAME)
     return {engine.name: engine.why_not(call) for engine in engines}
 
 

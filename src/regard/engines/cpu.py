@@ -7,8 +7,6 @@ bits whatever the threads, the run, or the other items of the batch.
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,35 +18,19 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import transforms
-from ..biases import Kind
 from ..call import Call
-from ..impact import Measured, attach
+from ..impact import attach
 from ..kernels import native
-from ..observers import (
-    Distances,
-    Effect,
-    Entropy,
-    LogSumExp,
-    Map,
-    MaxScore,
-    Observer,
-    Received,
-    Rows,
-    TopK,
-    parse,
-    written,
-)
-from ..ops import Op
+from ..kernels.described import FUSED, TYPES
+from ..kernels.running import effect, run, run_backward
+from ..observers import Effect, Observer, parse, written
 from ..packed import SCHEMA, pack, unpack
 
 name = "cpu"
 
 MOST_CODE = 1024  # integers of a mask's program (kernels/cpu/mask.h)
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLAIN = (Tensor, torch.nn.Parameter)
-NONE = torch.empty(0)
 DECODE = 16  # queries: as few leave memory the limit
-FUSED = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 
 
 def why_not(call: Call) -> list[str]:
@@ -93,8 +75,9 @@ def observed(call: Call) -> tuple[Tensor, Tensor, dict[int, Any]]:
     out, lse, stats, *tensors = _computed(call, tuple(mine.values()))
     results: dict[int, Any] = {}
     still = replace(call, query=call.query.detach(), key=call.key.detach())
+    seeing = out.requires_grad and direct(call)
     for i, observer in enumerate(call.observers):
-        if isinstance(observer, Effect) and not observer.norm and out.requires_grad and direct(call):
+        if seeing and isinstance(observer, Effect) and not observer.norm:
             by = partial(effect, still, out.detach(), stats, observer.k)
             results[i] = attach(call, lse, out, observer, by)
     for i, observer in mine.items():
@@ -130,105 +113,6 @@ def direct(call: Call) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
     )
-
-
-def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -> list[Tensor]:
-    """Call the kernel: out, lse, stats, and the tensors that the observers' `shapes` name.
-
-    stats (batch, heads, q_len, 2), empty unless asked for: each row's largest score and sum.
-    """
-    place, query, value = call.place, call.query, call.value
-    assert value is not None
-    rows = (place.batch, place.heads, place.q_len)
-    out = torch.empty(*rows, value.shape[-1], dtype=query.dtype)
-    lse = torch.empty(rows)
-    kept = Buffers()
-    saved = torch.empty(*rows, 2) if stats else NONE
-    watching = Watching(call, observers, lse) if observers else None
-    if lse.numel():
-        observe = watching.packed(kept) if watching else 0
-        _check(library().regard_forward(words_of(call, out, lse, saved, kept, observe)))
-    return [out, lse, saved, *(watching.tensors() if watching else ())]
-
-
-def run_backward(
-    call: Call, out: Tensor, stats: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:  # fmt: skip
-    """Gradients of (query, key, value), of the biases where wanted, and of the sinks."""
-    place, value = call.place, call.value
-    assert value is not None
-    delta = (grad_out.float() * out.float()).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse.float()
-    delta = delta.contiguous()
-    grads = [torch.zeros(t.shape) for t in (call.query, call.key, value)]
-    dense = [torch.zeros(b.tensor.shape) if w and b.kind == Kind.DENSE else None
-             for b, w in zip(call.biases, wanted, strict=True)]  # fmt: skip
-    along = None
-    if any(w and b.kind != Kind.DENSE for b, w in zip(call.biases, wanted, strict=True)):
-        along = torch.zeros(place.heads, max(place.q_len + place.k_len - 1, 0))
-    if delta.numel() and place.k_len:
-        kept = Buffers()
-        views = [
-            (0,) * 6 if g is None else kept.view(g, 0)
-            for g, b in zip(dense, call.biases, strict=True)
-            if b.kind == Kind.DENSE
-        ]
-        kind = TYPES[grad_out.dtype]
-        sizes = [b.tensor.numel() for b in call.biases if b.kind == Kind.DENSE]
-        words = struct.pack(
-            "6q8q",
-            *kept.view(grad_out, kind), stats.data_ptr(), delta.data_ptr(),
-            *(g.data_ptr() for g in grads), kept.tensor(along),
-            kept.packed(f"{6 * len(views)}q", *(n for v in views for n in v)), kept.integers(sizes),
-        )  # fmt: skip
-        forward_words = words_of(call, out, delta, None, kept)
-        _check(library().regard_backward(forward_words, words))
-    d_biases: list[Tensor | None] = []
-    for bias, want, gradient in zip(call.biases, wanted, dense, strict=True):
-        if want and bias.kind != Kind.DENSE:
-            assert along is not None
-            gradient = bias.collect_along(along, offsets(call))
-        d_biases.append(None if gradient is None else gradient.to(bias.tensor.dtype))
-    d_sinks = None
-    if call.sinks is not None:
-        share = (call.sinks.float()[:, None] - stats[..., 0]).exp() / stats[..., 1]
-        d_sinks = -(share * delta).sum((0, 2)).to(call.sinks.dtype)
-    tensors = (call.query, call.key, value)
-    return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], d_biases, d_sinks
-
-
-def effect(call: Call, out: Tensor, stats: Tensor, k: int, grad: Tensor) -> Measured:
-    """(indices, effect, weights) of the k edges of each row that matter most to a scalar.
-
-    grad: the scalar's gradient of out; both (batch, heads, q_len, v_dim).
-    """
-    place = call.place
-    rows = (place.batch, place.heads, place.q_len, k)
-    indices = torch.full(rows, -1, dtype=torch.int32)
-    sizes, weights = torch.zeros(rows), torch.zeros(rows)
-    delta = (grad.float() * out.float()).sum(-1).contiguous()
-    if delta.numel():
-        kept = Buffers()
-        wanted = struct.pack(
-            "6q6q", *kept.view(grad, TYPES[grad.dtype]), stats.data_ptr(), delta.data_ptr(), k,
-            indices.data_ptr(), sizes.data_ptr(), weights.data_ptr(),
-        )  # fmt: skip
-        _check(library().regard_effect(words_of(call, out, delta, None, kept), wanted))
-    return indices, sizes, weights
-
-
-def library() -> ctypes.CDLL:
-    """The library, which `why_not` has found."""
-    loaded = native.library()
-    assert loaded is not None
-    return loaded
-
-
-def _check(code: int) -> None:
-    if code:
-        raise MemoryError(f"engine cpu: {library().regard_error(code).decode()}")
 
 
 class _Attention(torch.autograd.Function):
@@ -350,208 +234,3 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 _op.register_autograd(_gradients, setup_context=_save)
-
-
-class Buffers:
-    """Numbers as the kernels read them; keeps what they point to alive."""
-
-    def __init__(self) -> None:
-        self.kept: list[Any] = []
-
-    def view(self, tensor: Tensor, kind: int) -> tuple[int, ...]:
-        """A RegardView of a tensor of up to 4 dimensions; a dimension of size 1 has stride 0."""
-        self.kept.append(tensor)
-        strides = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-        return (tensor.data_ptr(), kind, *strides, *(0,) * (4 - len(strides)))
-
-    def packed(self, form: str, *numbers: float) -> int:
-        """The address of packed numbers; 0 if there are none."""
-        if not numbers:
-            return 0
-        kept = ctypes.create_string_buffer(struct.pack(form, *numbers))
-        self.kept.append(kept)
-        return ctypes.addressof(kept)
-
-    def integers(self, numbers: Sequence[int]) -> int:
-        """The address of int64s; 0 if there are none."""
-        return self.packed(f"{len(numbers)}q", *numbers)
-
-    def tensor(self, tensor: Tensor | None) -> int:
-        """The address of a contiguous tensor; 0 for None."""
-        if tensor is None:
-            return 0
-        self.kept.append(tensor)
-        return tensor.data_ptr()
-
-
-def words_of(
-    call: Call, out: Tensor, lse: Tensor, stats: Tensor | None, kept: Buffers, observe: int = 0
-) -> bytes:
-    """The call as a RegardCall (kernels/cpu/abi.h)."""
-    place, value = call.place, call.value
-    assert value is not None
-    kind = TYPES[call.query.dtype]
-    floats = [_float(b.tensor) for b in call.biases if b.kind == Kind.DENSE]
-    dense = [kept.view(t, TYPES[t.dtype]) for t in floats]
-    mask = [kept.view(t, 0) for t in _mask_tensors(call)] if call.program.tensors else []
-    sizes = [t.shape[0] for t in call.program.tensors]
-    dropout = call.dropout
-    seed = int(dropout.seed) if dropout is not None and dropout.seed is not None else 0
-    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    return struct.pack(
-        "9q3d3q24q4q2q4q4qq",
-        place.batch, place.heads, place.kv_heads, place.q_len, place.k_len,
-        call.query.shape[-1], value.shape[-1], place.query_start, place.key_start,
-        call.scale, call.softcap or 0.0, 0.0 if dropout is None else dropout.p,
-        seed, torch.get_num_threads(), native.level(),
-        call.query.data_ptr(), kind, *call.query.stride(),
-        call.key.data_ptr(), kind, *call.key.stride(),
-        value.data_ptr(), kind, *value.stride(),
-        out.data_ptr(), kind, *out.stride(),
-        lse.data_ptr(), 0 if stats is None else stats.data_ptr(), kept.tensor(sinks), kept.tensor(by_offset(call)),
-        len(dense), len(call.program.code),
-        kept.packed(f"{6 * len(dense)}q", *(n for v in dense for n in v)),
-        kept.integers(call.program.code),
-        kept.packed(f"{6 * len(mask)}q", *(n for v in mask for n in v)),
-        kept.integers(sizes),
-        *_pages(call, kept),
-        observe,
-    )  # fmt: skip
-
-
-def _pages(call: Call, kept: Buffers) -> tuple[int, ...]:
-    """A RegardPages: table, its row, tokens of a page, lengths."""
-    if call.pages is None:
-        return 0, 0, 0, 0
-    table, lengths = (t.to(torch.int32).contiguous() for t in (call.pages.table, call.pages.lengths))
-    return kept.tensor(table), table.shape[1], call.key.shape[2], kept.tensor(lengths)
-
-
-def by_offset(call: Call) -> Tensor | None:
-    """The sum of the biases that depend on query − key alone: (heads, q_len + k_len − 1) float32.
-
-    Entry x is that of query index − key index = x − (k_len − 1).
-    """
-    total: Tensor | None = None
-    for bias in call.biases:
-        if bias.kind == Kind.DENSE:
-            continue
-        mine = replace(bias, tensor=bias.tensor.detach().float()).along(offsets(call))
-        total = mine if total is None else total + mine
-    return None if total is None else total.contiguous()
-
-
-def offsets(call: Call) -> Tensor:
-    """key − query at each entry of `by_offset`: (q_len + k_len − 1,) int64."""
-    place = call.place
-    count = max(place.q_len + place.k_len - 1, 0)
-    first = place.key_start - place.query_start + place.k_len - 1
-    return first - torch.arange(count)
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.dtype in TYPES else tensor.detach().float()
-
-
-def _mask_tensors(call: Call) -> list[Tensor]:
-    """The mask's tensors as the kernels read them: ids as int32, pairs and the rest contiguous."""
-    tensors = list(call.program.tensors)
-    for op, args in call.program.instructions():
-        for i in args[: len(op.form.tensors)]:
-            if op == Op.DOCUMENTS:
-                tensors[i] = tensors[i].to(torch.int32).contiguous()
-            elif op != Op.DENSE:
-                tensors[i] = tensors[i].contiguous()
-    return tensors
-
-
-class Watching:
-    """The tensors that the forward fills for observers, and what each observer asked for of them.
-
-    Of several TopK the kernel keeps the largest k, of several Rows all of them.
-    """
-
-    def __init__(self, call: Call, observers: tuple[Observer, ...], lse: Tensor) -> None:
-        self.call, self.observers, self.lse = call, observers, lse
-        place = call.place
-        self.row = (place.batch, place.heads, place.q_len)
-        self.k = max((o.k for o in observers if isinstance(o, TopK)), default=0)
-        self.wanted = sorted(
-            {r for o in observers if isinstance(o, Rows) for _, r in o.local(place)}
-        )
-        self.top = None if not self.k else self._top()
-        self.filled = [self._tensors(o) for o in observers]
-        self.rows = torch.full((*self.row[:2], len(self.wanted), place.k_len), -torch.inf)
-
-    def _top(self) -> list[Tensor]:
-        row = self.row
-        listed = torch.zeros(*row, self.k)
-        return [torch.full((*row, self.k), -1, dtype=torch.int32), listed, *torch.zeros(2, *row)]
-
-    def _tensors(self, observer: Observer) -> list[Tensor]:
-        if isinstance(observer, TopK | Rows | LogSumExp):
-            return []
-        place = self.call.place
-        if isinstance(observer, Received):  # pooled over heads in the end
-            shape = (place.batch, place.heads, place.k_len)
-            return [torch.zeros(shape), torch.zeros(shape, dtype=torch.int32)]
-        return [
-            torch.zeros(shape, dtype=dtype) for shape, dtype in observer.shapes(place, torch.float32)
-        ]
-
-    def packed(self, kept: Buffers) -> int:
-        """A RegardObserve (kernels/cpu/abi.h)."""
-        place = self.call.place
-        one: dict[type, int] = {}
-        received: list[int] = []
-        maps: list[int] = []
-        distances: list[int] = []
-        for observer, tensors in zip(self.observers, self.filled, strict=True):
-            where = [kept.tensor(t) for t in tensors]
-            if isinstance(observer, Received):
-                received += [*observer.span(place), *where]
-            elif isinstance(observer, Map):
-                for cells in observer.cells(place):
-                    maps += [cells.first, cells.size, cells.count]
-                maps += [observer.reduce == "max", *where]
-            elif isinstance(observer, Distances):
-                edges = observer.edges
-                distances += [len(edges), kept.integers(edges), *where]
-            elif isinstance(observer, Entropy | MaxScore):
-                # Several ask for the same: the first is filled, the others take it
-                one.setdefault(type(observer), where[0])
-        top = [kept.tensor(t) for t in self.top] if self.top else [0] * 4
-        return kept.packed(
-            "16q",
-            self.k, *top, one.get(Entropy, 0), one.get(MaxScore, 0),
-            len(received) // 4, len(maps) // 8, len(distances) // 4, len(self.wanted),
-            kept.integers(received), kept.integers(maps), kept.integers(distances),
-            kept.integers(self.wanted), kept.tensor(self.rows),
-        )  # fmt: skip
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors of each observer's `shapes`, one after another."""
-        place = self.call.place
-        answers: list[Tensor] = []
-        first: dict[type, Tensor] = {}
-        for observer, filled in zip(self.observers, self.filled, strict=True):
-            if isinstance(observer, TopK):
-                answers += self._largest(observer.k)
-            elif isinstance(observer, Rows):
-                mine = [self.wanted.index(r) for _, r in observer.local(place)]
-                answers.append(self.rows[:, :, mine])
-            elif isinstance(observer, LogSumExp):
-                answers.append(self.lse.clone())
-            elif isinstance(observer, Received):
-                answers += observer.pool(*filled, place)
-            elif isinstance(observer, Entropy | MaxScore):
-                answers.append(first.setdefault(type(observer), filled[0]).clone())
-            else:
-                answers += filled
-        return answers
-
-    def _largest(self, k: int) -> list[Tensor]:
-        assert self.top is not None
-        index, listed, rest, sink = self.top
-        rest = rest + listed[..., k:].sum(-1)
-        return [index[..., :k].contiguous(), listed[..., :k].contiguous(), rest, sink]

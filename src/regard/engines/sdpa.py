@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..call import Call
-from ..lowered import Op, Span
+from ..lowered import Op
+from . import sdpa_cuda
+from .sdpa_cuda import MASK_LIMIT, items, laid_out
 
 name = "sdpa"
-
-MASK_LIMIT = 2**26  # elements of a materialised mask: beyond it this engine would not be O(N)
 
 
 def why_not(call: Call) -> list[str]:
     """PyTorch's kernel takes a mask but no cap, no sinks, and gives no gradient through lse."""
     reasons = []
     place = call.place
-    if place.device.type != "cpu":
-        reasons.append(f"query is on {place.device}; this engine runs on cpu")
-    if call.value is not None and call.value.shape[-1] != call.query.shape[-1]:
+    on_gpu = place.device.type == "cuda"
+    if place.device.type not in ("cpu", "cuda"):
+        reasons.append(f"query is on {place.device}; this engine runs on cpu and cuda")
+    if not on_gpu and call.value is not None and call.value.shape[-1] != call.query.shape[-1]:
         reasons.append(
             f"v_dim {call.value.shape[-1]} is not dim {call.query.shape[-1]}; its kernel needs one"
         )
@@ -32,16 +34,24 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"scale is {call.scale}; below or at 0 its kernel's causal mask gives NaN")
     if call.pages is not None:
         reasons.append("keys lie in pages; its kernel reads none")
+    if not on_gpu and transforms.mapping():
+        reasons.append("vmap looks on; its kernel would run once for each slice")
     if call.return_lse and call.needs_grad:
         reasons.append("return_lse needs gradients; its kernel gives none through lse")
     if call.biases and call.needs_grad and any(b.tensor.requires_grad for b in call.biases):
         reasons.append("a bias needs gradients; its kernel gives none through its mask")
-    if not _plain(call) and place.q_len * place.k_len * _mask_items(call) > MASK_LIMIT:
+    if on_gpu:
+        return reasons + sdpa_cuda.why_not(call, _capability(call))
+    if not _plain(call) and place.q_len * place.k_len * items(call) > MASK_LIMIT:
         reasons.append(
             f"the mask would be materialised: {place.q_len} × {place.k_len}; beyond 2²⁶ elements "
             "that is not O(N) memory"
         )
     return reasons
+
+
+def _capability(call: Call) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(call.place.device)
 
 
 def _plain(call: Call) -> bool:
@@ -55,27 +65,15 @@ def _causal(call: Call) -> bool:
     return call.program.code == (Op.CAUSAL,) and place.query_start == place.key_start
 
 
-def _mask_items(call: Call) -> int:
-    batch, heads = call.program.spread()
-    for bias in call.biases:
-        heads = max(heads, bias.tensor.shape[1] if bias.tensor.dim() == 4 else call.place.heads)
-        batch = max(batch, bias.tensor.shape[0] if bias.tensor.dim() == 4 else 1)
-    return batch * heads
-
-
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse); out is differentiable, lse is not."""
     place = call.place
+    if place.device.type == "cuda":
+        return sdpa_cuda.forward(call, _capability(call))
     mask = blind = None
     if not _plain(call):
-        whole = Span(0, place.q_len, 0, place.k_len)
-        visible = call.program.visible(whole)
-        mask = torch.zeros((), dtype=call.query.dtype).expand(visible.shape)
-        for bias in call.biases:
-            mask = mask + bias.tile(whole, call.query.dtype)
-        mask = mask.masked_fill(~visible, -torch.inf)
-        blind = (mask == -torch.inf).all(-1)
-        mask = mask.expand(*mask.shape[:2], place.q_len, place.k_len).contiguous()
+        mask, blind = laid_out(call)
+        mask = mask.contiguous()
     assert call.value is not None
     given = (call.query, call.key, call.value)
     # The kernel takes the last stride to be 1, whatever it is

@@ -67,7 +67,7 @@ def _directions(features: int, seed: int, dim: int) -> Tensor:
 )
 def _favor_directions(like: Tensor, features: int, seed: int) -> Tensor:
     drawn = _directions(features, seed, like.shape[-1])
-    return drawn.to(like.device, like.dtype, copy=True)
+    return drawn.to(like.device, like.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @_favor_directions.register_fake

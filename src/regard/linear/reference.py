@@ -53,7 +53,7 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
         rows, row_sums = [], []
         opened = torch.full((batch,), -1, device=query.device) if document is None else document
         if request.key_ids is None:
-            opened = torch.zeros(batch, device=query.device)
+            opened = torch.zeros_like(opened)
         for t in range(k_len):
             begins = (key_ids[:, t] >= 0) & (key_ids[:, t] != opened)
             opened = key_ids[:, t].where(begins, opened)

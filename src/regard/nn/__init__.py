@@ -2,6 +2,7 @@
 
 from . import functional
 from .blocks import Block, BlockSeen, FeedForward
+from .linear import DeltaAttention, LinearAttention
 from .multihead import Memory, MultiHeadAttention
 from .positions import (
     LearnedPositions,
@@ -18,9 +19,11 @@ __all__ = [
     "Block",
     "BlockSeen",
     "Decoder",
+    "DeltaAttention",
     "Encoder",
     "FeedForward",
     "LearnedPositions",
+    "LinearAttention",
     "LinearScaling",
     "Memory",
     "MultiHeadAttention",

@@ -16,7 +16,7 @@ from ..observers import Observer
 from .multihead import Cache, Memory, MultiHeadAttention, start_of
 from .positions import Positions
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it gates
     "relu": (F.relu, False),
     "gelu": (F.gelu, False),
     "swiglu": (F.silu, True),
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
         self.act, gated = ACTIVATIONS[activation]
         if hidden is None:
             hidden = -(-8 * dim // 24) * 8 if gated else 4 * dim
-        made = {"bias": bias, "device": device, "dtype": dtype}
+        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.up = nn.Linear(dim, hidden, **made)
         self.gate = nn.Linear(dim, hidden, **made) if gated else None
         self.down = nn.Linear(hidden, dim, **made)

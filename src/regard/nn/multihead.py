@@ -105,7 +105,7 @@ class MultiHeadAttention(nn.Module):
             raise RegardError(f"rotary turns {rotary.dim} numbers of heads of {self.head_dim}")
         self.softcap, self.scale, self.dropout, self.engine = softcap, scale, dropout, engine
         self.kind = "self"  # or "cross": how it was last called; `regard.watch` reports it
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         width, kv_width = heads * self.head_dim, kv_heads * self.head_dim
         self.q_proj = nn.Linear(dim, width, bias, **made)
         self.k_proj = nn.Linear(key_dim or dim, kv_width, bias, **made)
@@ -163,7 +163,7 @@ class MultiHeadAttention(nn.Module):
             k, v = self.remember(query, positions=positions)
         if self.rotary is not None:
             q = self.rotary(q, positions)
-        # Autocast leaves a norm's output in float32
+        # A norm under autocast gives float32
         q, k = q.to(v.dtype), k.to(v.dtype)
         request = {"mask": mask, "bias": bias, "observe": observe} | self._request()
         if cache is not None:
@@ -190,11 +190,12 @@ class MultiHeadAttention(nn.Module):
         v = self._heads(self.v_proj(key if value is None else value), None)
         return Memory(k if self.rotary is None else self.rotary(k, positions), v)
 
-    def _heads(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
+    def _heads(self, projected: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         """(batch, length, heads · head_dim) as (batch, heads, length, head_dim), normed."""
         heads = projected.shape[-1] // self.head_dim
         split = projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
-        return split if norm is None else norm(split)
+        # Under autocast the norm's weights are the wider
+        return split if norm is None else norm(split.to(norm.weight.dtype))
 
     def _request(self) -> dict[str, Any]:
         """What this module sets of an attention call."""

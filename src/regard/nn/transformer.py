@@ -104,7 +104,8 @@ class Encoder(nn.Module):
 
     def remember(self, memory: Tensor) -> list[Memory]:
         """Every block's keys and values of a memory, projected once for many steps."""
-        return [layer.remember(memory) for layer in self.layers]
+        layers: Any = self.layers  # typed as modules alone
+        return [layer.remember(memory) for layer in layers]
 
     def _seen_by(self, mask: Mask) -> Mask:
         """What self-attention may see."""
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
             return bias
         if bias is None:
             return own
-        return [own, *bias] if isinstance(bias, list | tuple) else [own, bias]
+        return [own, bias] if isinstance(bias, Bias | Tensor) else [own, *bias]
 
 
 class Decoder(Encoder):

@@ -121,7 +121,9 @@ class EffectPass {
         for (int j = 0; j < n; j++) {
             V s = load(score + j * PW + at), dp = load(slope + j * PW + at);
             if (c.dropout) dp *= load(factors + j * LANES + lane);
-            V p = exp(s - high) * by, left = 1.f - p;
+            V p = exp(s - high) * by;
+            // A row's sum of 1 is that of one key; here its score may be a rounding off (few.h)
+            V left = (by == 1.f) & (p > .5f) ? V{} : 1.f - p;
             V change = left > 0.f ? p * (here - dp) / left : -here;
             V large = change < 0.f ? -change : change;
             I shown = (s > -INFINITY) | (s != s);

@@ -1,0 +1,197 @@
+"""Triton: who sees whom in a tile, and the scores of a tile."""
+# No `from __future__ import annotations`: Triton reads the annotations themselves.
+
+import triton
+import triton.language as tl
+
+from ...lowered import Op
+from ...ops import FULL_CELL, TILE_SIDE
+from .instructions import WORDS
+
+_ONE = tl.constexpr(1)  # first, as the interpreter gives KINDS as a plain number
+_WORDS = tl.constexpr(WORDS)
+_SIDE = tl.constexpr(TILE_SIDE)
+_FULL_CELL = tl.constexpr(FULL_CELL)
+_FULL = tl.constexpr(int(Op.FULL))
+_CAUSAL = tl.constexpr(int(Op.CAUSAL))
+_WINDOW = tl.constexpr(int(Op.WINDOW))
+_FIRST = tl.constexpr(int(Op.FIRST))
+_DOCUMENTS = tl.constexpr(int(Op.DOCUMENTS))
+_PADDING = tl.constexpr(int(Op.PADDING))
+_EDGES = tl.constexpr(int(Op.EDGES))
+_DENSE = tl.constexpr(int(Op.DENSE))
+_TILES = tl.constexpr(int(Op.TILES))
+_HEADS = tl.constexpr(int(Op.HEADS))
+_STEP = tl.constexpr(int(Op.STEP))
+_CHUNK = tl.constexpr(int(Op.CHUNK))
+_PHASE = tl.constexpr(int(Op.PHASE))
+_BLOCKS = tl.constexpr(int(Op.BLOCKS))
+_QUERIES = tl.constexpr(int(Op.QUERIES))
+_AND = tl.constexpr(int(Op.AND))
+_OR = tl.constexpr(int(Op.OR))
+_NOT = tl.constexpr(int(Op.NOT))
+
+
+@triton.jit
+def _modulo(a, n):
+    """a modulo n > 0, below 0 too: % of integers is C's on a GPU and Python's elsewhere."""
+    return ((a % n) + n) % n
+
+
+@triton.jit
+def _quotient(a, n):
+    """a // n rounded down."""
+    return (a - _modulo(a, n)) // n
+
+
+@triton.jit
+def visible(
+    records, length, integers, octets, rows, cols, row_in, col_in, b, h, query_start, key_start,
+    KINDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Bool (M, N): what the program shows of the pairs of rows and cols, indices of the call.
+
+    The stack stands in the bits of one integer a pair: bit 0 is its top.
+    """
+    query = (rows + query_start)[:, None]
+    key = (cols + key_start)[None, :]
+    inside = row_in[:, None] & col_in[None, :]
+    zeros = tl.zeros([M, N], tl.int32)
+    stack = zeros
+    for n in range(length):
+        at = records + n * _WORDS
+        op = tl.load(at).to(tl.int32)
+        if op == _AND:
+            stack = (stack >> 1) & (stack | -2)
+        elif op == _OR:
+            stack = (stack >> 1) | (stack & 1)
+        elif op == _NOT:
+            stack = stack ^ 1
+        else:
+            leaf = zeros
+            w1 = tl.load(at + 1)
+            w2 = tl.load(at + 2)
+            w3 = tl.load(at + 3)
+            w4 = tl.load(at + 4)
+            n1 = w1.to(tl.int32)
+            n2 = w2.to(tl.int32)
+            n3 = w3.to(tl.int32)
+            if (_ONE << _FULL) & KINDS:
+                if op == _FULL:
+                    leaf = zeros + 1
+            if (_ONE << _CAUSAL) & KINDS:
+                if op == _CAUSAL:
+                    leaf = (key <= query).to(tl.int32)
+            if (_ONE << _WINDOW) & KINDS:
+                if op == _WINDOW:
+                    leaf = ((query - key < n1) & (query - key >= -n2)).to(tl.int32)
+            if (_ONE << _FIRST) & KINDS:
+                if op == _FIRST:
+                    leaf = zeros + (key < n1).to(tl.int32)
+            if (_ONE << _STEP) & KINDS:
+                if op == _STEP:
+                    leaf = (_modulo(query - key, n1) == 0).to(tl.int32)
+            if (_ONE << _CHUNK) & KINDS:
+                if op == _CHUNK:
+                    leaf = (_quotient(query, n1) == _quotient(key, n1)).to(tl.int32)
+            if (_ONE << _PHASE) & KINDS:
+                if op == _PHASE:
+                    phase = _modulo(key, n1)
+                    leaf = zeros + ((phase >= n2) & (phase < n3)).to(tl.int32)
+            if (_ONE << _QUERIES) & KINDS:
+                if op == _QUERIES:
+                    leaf = zeros + ((query >= n1) & (query < n2)).to(tl.int32)
+            if (_ONE << _DOCUMENTS) & KINDS:
+                if op == _DOCUMENTS:
+                    mine = tl.load(integers + w1 + b * w2 + rows, mask=row_in, other=-1)[:, None]
+                    theirs = tl.load(integers + w3 + b * w4 + cols, mask=col_in, other=-1)[None, :]
+                    leaf = ((mine == theirs) & (mine >= 0)).to(tl.int32)
+            if (_ONE << _PADDING) & KINDS:
+                if op == _PADDING:
+                    keep = tl.load(octets + w1 + b * w2 + cols, mask=col_in, other=0)[None, :]
+                    leaf = zeros + (keep != 0).to(tl.int32)
+            if (_ONE << _HEADS) & KINDS:
+                if op == _HEADS:
+                    leaf = zeros + (tl.load(octets + w1 + h) != 0).to(tl.int32)
+            if (_ONE << _EDGES) & KINDS:
+                if op == _EDGES:
+                    for edge in range(n2):
+                        pair = integers + w1 + edge * 2
+                        there = (query == tl.load(pair)) & (key == tl.load(pair + 1))
+                        leaf = leaf | there.to(tl.int32)
+            if (_ONE << _DENSE) & KINDS:
+                if op == _DENSE:
+                    w5 = tl.load(at + 5)
+                    start = octets + w1 + b * w2 + h * w3
+                    own = start + rows[:, None] * w4 + cols[None, :] * w5
+                    leaf = (tl.load(own, mask=inside, other=0) != 0).to(tl.int32)
+            if (_ONE << _BLOCKS) & KINDS:
+                if op == _BLOCKS:
+                    n5 = tl.load(at + 5).to(tl.int32)
+                    row = _quotient(query, n5) - tl.load(at + 6)
+                    col = _quotient(key, n5) - tl.load(at + 7)
+                    own = octets + w1 + b * w2 + h * w3 + row * w4 + col
+                    leaf = (tl.load(own, mask=inside, other=0) != 0).to(tl.int32)
+            if (_ONE << _TILES) & KINDS:
+                if op == _TILES:
+                    w5 = tl.load(at + 5)
+                    row = rows[:, None]
+                    col = cols[None, :]
+                    own = integers + w1 + b * w2 + h * w3 + (row // _SIDE) * w4 + col // _SIDE
+                    cell = tl.load(own, mask=inside, other=_FULL_CELL)
+                    bit = (row % _SIDE) * _SIDE + col % _SIDE
+                    place = octets + w5 + cell * (_SIDE * _SIDE // 8) + bit // 8
+                    bits = tl.load(place, mask=inside & (cell >= 0), other=0).to(tl.int32)
+                    shown = ((bits >> (bit % 8)) & 1) | (cell == _FULL_CELL).to(tl.int32)
+                    leaf = shown
+            stack = (stack << 1) | leaf
+    return (stack & 1) != 0
+
+
+@triton.jit
+def _added(bias, b_stride, h_stride, q_stride, k_stride, rows, cols, row_in, col_in, b, h):
+    """A tile of a dense bias, float32; a stride is 0 where one number serves all."""
+    own = bias + b * b_stride + h * h_stride
+    own = own + rows[:, None].to(tl.int64) * q_stride + cols[None, :].to(tl.int64) * k_stride
+    return tl.load(own, mask=row_in[:, None] & col_in[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def scores(
+    q, k, k_row, k_dim, dim, rows, cols, row_in, col_in, b, h, whole, scale, softcap,
+    query_start, key_start, slopes, relative, relative_width, relative_zero,
+    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
+    records, length, integers, octets,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
+    MASKED: tl.constexpr, KINDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """(scores, shown), each (M, N): float32, −inf where hidden; shown by the mask.
+
+    q (M, D): the tile's queries. k: the first of its head's keys. whole: the mask shows all of it.
+    """
+    dims = tl.arange(0, D)
+    own = k + cols[None, :].to(tl.int64) * k_row + dims[:, None] * k_dim
+    keys = tl.load(own, mask=col_in[None, :] & (dims < dim)[:, None], other=0)
+    s = tl.dot(q, keys, input_precision="ieee") * scale
+    if SOFTCAP:
+        # tanh x = 1 − 2 / (e^2x + 1), off by float32's rounding at 1
+        s = softcap * (1 - 2 / (tl.exp(2 * (s / softcap)) + 1))
+    offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
+    if ALIBI:
+        s = s - tl.load(slopes + h) * tl.abs(offset).to(tl.float32)
+    inside = row_in[:, None] & col_in[None, :]
+    if RELATIVE:
+        along = relative + h.to(tl.int64) * relative_width + offset + relative_zero
+        s = s + tl.load(along, mask=inside, other=0)
+    if DENSE > 0:
+        s = s + _added(bias0, b0_b, b0_h, b0_q, b0_k, rows, cols, row_in, col_in, b, h)
+    if DENSE > 1:
+        s = s + _added(bias1, b1_b, b1_h, b1_q, b1_k, rows, cols, row_in, col_in, b, h)
+    shown = inside
+    if MASKED:
+        if whole == 0:
+            shown = inside & visible(
+                records, length, integers, octets, rows, cols, row_in, col_in, b, h,
+                query_start, key_start, KINDS, M, N,
+            )  # fmt: skip
+    return tl.where(shown, s, float("-inf")), shown

@@ -1,0 +1,296 @@
+"""Triton: one pass over the tiles of the weights, for all observers at once.
+
+A program takes every n-th block of queries of one head and, for each, the tiles of keys that the
+mask does not empty, in ascending order. Rows (top k, entropy, maximum) live in registers. Columns
+are added to a buffer of the program's own, so that no two programs add to one number: the buffers
+are summed afterwards, in a fixed order. The same input gives the same bits.
+
+Columns need each row's own sum before the row has been read. It is 1 to within the rounding of lse,
+about |lse| · 2⁻²³: blocks with an |lse| beyond `_LARGE` are summed first, in a pass of their own.
+"""
+# No `from __future__ import annotations`: Triton reads the annotations themselves.
+
+import triton
+import triton.language as tl
+
+from .tiles import scores
+
+_LARGE = tl.constexpr(32.0)
+_HIDDEN = tl.constexpr(-2139095041)  # ordered(−inf)
+_LEAST = tl.constexpr(-(2**31))
+_MOST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _ordered(x):
+    """Floats as integers in the same order: NaN above inf."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _unordered(bits):
+    """`_ordered` is its own inverse."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _insert(best, names, new, cols, K: tl.constexpr):
+    """The K largest of each row, after those of a tile: best, names (M, K), in no order.
+
+    new (M, N): ordered numbers. A number is taken only if it is larger than the least one held,
+    and tiles come in ascending order, so that of equal ones the lower key stays.
+    """
+    slots = tl.arange(0, K)[None, :]
+    top = tl.max(new, 1)
+    least = tl.min(best, 1)
+    while tl.max((top > least).to(tl.int32), 0) > 0:
+        name = tl.min(tl.where(new == top[:, None], cols[None, :], _MOST), 1)
+        # Of the least ones held, that of the highest key makes room
+        worst = best == least[:, None]
+        last = tl.max(tl.where(worst, names, -2), 1)
+        slot = tl.min(tl.where(worst & (names == last[:, None]), slots, K), 1)
+        put = (slots == slot[:, None]) & (top > least)[:, None]
+        best = tl.where(put, top[:, None], best)
+        names = tl.where(put, name[:, None], names)
+        new = tl.where(cols[None, :] == name[:, None], _LEAST, new)
+        top = tl.max(new, 1)
+        least = tl.min(best, 1)
+    return best, names
+
+
+@triton.jit
+def _pool(
+    x, MAX: tl.constexpr, NR: tl.constexpr, SR: tl.constexpr, NC: tl.constexpr, SC: tl.constexpr
+):
+    """(NR · SR, NC · SC) pooled to (NR, NC): sums, or maxima of integers."""
+    if SR > 1:
+        x = tl.reshape(x, [NR, SR, NC * SC])
+        x = tl.max(x, 1) if MAX else tl.sum(x, 1)
+    if SC > 1:
+        x = tl.reshape(x, [NR, NC, SC])
+        x = tl.max(x, 2) if MAX else tl.sum(x, 2)
+    return x
+
+
+@triton.jit
+def weigh(
+    q, k, lse, sinks,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
+    query_start, key_start, slopes, relative, relative_width, relative_zero,
+    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
+    records, length, integers, octets,
+    tiles, tile_counts, tiles_b, tiles_h, q_lead, k_lead, q_blocks, k_blocks, splits,
+    mass_out, entropy_out, score_out, names_out, listed_out, listed,
+    columns_out, counts_out, counts_b, counts_h, first_row, last_row,
+    cells_out, cell_size, first_cell, cell_cols,
+    past_out, future_out, edges, bins,
+    SHARD: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    RELATIVE: tl.constexpr, DENSE: tl.constexpr, MASKED: tl.constexpr, KINDS: tl.constexpr,
+    ENTROPY: tl.constexpr, SCORE: tl.constexpr, TOP: tl.constexpr, RECEIVED: tl.constexpr,
+    MAP: tl.constexpr, MAX: tl.constexpr, NR: tl.constexpr, NC: tl.constexpr, BINS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """See `reading.read`, which gives it its arguments. A flag of 0 leaves an observer out.
+
+    TOP, BINS: powers of two that hold the largest k and the bins. NR × NC: cells of the map in a
+    tile (a cell of more columns than a tile is gathered over its tiles).
+    """
+    pid = tl.program_id(0)
+    split = pid % splits
+    bh = (pid // splits).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    q = q + b * q_b + h * q_h
+    k = k + b * k_b + (h // group) * k_h
+    dims = tl.arange(0, D)
+    slots = tl.arange(0, TOP if TOP > 0 else 2)[None, :]
+    bars = tl.arange(0, BINS if BINS > 0 else 2)
+    past = tl.zeros([BINS if BINS > 0 else 2], tl.float32)
+    future = past
+    # Late blocks see the most under a causal mask: they go first
+    for turn in range((q_blocks - split + splits - 1) // splits):
+        block = q_blocks - 1 - split - turn * splits
+        rows = block * M + tl.arange(0, M) - q_lead
+        row_in = (rows >= 0) & (rows < q_len)
+        own = q + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d
+        query = tl.load(own, mask=row_in[:, None] & (dims < dim)[None, :], other=0)
+        given = tl.load(lse + bh * q_len + rows, mask=row_in, other=float("-inf"))
+        blind = given == float("-inf")
+        safe = tl.where(blind, 0.0, given)
+        taken = tl.zeros([M], tl.float32)
+        if SINKS:
+            taken = tl.exp(tl.load(sinks + h) - given)
+        list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
+        count = k_blocks
+        if MASKED:
+            count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block)
+
+        before = tl.full([M], 1.0, tl.float32)  # what columns divide by
+        if not SHARD:
+            if RECEIVED or MAP or BINS > 0:
+                large = tl.max((row_in & (tl.abs(safe) > _LARGE)).to(tl.int32), 0)
+                summed = tl.zeros([M], tl.float32)
+                for turn_ahead in range(count * large):
+                    entry = turn_ahead * 2 + 1
+                    if MASKED:
+                        entry = tl.load(tiles + list_at + turn_ahead)
+                    cols = (entry >> 1) * N + tl.arange(0, N) - k_lead
+                    col_in = (cols >= 0) & (cols < k_len)
+                    s, shown = scores(
+                        query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h, entry & 1,
+                        scale, softcap, query_start, key_start, slopes, relative, relative_width,
+                        relative_zero, bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q,
+                        b1_k, records, length, integers, octets, SOFTCAP, ALIBI, RELATIVE, DENSE,
+                        MASKED, KINDS, M, N, D,
+                    )  # fmt: skip
+                    summed += tl.sum(tl.where(shown, tl.exp(s - safe[:, None]), 0.0), 1)
+                if large > 0:
+                    before = tl.where(blind, 1.0, summed + taken)
+
+        mass = tl.zeros([M], tl.float32)
+        spread = tl.zeros([M], tl.float32)
+        highest = tl.full([M], _HIDDEN, tl.int32)
+        best = tl.zeros([M, TOP if TOP > 0 else 2], tl.int32) + tl.where(
+            slots < listed, _HIDDEN, _MOST
+        )
+        names = tl.full([M, TOP if TOP > 0 else 2], -1, tl.int32)
+        gathered = tl.zeros([NR, NC], tl.int32 if MAX else tl.float32)
+        last_cell = -1
+        for turn_at in range(count):
+            entry = turn_at * 2 + 1
+            if MASKED:
+                entry = tl.load(tiles + list_at + turn_at)
+            start = (entry >> 1) * N - k_lead
+            cols = start + tl.arange(0, N)
+            col_in = (cols >= 0) & (cols < k_len)
+            s, shown = scores(
+                query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h, entry & 1, scale,
+                softcap, query_start, key_start, slopes, relative, relative_width, relative_zero,
+                bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, records, length,
+                integers, octets, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, M, N, D,
+            )  # fmt: skip
+            log = tl.where(shown, s - safe[:, None], float("-inf"))
+            e = tl.exp(log)
+            mass += tl.sum(e, 1)
+            if ENTROPY:
+                spread += tl.sum(tl.where(log == float("-inf"), 0.0, e * log), 1)
+            if SCORE:
+                highest = tl.maximum(highest, tl.max(_ordered(s), 1))
+            if TOP > 0:
+                best, names = _insert(best, names, _ordered(log), cols, TOP)
+            if RECEIVED or MAP or BINS > 0:
+                p = e / before[:, None]
+                if RECEIVED:
+                    counted = (rows >= first_row) & (rows < last_row)
+                    to = (bh * splits + split) * k_len + cols
+                    sums = tl.sum(tl.where(counted[:, None], p, 0.0), 0)
+                    tl.store(columns_out + to, tl.load(columns_out + to, mask=col_in) + sums, col_in)
+                    if (b < counts_b) & (h < counts_h):
+                        to = ((b * counts_h + h) * splits + split) * k_len + cols
+                        seen = tl.sum((shown & counted[:, None]).to(tl.int32), 0)
+                        tl.store(counts_out + to, tl.load(counts_out + to, mask=col_in) + seen, col_in)
+                if MAP:
+                    if MAX:
+                        # Weights are not negative: their bits are in order, NaN last
+                        p_bits = p.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                        pooled = _pool(p_bits, MAX, NR, M // NR, NC, N // NC)
+                    else:
+                        pooled = _pool(p, MAX, NR, M // NR, NC, N // NC)
+                    cell = (start + key_start) // cell_size
+                    if NC == 1:
+                        held = tl.where(cell == last_cell, gathered, 0)
+                        pooled = tl.maximum(held, pooled) if MAX else held + pooled
+                        gathered = pooled
+                        last_cell = cell
+                    cell_ids = cell - first_cell + tl.arange(0, NC)
+                    line = (bh * q_blocks + block) * NR + tl.arange(0, NR)
+                    to_cells = cells_out + line[:, None] * cell_cols + cell_ids[None, :]
+                    cell_in = (cell_ids >= 0) & (cell_ids < cell_cols)
+                    if MAX:
+                        tl.store(to_cells, pooled.to(tl.float32, bitcast=True), cell_in[None, :])
+                    else:
+                        tl.store(to_cells, pooled, cell_in[None, :])
+                if BINS > 0:
+                    back = (rows + query_start)[:, None] - (cols + key_start)[None, :]
+                    most = block * M + M - 1 - q_lead + query_start - start - key_start
+                    least = most - M - N + 2
+                    for bin_at in range(bins):
+                        low = tl.load(edges + bin_at)
+                        high = tl.load(edges + bin_at + 1)
+                        if (most >= low) & (least < high):
+                            there = (back >= low) & (back < high)
+                            total = tl.sum(tl.sum(tl.where(there, p, 0.0), 1), 0)
+                            past += tl.where(bars == bin_at, total, 0.0)
+                        if (least < 0) & (-least >= low) & (-most < high):
+                            there = (back < 0) & (-back >= low) & (-back < high)
+                            total = tl.sum(tl.sum(tl.where(there, p, 0.0), 1), 0)
+                            future += tl.where(bars == bin_at, total, 0.0)
+
+        own_sum = tl.full([M], 1.0, tl.float32)
+        if not SHARD:
+            own_sum = tl.where(blind, 1.0, mass + taken)
+        mass = mass / own_sum
+        at = bh * q_len + rows
+        tl.store(mass_out + at, mass, row_in)
+        if ENTROPY:
+            tl.store(entropy_out + at, mass * tl.log(own_sum) - spread / own_sum, row_in)
+        if SCORE:
+            tl.store(score_out + at, _unordered(highest), row_in)
+        if TOP > 0:
+            # Largest first; of equal ones the lower key
+            held_best = tl.where(slots < listed, best, _LEAST)
+            for place in range(listed):
+                first = tl.max(held_best, 1)
+                name = tl.min(tl.where(held_best == first[:, None], names, _MOST), 1)
+                weight = tl.exp(_unordered(first)) / own_sum
+                absent = first == _HIDDEN
+                to = at * listed + place
+                tl.store(names_out + to, tl.where(absent, -1, name + key_start), row_in)
+                tl.store(listed_out + to, tl.where(absent, 0.0, weight), row_in)
+                gone = (held_best == first[:, None]) & (names == name[:, None])
+                # Empty slots have one name: they may all go only once nothing else is left
+                held_best = tl.where(gone & (absent == 0)[:, None], _LEAST, held_best)
+        # What the next block loads of the columns, other threads have stored
+        tl.debug_barrier()
+    if BINS > 0:
+        to = (bh * splits + split) * BINS + bars
+        tl.store(past_out + to, past)
+        tl.store(future_out + to, future)
+
+
+@triton.jit
+def weigh_rows(
+    q, k, lse, wanted, n,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
+    query_start, key_start, slopes, relative, relative_width, relative_zero,
+    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
+    records, length, integers, octets, out, row_blocks, k_blocks,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
+    MASKED: tl.constexpr, KINDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """exp(score − lse) of the rows in `wanted` (n,): out (batch, heads, n, k_len)."""
+    pid = tl.program_id(0)
+    tile = pid % k_blocks
+    bh = (pid // k_blocks // row_blocks).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    numbers = (pid // k_blocks % row_blocks) * M + tl.arange(0, M)
+    row_in = numbers < n
+    rows = tl.load(wanted + numbers, mask=row_in, other=0)
+    dims = tl.arange(0, D)
+    own = q + b * q_b + h * q_h + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d
+    query = tl.load(own, mask=row_in[:, None] & (dims < dim)[None, :], other=0)
+    given = tl.load(lse + bh * q_len + rows, mask=row_in, other=float("-inf"))
+    safe = tl.where(given == float("-inf"), 0.0, given)
+    cols = tile * N + tl.arange(0, N)
+    col_in = cols < k_len
+    s, shown = scores(
+        query, k + b * k_b + (h // group) * k_h, k_n, k_d, dim, rows, cols, row_in, col_in, b, h,
+        0, scale, softcap, query_start, key_start, slopes, relative, relative_width, relative_zero,
+        bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, records, length, integers,
+        octets, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, M, N, D,
+    )  # fmt: skip
+    e = tl.where(shown, tl.exp(s - safe[:, None]), 0.0)
+    to = out + (bh * n + numbers)[:, None] * k_len + cols[None, :]
+    tl.store(to, e, row_in[:, None] & col_in[None, :])

@@ -1,0 +1,238 @@
+"""A call as the compiled kernels read it: numbers, strides and addresses (kernels/cpu/abi.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..biases import Kind
+from ..call import Call
+from ..observers import (
+    Distances,
+    Entropy,
+    LogSumExp,
+    Map,
+    MaxScore,
+    Observer,
+    Received,
+    Rows,
+    TopK,
+)
+from ..ops import Op
+from . import native
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FUSED = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
+
+
+class Buffers:
+    """Numbers as the kernels read them; keeps what they point to alive."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def view(self, tensor: Tensor, kind: int) -> tuple[int, ...]:
+        """A RegardView of a tensor of up to 4 dimensions; a dimension of size 1 has stride 0."""
+        self.kept.append(tensor)
+        strides = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+        return (tensor.data_ptr(), kind, *strides, *(0,) * (4 - len(strides)))
+
+    def packed(self, form: str, *numbers: float) -> int:
+        """The address of packed numbers; 0 if there are none."""
+        if not numbers:
+            return 0
+        kept = ctypes.create_string_buffer(struct.pack(form, *numbers))
+        self.kept.append(kept)
+        return ctypes.addressof(kept)
+
+    def integers(self, numbers: Sequence[int]) -> int:
+        """The address of int64s; 0 if there are none."""
+        return self.packed(f"{len(numbers)}q", *numbers)
+
+    def tensor(self, tensor: Tensor | None) -> int:
+        """The address of a contiguous tensor; 0 for None."""
+        if tensor is None:
+            return 0
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def words_of(
+    call: Call, out: Tensor, lse: Tensor, stats: Tensor | None, kept: Buffers, observe: int = 0
+) -> bytes:
+    """The call as a RegardCall (kernels/cpu/abi.h)."""
+    place, value = call.place, call.value
+    assert value is not None
+    kind = TYPES[call.query.dtype]
+    floats = [_float(b.tensor) for b in call.biases if b.kind == Kind.DENSE]
+    dense = [kept.view(t, TYPES[t.dtype]) for t in floats]
+    mask = [kept.view(t, 0) for t in _mask_tensors(call)] if call.program.tensors else []
+    sizes = [t.shape[0] for t in call.program.tensors]
+    dropout = call.dropout
+    seed = int(dropout.seed) if dropout is not None and dropout.seed is not None else 0
+    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+    return struct.pack(
+        "9q3d3q24q4q2q4q4qq",
+        place.batch, place.heads, place.kv_heads, place.q_len, place.k_len,
+        call.query.shape[-1], value.shape[-1], place.query_start, place.key_start,
+        call.scale, call.softcap or 0.0, 0.0 if dropout is None else dropout.p,
+        seed, torch.get_num_threads(), native.level(),
+        call.query.data_ptr(), kind, *call.query.stride(),
+        call.key.data_ptr(), kind, *call.key.stride(),
+        value.data_ptr(), kind, *value.stride(),
+        out.data_ptr(), kind, *out.stride(),
+        lse.data_ptr(), 0 if stats is None else stats.data_ptr(),
+        kept.tensor(sinks), kept.tensor(by_offset(call)),
+        len(dense), len(call.program.code),
+        kept.packed(f"{6 * len(dense)}q", *(n for v in dense for n in v)),
+        kept.integers(call.program.code),
+        kept.packed(f"{6 * len(mask)}q", *(n for v in mask for n in v)),
+        kept.integers(sizes),
+        *_pages(call, kept),
+        observe,
+    )  # fmt: skip
+
+
+def _pages(call: Call, kept: Buffers) -> tuple[int, ...]:
+    """A RegardPages: table, its row, tokens of a page, lengths."""
+    if call.pages is None:
+        return 0, 0, 0, 0
+    pages = (call.pages.table, call.pages.lengths)
+    table, lengths = (t.to(torch.int32).contiguous() for t in pages)
+    return kept.tensor(table), table.shape[1], call.key.shape[2], kept.tensor(lengths)
+
+
+def by_offset(call: Call) -> Tensor | None:
+    """The sum of the biases that depend on query − key alone: (heads, q_len + k_len − 1) float32.
+
+    Entry x is that of query index − key index = x − (k_len − 1).
+    """
+    total: Tensor | None = None
+    for bias in call.biases:
+        if bias.kind == Kind.DENSE:
+            continue
+        mine = replace(bias, tensor=bias.tensor.detach().float()).along(offsets(call))
+        total = mine if total is None else total + mine
+    return None if total is None else total.contiguous()
+
+
+def offsets(call: Call) -> Tensor:
+    """key − query at each entry of `by_offset`: (q_len + k_len − 1,) int64."""
+    place = call.place
+    count = max(place.q_len + place.k_len - 1, 0)
+    first = place.key_start - place.query_start + place.k_len - 1
+    return first - torch.arange(count)
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.dtype in TYPES else tensor.detach().float()
+
+
+def _mask_tensors(call: Call) -> list[Tensor]:
+    """The mask's tensors as the kernels read them: ids as int32, pairs and the rest contiguous."""
+    tensors = list(call.program.tensors)
+    for op, args in call.program.instructions():
+        for i in args[: len(op.form.tensors)]:
+            if op == Op.DOCUMENTS:
+                tensors[i] = tensors[i].to(torch.int32).contiguous()
+            elif op != Op.DENSE:
+                tensors[i] = tensors[i].contiguous()
+    return tensors
+
+
+class Watching:
+    """The tensors that the forward fills for observers, and what each observer asked for of them.
+
+    Of several TopK the kernel keeps the largest k, of several Rows all of them.
+    """
+
+    def __init__(self, call: Call, observers: tuple[Observer, ...], lse: Tensor) -> None:
+        self.call, self.observers, self.lse = call, observers, lse
+        place = call.place
+        self.row = (place.batch, place.heads, place.q_len)
+        self.k = max((o.k for o in observers if isinstance(o, TopK)), default=0)
+        self.wanted = sorted(
+            {r for o in observers if isinstance(o, Rows) for _, r in o.local(place)}
+        )
+        self.top = None if not self.k else self._top()
+        self.filled = [self._tensors(o) for o in observers]
+        self.rows = torch.full((*self.row[:2], len(self.wanted), place.k_len), -torch.inf)
+
+    def _top(self) -> list[Tensor]:
+        row = self.row
+        listed = torch.zeros(*row, self.k)
+        return [torch.full((*row, self.k), -1, dtype=torch.int32), listed, *torch.zeros(2, *row)]
+
+    def _tensors(self, observer: Observer) -> list[Tensor]:
+        if isinstance(observer, TopK | Rows | LogSumExp):
+            return []
+        place = self.call.place
+        if isinstance(observer, Received):  # pooled over heads in the end
+            shape = (place.batch, place.heads, place.k_len)
+            return [torch.zeros(shape), torch.zeros(shape, dtype=torch.int32)]
+        shapes = observer.shapes(place, torch.float32)
+        return [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
+
+    def packed(self, kept: Buffers) -> int:
+        """A RegardObserve (kernels/cpu/abi.h)."""
+        place = self.call.place
+        one: dict[type, int] = {}
+        received: list[int] = []
+        maps: list[int] = []
+        distances: list[int] = []
+        for observer, tensors in zip(self.observers, self.filled, strict=True):
+            where = [kept.tensor(t) for t in tensors]
+            if isinstance(observer, Received):
+                received += [*observer.span(place), *where]
+            elif isinstance(observer, Map):
+                for cells in observer.cells(place):
+                    maps += [cells.first, cells.size, cells.count]
+                maps += [observer.reduce == "max", *where]
+            elif isinstance(observer, Distances):
+                edges = observer.edges
+                distances += [len(edges), kept.integers(edges), *where]
+            elif isinstance(observer, Entropy | MaxScore):
+                # Several ask for the same: the first is filled, the others take it
+                one.setdefault(type(observer), where[0])
+        top = [kept.tensor(t) for t in self.top] if self.top else [0] * 4
+        return kept.packed(
+            "16q",
+            self.k, *top, one.get(Entropy, 0), one.get(MaxScore, 0),
+            len(received) // 4, len(maps) // 8, len(distances) // 4, len(self.wanted),
+            kept.integers(received), kept.integers(maps), kept.integers(distances),
+            kept.integers(self.wanted), kept.tensor(self.rows),
+        )  # fmt: skip
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of each observer's `shapes`, one after another."""
+        place = self.call.place
+        answers: list[Tensor] = []
+        first: dict[type, Tensor] = {}
+        for observer, filled in zip(self.observers, self.filled, strict=True):
+            if isinstance(observer, TopK):
+                answers += self._largest(observer.k)
+            elif isinstance(observer, Rows):
+                mine = [self.wanted.index(r) for _, r in observer.local(place)]
+                answers.append(self.rows[:, :, mine])
+            elif isinstance(observer, LogSumExp):
+                answers.append(self.lse.clone())
+            elif isinstance(observer, Received):
+                total, count = filled
+                answers += observer.pool(total, count, place)
+            elif isinstance(observer, Entropy | MaxScore):
+                answers.append(first.setdefault(type(observer), filled[0]).clone())
+            else:
+                answers += filled
+        return answers
+
+    def _largest(self, k: int) -> list[Tensor]:
+        assert self.top is not None
+        index, listed, rest, sink = self.top
+        rest = rest + listed[..., k:].sum(-1)
+        return [index[..., :k].contiguous(), listed[..., :k].contiguous(), rest, sink]

@@ -1,0 +1,120 @@
+"""The three calls of the compiled kernels: forward, backward, effect."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..biases import Kind
+from ..call import Call
+from ..observers import Observer
+from . import native
+from .described import TYPES, Buffers, Watching, offsets, words_of
+
+NONE = torch.empty(0)
+Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
+
+
+def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -> list[Tensor]:
+    """Call the kernel: out, lse, stats, and the tensors that the observers' `shapes` name.
+
+    stats (batch, heads, q_len, 2), empty unless asked for: each row's largest score and sum.
+    """
+    place, query, value = call.place, call.query, call.value
+    assert value is not None
+    rows = (place.batch, place.heads, place.q_len)
+    out = torch.empty(*rows, value.shape[-1], dtype=query.dtype)
+    lse = torch.empty(rows)
+    kept = Buffers()
+    saved = torch.empty(*rows, 2) if stats else NONE
+    watching = Watching(call, observers, lse) if observers else None
+    if lse.numel():
+        observe = watching.packed(kept) if watching else 0
+        _check(library().regard_forward(words_of(call, out, lse, saved, kept, observe)))
+    return [out, lse, saved, *(watching.tensors() if watching else ())]
+
+
+def run_backward(
+    call: Call, out: Tensor, stats: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:  # fmt: skip
+    """Gradients of (query, key, value), of the biases where wanted, and of the sinks."""
+    place, value = call.place, call.value
+    assert value is not None
+    delta = (grad_out.float() * out.float()).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.float()
+    delta = delta.contiguous()
+    grads = [torch.zeros(t.shape) for t in (call.query, call.key, value)]
+    dense = [torch.zeros(b.tensor.shape) if w and b.kind == Kind.DENSE else None
+             for b, w in zip(call.biases, wanted, strict=True)]  # fmt: skip
+    along = None
+    if any(w and b.kind != Kind.DENSE for b, w in zip(call.biases, wanted, strict=True)):
+        along = torch.zeros(place.heads, max(place.q_len + place.k_len - 1, 0))
+    if delta.numel() and place.k_len:
+        kept = Buffers()
+        views = [
+            (0,) * 6 if g is None else kept.view(g, 0)
+            for g, b in zip(dense, call.biases, strict=True)
+            if b.kind == Kind.DENSE
+        ]
+        kind = TYPES[grad_out.dtype]
+        sizes = [b.tensor.numel() for b in call.biases if b.kind == Kind.DENSE]
+        words = struct.pack(
+            "6q8q",
+            *kept.view(grad_out, kind), stats.data_ptr(), delta.data_ptr(),
+            *(g.data_ptr() for g in grads), kept.tensor(along),
+            kept.packed(f"{6 * len(views)}q", *(n for v in views for n in v)), kept.integers(sizes),
+        )  # fmt: skip
+        forward_words = words_of(call, out, delta, None, kept)
+        _check(library().regard_backward(forward_words, words))
+    d_biases: list[Tensor | None] = []
+    for bias, want, gradient in zip(call.biases, wanted, dense, strict=True):
+        if want and bias.kind != Kind.DENSE:
+            assert along is not None
+            gradient = bias.collect_along(along, offsets(call))
+        d_biases.append(None if gradient is None else gradient.to(bias.tensor.dtype))
+    d_sinks = None
+    if call.sinks is not None:
+        share = (call.sinks.float()[:, None] - stats[..., 0]).exp() / stats[..., 1]
+        d_sinks = -(share * delta).sum((0, 2)).to(call.sinks.dtype)
+    tensors = (call.query, call.key, value)
+    return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], d_biases, d_sinks
+
+
+def effect(
+    call: Call, out: Tensor, stats: Tensor, k: int, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices, effect, weights) of the k edges of each row that matter most to a scalar.
+
+    grad: the scalar's gradient of out; both (batch, heads, q_len, v_dim).
+    """
+    place = call.place
+    rows = (place.batch, place.heads, place.q_len, k)
+    indices = torch.full(rows, -1, dtype=torch.int32)
+    sizes, weights = torch.zeros(rows), torch.zeros(rows)
+    delta = (grad.float() * out.float()).sum(-1).contiguous()
+    if delta.numel():
+        kept = Buffers()
+        wanted = struct.pack(
+            "6q6q", *kept.view(grad, TYPES[grad.dtype]), stats.data_ptr(), delta.data_ptr(), k,
+            indices.data_ptr(), sizes.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
+        _check(library().regard_effect(words_of(call, out, delta, None, kept), wanted))
+    return indices, sizes, weights
+
+
+def library() -> ctypes.CDLL:
+    """The library, which `why_not` has found."""
+    loaded = native.library()
+    assert loaded is not None
+    return loaded
+
+
+def _check(code: int) -> None:
+    if code:
+        raise MemoryError(f"engine cpu: {library().regard_error(code).decode()}")

@@ -1,0 +1,103 @@
+"""`regard info`: what is installed, and what can run here."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import regard
+from regard.cli import main
+from regard.cli.info import written
+from regard.engines import ENGINES
+from regard.kernels import native
+
+
+def said(*arguments: str) -> str:
+    result = CliRunner().invoke(main, ["info", *arguments], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def afresh(isa: str) -> subprocess.CompletedProcess:
+    """In a process of its own: the instruction set is chosen once."""
+    return subprocess.run(
+        [sys.executable, "-m", "regard.cli", "info", "--json"],
+        env=os.environ | {"REGARD_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_json_is_what_is_here():
+    found = json.loads(said("--json"))
+    assert found["versions"]["regard"] == regard.__version__
+    assert found["versions"]["python"] == platform.python_version()
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["engines"]) == set(ENGINES)
+    for engine in found["engines"].values():
+        assert engine["available"] == (not engine["reasons"])
+    for name in ("sdpa", "tiled", "reference"):
+        assert found["engines"][name]["available"]
+    assert found["engines"]["cpu"]["available"] == native.AVAILABLE
+    sets = found["instruction_sets"]
+    assert set(sets["here"]) <= set(sets["library"]) <= set(native.LEVELS)
+    assert sets["used"] == (native.LEVELS[native.level()] if native.AVAILABLE else None)
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cores"] >= 1
+    assert len(found["gpus"]) == torch.cuda.device_count()
+
+
+def test_text_says_the_same():
+    text, found = said(), json.loads(said("--json"))
+    assert max(map(len, text.splitlines())) <= 80
+    for name, given in found["versions"].items():
+        assert f"{name:<18}{given or 'not installed'}" in text
+    for name in ENGINES:
+        assert f"engine {name}" in text
+    assert f"{found['threads']} of {found['cores']} cores" in text
+
+
+def test_gpus_have_a_line_each():
+    found = json.loads(said("--json"))
+    assert "GPU               none" in written(found | {"gpus": []})
+    gpus = [{"name": f"Card {n}", "capability": "9.0", "memory_gib": 139.8} for n in (1, 2)]
+    text = written(found | {"gpus": gpus})
+    assert "GPU               Card 1, 139.8 GiB, compute capability 9.0" in text
+    assert "GPU               Card 2" in text
+
+
+def test_without_the_kernels(monkeypatch):
+    """As where there was no compiler: the engine's reason, and what to do."""
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    monkeypatch.setattr(native, "library", lambda: None)
+    found = json.loads(said("--json"))
+    assert not found["engines"]["cpu"]["available"]
+    assert found["instruction_sets"] == {
+        "library": [], "here": [], "asked": os.environ.get("REGARD_ISA"), "used": None,
+    }  # fmt: skip
+    text = said()
+    assert "engine cpu        not here: this installation was built without" in text
+    assert "install regard again" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
+@pytest.mark.parametrize("isa", native.levels())
+def test_an_instruction_set_that_runs_here(isa):
+    found = json.loads(afresh(isa).stdout)
+    assert (found["instruction_sets"]["asked"], found["instruction_sets"]["used"]) == (isa, isa)
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
+@pytest.mark.parametrize("isa", ["neon", "AVX2", "", "portable,avx2"])
+def test_an_instruction_set_that_does_not(isa):
+    done = afresh(isa)
+    here = ", ".join(native.levels())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"regard: REGARD_ISA is {isa!r}; give one that runs here: {here}\n"
