@@ -1,14 +1,10 @@
 """What test_triton.py has its workers do: processes in which Triton interprets its kernels.
 
 Triton chooses between compiling and interpreting when it is imported, so this stands in processes
-of its own: import it only in those.
+of its own, which start with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import warnings
 

@@ -70,8 +70,13 @@ JOBS = jobs()
 def answers(request):
     """A future for each job that this run selects, by two processes in which Triton interprets."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        asked = [i.callspec.params["job"] for i in request.session.items if "answers" in i.fixturenames]
-        yield {job: pool.submit(work, *JOBS[job]) for job in asked}
+        items = (i for i in request.session.items if "answers" in i.fixturenames)
+        asked = [i.callspec.params["job"] for i in items]
+        with pytest.MonkeyPatch.context() as patch:
+            # Before anything in the processes imports triton, which looks at it once
+            patch.setenv("TRITON_INTERPRET", "1")
+            futures = {job: pool.submit(work, *JOBS[job]) for job in asked}
+        yield futures
 
 
 def work(function: str, *arguments):

@@ -60,7 +60,7 @@ def yields(call: Call) -> bool:
     """
     if not native.AVAILABLE or call.observers or call.place.q_len <= DECODE:
         return False
-    return native.level() == 0 or (call.query.dtype == torch.bfloat16 and native.without_amx())
+    return native.level() == 0 or (call.query.dtype == torch.bfloat16 and native.WITHOUT_AMX)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,6 @@ def path() -> str | None:
     return None if found is None else found.origin
 
 
-# A constant, as torch.compile reads it
 AVAILABLE = path() is not None
 
 
@@ -72,21 +71,21 @@ def _named(bits: int) -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(LEVELS) if bits >> i & 1)
 
 
-@torch.compiler.assume_constant_result
-@cache
-def without_amx() -> bool:
-    """Whether the processor multiplies bfloat16 in tiles (AMX), and the kernels here do not."""
-    tiles = torch.cpu._is_amx_tile_supported()
-    return tiles and LEVELS[level()] != "amx"
+def _chosen() -> tuple[int, str]:
+    """The number of the instruction set to use, and what is wrong with `REGARD_ISA`."""
+    here, wanted = levels(), os.environ.get("REGARD_ISA")
+    if wanted in (*here, None):
+        return LEVELS.index(wanted or here[-1]), ""
+    return -1, f"REGARD_ISA is {wanted!r}; give one that runs here: {', '.join(here)}"
 
 
-@torch.compiler.assume_constant_result
-@cache
+# Constants, as torch.compile reads them
+LEVEL, WRONG = _chosen() if AVAILABLE else (-1, "")
+WITHOUT_AMX: bool = torch.cpu._is_amx_tile_supported() and LEVELS[LEVEL] != "amx"
+
+
 def level() -> int:
     """The number of the instruction set to use: the best, or what `REGARD_ISA` names."""
-    here, wanted = levels(), os.environ.get("REGARD_ISA")
-    if wanted is None:
-        return LEVELS.index(here[-1])
-    if wanted not in here:
-        raise RegardError(f"REGARD_ISA is {wanted!r}; give one that runs here: {', '.join(here)}")
-    return LEVELS.index(wanted)
+    if WRONG:
+        raise RegardError(WRONG)
+    return LEVEL

@@ -1,0 +1,537 @@
+"""torch.compile, torch.export, autocast, torch.func, checkpointing and DDP over our modules."""
+
+import copy
+import io
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
+
+from regard import (
+    ALiBi,
+    Causal,
+    Dense,
+    Documents,
+    Entropy,
+    Padding,
+    Received,
+    RegardError,
+    RelativeBias,
+    TopK,
+    Window,
+    attention,
+)
+from regard.nn import Block, Decoder, MultiHeadAttention, Rotary, Transformer
+from regard.nn.functional import scaled_dot_product_attention
+from test_nn import drawn, seeded, tokens
+
+DIM, HEADS = 16, 4
+
+
+class Masked(nn.Module):
+    """A module called with a mask, which torch.export cannot be given."""
+
+    def __init__(self, module: nn.Module, **request: Any) -> None:
+        super().__init__()
+        self.module, self.request = module, request
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.module(*tensors, **self.request)
+
+
+def translator(**more: Any) -> Transformer:
+    given = {"kv_heads": 2, "norm": "rms", "activation": "swiglu", "qk_norm": True} | more
+    return seeded(
+        lambda: Transformer(vocab=11, dim=DIM, heads=HEADS, encoder=1, decoder=2, **given)
+    )
+
+
+def attend(**more: Any) -> MultiHeadAttention:
+    return seeded(lambda: MultiHeadAttention(DIM, HEADS, kv_heads=2, rotary=Rotary(4), **more))
+
+
+MODULES: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
+    "causal": (lambda: Masked(attend(), mask=Causal()), (drawn(2, 9, DIM),)),
+    "window": (lambda: Masked(attend(), mask=Causal() & Window(3)), (drawn(2, 9, DIM),)),
+    "cross": (attend, (drawn(2, 9, DIM), drawn(2, 5, DIM))),
+    "tables": (
+        lambda: Masked(attend(sinks=True, softcap=5.0), mask=Causal(), bias=ALiBi()),
+        (drawn(2, 9, DIM),),
+    ),
+    "tiled": (lambda: Masked(attend(engine="tiled"), mask=Causal()), (drawn(2, 9, DIM),)),
+    "block": (
+        lambda: seeded(lambda: Block(DIM, HEADS, cross=True, pre_norm=False)),
+        (drawn(2, 9, DIM), drawn(2, 5, DIM)),
+    ),
+    **{
+        kind: (lambda kind=kind: translator(positions=kind, length=20), (tokens(), tokens(9)))
+        for kind in ("sinusoidal", "learned", "rotary", "relative", "alibi")
+    },
+}
+every_module = pytest.mark.parametrize("make, given", MODULES.values(), ids=MODULES)
+
+
+def stepped(run: Any, module: nn.Module, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """The output, and the gradients of the parameters."""
+    module.zero_grad()
+    out = run(*given)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+
+# torch.compile
+
+
+@every_module
+def test_compiles_whole(make, given):
+    """One graph, forward and backward."""
+    module = make()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(stepped(compiled, module, given), stepped(module, module, given))
+
+
+def test_compiles_with_observers():
+    model = translator().eval()
+
+    def run(target: Tensor, source: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+        logits, seen = model(
+            target, source, source_mask=Padding(keep), observe=[TopK(2), Received()]
+        )
+        top, received = seen.decoder[1].cross
+        return logits, top.weights, top.indices, received.mean
+
+    given = tokens(), tokens(9), torch.arange(9) < torch.tensor([[9], [4]])
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), run(*given))
+
+
+SDPA: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bool": {"attn_mask": torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.6},
+    "float": {"attn_mask": drawn(2, 1, 5, 7)},
+    "scale": {"scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("request_", SDPA.values(), ids=SDPA)
+def test_the_function_compiles_whole(request_):
+    def run(*t: Tensor) -> Tensor:
+        return scaled_dot_product_attention(*t, **request_)
+
+    tensors = [drawn(2, 4, n, 8, seed=n) for n in (5, 7, 7)]
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    answers = []
+    for function in (run, compiled):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        out.square().sum().backward()
+        answers.append([out, *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(answers[1], answers[0])
+
+
+def test_dropout_compiles():
+    """The seed is drawn within the graph: another at each call."""
+    module = attend(dropout=0.5)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    first, second = (compiled(drawn(2, 9, DIM)) for _ in range(2))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+def test_inductor():
+    module = Masked(attend(), mask=Causal() & Window(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True)
+    given = (drawn(2, 9, DIM),)
+    torch.testing.assert_close(stepped(compiled, module, given), stepped(module, module, given))
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiled"])
+def test_one_graph_for_all_lengths(engine):
+    model = translator(engine=engine).eval()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for batch, length in ((2, 7), (3, 12), (4, 23), (5, 40)):
+        rng = torch.Generator().manual_seed(batch)
+        given = [torch.randint(11, (batch, n), generator=rng) for n in (length, length + 3)]
+        torch.testing.assert_close(compiled(*given), model(*given))
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_model_cannot_be_watched_but_observed():
+    import regard
+
+    model = translator().eval()
+    with (
+        pytest.raises(RegardError, match=r"watch the original, model\._orig_mod"),
+        regard.watch(torch.compile(model, backend="eager")),
+    ):
+        pass
+
+
+# torch.export
+
+
+@every_module
+def test_exports(make, given):
+    """Saved, loaded again, and the same numbers."""
+    module = make().eval()
+    exported = torch.export.export(module, given)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    again = torch.export.load(file).module()
+    with torch.no_grad():
+        torch.testing.assert_close(again(*given), module(*given))
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiled"])
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Window(3)], ids=str)
+def test_exports_with_any_batch_and_length(mask, engine):
+    module = Masked(attend(engine=engine), mask=mask).eval()
+    sizes = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=4096)},)
+    exported = torch.export.export(module, (drawn(2, 9, DIM),), dynamic_shapes=(sizes,))
+    for batch, length in ((3, 5), (5, 40)):
+        x = drawn(batch, length, DIM)
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+def test_exports_the_function():
+    class Model(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    tensors = tuple(drawn(2, 4, n, 8, seed=n) for n in (5, 7, 7))
+    exported = torch.export.export(Model(), tensors)
+    torch.testing.assert_close(exported.module()(*tensors), Model()(*tensors))
+
+
+# Autocast
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_module
+def test_autocast(make, given, dtype):
+    """Attention in half precision, outputs near those in full, gradients in the parameters' dtype."""
+    module = make()
+    exact, *exact_grads = stepped(module, module, given)
+    module.zero_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        out = module(*given)
+        loss = out.float().square().sum()
+    loss.backward()
+    error = (out - exact).detach().abs().mean()
+    assert float(error) < 0.05 * float(exact.abs().mean())
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    assert all(g.dtype == torch.float32 for g in grads)
+    norms = [torch.cat([g.flatten() for g in gs]) for gs in (grads, exact_grads)]
+    assert float(torch.cosine_similarity(*norms, dim=0)) > 0.98
+
+
+def test_autocast_attends_in_half_precision():
+    module, x = attend(qk_norm=True), drawn(2, 9, DIM)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module.remember(x).value.dtype == torch.bfloat16
+        assert module(x, mask=Causal()).dtype == torch.bfloat16
+
+
+# torch.func
+
+
+def named(engine: str) -> Any:
+    def run(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> Tensor:
+        return attention(query, key, value, engine=engine, **request)
+
+    return run
+
+
+engines = pytest.mark.parametrize("engine", ["auto", "tiled", "reference"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+MAPPED = 3
+
+
+def mapped_tensors(dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
+    return [drawn(MAPPED, batch, h, n, 8, dtype=dtype, seed=n) for h, n in ((4, 5), (2, 7), (2, 7))]
+
+
+MASKS: dict[str, Any] = {
+    "none": dict,
+    "causal": lambda: {"mask": Causal() & Window(4)},
+    "padding": lambda: {"mask": Padding(torch.arange(7) < torch.tensor([[7], [4]]))},
+    "documents": lambda: {"mask": Documents(torch.arange(5) // 3, torch.arange(7) // 4)},
+    "dense": lambda: {"mask": Dense(drawn(2, 1, 5, 7) > -0.5)},
+    "bias": lambda: {"bias": drawn(4, 5, 7, dtype=torch.float64)},
+    "alibi": lambda: {"bias": ALiBi(), "mask": Causal()},
+    "table": lambda: {"bias": RelativeBias(drawn(8, 4, dtype=torch.float64))},
+    "sinks": lambda: {"sinks": drawn(4, dtype=torch.float64), "softcap": 2.0},
+}
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-11}
+
+
+@pytest.mark.filterwarnings("error")
+@dtypes
+@engines
+@pytest.mark.parametrize("build", MASKS.values(), ids=MASKS)
+def test_vmap_is_a_loop(build, engine, dtype):
+    """Of query, key and value, each mapped or not, along any dimension; and gradients through it."""
+    request, run = build(), named(engine)
+    tensors = mapped_tensors(dtype)
+    for dims in ((0, 0, 0), (0, None, None), (None, 0, 0), (1, 0, 2)):
+        given = [t[0] if d is None else t.movedim(0, d) for t, d in zip(tensors, dims, strict=True)]
+        slices = [
+            [t if d is None else t.select(d, n) for t, d in zip(given, dims, strict=True)]
+            for n in range(MAPPED)
+        ]
+        ours = vmap(lambda q, k, v: run(q, k, v, **request), in_dims=dims)(*given)
+        wanted = torch.stack([run(*one, **request) for one in slices])
+        torch.testing.assert_close(ours, wanted, **tolerance(dtype))
+
+        def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return run(q, k, v, **request).square().sum()
+
+        of_each = vmap(grad(loss, argnums=(0, 1, 2)), in_dims=dims)(*given)
+        for n, one in enumerate(slices):
+            leaves = [t.detach().clone().requires_grad_() for t in one]
+            loss(*leaves).backward()
+            for mine, leaf in zip(of_each, leaves, strict=True):
+                torch.testing.assert_close(mine[n], leaf.grad, **tolerance(dtype))
+
+
+@engines
+def test_vmap_over_what_has_no_batch(engine):
+    """Biases, tables, slopes and sinks, mapped, and their gradients."""
+    q, k, v = (t[0] for t in mapped_tensors(torch.float64))
+    bias, table = (
+        drawn(MAPPED, *s, dtype=torch.float64, seed=i) for i, s in enumerate(((5, 7), (8, 4)))
+    )
+    slopes, sinks = (drawn(MAPPED, 4, dtype=torch.float64, seed=i).abs() for i in (2, 3))
+
+    def loss(bias: Tensor, table: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+        biases = [bias, RelativeBias(table), ALiBi(slopes)]
+        return attention(q, k, v, bias=biases, sinks=sinks, engine=engine).square().sum()
+
+    given = (bias, table, slopes, sinks)
+    of_each = vmap(grad(loss, argnums=(0, 1, 2, 3)))(*given)
+    for n in range(MAPPED):
+        leaves = [t[n].clone().requires_grad_() for t in given]
+        loss(*leaves).backward()
+        for mine, leaf in zip(of_each, leaves, strict=True):
+            torch.testing.assert_close(mine[n], leaf.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiled"])
+def test_vmap_over_masks(engine):
+    q, k, v = (t[0] for t in mapped_tensors(torch.float32))
+    keep = drawn(MAPPED, 2, 7) > -0.5
+    ids = torch.randint(3, (MAPPED, 7), generator=torch.Generator().manual_seed(0))
+
+    def run(keep: Tensor, ids: Tensor) -> Tensor:
+        return attention(q, k, v, mask=Padding(keep) & Documents(ids[2:], ids), engine=engine)
+
+    wanted = torch.stack([run(*one) for one in zip(keep, ids, strict=True)])
+    torch.testing.assert_close(vmap(run)(keep, ids), wanted)
+
+
+def test_vmap_in_vmap_and_the_same_bits():
+    """A mapped dimension is folded into the batch, which changes no bits."""
+    tensors = [drawn(2, MAPPED, 1, 4, n, 8, seed=n) for n in (5, 7, 7)]
+    run = named("tiled")
+    ours = vmap(vmap(run))(*tensors)
+    wanted = torch.stack([torch.stack([run(*t) for t in zip(*ts)]) for ts in zip(*tensors)])  # noqa: B905
+    assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiled"])
+def test_vmap_observes(engine):
+    tensors = mapped_tensors(torch.float32)
+    slopes = drawn(MAPPED, 4).abs()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
+        watchers = [TopK(2), Received(), Entropy()]
+        _, (top, received, entropy) = attention(
+            q, k, v, bias=ALiBi(slopes), observe=watchers, engine=engine
+        )
+        return top.weights, top.indices, received.sum, received.count, entropy.values
+
+    for dims in ((0, 0, 0, 0), (0, 0, 0, None)):
+        ours = vmap(run, in_dims=dims)(*tensors, slopes if dims[3] == 0 else slopes[0])
+        for n in range(MAPPED):
+            wanted = run(*(t[n] for t in tensors), slopes[n if dims[3] == 0 else 0])
+            for mine, theirs in zip(ours, wanted, strict=True):
+                torch.testing.assert_close(mine[n], theirs)
+
+
+def test_vmap_drops_by_its_randomness():
+    """torch's rule: refused, or the same for all slices, or another for each."""
+    tensors = [t[:1].expand_as(t) for t in mapped_tensors(torch.float32)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, dropout=0.5)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(run)(*tensors)
+    same = vmap(run, randomness="same")(*tensors)
+    assert torch.equal(same[0], same[1])
+    other = vmap(run, randomness="different")(*tensors)
+    assert not torch.allclose(other[0], other[1])
+    assert abs(float((other != 0).float().mean()) - 1) < 0.01
+
+
+def test_per_sample_gradients_of_a_model():
+    """vmap of grad over a whole Transformer, mask and all, equals one sample at a time."""
+    model = translator()
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    target, source = tokens(), tokens(9, seed=1)
+    keep = torch.arange(9) < torch.tensor([[9], [4]])
+
+    def loss(params: dict[str, Tensor], target: Tensor, source: Tensor, keep: Tensor) -> Tensor:
+        given = (target[None], source[None])
+        logits = functional_call(model, params, given, {"source_mask": Padding(keep[None])})
+        return logits.square().mean()
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0, 0))(params, target, source, keep)
+    for n in range(2):
+        model.zero_grad()
+        loss(dict(model.named_parameters()), target[n], source[n], keep[n]).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(each[name][n], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_an_ensemble_of_models():
+    models = [translator().eval() for _ in range(3)]
+    for number, model in enumerate(models):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 0.1 * number)
+    params, buffers = stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+
+    def run(params: Any, buffers: Any) -> Tensor:
+        return functional_call(base, (params, buffers), (tokens(), tokens(9)))
+
+    wanted = torch.stack([m(tokens(), tokens(9)) for m in models])
+    torch.testing.assert_close(vmap(run)(params, buffers), wanted)
+
+
+@engines
+def test_jacobians(engine):
+    q, k, v = (t[0, :1, :2] for t in mapped_tensors(torch.float64))
+    run = named(engine)
+    ours = jacrev(lambda q: run(q, k, v, mask=Causal()))(q)
+    wanted = torch.autograd.functional.jacobian(
+        lambda q: attention(q, k, v, mask=Causal(), engine="reference"), q
+    )
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_second_derivatives_are_the_references():
+    """The others say so."""
+    q, k, v = (t[0, :1, :2] for t in mapped_tensors(torch.float64))
+
+    def twice(engine: str) -> Tensor:
+        return grad(lambda q: grad(lambda q: attention(q, k, v, engine=engine).sum())(q).sum())(q)
+
+    leaf = q.clone().requires_grad_()
+    first = torch.autograd.grad(
+        attention(leaf, k, v, engine="reference").sum(), leaf, create_graph=True
+    )[0]
+    wanted = torch.autograd.grad(first.sum(), leaf)[0]
+    torch.testing.assert_close(twice("reference"), wanted)
+    with pytest.raises(RegardError, match="only engine='reference' can be differentiated twice"):
+        twice("tiled")
+
+
+# Checkpointing
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(use_reentrant):
+    """Block by block, with dropout: what is recomputed drops the same weights."""
+    stack = seeded(lambda: Decoder(3, DIM, HEADS, dropout=0.3, positions=Rotary(4)))
+    answers = []
+    for saving in (False, True):
+        torch.manual_seed(7)
+        stack.zero_grad()
+        x = drawn(2, 9, DIM).requires_grad_()
+        h = x
+        for layer in stack.layers:
+            if saving:
+                h = (
+                    checkpoint(layer, h, mask=Causal(), use_reentrant=False)
+                    if not use_reentrant
+                    else checkpoint(lambda h, at=layer: at(h, mask=Causal()), h, use_reentrant=True)
+                )
+            else:
+                h = layer(h, mask=Causal())
+        h.square().sum().backward()
+        answers.append([h.detach(), x.grad, *(p.grad.clone() for p in stack.layers.parameters())])
+    for ours, wanted in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_checkpointing_observes():
+    block = seeded(lambda: Block(DIM, HEADS))
+    x = drawn(2, 9, DIM).requires_grad_()
+    out, seen = checkpoint(block, x, mask=Causal(), observe=[TopK(2)], use_reentrant=False)
+    out.sum().backward()
+    wanted = block(x, mask=Causal(), observe=[TopK(2)])[1].own[0]
+    torch.testing.assert_close(seen.own[0].weights, wanted.weights)
+
+
+# DDP
+
+
+def work(rank: int, folder: str, answers: Any) -> None:
+    """One of two processes: a step on its own half of the batch."""
+    import os
+
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        model = translator(positions="relative")
+        parallel = DistributedDataParallel(model)
+        target, source = tokens(), tokens(9, seed=1)
+        mine = slice(rank, rank + 1)
+        logits, seen = parallel(target[mine], source[mine], observe=[TopK(2)])
+        logits.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        answers[rank] = grads, seen.decoder[1].cross[0].weights
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_two_processes_train_as_one(tmp_path):
+    """DDP over gloo: the averaged gradients are those of the whole batch; observers work."""
+    import torch.multiprocessing as mp
+
+    with mp.get_context("spawn").Manager() as manager:
+        answers = manager.dict()
+        mp.spawn(work, (str(tmp_path), answers), nprocs=2)
+        (first, weights), (second, others) = answers[0], answers[1]
+    model = translator(positions="relative")
+    logits, seen = model(tokens(), tokens(9, seed=1), observe=[TopK(2)])
+    logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(first[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[name], second[name])
+    wanted = seen.decoder[1].cross[0].weights
+    torch.testing.assert_close(torch.cat([weights, others]), wanted)
