@@ -2,9 +2,9 @@
 
     python benchmarks/eviction.py MODEL TEXT [--tokens 2048] [--texts 1] [--call 64 1] [--json]
 
-MODEL is a folder or hub name of a causal model, TEXT a text file; its first `--tokens` tokens are
-read, and with --texts as many more pieces of that length after them. Two protocols, both by teacher
-forcing, with nothing known of the text in advance:
+MODEL is a folder or hub name of a causal model, TEXT a text file. What is read is the token with
+which the model's texts begin, if it has one, and text up to `--tokens` tokens together; with --texts
+as many pieces in a row, each by itself. Two protocols, both by teacher forcing:
 
 - chunks of `--call` tokens. A call attends to all that the cache holds and to itself (causally);
   after it, the cache keeps its budget. SnapKV compresses prompts: each chunk is one.
@@ -95,8 +95,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    ids = torch.tensor(tokenizer(args.text.read_text("utf-8"))["input_ids"])
-    texts = list(ids[: args.tokens * args.texts].view(args.texts, 1, args.tokens))
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = tokenizer(args.text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+    size = args.tokens - len(start)
+    pieces = [ids[n * size : (n + 1) * size] for n in range(args.texts)]
+    texts = [torch.tensor([start + piece]) for piece in pieces]
     # Before the model is told to use it, so that "regard" is known to transformers
     regard.generation_cache()
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -49,13 +49,15 @@ def refuses(call: Call) -> list[str]:
         reasons.append("keys lie in pages; this engine reads none")
     if any(op == Op.EDGES for op, _ in call.program.instructions()):
         reasons.append("the mask lists edges; its kernel takes only functions of a single pair")
+    if call.return_lse and call.needs_grad:
+        reasons.append("return_lse needs gradients; this engine gives none through lse")
     if call.needs_grad and any(b.tensor.requires_grad for b in call.biases):
         reasons.append("a bias needs gradients; this engine gives none")
     return reasons
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse)."""
+    """(out, lse); out is differentiable, lse is not."""
     return attend(call, _compiled())
 
 
@@ -81,7 +83,7 @@ def attend(call: Call, by: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         enable_gqa=call.place.heads != call.place.kv_heads,
         return_aux=AuxRequest(lse=True),
     )
-    return out, more.lse
+    return out, more.lse.detach()
 
 
 def _blocks(program: Program) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .chunks import CHUNK, Run, chunk_size, fit, grouped, pairs_gradient, split, ungrouped
-from .flow import Flow, full_precision
+from .flow import Flow, full_precision, with_ones
 
 BUDGET = 2**21  # numbers that a segment's largest tensor may hold
 MOST_CHUNKS = 32  # of a segment
@@ -28,15 +28,15 @@ def forward(flow: Flow) -> tuple[Tensor, Tensor]:
     return mixed, last
 
 
-def _segment(query: Tensor, value: Tensor) -> int:
+def _segment(query: Tensor, columns: int) -> int:
     """The tokens of a segment: a multiple of the chunk, for what the budget holds."""
     batch, heads, tokens, features = query.shape
-    chunk = batch * heads * CHUNK * max(features, value.shape[-1], CHUNK)
+    chunk = batch * heads * CHUNK * max(features, columns, CHUNK)
     return chunk_size(tokens) * max(1, min(MOST_CHUNKS, BUDGET // max(chunk, 1)))
 
 
-def _count(query: Tensor, value: Tensor) -> int:
-    return -(-query.shape[2] // _segment(query, value))
+def _count(query: Tensor, columns: int) -> int:
+    return -(-query.shape[2] // _segment(query, columns))
 
 
 def _cut(tensor: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
@@ -47,11 +47,12 @@ class Segments:
     """The tensors of a flow, cut: iterates over (start, chunks, value in chunks)."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None
-    ) -> None:
+        self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
+        columns: int,
+    ) -> None:  # fmt: skip
         self.inputs = (query, key, decay, beta)
-        self.value, self.dtype = value, query.dtype
-        self.tokens, self.step = query.shape[2], _segment(query, value)
+        self.value, self.dtype, self.columns = value, query.dtype, columns
+        self.tokens, self.step = query.shape[2], _segment(query, columns)
         # Nothing to compute: an empty dimension has no chunks
         self.starts = list(range(0, self.tokens, self.step)) if query.shape[0] else []
 
@@ -62,7 +63,8 @@ class Segments:
         assert query is not None
         assert key is not None
         run = Run(query, key, decay, beta)
-        return run, split(self.value[:, :, start:stop].to(self.dtype), run.size)
+        value = with_ones(self.value[:, :, start:stop].to(self.dtype), self.columns)
+        return run, split(value, run.size)
 
 
 @torch.library.custom_op(
@@ -76,9 +78,10 @@ def _linear(
     memory: Tensor, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(what is read, the last memory, the memory before each segment if they are kept)."""
-    mixed = query.new_zeros(*query.shape[:3], value.shape[-1])
-    between = memory.new_zeros(_count(query, value) if keep else 0, *memory.shape)
-    segments, state = Segments(query, key, value, decay, beta), memory
+    columns = memory.shape[-1]
+    mixed = query.new_zeros(*query.shape[:3], columns)
+    between = memory.new_zeros(_count(query, columns) if keep else 0, *memory.shape)
+    segments, state = Segments(query, key, value, decay, beta, columns), memory
     with full_precision(query):
         for n, start in enumerate(segments.starts):
             if keep:
@@ -96,8 +99,8 @@ def _linear(
 def _(
     query: Tensor, key: Tensor, value: Tensor, decay: Any, beta: Any, memory: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mixed = query.new_empty(*query.shape[:3], value.shape[-1])
-    between = memory.new_empty(_count(query, value) if keep else 0, *memory.shape)
+    mixed = query.new_empty(*query.shape[:3], memory.shape[-1])
+    between = memory.new_empty(_count(query, memory.shape[-1]) if keep else 0, *memory.shape)
     return mixed, memory.new_empty(memory.shape), between
 
 
@@ -117,7 +120,8 @@ def _backward(
         for t in (query, key, value, decay, beta)
         if t is not None
     ]
-    segments, grad_state = Segments(query, key, value, decay, beta), grad_last
+    segments = Segments(query, key, value, decay, beta, between.shape[-1])
+    grad_state = grad_last
     with full_precision(query):
         for n in reversed(range(len(segments.starts))):
             start = segments.starts[n]
@@ -125,6 +129,7 @@ def _backward(
             part = slice(start, min(start + segments.step, segments.tokens))
             grad = split(grouped(grad_mixed[:, :, part], key.shape[1]), run.size).flatten(3, 4)
             found, grad_state = _of_segment(run, values, between[n], grad, grad_state)
+            found[2] = found[2][..., : value.shape[-1]]  # the ones have none
             for total, mine in zip(grads, found, strict=True):
                 total[:, :, part] = mine[:, :, : part.stop - part.start]
     return [*grads, grad_state.clone() if grad_state is grad_last else grad_state]

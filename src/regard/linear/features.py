@@ -89,7 +89,13 @@ def positive(feature_map: object) -> bool:
 
 def elu(x: Tensor) -> Tensor:
     """elu(x) + 1: 1 + x above 0, exp(x) below. Katharopoulos et al. 2020, eq. 7."""
-    return x.clamp(max=0).exp() + x.relu()
+    return _above_and_below(x, x.clamp(max=0))
+
+
+def _above_and_below(x: Tensor, exponent: Tensor) -> Tensor:
+    """max(x, 0) + exp(exponent), with one tensor less than written plainly."""
+    above = torch.nn.functional.threshold(x, 0.0, 0.0)  # as relu, but its result is not kept
+    return above.add_(exponent.exp())
 
 
 def mapped(
@@ -112,8 +118,7 @@ def mapped(
             return elu(query), elu(key), None
         # Only a query that is negative throughout could vanish
         shift = query.detach().amax(-1, keepdim=True).clamp(max=0)
-        below = (query.clamp(max=0) - shift).exp()
-        return below + query.relu(), elu(key), shift[..., 0]
+        return _above_and_below(query, query.clamp(max=0) - shift), elu(key), shift[..., 0]
     if feature_map is None or feature_map == "identity":
         return query, key, None
     assert callable(feature_map)

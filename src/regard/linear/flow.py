@@ -28,9 +28,10 @@ class Flow:
     """The recurrence's tensors.
 
     query (batch, heads, n, features) and key (batch, state_heads, n, features) in the working
-    dtype; value (batch, state_heads, n, columns); decay (batch, state_heads, n, 1 or features) in
+    dtype; value (batch, state_heads, n, v_dim); decay (batch, state_heads, n, 1 or features) in
     natural logs, or None; beta (batch, state_heads, n) or None; memory (batch, state_heads,
-    features, columns). heads is a multiple of state_heads.
+    features, columns), of v_dim columns or one more: that of the ones, which `with_ones` adds to
+    the values. heads is a multiple of state_heads.
     """
 
     query: Tensor
@@ -80,6 +81,12 @@ class Prepared:
         return LinearState(memory, normaliser, before, length)
 
 
+def with_ones(value: Tensor, columns: int) -> Tensor:
+    """Filled up to so many columns with ones."""
+    missing = columns - value.shape[-1]
+    return torch.nn.functional.pad(value, (0, missing), value=1.0) if missing else value
+
+
 def full_precision(tensor: Tensor) -> torch.autocast:
     """Autocast off: what says float32 is float32. A context manager."""
     return torch.autocast(tensor.device.type, enabled=False)
@@ -110,8 +117,6 @@ def prepared(request: Request) -> Prepared:
         query = query.masked_fill((request.query_ids < 0)[:, None, :, None], 0)
         if request.causal:
             decay = _forgetting(request, decay)
-    if request.normalise:
-        value = torch.cat([value, value.new_ones(*value.shape[:-1], 1)], -1)
     key, value = (_headed(t, request) for t in (key, value))
     flow = Flow(query, key, value, decay, beta, _memory(request, key, value))
     return Prepared(request, flow, taken)
@@ -162,7 +167,8 @@ def _forgetting(request: Request, decay: Tensor | None) -> Tensor:
 
 def _memory(request: Request, key: Tensor, value: Tensor) -> Tensor:
     if request.state is None:
-        return key.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
+        columns = value.shape[-1] + request.normalise
+        return key.new_zeros(*key.shape[:2], key.shape[-1], columns)
     memory, normaliser = request.state.memory, request.state.normaliser
     return memory if normaliser is None else torch.cat([memory, normaliser[..., None]], -1)
 

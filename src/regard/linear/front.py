@@ -13,7 +13,7 @@ from ..masks import Causal, Full, Mask
 from ..observers import Observer
 from . import chunked, recurrent, reference
 from .features import Favor
-from .flow import Prepared, full_precision, in_document_order, prepared
+from .flow import Prepared, full_precision, in_document_order, prepared, with_ones
 from .observing import check, weigh
 from .request import Request
 from .state import LinearState
@@ -132,8 +132,8 @@ def _run(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
 def _everything(ready: Prepared) -> tuple[Tensor, LinearState]:
     """Without causality: one sum over all keys, or one for each document."""
     flow = ready.flow
-    added = flow.key.mT @ flow.value.to(flow.key.dtype)
-    memory = flow.memory + added
+    value = with_ones(flow.value.to(flow.key.dtype), flow.memory.shape[-1])
+    memory = flow.memory + flow.key.mT @ value
     if ready.request.query_ids is None:
         rows = flow.query.unflatten(1, (flow.key.shape[1], -1))
         return ready.out((rows @ memory[:, :, None]).flatten(1, 2)), ready.state(memory)

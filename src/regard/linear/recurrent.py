@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .flow import Flow
+from .flow import Flow, with_ones
 
 
 def forward(flow: Flow) -> tuple[Tensor, Tensor]:
@@ -14,7 +14,7 @@ def forward(flow: Flow) -> tuple[Tensor, Tensor]:
     keeps a state for each token.
     """
     state_heads, memory, read = flow.key.shape[1], flow.memory, []
-    value = flow.value.to(memory.dtype)
+    value = with_ones(flow.value.to(memory.dtype), memory.shape[-1])
     for t in range(flow.query.shape[2]):
         key, new = flow.key[:, :, t], value[:, :, t]
         if flow.decay is not None:

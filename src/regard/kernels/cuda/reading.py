@@ -404,5 +404,3 @@ def _power(n: int) -> int:
 def _device(device: torch.device) -> Any:
     """Triton launches on the current device: make it the call's."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
-
-

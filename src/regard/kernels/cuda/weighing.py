@@ -185,11 +185,15 @@ def weigh(
                     counted = (rows >= first_row) & (rows < last_row)
                     to = (bh * splits + split) * k_len + cols
                     sums = tl.sum(tl.where(counted[:, None], p, 0.0), 0)
-                    tl.store(columns_out + to, tl.load(columns_out + to, mask=col_in) + sums, col_in)
+                    tl.store(
+                        columns_out + to, tl.load(columns_out + to, mask=col_in) + sums, col_in
+                    )
                     if (b < counts_b) & (h < counts_h):
                         to = ((b * counts_h + h) * splits + split) * k_len + cols
                         seen = tl.sum((shown & counted[:, None]).to(tl.int32), 0)
-                        tl.store(counts_out + to, tl.load(counts_out + to, mask=col_in) + seen, col_in)
+                        tl.store(
+                            counts_out + to, tl.load(counts_out + to, mask=col_in) + seen, col_in
+                        )
                 if MAP:
                     if MAX:
                         # Weights are not negative: their bits are in order, NaN last
