@@ -3,8 +3,8 @@
     python benchmarks/eviction.py MODEL TEXT [--tokens 2048] [--texts 1] [--call 64 1] [--json]
 
 MODEL is a folder or hub name of a causal model, TEXT a text file. What is read is the token with
-which the model's texts begin, if it has one, and text up to `--tokens` tokens together; with --texts
-as many pieces in a row, each by itself. Two protocols, both by teacher forcing:
+which the model's texts begin, if it has one, and text up to `--tokens` tokens together; with
+--texts as many pieces in a row, each by itself. Two protocols, both by teacher forcing:
 
 - chunks of `--call` tokens. A call attends to all that the cache holds and to itself (causally);
   after it, the cache keeps its budget. SnapKV compresses prompts: each chunk is one.

@@ -38,6 +38,8 @@ from regard import (
     WindowCache,
     attention,
 )
+from regard.call import Call
+from regard.engines import ENGINES
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM, V_DIM = 2, 4, 2, 37, 8, 6
 EXACT = dict(rtol=0, atol=1e-12)
@@ -240,12 +242,12 @@ RAGGED_REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def ragged_feed(cache, data, **request):
-    """Feeds `RAGGED`; yields (out, seen or None, starts, new) of each call."""
+    """Feeds `RAGGED`; yields (out, starts, new) of each call."""
     starts = [0, 0, 0]
     for new, padded in RAGGED:
         parts = []
         for tensor in (data.query, data.key, data.value):
-            part = torch.full((3, tensor.shape[1], padded, tensor.shape[3]), 1e3).double()
+            part = torch.full((3, tensor.shape[1], padded, tensor.shape[3]), 1e3).to(tensor)
             for item, (start, n) in enumerate(zip(starts, new, strict=True)):
                 part[item, :, :n] = tensor[item, :, start : start + n]
             parts.append(part)
@@ -546,15 +548,43 @@ def test_sequences_come_and_go():
     assert cache.nbytes == 6 * KV_HEADS * 4 * (DIM + V_DIM) * 8
 
 
-def test_a_freed_block_brings_nothing_along():
-    data, cache = drawn(13, batch=3), PagedCache(4, blocks=12)
-    bad = torch.full((1, KV_HEADS, 48, DIM), torch.nan).double()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_freed_block_brings_nothing_along(dtype):
+    data, cache = drawn(13, dtype, batch=3), PagedCache(4, blocks=12)
+    bad = torch.full((1, KV_HEADS, 48, DIM), torch.nan, dtype=dtype)
     cache.append(bad, bad[..., :V_DIM])
     cache.select([])
     exact = whole(data, Full(), {})
     for out, starts, new in ragged_feed(cache, data):
         for item, (start, n) in enumerate(zip(starts, new, strict=True)):
-            torch.testing.assert_close(out[item, :, :n], exact[item, :, start : start + n], **EXACT)
+            truth = exact[item, :, start : start + n]
+            torch.testing.assert_close(out[item, :, :n], truth, rtol=0, atol=1e-5)
+
+
+def test_engine_cpu_reads_the_blocks_in_place(monkeypatch):
+    data, cache, out = drawn(dtype=torch.float32), PagedCache(4), []
+    plain = whole(data, Full(), {})
+    if ENGINES["cpu"].why_not(Call.checked(data.query, data.key, data.value)):
+        pytest.skip("engine cpu is not built here")
+    monkeypatch.setattr(PagedCache, "read", lambda self: pytest.fail("it gathers"))
+    for at in pieces(CHUNKS["chunks"]):
+        given = (data.query[:, :, at], data.key[:, :, at], data.value[:, :, at])
+        out.append(cache.attend(*given))
+    torch.testing.assert_close(torch.cat(out, 2), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["reference", "tiled", "sdpa"])
+def test_a_named_engine_is_taken(engine):
+    """Where it cannot read blocks in place, they are gathered for it."""
+    data = drawn(dtype=torch.float32)
+    same = Drawn(data.query, data.key, data.key.clone())
+    for cache in (KVCache(), PagedCache(4), WindowCache(100)):
+        out = []
+        for at in pieces(CHUNKS["prompt and steps"]):
+            given = (same.query[:, :, at], same.key[:, :, at], same.value[:, :, at])
+            out.append(cache.attend(*given, engine=engine))
+        exact = whole(same, Full(), {})
+        torch.testing.assert_close(torch.cat(out, 2), exact, rtol=0, atol=1e-5)
 
 
 # Wrong input
@@ -600,12 +630,23 @@ def test_wrong_input_leaves_the_cache_as_it_was(make, shown, given, more, said):
     go_on(cache, data, [0, 1], 3, 37, shown)
 
 
-def test_a_first_call_that_fails_leaves_no_shapes():
-    data, cache = drawn(), KVCache()
+@pytest.mark.parametrize("make", [KVCache, PagedCache])
+def test_a_first_call_that_fails_leaves_no_shapes(make):
+    data, cache = drawn(), make()
     with pytest.raises(RegardError, match="kv_heads 3 must divide heads 4"):
         cache.attend(data.query, data.query[:, :3], data.query[:, :3])
-    cache.attend(data.query, data.key, data.value)
-    assert cache.length == LENGTH
+    cache.attend(data.query[:1], data.key[:1], data.value[:1])
+    assert cache.lengths.tolist() == [LENGTH]
+
+
+def test_added_sequences_stay_when_a_call_fails():
+    cache = PagedCache(4)
+    cache.add(2)
+    with pytest.raises(RegardError, match="kv_heads 3 must divide heads 4"):
+        cache.attend(ODD.query, ODD.query[:, :3], ODD.query[:, :3])
+    assert cache.lengths.tolist() == [0, 0]
+    cache.attend(*QKV, lengths=[2, 3])
+    assert cache.lengths.tolist() == [2, 3]
 
 
 ARGUMENTS = {

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import regard
+import zoo
 from cases import bools, floats
 from regard import (
     H2O,
@@ -22,6 +24,7 @@ from regard import (
     Map,
     NormTopK,
     Padding,
+    PagedCache,
     Received,
     RegardError,
     RelativeBias,
@@ -29,6 +32,7 @@ from regard import (
     SnapKV,
     TopK,
     Window,
+    WindowCache,
     attention,
 )
 from regard.biases import relative_bucket
@@ -444,3 +448,67 @@ def test_a_failed_call_evicts_nothing():
             cache.attend(*given, bias=torch.zeros(3, 99))
         assert torch.equal(cache.attend(*given), same.attend(*given))
         assert torch.equal(cache.positions, same.positions)
+
+
+# Who watches a module that attends over a cache
+
+
+class Block(torch.nn.Module):
+    """A module of somebody's own, with a cache."""
+
+    kind = "self"
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.cache.attend(query, key, value)
+
+
+CACHES = {
+    "KVCache": KVCache,
+    "PagedCache": lambda: PagedCache(4),
+    "WindowCache": lambda: WindowCache(9, first=2),
+    "H2O": lambda: KVCache(evict=H2O(12)),
+    "TOVA": lambda: KVCache(evict=TOVA(12)),
+}
+
+
+@pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+def test_watching_a_module(make):
+    """`watch` sees positions, also of a cache that has evicted, and the same is computed."""
+    data, plain = drawn(2, 4, 2, 40), make()
+    block, rows = Block(make()), []
+    with regard.watch(block, observe=[TopK(40), Received()]) as seen:
+        for at in pieces((20, *(1,) * 15, 5)):
+            given = [t[:, :, at] for t in data]
+            exact, (row,) = plain.attend(*given, observe=[Rows(range(at.start, at.stop))])
+            rows.append(torch.nn.functional.pad(row.weights, (0, 40 - at.stop)))
+            torch.testing.assert_close(block(*given), exact, **EXACT)
+    truth, (layer,) = torch.cat(rows, 2), seen
+    assert (layer.kind, layer.q_len, layer.k_len) == ("self", 40, 40)
+    torch.testing.assert_close(zoo.dense(layer.seen[0], 40), truth, **EXACT)
+    torch.testing.assert_close(layer.seen[1].sum, truth.sum(2), **EXACT)
+
+
+def test_cutting_what_was_evicted_from():
+    data, block = drawn(1, 4, 2, 20), Block(KVCache(evict=H2O(6)))
+    cut = regard.Cut("", regard.Edges([(19, 18)]))
+    first, second = ([t[:, :, at] for t in data] for at in pieces((19, 1)))
+    with regard.watch(block, cut=[cut]):
+        block(*first)
+        with pytest.raises(RegardError, match="attends to a cache that has evicted; cut it before"):
+            block(*second)
+
+
+def test_dropout_needs_every_position():
+    data, cache = drawn(1, 4, 2, 20), KVCache(evict=H2O(6))
+    first, second = ([t[:, :, at] for t in data] for at in pieces((10, 10)))
+    out = cache.attend(*first, dropout=regard.Dropout(0.5, 3))
+    same = attention(*first, mask=Causal(), dropout=regard.Dropout(0.5, 3))
+    torch.testing.assert_close(out, same, **EXACT)
+    with pytest.raises(RegardError, match="no longer holds what dropout goes by, all positions"):
+        cache.attend(*second, dropout=0.5)
+    assert cache.length == 10
+    cache.attend(*second)

@@ -70,44 +70,38 @@ struct Buffer {
         return a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3];
     }
 
+    // Of floats only what the type represents: numbers that are drawn are.
     void set(long i, double x) {
         char* to = bytes.get() + i * width(type);
+        auto put = [&](auto number) { memcpy(to, &number, sizeof number); };
         float single = (float)x;
         uint32_t bits;
         memcpy(&bits, &single, 4);
-        uint16_t brain = (uint16_t)(bits >> 16);
-        _Float16 half = (_Float16)x;
-        int32_t small = (int32_t)x;
-        int64_t large = (int64_t)x;
-        uint8_t truth = x != 0;
-        const void* from[] = {&single, &brain, &half, &truth, &small, &large};
-        memcpy(to, from[type], width(type));
+        if (type == F32) put(single);
+        if (type == BF16) put((uint16_t)(bits >> 16));
+        if (type == F16)  // the exponent's bias is 15 there, and 127 here
+            put((uint16_t)(x == 0 ? 0 : (bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - (112u << 23)) >> 13));
+        if (type == U8) put((uint8_t)(x != 0));
+        if (type == I32) put((int32_t)x);
+        if (type == I64) put((int64_t)x);
     }
     double get(long i) const {
         const char* from = bytes.get() + i * width(type);
-        float single = 0;
-        uint16_t brain;
-        _Float16 half;
-        int32_t small;
-        switch (type) {
-            case BF16: {
-                memcpy(&brain, from, 2);
-                uint32_t bits = (uint32_t)brain << 16;
-                memcpy(&single, &bits, 4);
-                return single;
-            }
-            case F16:
-                memcpy(&half, from, 2);
-                return (double)half;
-            case U8:
-                return *(const uint8_t*)from;
-            case I32:
-                memcpy(&small, from, 4);
-                return small;
-            default:
-                memcpy(&single, from, 4);
-                return single;
-        }
+        auto take = [&](auto number) {
+            memcpy(&number, from, sizeof number);
+            return number;
+        };
+        if (type == F32) return take(0.f);
+        if (type == U8) return take(uint8_t());
+        if (type == I32) return take(int32_t());
+        if (type == I64) return (double)take(int64_t());
+        uint16_t bits = take(uint16_t());
+        int places = type == BF16 ? 7 : 10, most = type == BF16 ? 255 : 31;
+        int exponent = bits >> places & most, part = bits & ((1 << places) - 1);
+        double size = exponent == most ? (part ? NAN : INFINITY)
+                      : exponent ? std::ldexp((1 << places) + part, exponent - most / 2 - places)
+                                 : std::ldexp(part, 1 - most / 2 - places);
+        return bits >> 15 ? -size : size;
     }
     double operator()(long a, long b, long c, long d) const { return get(at(a, b, c, d)); }
 

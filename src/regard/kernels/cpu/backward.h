@@ -110,7 +110,7 @@ class Backward {
     const RegardBackward& back;
     const Shaping& shaping;
     long stripe = 0;
-    float *key, *value, *key_panels, *d_key, *d_value, *score, *weight, *slope, *capped, *biases, *factors;
+    float *key, *value, *key_panels, *d_key, *d_value, *score, *slope, *capped, *biases, *factors;
     float *top, *inverse, *delta;
     uint64_t *visible, *stack;
 

@@ -123,7 +123,7 @@ class EffectPass {
             if (c.dropout) dp *= load(factors + j * LANES + lane);
             V p = exp(s - high) * by;
             // A row's sum of 1 is that of one key; here its score may be a rounding off (few.h)
-            V left = (by == 1.f) & (p > .5f) ? V{} : 1.f - p;
+            V left = ((by == 1.f) & (p > .5f)) ? V{} : 1.f - p;
             V change = left > 0.f ? p * (here - dp) / left : -here;
             V large = change < 0.f ? -change : change;
             I shown = (s > -INFINITY) | (s != s);

@@ -8,6 +8,8 @@ from ...lowered import Op
 from ...ops import FULL_CELL, TILE_SIDE
 from .instructions import WORDS
 
+# The interpreter multiplies the bits of bfloat16 as if they were integers
+_WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _ONE = tl.constexpr(1)  # first, as the interpreter gives KINDS as a plain number
 _WORDS = tl.constexpr(WORDS)
 _SIDE = tl.constexpr(TILE_SIDE)
@@ -172,6 +174,9 @@ def scores(
     dims = tl.arange(0, D)
     own = k + cols[None, :].to(tl.int64) * k_row + dims[:, None] * k_dim
     keys = tl.load(own, mask=col_in[None, :] & (dims < dim)[:, None], other=0)
+    if _WIDEN:
+        q = q.to(tl.float32)
+        keys = keys.to(tl.float32)
     s = tl.dot(q, keys, input_precision="ieee") * scale
     if SOFTCAP:
         # tanh x = 1 − 2 / (e^2x + 1), off by float32's rounding at 1
