@@ -130,7 +130,7 @@ def case(name: str, sizes: Sizes, form: str, build: Build | None = None, **more:
     return Case(name, sizes, build or FORMS[form], layout=both, **more)
 
 
-BASE = at(150, batch=2, heads=4, kv_heads=2, dim=6, v_dim=5)
+BASE = at(131, batch=2, heads=4, kv_heads=2, dim=6, v_dim=5)
 SWEPT = ("elu", "retention", "gla", "gated delta", "channel delta")
 CAUSAL = [
     *(case(form, BASE, form) for form in FORMS),

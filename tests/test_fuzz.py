@@ -98,7 +98,8 @@ class Drawn:
     def request(self, dtype: torch.dtype) -> dict[str, Any]:
         """Mask, biases and the rest, as `attention` takes them."""
         s, rng, given = self.sizes, torch.Generator().manual_seed(1), dict(self.options)
-        start = given.get("query_start", s.k_len - s.q_len), given.get("key_start", 0)
+        first = given.get("key_start", 0)
+        start = given.get("query_start", first + s.k_len - s.q_len), first
         given["mask"] = mask_of(self.mask, s, rng, start)
         if given.pop("sinks", False):
             given["sinks"] = floats(rng, s.heads)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import regard.linear.chunked
-from cases import DTYPES, Case, assert_within, at, floats, mapped
+from cases import Case, assert_within, at, floats, mapped
 from linear_cases import CASES, CAUSAL, FEW, FORMS, gate, short
 from regard import (
     Causal,
@@ -115,8 +115,14 @@ def typical(error: Tensor) -> Tensor:
     return error.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        *((case, dtype) for case in FEW for dtype in (torch.float32, torch.bfloat16)),
+        *((case, torch.float16) for case in FEW[::3]),
+    ],
+    ids=str,
+)
 def test_other_dtypes_meet_the_bar(case, dtype):
     tensors, request = case.tensors(dtype=dtype), case.request(dtype)
     simple = answers(plainly, tensors, request)
@@ -250,11 +256,11 @@ def in_pieces(*tensors, ends: list[int], engine: str, **request):
     return torch.cat(outs, 2), state
 
 
-@pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len == 150], ids=str)
+@pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len == 131], ids=str)
 def test_pieces_are_the_whole(case):
     """A sequence cut anywhere, the state handed on: the same out, state and gradients."""
-    ends = [0, 1, 2, 40, 40, 104, 147, 150]
-    for engine in ("chunked", "recurrent"):
+    ends = [0, 1, 2, 40, 40, 104, 128, 131]
+    for engine in ("chunked", "recurrent") if case in CAUSAL[::3] else ("chunked",):
         ours = answers(
             lambda *t, **r: in_pieces(*t, ends=ends, engine=engine, **r),  # noqa: B023
             case.tensors(),
@@ -269,7 +275,7 @@ def test_pieces_are_the_whole(case):
 def test_prefill_and_decode_are_the_whole(form, engine):
     case = next(c for c in CAUSAL if c.name == form)
     tensors, request = case.tensors(), case.request()
-    out, state = in_pieces(*tensors, ends=[0, 140, *range(141, 151)], engine=engine, **request)
+    out, state = in_pieces(*tensors, ends=[0, 120, *range(121, 132)], engine=engine, **request)
     whole, last = linear_attention(*tensors, **request, return_state=True, engine="chunked")
     torch.testing.assert_close(out, whole, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(state.memory, last.memory, rtol=1e-11, atol=1e-11)

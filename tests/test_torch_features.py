@@ -223,7 +223,7 @@ def test_exports_the_function():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_module
 def test_autocast(make, given, dtype):
-    """Attention in half precision, outputs near those in full, gradients in the parameters' dtype."""
+    """Attention in half precision, outputs near full ones, gradients in the parameters' dtype."""
     module = make()
     exact, *exact_grads = stepped(module, module, given)
     module.zero_grad()
@@ -287,7 +287,7 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 @engines
 @pytest.mark.parametrize("build", MASKS.values(), ids=MASKS)
 def test_vmap_is_a_loop(build, engine, dtype):
-    """Of query, key and value, each mapped or not, along any dimension; and gradients through it."""
+    """Of query, key and value, each mapped or not, along any dimension; and its gradients."""
     request, run = build(), named(engine)
     tensors = mapped_tensors(dtype)
     for dims in ((0, 0, 0), (0, None, None), (None, 0, 0), (1, 0, 2)):

@@ -44,7 +44,7 @@ def _cut(tensor: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Te
 
 
 class Segments:
-    """The tensors of a flow, cut: iterates over (start, chunks, value in chunks)."""
+    """The tensors of a flow, cut into segments of some chunks; `starts` are their first tokens."""
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
