@@ -345,7 +345,8 @@ def test_autocast_is_torchs():
                 ours = scaled_dot_product_attention(*tensors, attn_mask=mask)
                 theirs = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
             assert ours.dtype == theirs.dtype
-            torch.testing.assert_close(ours, theirs)
+            # Two kernels round to 8 bits, or 11: a last place of numbers around 1
+            torch.testing.assert_close(ours, theirs, rtol=0.016, atol=0.01)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         query, key, value = three(2, 4, dtype=torch.float32)
         mixed = scaled_dot_product_attention(query, key.bfloat16(), value.half())

@@ -355,7 +355,11 @@ def test_ties_across_shards_go_to_the_lower_key():
     torch.testing.assert_close(top.rest, torch.full((1, 1, 3), 4 / 9))
 
 
-@pytest.mark.parametrize("case", [c for c in FEW[::2] if "dropout" not in c.request()], ids=str)
+# What chooses among all keys is refused where lse may be that of more keys (tests/test_blocks.py)
+ALONE = [c for c in FEW[::2] if "dropout" not in c.request() and "top blocks" not in c.name]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
 def test_the_second_pass_alone(case):
     """regard.observe, with the lse of the call and without, is what `attention` saw."""
     (query, key, value), request = case.tensors(), case.request()

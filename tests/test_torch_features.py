@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
@@ -418,12 +419,12 @@ def test_an_ensemble_of_models():
             for parameter in model.parameters():
                 parameter.mul_(1 + 0.1 * number)
     params, buffers = stack_module_state(models)
-    base = copy.deepcopy(models[0]).to("meta")
+    base, given = copy.deepcopy(models[0]).to("meta"), (tokens(), tokens(9))
 
     def run(params: Any, buffers: Any) -> Tensor:
-        return functional_call(base, (params, buffers), (tokens(), tokens(9)))
+        return functional_call(base, (params, buffers), given)
 
-    wanted = torch.stack([m(tokens(), tokens(9)) for m in models])
+    wanted = torch.stack([m(*given) for m in models])
     torch.testing.assert_close(vmap(run)(params, buffers), wanted)
 
 

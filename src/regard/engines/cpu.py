@@ -58,9 +58,10 @@ def yields(call: Call) -> bool:
     Without vector instructions beyond the baseline it is, but for decoding; so too in bfloat16,
     where the processor has AMX and these kernels may not use it.
     """
-    if not native.AVAILABLE or call.observers or call.place.q_len <= DECODE:
+    slower = native.LEVEL == 0 or (call.query.dtype == torch.bfloat16 and native.WITHOUT_AMX)
+    if not slower or not native.AVAILABLE:
         return False
-    return native.level() == 0 or (call.query.dtype == torch.bfloat16 and native.WITHOUT_AMX)
+    return not call.observers and call.place.q_len > DECODE
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
