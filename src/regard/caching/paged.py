@@ -90,13 +90,14 @@ class PagedCache(Cache):
         pages = Pages(tables.blocks, tables.lengths)
         return pages.gather(tables.key), pages.gather(tables.value)
 
-    def _attention(self, query: Tensor, *, engine: str, **request: Any) -> Any:
+    def _attention(self, query: Tensor, **request: Any) -> Any:
         # An engine that can reads the blocks in place; who watches has no use for a table
-        if engine not in ("auto", "cpu") or has_torch_function_unary(query):
-            return super()._attention(query, engine=engine, **request)
+        named = request.get("engine", "auto")
+        if named not in ("auto", "cpu") or has_torch_function_unary(query):
+            return super()._attention(query, **request)
         tables = self.tables()
         pages = Pages(tables.blocks, tables.lengths)
-        return attention(query, tables.key, tables.value, pages=pages, engine=engine, **request)
+        return attention(query, tables.key, tables.value, pages=pages, **request)
 
     def _pools(self) -> tuple[Tensor, Tensor]:
         if self._key is None or self._value is None:
