@@ -53,7 +53,7 @@ def why_not(call: Call) -> list[str]:
 
 
 def yields(call: Call) -> bool:
-    """Whether PyTorch's kernel is faster, where both can: docs/benchmarks.md.
+    """Whether PyTorch's kernel is faster, where both can; `regard bench` shows it.
 
     Without vector instructions beyond the baseline it is, but for decoding; so too in bfloat16,
     where the processor has AMX and these kernels may not use it.
