@@ -358,6 +358,7 @@ def assert_within(
     exact: Tensor,
     dtype: torch.dtype | None = None,
     error: Callable[[Tensor], Tensor] = torch.amax,
+    roundings: int = 1,
 ) -> None:
     """ours' error ≤ 2 × (plain's error + rounding), each by default the largest over the tensor.
 
@@ -369,7 +370,8 @@ def assert_within(
     assert torch.equal(ours[~finite].double(), exact[~finite])
     if finite.any():
         mine, theirs = (float(error((t.double() - exact)[finite].abs())) for t in (ours, plain))
-        rounding = torch.finfo(plain.dtype).eps * (float(exact[finite].abs().max()) or 1.0)
+        scale = float(exact[finite].abs().max()) or 1.0
+        rounding = roundings * torch.finfo(plain.dtype).eps * scale
         finer = torch.finfo(dtype or plain.dtype).eps / torch.finfo(plain.dtype).eps
         bar = 2 * (theirs + rounding) * finer
         assert mine <= bar, f"error {mine:.3e}, plain torch's {theirs * finer:.3e}, bar {bar:.3e}"

@@ -133,7 +133,9 @@ def test_other_dtypes_meet_the_bar(case, dtype):
         for ours, theirs, truths in zip(mine, simple, exact(case, dtype), strict=True):
             for a, b, truth in zip(ours, theirs, truths, strict=True):
                 if b.isfinite().all():
-                    assert_within(a, b.to(a.dtype), truth, error=typical)
+                    # A decay per head sums what nearly cancels over all tokens: a chance of its own
+                    more = 4 if truth.numel() < 16 else 1
+                    assert_within(a, b.to(a.dtype), truth, error=typical, roundings=more)
                 else:  # what overflows in plain float16 is computed in float32
                     eps = torch.finfo(a.dtype).eps * float(truth.abs().max())
                     torch.testing.assert_close(a.double(), truth, rtol=0, atol=eps)

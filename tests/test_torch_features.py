@@ -1,6 +1,5 @@
 """torch.compile, torch.export, autocast, torch.func, checkpointing and DDP over our modules."""
 
-import copy
 import io
 import shutil
 from typing import Any
@@ -162,12 +161,14 @@ def test_one_graph_for_all_lengths(engine):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    frames = 0
     for batch, length in ((2, 7), (3, 12), (4, 23), (5, 40)):
         rng = torch.Generator().manual_seed(batch)
         given = [torch.randint(11, (batch, n), generator=rng) for n in (length, length + 3)]
         torch.testing.assert_close(compiled(*given), model(*given))
-    if engine == "tiled":  # engine cpu, which auto takes, is compiled anew for some lengths
-        assert counter.frame_count == 1
+        # The first may take two attempts: torch starts over where it finds a number to specialise
+        frames = frames or counter.frame_count
+        assert counter.frame_count == frames
 
 
 def test_a_compiled_model_cannot_be_watched_but_observed():
@@ -420,7 +421,8 @@ def test_an_ensemble_of_models():
             for parameter in model.parameters():
                 parameter.mul_(1 + 0.1 * number)
     params, buffers = stack_module_state(models)
-    base, given = copy.deepcopy(models[0]).to("meta"), (tokens(), tokens(9))
+    # Not on "meta", as torch's own example has it: moving there unties the head from the embedding
+    base, given = models[0], (tokens(), tokens(9))
 
     def run(params: Any, buffers: Any) -> Tensor:
         return functional_call(base, (params, buffers), given)

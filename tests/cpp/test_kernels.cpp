@@ -375,7 +375,7 @@ static void test_without_threads(const std::vector<int>& levels) {
     pthread_attr_t before, huge;
     pthread_getattr_default_np(&before);
     pthread_attr_init(&huge);
-    pthread_attr_setstacksize(&huge, (size_t)1 << 46);
+    pthread_attr_setstacksize(&huge, (size_t)1 << 50);
     pthread_setattr_default_np(&huge);
     test({.name = "no thread starts"}, levels);
     pthread_setattr_default_np(&before);
