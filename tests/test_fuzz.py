@@ -268,8 +268,9 @@ def assert_near(
     others: Sequence[Tensor],
     dtype: torch.dtype | None = None,
     error: Any = torch.amax,
+    more: float = 0,
 ) -> None:
-    """Error ≤ 2 × (the largest of the others' + rounding), and a few units of the least number."""
+    """Error ≤ 2 × (the largest of the others' + rounding + more), and a few of the least number."""
     finite = exact.isfinite()
     assert torch.equal(ours[~finite].double(), exact[~finite])
     if not finite.any():
@@ -277,7 +278,7 @@ def assert_near(
     exact, info = exact[finite], torch.finfo(dtype or ours.dtype)
     mine, *theirs = (float(error((t[finite].double() - exact).abs())) for t in (ours, *others))
     rounding = info.eps * float(exact.abs().max())
-    bar = 2 * (max(theirs) + rounding) + 4 * info.tiny * info.eps
+    bar = 2 * (max(theirs) + rounding + more) + 4 * info.tiny * info.eps
     assert mine <= bar, f"error {mine:.3e}, bar {bar:.3e} of {theirs}"
 
 
@@ -312,7 +313,9 @@ def test_gradients_match_float64(given, dtype):
         torch.cat([(t.double() / m).flatten() for t, m in zip(each, most, strict=True)])
         for each in (ours, exact, *others)
     ]
-    assert_near(shares[0], shares[1], shares[2:], dtype, typical)
+    # With few keys, what a weight's slope is the difference of is larger than it by far
+    more = torch.finfo(torch.float32).eps * given.sizes.v_dim
+    assert_near(shares[0], shares[1], shares[2:], dtype, typical, more)
 
 
 @settings(max_examples=100)
@@ -376,7 +379,10 @@ def spoilt(tensor: Tensor, bad: float, data: Any) -> tuple[Tensor, tuple[int, ..
 @settings(max_examples=60)
 @given(drawn(most=160), DTYPES, BAD, st.data())
 def test_a_bad_value_surfaces(given, dtype, bad, data):
-    """In its column of every row that sees it; elsewhere all bits stay."""
+    """In its column of every row that sees it; elsewhere all bits stay.
+
+    Where products are AMX's, they stay but for rounding: the tile is computed without.
+    """
     query, key, value = given.tensors(dtype)
     request = given.request(dtype)
     value, (b, kv, j, d) = spoilt(value, bad, data)
@@ -393,7 +399,11 @@ def test_a_bad_value_surfaces(given, dtype, bad, data):
     assert not out[column][seen].isfinite().any()
     # A hidden value of the same tile may show: 0 times it is NaN in all of torch
     out[column] = out[column].where(out[column].isfinite(), clean[column])
-    assert_equal([out, lse], [clean, clean_lse])
+    if native.LEVELS[native.LEVEL] == "amx":
+        close = {"rtol": 1e-5, "atol": max(1e-5, 4 * torch.finfo(dtype).eps)}
+        torch.testing.assert_close([out, lse], [clean, clean_lse], **close)
+    else:
+        assert_equal([out, lse], [clean, clean_lse])
 
 
 @settings(max_examples=100)

@@ -43,10 +43,10 @@ class Masked(nn.Module):
         return self.module(*tensors, **self.request)
 
 
-def translator(**more: Any) -> Transformer:
+def translator(decoder: int = 2, **more: Any) -> Transformer:
     given = {"kv_heads": 2, "norm": "rms", "activation": "swiglu", "qk_norm": True} | more
     return seeded(
-        lambda: Transformer(vocab=11, dim=DIM, heads=HEADS, encoder=1, decoder=2, **given)
+        lambda: Transformer(vocab=11, dim=DIM, heads=HEADS, encoder=1, decoder=decoder, **given)
     )
 
 
@@ -157,7 +157,7 @@ def test_inductor():
 
 @pytest.mark.parametrize("engine", ["auto", "tiled"])
 def test_one_graph_for_all_lengths(engine):
-    model = translator(engine=engine).eval()
+    model = translator(decoder=1, engine=engine).eval()
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)

@@ -28,6 +28,7 @@ from ..ops import Op
 from . import native
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARTS = {"highest": 3, "high": 2, "medium": 1}
 FUSED = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 
 
@@ -78,11 +79,11 @@ def words_of(
     seed = int(dropout.seed) if dropout is not None and dropout.seed is not None else 0
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     return struct.pack(
-        "9q3d3q24q4q2q4q4qq",
+        "9q3d4q24q4q2q4q4qq",
         place.batch, place.heads, place.kv_heads, place.q_len, place.k_len,
         call.query.shape[-1], value.shape[-1], place.query_start, place.key_start,
         call.scale, call.softcap or 0.0, 0.0 if dropout is None else dropout.p,
-        seed, torch.get_num_threads(), native.level(),
+        seed, torch.get_num_threads(), native.level(), parts_of(call.query.dtype),
         call.query.data_ptr(), kind, *call.query.stride(),
         call.key.data_ptr(), kind, *call.key.stride(),
         value.data_ptr(), kind, *value.stride(),
@@ -106,6 +107,16 @@ def _pages(call: Call, kept: Buffers) -> tuple[int, ...]:
     pages = (call.pages.table, call.pages.lengths)
     table, lengths = (t.to(torch.int32).contiguous() for t in pages)
     return kept.tensor(table), table.shape[1], call.key.shape[2], kept.tensor(lengths)
+
+
+def parts_of(dtype: torch.dtype) -> int:
+    """How many bf16 numbers stand for one where products are AMX's (kernels/cpu/parts.h).
+
+    float32: as `torch.set_float32_matmul_precision` asks; "highest" keeps all 24 bits.
+    """
+    if dtype == torch.float32:
+        return PARTS[torch.get_float32_matmul_precision()]
+    return 1 if dtype == torch.bfloat16 else 2
 
 
 def by_offset(call: Call) -> Tensor | None:

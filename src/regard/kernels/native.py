@@ -1,7 +1,8 @@
 """The compiled CPU kernels: where the library lies, and which instruction sets it may use here.
 
 The library speaks plain C (kernels/cpu/abi.h) and is loaded by ctypes: one build serves every
-Python. `REGARD_ISA` names the highest instruction set to use: portable, avx2, avx512 or amx.
+Python. `REGARD_ISA` names the highest instruction set to use: portable, avx2, avx512 or amx;
+`REGARD_KERNELS` another build of the library, as tests make it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 
 from ..errors import RegardError
 
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
 @cache
 def path() -> str | None:
     """Where the library lies; None if this installation was built without it."""
+    if other := os.environ.get("REGARD_KERNELS"):
+        return other
     found = importlib.util.find_spec("regard.kernels._cpu")
     return None if found is None else found.origin
 

@@ -59,6 +59,7 @@ struct RegardCall {
     int64_t batch, heads, kv_heads, q_len, k_len, dim, v_dim, query_start, key_start;
     double scale, softcap, dropout;  // 0: none
     int64_t seed, threads, level;    // level: an instruction set (dispatch.cpp)
+    int64_t parts;                   // level amx: bf16 numbers that stand for one (parts.h); 0: none do
     RegardView query, key, value, out;
     float* lse;              // (batch, heads, q_len)
     float* stats;            // (batch, heads, q_len, 2) or null: each row's largest score and sum

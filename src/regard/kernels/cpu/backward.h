@@ -4,6 +4,7 @@
 // bits depend neither on threads nor on the rest of the batch.
 #pragma once
 #include "matmul.h"
+#include "parts.h"
 #include "plan.h"
 
 namespace regard::LEVEL {
@@ -39,6 +40,11 @@ struct SharedBackward {
     long lanes, blocks;          // lanes of a block, at most; blocks in all
     float *query, *grad;         // [block] panels of its rows
     float *query_lanes, *grad_lanes;  // [block][panel of lanes][dim][PW]
+    int parts;                   // of a number on tiles; 0: nothing is multiplied on tiles
+    KeyTiles tile_rule;
+    uint16_t *query_tiles, *grad_tiles;          // [block][panel of lanes] of the lanes, depth their dim
+    uint16_t *query_row_tiles, *grad_row_tiles;  // [block][panel of dims] of the rows, depth the lanes
+    float* fits;                 // [block]: 1 where all of these may stand as parts
     float* d_query;              // [stripe][block] panels of its rows
     float* d_by_offset;          // [stripe][item of the batch][head][q_len + k_len − 1]
     float* d_bias;               // [stripe] of those dense biases that all keys share
@@ -47,6 +53,18 @@ struct SharedBackward {
     long offsets() const { return call.q_len + call.k_len - 1; }
     long first_row(const Block& b) const {
         return (b.segment[0].b * call.heads + b.segment[0].h) * call.q_len + b.segment[0].q0;
+    }
+    bool served(const Block& b) const { return parts && tile_rule.serve(plan, b); }
+    // By what the scores of a block are multiplied after their product, as in the forward
+    float after_of(const Block& b) const {
+        return scale_after(call, served(b) ? parts : 0, shaping.query_scale());
+    }
+    // Panel p of one block, of those tiles whose depth is `dim` (padded), or the block's lanes
+    Tiles lane_tiles(uint16_t* of, long id, long dim, int p) const {
+        return {of + (id * lanes + p * PW) * dim * parts, PW / SIDE, dim * PW};
+    }
+    Tiles row_tiles(uint16_t* of, long id, long dim, long p) const {
+        return {of + (id * dim + p * PW) * lanes * parts, PW / SIDE, lanes * PW};
     }
 };
 
@@ -60,10 +78,11 @@ static void pack_blocks(void* data) {
     if (!line) return;
     for (long item; sh.queue->take(item);) {
         Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
-        turn_rows(c.query, block, c.dim, sh.shaping.query_scale(), line,
-                  sh.query_lanes + item * sh.lanes * c.dim);
-        turn_rows(sh.back.grad_out, block, c.v_dim, 1, line,
-                  sh.grad_lanes + item * sh.lanes * c.v_dim);
+        float *query_lanes = sh.query_lanes + item * sh.lanes * c.dim;
+        float *grad_lanes = sh.grad_lanes + item * sh.lanes * c.v_dim;
+        turn_rows(c.query, block, c.dim, sh.after_of(block) != 1.f ? 1.f : sh.shaping.query_scale(),
+                  line, query_lanes);
+        turn_rows(sh.back.grad_out, block, c.v_dim, 1, line, grad_lanes);
         auto panels = [&](const RegardView& view, long dim, long wide, float* to) {
             for (int i = 0; i < block.segments; i++) {
                 const Segment& s = block.segment[i];
@@ -75,6 +94,29 @@ static void pack_blocks(void* data) {
         };
         panels(c.query, c.dim, sh.dim, sh.query);
         panels(sh.back.grad_out, c.v_dim, sh.v_dim, sh.grad);
+        if (sh.parts)
+            with_parts(sh.parts, [&](auto of) {
+                constexpr int parts = of.count;
+                float* fits = sh.fits + 3 * item;
+                fits[0] = fits[1] = fits[2] = 1;
+                auto pack = [&](const float* x, long depth, Tiles to, float& fit) {
+                    if (!pack_columns<parts, false>(x, PW, depth, PW, to)) fit = 0;
+                };
+                const float* query = sh.query + item * sh.lanes * sh.dim;
+                const float* grad = sh.grad + item * sh.lanes * sh.v_dim;
+                for (int p = 0; p < block.panels; p++) {
+                    pack(query_lanes + p * PW * c.dim, c.dim,
+                         sh.lane_tiles(sh.query_tiles, item, sh.dim, p), fits[0]);
+                    pack(grad_lanes + p * PW * c.v_dim, c.v_dim,
+                         sh.lane_tiles(sh.grad_tiles, item, sh.v_dim, p), fits[1]);
+                }
+                for (long p = 0; p < sh.dim / PW; p++)
+                    pack(query + p * sh.lanes * PW, block.count,
+                         sh.row_tiles(sh.query_row_tiles, item, sh.dim, p), fits[2]);
+                for (long p = 0; p < sh.v_dim / PW; p++)
+                    pack(grad + p * sh.lanes * PW, block.count,
+                         sh.row_tiles(sh.grad_row_tiles, item, sh.v_dim, p), fits[2]);
+            });
         for (long s = 0; s < sh.stripes; s++)
             memset(sh.d_query + (s * sh.blocks + item) * sh.lanes * sh.dim, 0,
                    sh.lanes * sh.dim * sizeof(float));
@@ -94,6 +136,7 @@ class Backward {
     }
 
     void run() {
+        TileSession session(sh.parts);
         long owners = sh.together ? 1 : c.batch * c.kv_heads;
         for (long item; ready && sh.queue->take(item);) {
             stripe = item % sh.stripes;
@@ -113,6 +156,13 @@ class Backward {
     float *key, *value, *key_panels, *d_key, *d_value, *score, *slope, *capped, *biases, *factors;
     float *top, *inverse, *delta;
     uint64_t *visible, *stack;
+    Tiles key_tiles, value_tiles;   // of the keys, depth their dim
+    Tiles key_row_tiles;            // [panel of dims] of the dims, depth the keys
+    Tiles weight_tiles, slope_tiles;  // of the keys, depth the lanes
+    Tiles slope_turned;             // of the lanes, depth the keys
+    bool key_fits, value_fits;      // whether the keys at hand may be parts
+    bool scores_on_tiles, slopes_on_tiles;  // of the pair at hand; as the forward had it
+    float after;                    // by which its scores are multiplied yet
 
     void lay_out(Cutter& cut) {
         key = cut.cut(KEYS * c.dim);
@@ -130,6 +180,15 @@ class Backward {
         delta = cut.cut(LANES);
         visible = (uint64_t*)cut.cut(2 * KEYS);
         stack = (uint64_t*)cut.cut(2 * Shaping::words(c));
+        auto cut_tiles = [&](long rows, long depth) -> Tiles {
+            return {(uint16_t*)cut.cut(sh.parts * rows * depth / 2), depth / DEPTH, rows * depth};
+        };
+        key_tiles = cut_tiles(KEYS, sh.dim);
+        value_tiles = cut_tiles(KEYS, sh.v_dim);
+        key_row_tiles = cut_tiles(KEYS, sh.dim);
+        weight_tiles = cut_tiles(KEYS, LANES);
+        slope_tiles = cut_tiles(KEYS, LANES);
+        slope_turned = cut_tiles(LANES, KEYS);
     }
 
     // The gradients of one tile of keys, from all rows that see it.
@@ -139,6 +198,15 @@ class Backward {
         Rows k = rows_of(c.key, c.pages, b, kv, k0, n, c.dim, key);
         Rows v = rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, value);
         to_panels(k.data, k.ld, n, c.dim, key_panels, KEYS);
+        if (sh.parts)
+            with_parts(sh.parts, [&](auto of) {
+                constexpr int parts = of.count;
+                key_fits = pack_rows<parts>(k.data, k.ld, n, c.dim, key_tiles);
+                value_fits = pack_rows<parts>(v.data, v.ld, n, c.v_dim, value_tiles);
+                for (long p = 0; p < sh.dim / PW; p++)
+                    pack_columns<parts, false, Unseen>(key_panels + p * KEYS * PW, PW, n, PW,
+                                                       key_rows(p));
+            });
         memset(d_key, 0, KEYS * sh.dim * sizeof(float));
         memset(d_value, 0, KEYS * sh.v_dim * sizeof(float));
         for (long g = 0; g < (sh.plan.flat ? 1 : group); g++) {
@@ -173,15 +241,21 @@ class Backward {
         }
         const float* q = sh.query_lanes + id * sh.lanes * c.dim;
         const float* g = sh.grad_lanes + id * sh.lanes * c.v_dim;
+        const float* fits = sh.fits + 3 * id;
+        scores_on_tiles = sh.served(block) && key_fits && fits[0] != 0;
+        slopes_on_tiles = sh.served(block) && value_fits && fits[1] != 0;
+        after = sh.after_of(block);
         for (int p = 0; p < block.panels; p++) {
             if (block.panel_rows(p) > W)
-                panel<2>(p, k, v, q, g, n, every);
+                panel<2>(id, p, k, v, q, g, n, every);
             else
-                panel<1>(p, k, v, q, g, n, every);
+                panel<1>(id, p, k, v, q, g, n, every);
         }
         if (shaping.biased) gather_biases(block, k0, n);
         if (c.softcap)
             for (long i = 0; i < (long)n * LANES; i++) slope[i] *= 1 - capped[i] * capped[i];
+        if (scores_on_tiles && slopes_on_tiles && fits[2] != 0)
+            return gather_on_tiles(id, block.count, n);
         long at = id * sh.lanes;
         columns(n, block.count, score, LANES, 1, sh.grad + at * sh.v_dim, sh.lanes, sh.v_dim, d_value,
                 KEYS);
@@ -197,12 +271,47 @@ class Backward {
             product<true>(rows, depth, a, rs, ks, b + p * b_rows * PW, PW, to + p * to_rows * PW, PW);
     }
 
+    // What one pair adds to the gradients: the same three products.
+    void gather_on_tiles(long id, int count, int n) {
+        with_parts(sh.parts, [&](auto of) {
+            constexpr int parts = of.count;
+            pack_rows<parts, Unseen>(score, LANES, n, count, weight_tiles);
+            pack_rows<parts, Unseen>(slope, LANES, n, count, slope_tiles);
+            pack_columns<parts, true, Unseen>(slope, LANES, n, count, slope_turned);
+        });
+        for (long p = 0; p < sh.v_dim / PW; p++)
+            tile_product<true>(sh.parts, false, n, count, weight_tiles,
+                               sh.row_tiles(sh.grad_row_tiles, id, sh.v_dim, p),
+                               d_value + p * KEYS * PW, PW);
+        float* d_query = sh.d_query + (stripe * sh.blocks + id) * sh.lanes * sh.dim;
+        for (long p = 0; p < sh.dim / PW; p++) {
+            tile_product<true>(sh.parts, false, n, count, slope_tiles,
+                               sh.row_tiles(sh.query_row_tiles, id, sh.dim, p),
+                               d_key + p * KEYS * PW, PW);
+            tile_product<true>(sh.parts, false, count, n, slope_turned, key_rows(p),
+                               d_query + p * sh.lanes * PW, PW);
+        }
+    }
+    Tiles key_rows(long p) const {
+        return {key_row_tiles.data + p * PW * KEYS * sh.parts, PW / SIDE, PW * KEYS};
+    }
+
     // Weights and slopes of one panel, as [key][lane].
     template <int NV>
-    void panel(int p, Rows k, Rows v, const float* q, const float* g, int n, bool every) {
+    void panel(long id, int p, Rows k, Rows v, const float* q, const float* g, int n, bool every) {
         float *s = score + p * PW, *ds = slope + p * PW;
-        product<false, NV>(n, c.dim, k.data, k.ld, 1, q + p * c.dim * PW, PW, s, LANES);
-        product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, LANES);
+        bool whole = c.query.type == F16;
+        if (scores_on_tiles)
+            tile_product<false, NV>(sh.parts, whole, n, c.dim, key_tiles,
+                                    sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, LANES);
+        else
+            product<false, NV>(n, c.dim, k.data, k.ld, 1, q + p * c.dim * PW, PW, s, LANES);
+        if (slopes_on_tiles)
+            tile_product<false, NV>(sh.parts, whole, n, c.v_dim, value_tiles,
+                                    sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, LANES);
+        else
+            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, LANES);
+        if (after != 1.f) multiply<NV>(n, s, LANES, after);
         if (!every || shaping.shaped())
             shaping.finish<NV>(p, n, s, LANES, every ? nullptr : visible,
                                shaping.biased ? biases : nullptr, c.softcap ? capped + p * PW : nullptr);
@@ -294,20 +403,27 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
         sh.together |= !by_item || !by_head;
     }
     sh.blocks = sh.plan.owners * sh.plan.blocks;
+    sh.tile_rule = KeyTiles(c);
+    if (sh.tile_rule.serve(sh.plan, sh.plan.block(c, 0, 0))) sh.parts = sh.tile_rule.parts;
     size_t lanes = (size_t)sh.blocks * sh.lanes;
     size_t counts[] = {
         lanes * sh.dim, lanes * sh.v_dim, lanes * c.dim, lanes * c.v_dim, lanes * sh.dim * sh.stripes,
         (size_t)(back.d_by_offset ? sh.stripes * c.batch * c.heads * sh.offsets() : 0),
         (size_t)(sh.stripes * sh.bias_floats),
+        sh.parts * lanes * sh.dim / 2, sh.parts * lanes * sh.v_dim / 2,
+        sh.parts * lanes * sh.dim / 2, sh.parts * lanes * sh.v_dim / 2,
+        (size_t)(sh.parts ? 3 * sh.blocks : 0),
     };
     float** parts[] = {&sh.query, &sh.grad, &sh.query_lanes, &sh.grad_lanes, &sh.d_query,
-                       &sh.d_by_offset, &sh.d_bias};
+                       &sh.d_by_offset, &sh.d_bias, (float**)&sh.query_tiles, (float**)&sh.grad_tiles,
+                       (float**)&sh.query_row_tiles, (float**)&sh.grad_row_tiles, &sh.fits};
+    constexpr int count = sizeof parts / sizeof *parts;
     static thread_local Arena arena;
     Cutter measure{nullptr}, cut{nullptr};
-    for (int i = 0; i < 7; i++) measure.cut(counts[i]);
+    for (int i = 0; i < count; i++) measure.cut(counts[i]);
     cut.data = arena.take(measure.used + 16);
     if (!cut.data) return 1;
-    for (int i = 0; i < 7; i++) *parts[i] = cut.cut(counts[i]);
+    for (int i = 0; i < count; i++) *parts[i] = cut.cut(counts[i]);
     memset(sh.d_by_offset, 0, counts[5] * sizeof(float));
     memset(sh.d_bias, 0, counts[6] * sizeof(float));
 

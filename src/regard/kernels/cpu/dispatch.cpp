@@ -4,11 +4,25 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace regard {
 
 void use_openmp(void*);
 #if defined(REGARD_X86)
+// Linux keeps the 8 KB of a thread's tiles for those processes alone that have asked.
+static bool tiles_permitted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr int REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h
+    return syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 // What the processor has, and what the system saves when it switches threads.
 static int detect() {
     int levels = 1;
@@ -20,10 +34,18 @@ static int detect() {
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return levels;
     if (b >> 5 & 1) levels |= 2;  // AVX2
+#if defined(REGARD_PLAIN_TILES)
+    return levels & 2 ? 8 : 0;
+#endif
     // AVX-512 F, DQ, BW, VL
     if ((levels & 2) && (low & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) &&
         (b >> 31 & 1))
         levels |= 4;
+    // AMX-BF16 and AMX-TILE, their state, and AVX512_BF16
+    bool tiles = (levels & 4) && (d >> 22 & 1) && (d >> 24 & 1) && (low >> 17 & 3) == 3;
+    if ((regard_built() & 8) && tiles && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+        (a >> 5 & 1) && tiles_permitted())
+        levels |= 8;
     return levels;
 }
 #else
@@ -31,13 +53,20 @@ static int detect() { return 1; }
 #endif
 
 static const Kernels& at(int64_t level) {
-#if defined(REGARD_X86)
+#if defined(REGARD_PLAIN_TILES)
+    (void)level;
+    return kernels_amx;
+#elif defined(REGARD_X86)
+#if defined(REGARD_AMX)
+    if (level == 3) return kernels_amx;
+#endif
     if (level == 2) return kernels_avx512;
     if (level == 1) return kernels_avx2;
+    return kernels_portable;
 #else
     (void)level;
-#endif
     return kernels_portable;
+#endif
 }
 
 }  // namespace regard
@@ -45,7 +74,11 @@ static const Kernels& at(int64_t level) {
 extern "C" {
 
 int regard_built(void) {
-#if defined(REGARD_X86)
+#if defined(REGARD_PLAIN_TILES)
+    return 8;  // a library for tests, of this level alone, compiled for AVX2 (tests/cpp)
+#elif defined(REGARD_AMX)
+    return 15;
+#elif defined(REGARD_X86)
     return 7;
 #else
     return 1;

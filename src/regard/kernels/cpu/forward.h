@@ -5,6 +5,7 @@
 #include "few.h"
 #include "matmul.h"
 #include "observe.h"
+#include "parts.h"
 #include "plan.h"
 
 namespace regard::LEVEL {
@@ -16,6 +17,9 @@ struct Shared {
     bool observing;
     Plan plan;
     Shaping shaping;
+    KeyTiles tiles;
+    uint16_t* packed;           // keys and values as tiles, once for all; or null: each block's own
+    long v_dim;                 // of mixed values: filled up to whole tiles
     float* columns;             // [item of the batch][head][stripe]
     long column_floats;
     float *partial, *strips;    // of blocks whose keys are cut into chunks
@@ -27,6 +31,9 @@ struct Shared {
         long stripes = plan.flat ? 1 : plan.stripes;
         long at = ((b * call.heads + h) * stripes + (plan.flat ? 0 : stripe)) * column_floats;
         return Columns(columns + at, call, observe);
+    }
+    uint16_t* packed_tile(long b, long kv, long tile) const {
+        return packed + ((b * call.kv_heads + kv) * ((call.k_len + KEYS - 1) / KEYS) + tile) * tiles.size();
     }
 };
 
@@ -43,6 +50,7 @@ class Forward {
     ~Forward() { arena().trim(); }
 
     void run() {
+        TileSession session(sh.tiles.parts);
         for (long item; ready && sh.queue->take(item);) {
             long chunk = item % plan.chunks, stripe = item / plan.chunks % plan.stripes;
             long owner = item / plan.chunks / plan.stripes;
@@ -53,7 +61,7 @@ class Forward {
             // Later queries see more keys under a causal mask: longest first
             for (long index = plan.blocks - 1 - stripe; index >= 0; index -= plan.stripes) {
                 Block block = plan.block(c, owner, index);
-                State state(own_state, block.lanes(), c.v_dim, (int)o.k);
+                State state(own_state, block.lanes(), sh.v_dim, (int)o.k);
                 Strip strip(own_strip, c.k_len, block.lanes());
                 start(block, state, 0);
                 walk(block, state, strip, 0, c.k_len, stripe);
@@ -77,6 +85,9 @@ class Forward {
     float *query, *query_rows, *line, *scores, *dropped, *biases, *factors, *keys, *values, *own_state, *own_strip;
     float *scale, *weighing, *turned;
     uint64_t *visible, *stack;
+    uint16_t *query_parts, *weight_parts, *own_keys;
+    bool on_tiles, query_fits;  // of the block at hand
+    float after;                // by which its scores are multiplied yet
 
     void lay_out(Cutter& cut) {
         long dim = most(c.dim, c.v_dim);
@@ -90,12 +101,16 @@ class Forward {
         factors = cut.cut(c.dropout ? KEYS * LANES : 0);
         keys = cut.cut(KEYS * c.dim);
         values = cut.cut(KEYS * c.v_dim);
-        own_state = cut.cut(State::floats(LANES, c.v_dim, (int)o.k));
+        own_state = cut.cut(State::floats(LANES, sh.v_dim, (int)o.k));
         own_strip = cut.cut(plan.columns && plan.chunks == 1 ? Strip::floats(c.k_len, LANES) : 0);
         scale = cut.cut(LANES);
         weighing = cut.cut(plan.columns ? Weighing::floats(o) : 0);
         visible = (uint64_t*)cut.cut(2 * KEYS);
         stack = (uint64_t*)cut.cut(2 * Shaping::words(c));
+        auto halves = [&](long count) { return (uint16_t*)cut.cut((count + 1) / 2); };
+        query_parts = halves(sh.tiles.parts * sh.tiles.dim * DEPTH * LANES);
+        weight_parts = halves(sh.tiles.parts * KEYS * PW);
+        own_keys = halves(sh.packed ? 0 : sh.tiles.size());
     }
 
     // One chunk of a block's keys; whoever does the last of them joins them all, in order.
@@ -104,7 +119,7 @@ class Forward {
         long id = owner * plan.blocks + index;
         float* mine = sh.partial + id * plan.chunks * sh.partial_floats;
         auto state = [&](long i) {
-            return State(mine + i * sh.partial_floats, block.lanes(), c.v_dim, (int)o.k);
+            return State(mine + i * sh.partial_floats, block.lanes(), sh.v_dim, (int)o.k);
         };
         Strip strip(sh.strips + id * sh.strip_floats, c.k_len, block.lanes());
         State own = state(chunk);
@@ -123,10 +138,26 @@ class Forward {
             for (int i = 0; i < block.segments; i++)
                 for (int r = 0; r < block.segment[i].count; r++)
                     state.sink(block.segment[i].lane + r, c.sinks[block.segment[i].h]);
-        turn_rows(c.query, block, c.dim, shaping.query_scale(), line, query);
+        on_tiles = sh.tiles.serve(plan, block);
+        after = scale_after(c, on_tiles ? sh.tiles.parts : 0, shaping.query_scale());
+        turn_rows(c.query, block, c.dim, after != 1.f ? 1.f : shaping.query_scale(), line, query);
+        if (on_tiles)
+            query_fits = with_parts(sh.tiles.parts, [&](auto of) {
+                bool all_fit = true;
+                for (int p = 0; p < block.panels; p++)
+                    all_fit &= pack_columns<of.count, false>(query + p * c.dim * PW, PW, c.dim, PW,
+                                                             query_tiles(p));
+                return all_fit;
+            });
         for (int r = 0; r < block.count && block.count <= FEW; r++)
             for (long d = 0; d < c.dim; d++) query_rows[r * c.dim + d] = query[d * PW + r];
     }
+
+    Tiles query_tiles(int p) const {
+        long step = sh.tiles.dim * DEPTH * PW;
+        return {query_parts + p * sh.tiles.parts * step, PW / SIDE, step};
+    }
+    Tiles weight_tiles() const { return {weight_parts, PW / SIDE, KEYS * PW}; }
 
     // The keys that an item of the batch has.
     long keys_of(long b) const { return c.pages.table ? c.pages.lengths[b] : c.k_len; }
@@ -161,15 +192,14 @@ class Forward {
             }
         if (shaping.biased) shaping.bias(block, k0, n, biases);
         if (c.dropout) shaping.dropout(block, k0, n, factors);
-        Rows k = rows_of(c.key, c.pages, first.b, kv, k0, n, c.dim, keys);
-        Rows v = rows_of(c.value, c.pages, first.b, kv, k0, n, c.v_dim, values);
+        Sides of = sides(first.b, kv, k0, n);
         float* held = plan.columns ? strip.tile(k0 / KEYS) : nullptr;
         for (int p = 0; p < block.panels; p++) {
             float* s = held ? held + (long)p * KEYS * PW : scores;
             if (block.panel_rows(p) > W)
-                panel<2>(block, state, p, k, v, s, k0, n, every);
+                panel<2>(block, state, p, of, s, k0, n, every);
             else
-                panel<1>(block, state, p, k, v, s, k0, n, every);
+                panel<1>(block, state, p, of, s, k0, n, every);
         }
         if (held) {
             memcpy(strip.top + k0 / KEYS * block.lanes(), state.top, block.lanes() * sizeof(float));
@@ -177,20 +207,44 @@ class Forward {
         }
     }
 
+    // Keys and values as the products read them: as tiles where there are some, else as rows.
+    struct Sides {
+        Rows k, v;
+        Tiles keys, values;
+    };
+    Sides sides(long b, long kv, long k0, int n) {
+        Sides of{};
+        auto k = [&] { return rows_of(c.key, c.pages, b, kv, k0, n, c.dim, keys); };
+        auto v = [&] { return rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, values); };
+        if (on_tiles) {
+            uint16_t* at = sh.packed ? sh.packed_tile(b, kv, k0 / KEYS) : own_keys;
+            if (!sh.packed) sh.tiles.pack(c, k(), v(), n, at);
+            if (query_fits && sh.tiles.fits(at)[0]) of.keys = sh.tiles.keys(at);
+            if (sh.tiles.fits(at)[1]) of.values = sh.tiles.values(at);
+        }
+        if (!of.keys.data) of.k = k();
+        if (!of.values.data) of.v = v();
+        return of;
+    }
+
     // Scores, softmax and mix of one panel: NV vectors of rows against n keys.
     template <int NV>
-    void panel(const Block& block, State& state, int p, Rows k, Rows v, float* s, long k0, int n,
+    void panel(const Block& block, State& state, int p, const Sides& of, float* s, long k0, int n,
                bool every) {
         bool few = NV == 1 && block.count <= FEW && c.dim % W == 0 && c.v_dim % W == 0;
-        if (few)
-            few_scores(block.count, n, c.dim, k.data, k.ld, query_rows, s);
+        if (of.keys.data)
+            tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, n, c.dim, of.keys,
+                                    query_tiles(p), s, PW);
+        else if (few)
+            few_scores(block.count, n, c.dim, of.k.data, of.k.ld, query_rows, s);
         else
-            product<false, NV>(n, c.dim, k.data, k.ld, 1, query + p * c.dim * PW, PW, s, PW);
+            product<false, NV>(n, c.dim, of.k.data, of.k.ld, 1, query + p * c.dim * PW, PW, s, PW);
+        if (after != 1.f) multiply<NV>(n, s, PW, after);
         if (!every || shaping.shaped())
             shaping.finish<NV>(p, n, s, PW, every ? nullptr : visible,
                                shaping.biased ? biases : nullptr);
         if (o.row_count) keep_rows(block, p, s, k0, n);
-        float* mixed = state.mixed + p * c.v_dim * PW;
+        float* mixed = state.mixed + p * sh.v_dim * PW;
         if (o.entropy)
             softmax<NV, true>(state, p, s, k0, n, mixed);
         else
@@ -202,10 +256,16 @@ class Forward {
                     dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
             weights = dropped;
         }
-        if (few)
-            few_mix(block.count, n, c.v_dim, v.data, v.ld, weights, mixed);
-        else
-            product<true, NV>(c.v_dim, n, v.data, 1, v.ld, weights, PW, mixed, PW);
+        if (of.values.data) {
+            with_parts(sh.tiles.parts, [&](auto split) {
+                pack_columns<split.count, false, Unseen>(weights, PW, n, NV * W, weight_tiles());
+            });
+            tile_product<true, NV>(sh.tiles.parts, false, c.v_dim, n, of.values, weight_tiles(), mixed, PW);
+        } else if (few) {
+            few_mix(block.count, n, c.v_dim, of.v.data, of.v.ld, weights, mixed);
+        } else {
+            product<true, NV>(c.v_dim, n, of.v.data, 1, of.v.ld, weights, PW, mixed, PW);
+        }
     }
 
     template <int NV, bool entropy>
@@ -351,7 +411,7 @@ class Forward {
     // The mixed values [dim][lane], turned into rows and divided by the rows' sums.
     void write_mixed(const Segment& s, const State& state) {
         for (int lane = s.lane / W * W; lane < s.lane + s.count; lane += W) {
-            const float* from = state.mixed + lane / PW * c.v_dim * PW + lane % PW;
+            const float* from = state.mixed + lane / PW * state.v_dim * PW + lane % PW;
             for (long d = 0; d < c.v_dim; d += W) {
                 V v[W];
                 for (int i = 0; i < W; i++) v[i] = d + i < c.v_dim ? load(from + (d + i) * PW) : V{};
@@ -398,6 +458,24 @@ struct Packing {
     }
 };
 
+// Keys and values as tiles, likewise.
+static void pack_keys(void* shared) {
+    Shared& sh = *(Shared*)shared;
+    const RegardCall& c = sh.call;
+    static thread_local Arena arena;
+    float *keys = arena.take(KEYS * (c.dim + c.v_dim) + 16), *values = keys + KEYS * c.dim;
+    if (!keys) return;
+    long count = (c.k_len + KEYS - 1) / KEYS;
+    for (long item; sh.queue->take(item);) {
+        long k0 = item % count * KEYS, b = item / count / c.kv_heads, kv = item / count % c.kv_heads;
+        int n = (int)least(KEYS, (c.pages.table ? c.pages.lengths[b] : c.k_len) - k0);
+        if (n <= 0) continue;
+        Rows k = rows_of(c.key, c.pages, b, kv, k0, n, c.dim, keys);
+        Rows v = rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, values);
+        sh.tiles.pack(c, k, v, n, sh.packed_tile(b, kv, item % count));
+    }
+}
+
 static void work_forward(void* shared) { Forward(*(Shared*)shared).run(); }
 
 static void sum_columns(void* data) {
@@ -427,11 +505,21 @@ static int forward(const RegardCall& given) {
     Plan& plan = sh.plan;
     static thread_local Arena copies;
     bool ready = c.key.type == F32 && c.key.stride[3] == 1 && c.value.stride[3] == 1;
-    if (!ready && plan.blocks * (plan.flat ? 1 : plan.group) > 1) {
+    sh.tiles = KeyTiles(c);
+    sh.v_dim = sh.tiles.parts ? sh.tiles.v_dim * SIDE : c.v_dim;
+    long key_tiles = c.batch * c.kv_heads * ((c.k_len + KEYS - 1) / KEYS);
+    if (plan.shared_keys() && sh.tiles.parts) {
+        sh.packed = (uint16_t*)copies.take(key_tiles * sh.tiles.size() / 2);
+        if (!sh.packed) return 1;
+        Queue queue(key_tiles);
+        sh.queue = &queue;
+        run_team(least(least(c.threads, queue.count), worth(c)), pack_keys, &sh);
+        if (!queue.empty()) return 1;
+    } else if (plan.shared_keys() && !ready) {
         long rows = c.batch * c.kv_heads * c.k_len;
         float* packed = copies.take((size_t)rows * (c.dim + c.v_dim));
         if (!packed) return 1;
-        Queue queue(c.batch * c.kv_heads * ((c.k_len + KEYS - 1) / KEYS));
+        Queue queue(key_tiles);
         Packing packing{&given, packed, packed + rows * c.dim, &queue};
         run_team(least(c.threads, queue.count), Packing::work, &packing);
         c.key = {packing.key, F32, {c.kv_heads * c.k_len * c.dim, c.k_len * c.dim, c.dim, 1}};
@@ -446,7 +534,7 @@ static int forward(const RegardCall& given) {
         column_count = c.batch * c.heads * (plan.flat ? 1 : plan.stripes) * sh.column_floats;
     }
     if (plan.chunks > 1) {
-        sh.partial_floats = (State::floats((int)lanes, c.v_dim, (int)o.k) + 15) / 16 * 16;
+        sh.partial_floats = (State::floats((int)lanes, sh.v_dim, (int)o.k) + 15) / 16 * 16;
         partial_count = plan.owners * plan.blocks * plan.chunks * sh.partial_floats;
         if (plan.columns) {
             sh.strip_floats = (Strip::floats(c.k_len, (int)lanes) + 15) / 16 * 16;

@@ -10,6 +10,6 @@ struct Kernels {
     int (*effect)(const RegardCall&, const RegardEffect&);
 };
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_amx;
 
 }  // namespace regard

@@ -87,6 +87,8 @@ struct Plan {
         chunks = flat && c.k_len > 2 * CHUNK ? (c.k_len + CHUNK - 1) / CHUNK : 1;
     }
     long items() const { return owners * stripes * chunks; }
+    // Whether what is made of keys and values for one block serves others.
+    bool shared_keys() const { return blocks * (flat ? 1 : group) > 1; }
     long chunk_keys(const RegardCall& c) const { return chunks == 1 ? c.k_len : CHUNK; }
 
     Block block(const RegardCall& c, long owner, long index) const {

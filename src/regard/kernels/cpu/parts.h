@@ -1,0 +1,228 @@
+// Products on tiles. A tile multiplies bf16; numbers of more bits are split into parts x = x₀ + x₁ + …,
+// each the bf16 nearest to what those before it leave (Henry, Tang and Heinecke 2019): 24 bits are three
+// parts exactly, the 11 of fp16 are two. Of the products xᵢ·yⱼ those with i + j < parts count, so three
+// parts take six products and lose 2⁻²³ of |x·y| at most, two take three and lose 2⁻¹⁵. Scores of fp16
+// are exact to float32, as others compute them: they take all four.
+//
+// A tile of A holds 16 rows × 32 of the depth, a tile of B 32 of the depth × 16 columns; in both the
+// numbers i and i + 16 of the depth stand side by side.
+#pragma once
+#include "plan.h"
+#include "rows.h"
+#include "tile.h"
+
+namespace regard::LEVEL {
+
+// Whether numbers may stand as parts: all are finite, and the largest is no further than 2⁶⁰ from 1.
+// Then no part overflows, and what tiles flush to 0 is less than 2⁻⁶⁶ of the largest.
+struct Range {
+    V largest = {};
+    I outside = {};
+
+    INLINE_MEMBER void see(V x) {
+        V size = x < 0.f ? -x : x;
+        outside |= ~(size <= 0x1p60f);  // NaN, too
+        largest = max(size, largest);
+    }
+    bool fits() const {
+        return !any(outside) && (any(largest >= 0x1p-60f) || !any(largest > 0.f));
+    }
+};
+struct Unseen {  // of weights, which always fit: at most 1
+    void see(V) {}
+    bool fits() const { return true; }
+};
+
+// The bf16 nearest to each number (ties to even), as the upper half of its float.
+INLINE N nearest(V x) {
+    N bits = (N)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return (x != x ? bits | 0x400000u : rounded) & 0xffff0000u;
+}
+
+// The bf16 nearest to two vectors, side by side: those of `low` in the lower halves.
+INLINE N pair(V low, V high) {
+#if defined(__AVX512BF16__) && WIDTH == 16
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
+                                                       21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (N)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+#else
+    return nearest(low) >> 16 | nearest(high);
+#endif
+}
+
+// The first n of W numbers, the others 0.
+INLINE V load_some(const float* p, long n) {
+    if (n >= W) return load(p);
+    V v = {};
+    if (n > 0) memcpy(&v, p, n * sizeof(float));
+    return v;
+}
+
+// Tiles of a matrix: those of one part stand `step` numbers from the next part's, those of one row of
+// tiles `wide` tiles from the next row's.
+struct Tiles {
+    uint16_t* data;
+    long wide, step;
+    uint16_t* at(long row, long column) const { return data + (row * wide + column) * TILE; }
+};
+INLINE long tiles(long n, long side) { return (n + side - 1) / side; }
+
+// One tile of each part, of 16 pairs of vectors get(i, 0) and get(i, 1).
+template <int parts, bool turned, class Get, class Seen>
+INLINE void pack_tile(Get get, uint16_t* to, long step, Seen& range) {
+    V row[parts][W];
+    #pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+        V low = get(i, 0), high = get(i, 1);
+        range.see(low);
+        range.see(high);
+        #pragma GCC unroll 3
+        for (int part = 0; part < parts; part++) {
+            N both = pair(low, high);
+            row[part][i] = (V)both;
+            low -= (V)(both << 16);
+            high -= (V)(both & 0xffff0000u);
+        }
+    }
+    #pragma GCC unroll 3
+    for (int part = 0; part < parts; part++) {
+        if (turned) transpose(row[part]);
+        #pragma GCC unroll 16
+        for (int i = 0; i < W; i++) store((float*)(to + part * step) + i * W, row[part][i]);
+    }
+}
+
+// x[row · ld + depth] as tiles of A. All of these answer whether the numbers may stand as parts.
+template <int parts, class Seen = Range>
+static bool pack_rows(const float* x, long ld, long rows, long depth, Tiles to) {
+    Seen range;
+    for (long r = 0; r < rows; r += SIDE)
+        for (long d = 0; d < depth; d += DEPTH)
+            pack_tile<parts, false>(
+                [&](int i, int half) __attribute__((always_inline)) {
+                    long at = d + half * SIDE;
+                    return r + i < rows ? load_some(x + (r + i) * ld + at, depth - at) : V{};
+                },
+                to.at(r / SIDE, d / DEPTH), to.step, range);
+    return range.fits();
+}
+
+// x[depth · ld + column] as tiles of B or, turned, of A, whose rows the columns then are.
+template <int parts, bool turned, class Seen = Range>
+static bool pack_columns(const float* x, long ld, long depth, long columns, Tiles to) {
+    Seen range;
+    for (long d = 0; d < depth; d += DEPTH)
+        for (long c = 0; c < columns; c += SIDE)
+            pack_tile<parts, turned>(
+                [&](int i, int half) __attribute__((always_inline)) {
+                    long at = d + i + half * SIDE;
+                    return at < depth ? load_some(x + at * ld + c, columns - c) : V{};
+                },
+                turned ? to.at(c / SIDE, d / DEPTH) : to.at(d / DEPTH, c / SIDE), to.step, range);
+    return range.fits();
+}
+
+// then(Parts<n>{}), for a number of parts that is known only when running.
+template <int n>
+struct Parts {
+    static constexpr int count = n;
+};
+template <class Then>
+INLINE auto with_parts(int parts, Then then) {
+    return parts == 1 ? then(Parts<1>{}) : parts == 2 ? then(Parts<2>{}) : then(Parts<3>{});
+}
+
+// One block: R × NV tiles of C, `depth` tiles of A and B deep.
+template <bool add, int R, int NV>
+INLINE void tile_block(int parts, bool whole, long depth, const Tiles& a, long row, const Tiles& b,
+                       float* c, long ldc) {
+    long bytes = ldc * 4;
+    float* below = c + SIDE * ldc;
+    if (add) {
+        tile_load<0>(c, bytes);
+        if (NV > 1) tile_load<1>(c + SIDE, bytes);
+        if (R > 1) tile_load<2>(below, bytes);
+        if (R > 1 && NV > 1) tile_load<3>(below + SIDE, bytes);
+    } else {
+        tile_zero<0>();
+        if (NV > 1) tile_zero<1>();
+        if (R > 1) tile_zero<2>();
+        if (R > 1 && NV > 1) tile_zero<3>();
+    }
+    // The smallest products first, which rounds least
+    for (int both = whole ? 2 * parts - 2 : parts - 1; both >= 0; both--)
+        for (int i = (int)most(0, both - parts + 1); i <= both && i < parts; i++) {
+            const uint16_t *x = a.at(row, 0) + i * a.step, *y = b.data + (both - i) * b.step;
+            for (long k = 0; k < depth; k++, x += TILE, y += b.wide * TILE) {
+                tile_load<4>(x, 64);
+                tile_load<6>(y, 64);
+                tile_dot<0, 0>();
+                if (R > 1) tile_load<5>(x + a.wide * TILE, 64);
+                if (NV > 1) tile_load<7>(y + TILE, 64);
+                if (R > 1) tile_dot<1, 0>();
+                if (NV > 1) tile_dot<0, 1>();
+                if (R > 1 && NV > 1) tile_dot<1, 1>();
+            }
+        }
+    tile_store<0>(c, bytes);
+    if (NV > 1) tile_store<1>(c + SIDE, bytes);
+    if (R > 1) tile_store<2>(below, bytes);
+    if (R > 1 && NV > 1) tile_store<3>(below + SIDE, bytes);
+}
+
+// One panel, as `product` of matmul.h: C (rows × panel) (+)= A (rows × depth) B (depth × panel). Rows
+// of C are written up to whole tiles. whole: no product of two parts is left out.
+template <bool add, int NV = 2>
+static void tile_product(int parts, bool whole, long rows, long depth, const Tiles& a, const Tiles& b,
+                         float* c, long ldc) {
+    tiles_written();
+    long row = 0, count = tiles(rows, SIDE), deep = tiles(depth, DEPTH);
+    for (; row + 1 < count; row += 2)
+        tile_block<add, 2, NV>(parts, whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+    if (row < count) tile_block<add, 1, NV>(parts, whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+}
+
+// By what scores are multiplied after their product. Queries of 16 bits are exact in their parts, and
+// stay so: only a power of two is multiplied into them.
+INLINE float scale_after(const RegardCall& c, int parts, float scale) {
+    int exponent;
+    return parts && c.query.type != F32 && frexpf(scale, &exponent) != .5f ? scale : 1;
+}
+template <int NV>
+static void multiply(long n, float* s, long ld, float by) {
+    for (long j = 0; j < n; j++)
+        for (int i = 0; i < NV; i++) store(s + j * ld + i * W, load(s + j * ld + i * W) * by);
+}
+
+// A tile of keys and their values: tiles [part][key][dim], [part][v_dim][key], and whether each of the
+// two fits.
+struct KeyTiles {
+    int parts = 0;      // into which a number is split; 0: nothing is multiplied on tiles
+    long dim = 0, v_dim = 0;  // in tiles
+
+    KeyTiles() = default;
+    explicit KeyTiles(const RegardCall& c)
+        : parts(HAS_TILES ? (int)c.parts : 0), dim(tiles(c.dim, DEPTH)), v_dim(tiles(c.v_dim, SIDE)) {}
+
+    // Whether a block's products are on tiles: then in the backward, too, so that weights are the same.
+    bool serve(const Plan& plan, const Block& block) const {
+        return parts && (plan.shared_keys() || block.count > parts * W);
+    }
+    long key_size() const { return parts * dim * DEPTH * KEYS; }
+    long value_size() const { return parts * v_dim * SIDE * KEYS; }
+    long size() const { return parts ? key_size() + value_size() + DEPTH : 0; }  // numbers of bf16
+    Tiles keys(uint16_t* at) const { return {at, dim, dim * DEPTH * KEYS}; }
+    Tiles values(uint16_t* at) const { return {at + key_size(), KEYS / DEPTH, v_dim * SIDE * KEYS}; }
+    uint16_t* fits(uint16_t* at) const { return at + key_size() + value_size(); }
+
+    void pack(const RegardCall& c, Rows k, Rows v, int n, uint16_t* at) const {
+        with_parts(parts, [&](auto of) {
+            fits(at)[0] = pack_rows<of.count>(k.data, k.ld, n, c.dim, keys(at));
+            fits(at)[1] = pack_columns<of.count, true>(v.data, v.ld, n, c.v_dim, values(at));
+        });
+    }
+};
+
+}  // namespace regard::LEVEL
