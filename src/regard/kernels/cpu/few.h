@@ -1,40 +1,59 @@
-// Few rows, as in decoding: then lanes are dims. A tile's keys and values are read once, as whole
-// vectors, and the work is what reading them from memory takes.
+// Few rows, as in decoding: then lanes are dims in the products, and keys in the softmax. A tile's keys
+// and values are read once, where they lie and in their own type.
 #pragma once
-#include "simd.h"
+#include "rows.h"
 
 namespace regard::LEVEL {
 
 constexpr int FEW = 4;  // rows: more are cheaper as lanes
 
-// s[j · PW + r] = query r · key j. query: [row][dim]; dim is a multiple of W.
-template <int R>
-static void few_scores_of(long n, long dim, const float* k, long ld, const float* query, float* s) {
+// Scores and weights of few rows stand as [row][key]; past the last key, up to a whole vector, −inf.
+INLINE long whole_vectors(long n) { return (n + W - 1) / W * W; }
+
+// s[r · KEYS + j] = query r · key j. query: [row][dim]; dim is a multiple of W. The values of a key, of
+// so many bytes, are called for meanwhile: their turn is next.
+template <int R, int type>
+static void few_scores_of(long n, long dim, const char* const* key, const char* const* value, long bytes,
+                          const float* query, float* s) {
+    constexpr int many = R == 1 ? 8 : R == 2 ? 4 : 2, B = many < W ? many : W;  // keys at a time
     for (long j = 0; j < n; j += W) {
         V part[R][W];
-        #pragma GCC unroll 16
-        for (int i = 0; i < W; i++) {
-            const float* key = k + (j + i < n ? j + i : n - 1) * ld;
-            V dot[R] = {};
-            for (long d = 0; d < dim; d += W) {
-                V x = load(key + d);
-                #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) dot[r] += x * load(query + r * dim + d);
+        #pragma GCC unroll 8
+        for (int i = 0; i < W; i += B) {
+            const char* at[B];
+            #pragma GCC unroll 8
+            for (int b = 0; b < B; b++) {
+                long mine = j + i + b < n ? j + i + b : n - 1;
+                at[b] = key[mine];
+                for (long ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(value[mine] + ahead);
             }
-            #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) part[r][i] = dot[r];
+            V dot[B][R] = {};
+            for (long d = 0; d < dim; d += W) {
+                V x[B];
+                #pragma GCC unroll 8
+                for (int b = 0; b < B; b++) x[b] = wide<type>(at[b], d);
+                #pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    V q = load(query + r * dim + d);
+                    #pragma GCC unroll 8
+                    for (int b = 0; b < B; b++) dot[b][r] += x[b] * q;
+                }
+            }
+            #pragma GCC unroll 8
+            for (int b = 0; b < B; b++)
+                #pragma GCC unroll 4
+                for (int r = 0; r < R; r++) part[r][i + b] = dot[b][r];
         }
         #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            V score = sums(part[r]);
-            for (int i = 0; i < W && j + i < n; i++) s[(j + i) * PW + r] = score[i];
-        }
+        for (int r = 0; r < R; r++) store(s + r * KEYS + j, sums(part[r]));
     }
+    for (int r = 0; r < R; r++)
+        for (long j = n; j < whole_vectors(n); j++) s[r * KEYS + j] = -INFINITY;
 }
 
-// mixed[d · PW + r] += Σⱼ s[j · PW + r] · v[j][d].
-template <int R>
-static void few_mix_of(long n, long dim, const float* v, long ld, const float* s, float* mixed) {
+// mixed[d · PW + r] += Σⱼ s[r · KEYS + j] · v[j][d].
+template <int R, int type>
+static void few_mix_of(long n, long dim, const char* const* value, const float* s, float* mixed) {
     constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;  // vectors of dims at a time
     for (long d = 0; d < dim; d += C * W) {
         int vectors = (int)(dim - d < C * W ? (dim - d) / W : C);
@@ -43,9 +62,9 @@ static void few_mix_of(long n, long dim, const float* v, long ld, const float* s
             for (long j = 0; j < n; j++) {
                 #pragma GCC unroll 8
                 for (int c = 0; c < count; c++) {
-                    V x = load(v + j * ld + d + c * W);
+                    V x = wide<type>(value[j], d + c * W);
                     #pragma GCC unroll 4
-                    for (int r = 0; r < R; r++) total[r][c] += x * all(s[j * PW + r]);
+                    for (int r = 0; r < R; r++) total[r][c] += x * all(s[r * KEYS + j]);
                 }
             }
         };
@@ -59,21 +78,55 @@ static void few_mix_of(long n, long dim, const float* v, long ld, const float* s
     }
 }
 
-static void few_scores(int rows, long n, long dim, const float* k, long ld, const float* query, float* s) {
-    switch (rows) {
-        case 1: return few_scores_of<1>(n, dim, k, ld, query, s);
-        case 2: return few_scores_of<2>(n, dim, k, ld, query, s);
-        case 3: return few_scores_of<3>(n, dim, k, ld, query, s);
-        default: return few_scores_of<4>(n, dim, k, ld, query, s);
+// then(Count<rows>{}, Count<type>{})
+template <int n>
+struct Count {
+    static constexpr int count = n;
+};
+template <class Then>
+INLINE void with_rows(int rows, int64_t type, Then then) {
+    auto typed = [&](auto r) __attribute__((always_inline)) {
+        if (type == F32) return then(r, Count<F32>{});
+        if (type == BF16) return then(r, Count<BF16>{});
+        then(r, Count<F16>{});
+    };
+    if (rows == 1) return typed(Count<1>{});
+    if (rows == 2) return typed(Count<2>{});
+    if (rows == 3) return typed(Count<3>{});
+    typed(Count<4>{});
+}
+
+// A tile's keys and values, by the addresses of their rows.
+struct FewKeys {
+    const char *key[KEYS], *value[KEYS];
+
+    void find(const RegardCall& c, long b, long kv, long first, int n) {
+        addresses(c.key, c.pages, b, kv, first, n, key);
+        addresses(c.value, c.pages, b, kv, first, n, value);
+    }
+    void scores(const RegardCall& c, int rows, int n, const float* query, float* s) const {
+        long bytes = c.v_dim * size_of(c.value.type);
+        with_rows(rows, c.key.type, [&](auto r, auto type) {
+            few_scores_of<r.count, type.count>(n, c.dim, key, value, bytes, query, s);
+        });
+    }
+    void mix(const RegardCall& c, int rows, int n, const float* s, float* mixed) const {
+        with_rows(rows, c.value.type, [&](auto r, auto type) {
+            few_mix_of<r.count, type.count>(n, c.v_dim, value, s, mixed);
+        });
+    }
+};
+
+// [row][key] as [key][lane], the lanes beyond the rows −inf; and back.
+static void to_lanes(int rows, int n, const float* s, float* to) {
+    for (int j = 0; j < n; j++) {
+        store(to + j * PW, all(-INFINITY));
+        for (int r = 0; r < rows; r++) to[j * PW + r] = s[r * KEYS + j];
     }
 }
-static void few_mix(int rows, long n, long dim, const float* v, long ld, const float* s, float* mixed) {
-    switch (rows) {
-        case 1: return few_mix_of<1>(n, dim, v, ld, s, mixed);
-        case 2: return few_mix_of<2>(n, dim, v, ld, s, mixed);
-        case 3: return few_mix_of<3>(n, dim, v, ld, s, mixed);
-        default: return few_mix_of<4>(n, dim, v, ld, s, mixed);
-    }
+static void from_lanes(int rows, int n, const float* lanes, float* s) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < n; j++) s[r * KEYS + j] = lanes[j * PW + r];
 }
 
 }  // namespace regard::LEVEL

@@ -82,17 +82,20 @@ class Forward {
     const RegardObserve& o;
     const Plan& plan;
     const Shaping& shaping;
-    float *query, *query_rows, *line, *scores, *dropped, *biases, *factors, *keys, *values, *own_state, *own_strip;
+    float *query, *query_rows, *few_scores, *line, *scores, *dropped, *biases, *factors, *keys, *values;
+    float *own_state, *own_strip;
     float *scale, *weighing, *turned;
     uint64_t *visible, *stack;
     uint16_t *query_parts, *weight_parts, *own_keys;
-    bool on_tiles, query_fits;  // of the block at hand
+    FewKeys few_keys;
+    bool few, on_tiles, query_fits;  // of the block at hand
     float after;                // by which its scores are multiplied yet
 
     void lay_out(Cutter& cut) {
         long dim = most(c.dim, c.v_dim);
         query = cut.cut(LANES * c.dim);
         query_rows = cut.cut(FEW * c.dim);
+        few_scores = cut.cut(FEW * KEYS);
         line = cut.cut(W * (dim + W));
         turned = cut.cut(W * (dim + W));
         scores = cut.cut(KEYS * PW);
@@ -149,7 +152,9 @@ class Forward {
                                                              query_tiles(p));
                 return all_fit;
             });
-        for (int r = 0; r < block.count && block.count <= FEW; r++)
+        bool whole = c.dim % W == 0 && c.v_dim % W == 0 && c.key.stride[3] == 1 && c.value.stride[3] == 1;
+        few = block.count <= FEW && whole && !on_tiles;
+        for (int r = 0; r < block.count && few; r++)
             for (long d = 0; d < c.dim; d++) query_rows[r * c.dim + d] = query[d * PW + r];
     }
 
@@ -222,6 +227,10 @@ class Forward {
             if (query_fits && sh.tiles.fits(at)[0]) of.keys = sh.tiles.keys(at);
             if (sh.tiles.fits(at)[1]) of.values = sh.tiles.values(at);
         }
+        if (few) {
+            few_keys.find(c, b, kv, k0, n);
+            return of;
+        }
         if (!of.keys.data) of.k = k();
         if (!of.values.data) of.v = v();
         return of;
@@ -231,12 +240,10 @@ class Forward {
     template <int NV>
     void panel(const Block& block, State& state, int p, const Sides& of, float* s, long k0, int n,
                bool every) {
-        bool few = NV == 1 && block.count <= FEW && c.dim % W == 0 && c.v_dim % W == 0;
+        if (few) return few_rows(block, state, s, k0, n, every);
         if (of.keys.data)
             tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, n, c.dim, of.keys,
                                     query_tiles(p), s, PW);
-        else if (few)
-            few_scores(block.count, n, c.dim, of.k.data, of.k.ld, query_rows, s);
         else
             product<false, NV>(n, c.dim, of.k.data, of.k.ld, 1, query + p * c.dim * PW, PW, s, PW);
         if (after != 1.f) multiply<NV>(n, s, PW, after);
@@ -249,23 +256,91 @@ class Forward {
             softmax<NV, true>(state, p, s, k0, n, mixed);
         else
             softmax<NV, false>(state, p, s, k0, n, mixed);
-        const float* weights = s;
-        if (c.dropout) {
-            for (int j = 0; j < n; j++)
-                for (int i = 0; i < PW; i++)
-                    dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
-            weights = dropped;
-        }
+        const float* weights = c.dropout ? drop(p, n, s) : s;
         if (of.values.data) {
             with_parts(sh.tiles.parts, [&](auto split) {
                 pack_columns<split.count, false, Unseen>(weights, PW, n, NV * W, weight_tiles());
             });
             tile_product<true, NV>(sh.tiles.parts, false, c.v_dim, n, of.values, weight_tiles(), mixed, PW);
-        } else if (few) {
-            few_mix(block.count, n, c.v_dim, of.v.data, of.v.ld, weights, mixed);
         } else {
             product<true, NV>(c.v_dim, n, of.v.data, 1, of.v.ld, weights, PW, mixed, PW);
         }
+    }
+
+    const float* drop(int p, int n, const float* s) {
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < PW; i++)
+                dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
+        return dropped;
+    }
+
+    // The same of few rows. Their scores leave [row][key] only where something looks at lanes: what
+    // shapes scores, and observers.
+    void few_rows(const Block& block, State& state, float* s, long k0, int n, bool every) {
+        bool plain = every && !shaping.shaped() && !c.dropout;
+        few_keys.scores(c, block.count, n, query_rows, few_scores);
+        if (!plain || o.k || o.row_count) to_lanes(block.count, n, few_scores, s);
+        if (!every || shaping.shaped())
+            shaping.finish<1>(0, n, s, PW, every ? nullptr : visible, shaping.biased ? biases : nullptr);
+        if (o.row_count) keep_rows(block, 0, s, k0, n);
+        if (plain)
+            few_softmax(block.count, state, s, k0, n);
+        else if (o.entropy)
+            softmax<1, true>(state, 0, s, k0, n, state.mixed);
+        else
+            softmax<1, false>(state, 0, s, k0, n, state.mixed);
+        if (!plain)
+            from_lanes(block.count, n, c.dropout ? drop(0, n, s) : s, few_scores);
+        else if (plan.columns)
+            to_lanes(block.count, n, few_scores, s);
+        few_keys.mix(c, block.count, n, few_scores, state.mixed);
+    }
+
+    // As softmax below, of the scores [row][key]. s: the same in lanes, for the k largest.
+    void few_softmax(int rows, State& state, const float* s, long k0, int n) {
+        V a = all(-INFINITY);
+        for (int r = 0; r < rows; r++) {
+            V most_of = all(-INFINITY);
+            for (int j = 0; j < n; j += W) most_of = max(load(few_scores + r * KEYS + j), most_of);
+            float largest = -INFINITY;
+            for (int i = 0; i < W; i++) largest = most_of[i] > largest ? most_of[i] : largest;
+            a[r] = largest;
+        }
+        if (o.k) state.offer_all(0, s, n, k0, a);
+        V high, fall;
+        if (rise(state, 0, a, o.entropy, high, fall))
+            for (long d = 0; d < c.v_dim; d++)
+                store(state.mixed + d * PW, fall * load(state.mixed + d * PW));
+        V total = {}, spread = {};
+        for (int r = 0; r < rows; r++) {
+            V sum_of = {}, spread_of = {}, top = all(high[r]);
+            for (int j = 0; j < n; j += W) {
+                V t = load(few_scores + r * KEYS + j) - top, e = exp(t);
+                spread_of += e * max(all(-200.f), t);
+                sum_of += e;
+                store(few_scores + r * KEYS + j, e);
+            }
+            total[r] = sum(sum_of);
+            spread[r] = sum(spread_of);
+        }
+        store(state.total, load(state.total) + total);
+        if (o.entropy) store(state.spread, load(state.spread) + spread);
+    }
+
+    // Raises the tops of W lanes to the scores `a`, if those are larger. Whether any did; high: the
+    // tops now, fall: what the sums so far are multiplied by, which here are.
+    bool rise(State& state, int at, V a, bool entropy, V& high, V& fall) {
+        store(state.visible + at, max(a, load(state.visible + at)));
+        V was = load(state.top + at);
+        high = max(a, was);
+        store(state.top + at, high);
+        fall = exp(was - high);
+        V total = load(state.total + at);
+        if (entropy)
+            store(state.spread + at,
+                  fall * (load(state.spread + at) + State::shift(was - high, total)));
+        store(state.total + at, fall * total);
+        return any(high != was);
     }
 
     template <int NV, bool entropy>
@@ -283,17 +358,7 @@ class Forward {
             if (n & 1) a = max(load(s + (n - 1) * PW + i * W), a);
             a = max(a, b);
             if (o.k) state.offer_all(at, s + i * W, n, k0, a);
-            store(state.visible + at, max(a, load(state.visible + at)));
-            V was = load(state.top + at);
-            high[i] = max(a, was);
-            store(state.top + at, high[i]);
-            moved |= any(high[i] != was);
-            fall[i] = exp(was - high[i]);
-            V total = load(state.total + at);
-            if (entropy)
-                store(state.spread + at,
-                      fall[i] * (load(state.spread + at) + State::shift(was - high[i], total)));
-            store(state.total + at, fall[i] * total);
+            moved |= rise(state, at, a, entropy, high[i], fall[i]);
         }
         if (moved)
             for (long d = 0; d < c.v_dim; d++)

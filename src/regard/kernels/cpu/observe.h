@@ -27,6 +27,7 @@ struct Strip {
         held = (uint8_t*)(top + tiles * lanes);
     }
     float* tile(long t) const { return weight + t * KEYS * lanes; }
+    const float* from(long key) const { return tile(key / KEYS) + key % KEYS * PW; }
 };
 
 // The column statistics that one stripe of one head gathers.
@@ -130,19 +131,8 @@ class Weighing {
     void segment(const Segment& s, long end, const Columns& to) {
         memset(cells, 0, (floats(o) - LANES - KEYS) * sizeof(float));
         for_tiles(s, 0, s.count, end, [&](long k0, int n) {
-            add_up(k0, n);
-            receive(s, k0, n, to);
-            float *cell = cells, *map = to.maps, *bins = to.distances;
-            for (long m = 0; m < o.map_count; m++) {
-                pool(o.map[m], s, k0, n, cell, map);
-                cell += o.map[m].cols * LANES;
-                map += o.map[m].rows * o.map[m].cols;
-            }
-            for (long d = 0; d < o.distances_count; d++) {
-                measure(o.distances[d], s, k0, n, cell, bins);
-                cell += 2 * o.distances[d].bins * LANES;
-                bins += 2 * o.distances[d].bins;
-            }
+            // So few keys at a time that their weights stay in the nearest cache for all observers
+            for (int j = 0; j < n; j += FEW_KEYS) few_keys(s, k0 + j, (int)least(FEW_KEYS, n - j), to);
         });
         receive_parts(s, end, to);
         const float* cell = cells;
@@ -158,6 +148,7 @@ class Weighing {
     }
 
   private:
+    static constexpr int FEW_KEYS = 32;
     const RegardCall& call;
     const RegardObserve& o;
     const Strip& strip;
@@ -166,6 +157,22 @@ class Weighing {
     int lanes;
     float *factor, *sum, *cells;
     bool clean = false;  // every lane of the strip counts
+
+    void few_keys(const Segment& s, long k0, int n, const Columns& to) {
+        add_up(k0, n);
+        receive(s, k0, n, to);
+        float *cell = cells, *map = to.maps, *bins = to.distances;
+        for (long m = 0; m < o.map_count; m++) {
+            pool(o.map[m], s, k0, n, cell, map);
+            cell += o.map[m].cols * LANES;
+            map += o.map[m].rows * o.map[m].cols;
+        }
+        for (long d = 0; d < o.distances_count; d++) {
+            measure(o.distances[d], s, k0, n, cell, bins);
+            cell += 2 * o.distances[d].bins * LANES;
+            bins += 2 * o.distances[d].bins;
+        }
+    }
 
     // For each tile that was computed: `factor` is what its weights are multiplied by, 0 outside of
     // the rows first … last of the segment.
@@ -195,7 +202,7 @@ class Weighing {
     void add_up(long k0, int n) { clean ? add_up_lanes<true>(k0, n) : add_up_lanes<false>(k0, n); }
     template <bool clean>
     void add_up_lanes(long k0, int n) {
-        const float* w = strip.tile(k0 / KEYS);
+        const float* w = strip.from(k0);
         for (int j = 0; j < n; j += W) {
             V part[W] = {};
             for (int p = 0; p < lanes / PW; p++) {
@@ -213,7 +220,7 @@ class Weighing {
     // cell[lane] += the weights of the keys [from, to) of a tile, in the lanes [a, b); or the largest.
     template <bool largest, bool clean>
     void gather(long k0, int from, int to, int a, int b, float* cell) const {
-        const float* w = strip.tile(k0 / KEYS);
+        const float* w = strip.from(k0);
         for (int c = a / W * W; c < b; c += W) {
             const float* x = w + (long)(c / PW) * KEYS * PW + c % PW;
             V f = load(factor + c), total = load(cell + c), was = total;

@@ -93,9 +93,50 @@ static void narrow(int64_t type, const float* from, long n, void* to) {
     }
 }
 
+// W numbers of a row, from the d-th.
+template <int type>
+INLINE V wide(const char* row, long d) {
+    if constexpr (type == F32) {
+        return load((const float*)row + d);
+    } else {
+        const uint16_t* x = (const uint16_t*)row + d;
+#if defined(__AVX512F__) && WIDTH == 16
+        __m256i halves = _mm256_loadu_si256((const __m256i*)x);
+        // Those without a mask draw warnings from GCC 12's own headers
+        if constexpr (type == F16) return (V)_mm512_maskz_cvtph_ps((__mmask16)-1, halves);
+        return (V)((N)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, halves) << 16);
+#elif defined(__AVX2__) && defined(__F16C__) && WIDTH == 8
+        __m128i halves = _mm_loadu_si128((const __m128i*)x);
+        if constexpr (type == F16) return (V)_mm256_cvtph_ps(halves);
+        return (V)((N)_mm256_cvtepu16_epi32(halves) << 16);
+#else
+        alignas(64) float y[W];
+        widen(type, x, 1, W, y);
+        return load(y);
+#endif
+    }
+}
+
+INLINE long size_of(int64_t type) { return type == F32 ? 4 : 2; }
 INLINE const char* address(const RegardView& v, long b, long h, long row) {
-    long size = v.type == F32 ? 4 : 2;
-    return (const char*)v.data + (b * v.stride[0] + h * v.stride[1] + row * v.stride[2]) * size;
+    return (const char*)v.data +
+           (b * v.stride[0] + h * v.stride[1] + row * v.stride[2]) * size_of(v.type);
+}
+
+// The addresses of the rows first … first + n − 1 of (batch, heads, length, dim), or in pages.
+static void addresses(const RegardView& v, const RegardPages& pages, long b, long h, long first, int n,
+                      const char** to) {
+    long step = v.stride[2] * size_of(v.type);
+    for (int i = 0; i < n;) {
+        long page = b, row = first + i, rows = n - i;
+        if (pages.size) {
+            page = pages.table[b * pages.row + row / pages.size];
+            row %= pages.size;
+            rows = pages.size - row;
+        }
+        const char* at = address(v, page, h, row);
+        for (; rows > 0 && i < n; rows--, at += step) to[i++] = at;
+    }
 }
 
 // Rows first … first + n − 1 of (batch, heads, length, dim), or of the pages that hold them.
