@@ -7,6 +7,7 @@
 #include "observe.h"
 #include "parts.h"
 #include "plan.h"
+#include "softmax.h"
 
 namespace regard::LEVEL {
 
@@ -252,10 +253,7 @@ class Forward {
                                shaping.biased ? biases : nullptr);
         if (o.row_count) keep_rows(block, p, s, k0, n);
         float* mixed = state.mixed + p * sh.v_dim * PW;
-        if (o.entropy)
-            softmax<NV, true>(state, p, s, k0, n, mixed);
-        else
-            softmax<NV, false>(state, p, s, k0, n, mixed);
+        softmax<NV>(state, p, s, k0, n, c.v_dim, o.entropy);
         const float* weights = c.dropout ? drop(p, n, s) : s;
         if (of.values.data) {
             with_parts(sh.tiles.parts, [&](auto split) {
@@ -284,108 +282,14 @@ class Forward {
             shaping.finish<1>(0, n, s, PW, every ? nullptr : visible, shaping.biased ? biases : nullptr);
         if (o.row_count) keep_rows(block, 0, s, k0, n);
         if (plain)
-            few_softmax(block.count, state, s, k0, n);
-        else if (o.entropy)
-            softmax<1, true>(state, 0, s, k0, n, state.mixed);
+            few_softmax(state, block.count, few_scores, s, k0, n, c.v_dim, o.entropy);
         else
-            softmax<1, false>(state, 0, s, k0, n, state.mixed);
+            softmax<1>(state, 0, s, k0, n, c.v_dim, o.entropy);
         if (!plain)
             from_lanes(block.count, n, c.dropout ? drop(0, n, s) : s, few_scores);
         else if (plan.columns)
             to_lanes(block.count, n, few_scores, s);
         few_keys.mix(c, block.count, n, few_scores, state.mixed);
-    }
-
-    // As softmax below, of the scores [row][key]. s: the same in lanes, for the k largest.
-    void few_softmax(int rows, State& state, const float* s, long k0, int n) {
-        V a = all(-INFINITY);
-        for (int r = 0; r < rows; r++) {
-            V most_of = all(-INFINITY);
-            for (int j = 0; j < n; j += W) most_of = max(load(few_scores + r * KEYS + j), most_of);
-            float largest = -INFINITY;
-            for (int i = 0; i < W; i++) largest = most_of[i] > largest ? most_of[i] : largest;
-            a[r] = largest;
-        }
-        if (o.k) state.offer_all(0, s, n, k0, a);
-        V high, fall;
-        if (rise(state, 0, a, o.entropy, high, fall))
-            for (long d = 0; d < c.v_dim; d++)
-                store(state.mixed + d * PW, fall * load(state.mixed + d * PW));
-        V total = {}, spread = {};
-        for (int r = 0; r < rows; r++) {
-            V sum_of = {}, spread_of = {}, top = all(high[r]);
-            for (int j = 0; j < n; j += W) {
-                V t = load(few_scores + r * KEYS + j) - top, e = exp(t);
-                spread_of += e * max(all(-200.f), t);
-                sum_of += e;
-                store(few_scores + r * KEYS + j, e);
-            }
-            total[r] = sum(sum_of);
-            spread[r] = sum(spread_of);
-        }
-        store(state.total, load(state.total) + total);
-        if (o.entropy) store(state.spread, load(state.spread) + spread);
-    }
-
-    // Raises the tops of W lanes to the scores `a`, if those are larger. Whether any did; high: the
-    // tops now, fall: what the sums so far are multiplied by, which here are.
-    bool rise(State& state, int at, V a, bool entropy, V& high, V& fall) {
-        store(state.visible + at, max(a, load(state.visible + at)));
-        V was = load(state.top + at);
-        high = max(a, was);
-        store(state.top + at, high);
-        fall = exp(was - high);
-        V total = load(state.total + at);
-        if (entropy)
-            store(state.spread + at,
-                  fall * (load(state.spread + at) + State::shift(was - high, total)));
-        store(state.total + at, fall * total);
-        return any(high != was);
-    }
-
-    template <int NV, bool entropy>
-    void softmax(State& state, int p, float* s, long k0, int n, float* mixed) {
-        V high[NV], fall[NV];
-        bool moved = false;
-        #pragma GCC unroll 2
-        for (int i = 0; i < NV; i++) {
-            int at = p * PW + i * W;
-            V a = all(-INFINITY), b = a;
-            for (int j = 0; j + 1 < n; j += 2) {
-                a = max(load(s + j * PW + i * W), a);
-                b = max(load(s + (j + 1) * PW + i * W), b);
-            }
-            if (n & 1) a = max(load(s + (n - 1) * PW + i * W), a);
-            a = max(a, b);
-            if (o.k) state.offer_all(at, s + i * W, n, k0, a);
-            moved |= rise(state, at, a, entropy, high[i], fall[i]);
-        }
-        if (moved)
-            for (long d = 0; d < c.v_dim; d++)
-                for (int i = 0; i < NV; i++)
-                    store(mixed + d * PW + i * W, fall[i] * load(mixed + d * PW + i * W));
-        V total[NV] = {}, spread[NV] = {};
-        for (int from = 0; from < n; from += 16) {  // in short sums, which round less
-            V part[NV] = {};
-            int to = (int)least(n, from + 16);
-            #pragma GCC unroll 2
-            for (int j = from; j < to; j++) {
-                #pragma GCC unroll 2
-                for (int i = 0; i < NV; i++) {
-                    V t = load(s + j * PW + i * W) - high[i];
-                    V e = exp(t);
-                    if (entropy) spread[i] += e * max(all(-200.f), t);
-                    part[i] += e;
-                    store(s + j * PW + i * W, e);
-                }
-            }
-            for (int i = 0; i < NV; i++) total[i] += part[i];
-        }
-        for (int i = 0; i < NV; i++) {
-            int at = p * PW + i * W;
-            store(state.total + at, load(state.total + at) + total[i]);
-            if (entropy) store(state.spread + at, load(state.spread + at) + spread[i]);
-        }
     }
 
     // The scores of the rows that are kept whole; `finish` makes weights of them.

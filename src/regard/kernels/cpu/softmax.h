@@ -1,0 +1,111 @@
+// The online softmax (Milakov and Gimelshein 2018): a tile's scores become weights relative to the
+// largest so far, and the state of their rows goes on.
+#pragma once
+#include "few.h"
+#include "state.h"
+
+namespace regard::LEVEL {
+
+// Raises the tops of the W lanes at `at` to the scores `a`, where those are larger. Whether any was;
+// high: the tops now, fall: what sums so far are multiplied by. Those of the state are.
+INLINE bool rise(State& state, int at, V a, bool entropy, V& high, V& fall) {
+    store(state.visible + at, max(a, load(state.visible + at)));
+    V was = load(state.top + at);
+    high = max(a, was);
+    store(state.top + at, high);
+    fall = exp(was - high);
+    V total = load(state.total + at);
+    if (entropy)
+        store(state.spread + at, fall * (load(state.spread + at) + State::shift(was - high, total)));
+    store(state.total + at, fall * total);
+    return any(high != was);
+}
+
+// Of panel p, NV vectors of lanes: s[key][PW], scores and then weights.
+template <int NV, bool entropy>
+static void softmax_of(State& state, int p, float* s, long k0, int n, long v_dim) {
+    V high[NV], fall[NV];
+    bool moved = false;
+    #pragma GCC unroll 2
+    for (int i = 0; i < NV; i++) {
+        int at = p * PW + i * W;
+        V a = all(-INFINITY), b = a;
+        for (int j = 0; j + 1 < n; j += 2) {
+            a = max(load(s + j * PW + i * W), a);
+            b = max(load(s + (j + 1) * PW + i * W), b);
+        }
+        if (n & 1) a = max(load(s + (n - 1) * PW + i * W), a);
+        a = max(a, b);
+        if (state.k) state.offer_all(at, s + i * W, n, k0, a);
+        moved |= rise(state, at, a, entropy, high[i], fall[i]);
+    }
+    float* mixed = state.mixed + p * state.v_dim * PW;
+    if (moved)
+        for (long d = 0; d < v_dim; d++)
+            for (int i = 0; i < NV; i++)
+                store(mixed + d * PW + i * W, fall[i] * load(mixed + d * PW + i * W));
+    V total[NV] = {}, spread[NV] = {};
+    for (int from = 0; from < n; from += 16) {  // in short sums, which round less
+        V part[NV] = {};
+        int to = (int)least(n, from + 16);
+        #pragma GCC unroll 2
+        for (int j = from; j < to; j++) {
+            #pragma GCC unroll 2
+            for (int i = 0; i < NV; i++) {
+                V t = load(s + j * PW + i * W) - high[i];
+                V e = exp(t);
+                if (entropy) spread[i] += e * max(all(-200.f), t);
+                part[i] += e;
+                store(s + j * PW + i * W, e);
+            }
+        }
+        for (int i = 0; i < NV; i++) total[i] += part[i];
+    }
+    for (int i = 0; i < NV; i++) {
+        int at = p * PW + i * W;
+        store(state.total + at, load(state.total + at) + total[i]);
+        if (entropy) store(state.spread + at, load(state.spread + at) + spread[i]);
+    }
+}
+
+template <int NV>
+static void softmax(State& state, int p, float* s, long k0, int n, long v_dim, bool entropy) {
+    if (entropy)
+        softmax_of<NV, true>(state, p, s, k0, n, v_dim);
+    else
+        softmax_of<NV, false>(state, p, s, k0, n, v_dim);
+}
+
+// Of few rows: s[row][KEYS]. lanes: the same as [key][PW], for the k largest; unread if none are kept.
+static void few_softmax(State& state, int rows, float* s, const float* lanes, long k0, int n, long v_dim,
+                        bool entropy) {
+    V a = all(-INFINITY);
+    for (int r = 0; r < rows; r++) {
+        V found = all(-INFINITY);
+        for (int j = 0; j < n; j += W) found = max(load(s + r * KEYS + j), found);
+        float largest = -INFINITY;
+        for (int i = 0; i < W; i++) largest = found[i] > largest ? found[i] : largest;
+        a[r] = largest;
+    }
+    if (state.k) state.offer_all(0, lanes, n, k0, a);
+    V high, fall;
+    if (rise(state, 0, a, entropy, high, fall))
+        for (long d = 0; d < v_dim; d++)
+            store(state.mixed + d * PW, fall * load(state.mixed + d * PW));
+    V total = {}, spread = {};
+    for (int r = 0; r < rows; r++) {
+        V part = {}, part_spread = {}, top = all(high[r]);
+        for (int j = 0; j < n; j += W) {
+            V t = load(s + r * KEYS + j) - top, e = exp(t);
+            part_spread += e * max(all(-200.f), t);
+            part += e;
+            store(s + r * KEYS + j, e);
+        }
+        total[r] = sum(part);
+        spread[r] = sum(part_spread);
+    }
+    store(state.total, load(state.total) + total);
+    if (entropy) store(state.spread, load(state.spread) + spread);
+}
+
+}  // namespace regard::LEVEL
