@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py [--check] [--longest 32768] [--write docs/benchmarks-gpu.md]
 
-First each engine and the Triton kernels of the second pass on small calls, against `reference` and
-the plain torch readers in float64: a failure ends the run with exit code 1. Then times by CUDA
-events: the median of 20 calls after 5 untimed ones, over inputs in rotation that together outgrow
-the L2 cache. Without a GPU: one sentence, exit code 2.
+First each engine and the Triton kernels of the second pass on small calls, few queries, pages and
+Effect among them, against `reference` and the plain torch readers in float64: a failure ends the
+run with exit code 1. Then times by CUDA events: the median of 20 calls after 5 untimed ones, over
+inputs in rotation that together outgrow the L2 cache. Without a GPU: one sentence, exit code 2.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import gpu_linear
 import torch
 from torch import Tensor
 
@@ -29,7 +30,9 @@ from regard import (
     Causal,
     Distances,
     Documents,
+    Dropout,
     Edges,
+    Effect,
     Entropy,
     First,
     Full,
@@ -37,6 +40,7 @@ from regard import (
     Map,
     MaxScore,
     Padding,
+    Pages,
     Predicate,
     Received,
     RelativeBias,
@@ -66,7 +70,7 @@ def main() -> int:
         print("No CUDA GPU is available here, and nothing else is measured.", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    failures = list(checked())
+    failures = [*checked(), *gpu_linear.checked()]
     for failure in failures:
         print(f"WRONG {failure}", file=sys.stderr)
     if failures:
@@ -121,7 +125,9 @@ def checked() -> Iterator[str]:
     ]  # fmt: skip
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dim in (32, 64, 80, 128, 256):
-            for q_len, k_len, kv_heads in ((333, 333, 4), (200, 333, 2), (1, 333, 2)):
+            for q_len, k_len, kv_heads in (
+                (333, 333, 4), (200, 333, 2), (1, 333, 2), (1, 4500, 1), (7, 1400, 2)
+            ):  # fmt: skip
                 with torch.device("cuda"):
                     query = torch.randn(2, 4, q_len, dim, dtype=dtype)
                     key, value = torch.randn(2, 2, kv_heads, k_len, dim, dtype=dtype)
@@ -130,6 +136,15 @@ def checked() -> Iterator[str]:
                     where = f"{name}, {dtype}, dim {dim}, {q_len} × {k_len}, {kv_heads} kv heads"
                     for what in wrong(query, key, value, request, every):
                         yield f"{what}: {where}"
+                    if dim not in (64, 256) or q_len == 1:  # each is compiled anew
+                        continue
+                    for what in wrong_effects(query, key, value, request):
+                        yield f"{what}: {where}"
+                    dropped = request | {"dropout": Dropout(0.2, 7)}
+                    for what in wrong_effects(query, key, value, dropped):
+                        yield f"{what}: dropout, {where}"
+                for what in wrong_pages(query, key, value, every):
+                    yield f"{what}: {dtype}, dim {dim}, {q_len} × {k_len}, {kv_heads} kv heads"
 
 
 def wrong(
@@ -168,6 +183,73 @@ def wrong(
             )
             if not near:
                 yield f"{observer}.{name}"
+
+
+def wrong_effects(
+    query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]
+) -> Iterator[str]:
+    """Whether the effects of edges are off, of rows that none of their keys has nearly alone."""
+    asked, grad = [Effect(8)], torch.randn_like(query)
+
+    def measured(tensors: tuple[Tensor, ...], given: dict[str, Any]) -> Any:
+        tensors = tuple(t.detach().clone().requires_grad_() for t in tensors)
+        out, (seen,) = attention(*tensors, **given, observe=asked)
+        out.backward(grad.to(out.dtype))
+        return seen
+
+    said = explain(query, key, value, **request, observe=asked)[SECOND_PASS]
+    if said:
+        yield f"the kernel refuses Effect ({'; '.join(said)})"
+        return
+    whole = {name: double(v) for name, v in request.items()}
+    ours, again = (measured((query, key, value), request) for _ in range(2))
+    truth = measured((query.double(), key.double(), value.double()), whole)
+    for name in ("indices", "effect", "weights"):
+        if not torch.equal(getattr(ours, name), getattr(again, name)):
+            yield f"Effect.{name} differs from run to run"
+    sure = truth.weights.amax(-1, keepdim=True) < 0.8
+    size = truth.effect.abs() * sure
+    near = 32 * torch.finfo(query.dtype).eps * (1 + float(size.max()))
+    if not ((ours.effect.double().abs() * sure - size).abs().max() <= near):
+        yield "Effect.effect"
+
+
+def wrong_pages(query: Tensor, key: Tensor, value: Tensor, every: list) -> Iterator[str]:
+    """Whether keys that lie in pages are read otherwise than the same in order."""
+    lengths = torch.tensor([key.shape[2], key.shape[2] // 2], device="cuda")
+    pool_k, pool_v, pages = paged(key, value, 16, lengths)
+    keep = torch.arange(key.shape[2], device="cuda") < lengths[:, None]
+    out, seen = attention(query, pool_k, pool_v, mask=Causal(), pages=pages, observe=every)
+    mask = Causal() & Padding(keep)
+    wanted, truth = attention(query, key, value, mask=mask, observe=every)
+    if not torch.allclose(out, wanted, rtol=1e-2, atol=1e-2):
+        yield "the output over pages"
+    for observer, *results in zip(every, seen, truth, strict=True):
+        mine, theirs = ({f.name: getattr(r, f.name) for f in fields(r)} for r in results)
+        for name, tensor in mine.items():
+            if not isinstance(tensor, Tensor) or name == "indices":
+                continue
+            if not torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4):
+                yield f"{observer}.{name} over pages"
+
+
+def paged(
+    key: Tensor, value: Tensor, size: int, lengths: Tensor
+) -> tuple[Tensor, Tensor, Pages]:  # fmt: skip
+    """The keys and values in pages that lie in no order, and beyond an item's end NaN."""
+    batch, kv_heads, k_len, _ = key.shape
+    most = -(-k_len // size)
+    order = torch.randperm(batch * most, device="cuda").view(batch, most)
+    ends = torch.arange(most * size, device="cuda") < lengths[:, None]
+    pools = []
+    for tensor in (key, value):
+        whole = torch.nn.functional.pad(tensor, (0, 0, 0, most * size - k_len))
+        whole = whole.where(ends[:, None, :, None], torch.nan)
+        pool = torch.empty(batch * most, kv_heads, size, tensor.shape[-1], device="cuda")
+        pool = pool.to(tensor.dtype)
+        pool[order] = whole.unflatten(2, (most, size)).transpose(1, 2)
+        pools.append(pool)
+    return pools[0], pools[1], Pages(order.to(torch.int32), lengths)
 
 
 # --- fast ----------------------------------------------------------------------------------------
@@ -235,6 +317,26 @@ def measured(longest: int) -> Iterator[str]:
     yield "weights, up to 8192."
     yield ""
     yield memory(131072 if longest >= 32768 else longest)
+    yield ""
+    yield "| N | D | forward and backward | with Effect(8) |"
+    yield "|---|---|---|---|"
+    for n in (n for n in (2048, 8192, 32768) if n <= longest):
+        for dim in (64, 128):
+            yield effect_row(n, dim)
+    yield ""
+    yield "Causal, by auto; the last column is × the one before."
+    yield ""
+    yield f"| keys | items | one query, {HEADS} heads of 8 | observed | keys in pages | observed |"
+    yield "|---|---|---|---|---|---|"
+    for n in (n for n in (2048, 32768, 131072) if n <= max(longest, 2048) * 4):
+        for batch in (1, 16):
+            yield decode_row(n, batch)
+    yield ""
+    yield "Decoding, D128, by auto: columns after the third are × its time. observed: with TopK(8),"
+    yield "Received, Entropy and Map(256, 256). Pages of 64 keys; auto copies them out for the"
+    yield "output, and the second pass reads them in place."
+    yield ""
+    yield from gpu_linear.measured(longest, timed)
 
 
 def ceilings() -> Iterator[str]:
@@ -268,6 +370,46 @@ def row(n: int, dim: int, mask: Any) -> str:
         f"| {n} | {dim} | {mask} | {best} {each[best]:.2f} ms | {auto} | {ratio(seen(SIGHT))} | "
         f"{alone} | {eager} |"
     )
+
+
+def effect_row(n: int, dim: int) -> str:
+    """What Effect adds to a forward and a backward pass."""
+    given = inputs(n, dim)
+
+    def passes(observers: list | None) -> Callable[..., Any]:
+        def both(*tensors: Tensor) -> None:
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            answer = attention(*leaves, mask=Causal(), observe=observers)
+            out = answer if observers is None else answer[0]
+            out.backward(tensors[2])
+
+        return both
+
+    plain = timed(passes(None), given)
+    return f"| {n} | {dim} | {plain:.2f} ms | {timed(passes([Effect(8)]), given) / plain:.2f} |"
+
+
+def decode_row(n: int, batch: int) -> str:
+    """One token's query over many keys, in order and in pages."""
+    query = torch.randn(batch, HEADS, 1, 128, device="cuda", dtype=torch.bfloat16)
+    sets, copies = [], 1 if batch * n > 2**19 else 3
+    for _ in range(copies):
+        key, value = torch.randn(2, batch, 8, n, 128, device="cuda", dtype=torch.bfloat16)
+        lengths = torch.full((batch,), n, device="cuda")
+        sets.append((query, key, value, *paged(key, value, 64, lengths)))
+
+    def over(in_pages: bool, observers: list | None) -> Callable[..., Any]:
+        def once(query: Tensor, key: Tensor, value: Tensor, *pools: Any) -> Any:
+            if in_pages:
+                return attention(query, *pools[:2], pages=pools[2], observe=observers)
+            return attention(query, key, value, observe=observers)
+
+        return once
+
+    plain = timed(over(False, None), sets)
+    others = (over(False, SIGHT), over(True, None), over(True, SIGHT))
+    ratios = " | ".join(f"{timed(call, sets) / plain:.2f}" for call in others)
+    return f"| {n} | {batch} | {plain:.3f} ms | {ratios} |"
 
 
 def plainly(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,9 @@
 """What every test shares: no network, no clock, and the folder of larger models and data."""
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +21,34 @@ settings.load_profile("regard")
 
 # Tests are many small operations: threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def interpreting(request):
+    """A future for each job that this run selects, by two processes in which Triton interprets.
+
+    A test that takes it has a parameter `job`, a name in the JOBS of its module:
+    (module, function, arguments …).
+    """
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        items = [i for i in request.session.items if "interpreting" in i.fixturenames]
+        with pytest.MonkeyPatch.context() as patch:
+            # Before anything in the processes imports triton, which looks at it once
+            patch.setenv("TRITON_INTERPRET", "1")
+            futures = {}
+            for item in items:
+                job = item.module.JOBS[item.callspec.params["job"]]
+                futures[job_key(job)] = pool.submit(_work, *job)
+        yield lambda job: futures[job_key(job)].result()
+
+
+def job_key(job: tuple) -> str:
+    """Jobs hold lists."""
+    return repr(job)
+
+
+def _work(module: str, function: str, *arguments):
+    return getattr(import_module(module), function)(*arguments)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What test_triton.py has its workers do: processes in which Triton interprets its kernels.
+"""What test_triton*.py have their workers do: processes in which Triton interprets its kernels.
 
 Triton chooses between compiling and interpreting when it is imported, so this stands in processes
 of its own, which start with TRITON_INTERPRET=1.
@@ -61,7 +61,13 @@ def case_of(name: str) -> Case:
 
 def check(name: str, dtype: torch.dtype, observers: list | None, blocks: tuple[int, int]) -> str:
     """Each observer against the dense float64 weights; the refusal, if it is one."""
-    case = case_of(name)
+    return check_case(case_of(name), dtype, observers, blocks)
+
+
+def check_case(
+    case: Case, dtype: torch.dtype, observers: list | None, blocks: tuple[int, int]
+) -> str:
+    """As `check`, of any case."""
     call = Call.checked(*case.tensors(dtype=dtype), **case.request(dtype))
     if reading.why_not(call):
         return "; ".join(reading.why_not(call))
@@ -131,7 +137,7 @@ def bad_numbers() -> None:
 
 def ties() -> None:
     """All scores 0: the first visible keys, whichever tile they stand in."""
-    query, key = torch.zeros(1, 1, 6, 16), torch.randn(1, 1, 100, 16)
+    query, key = torch.zeros(1, 1, 20, 16), torch.randn(1, 1, 100, 16)
     for mask in (Causal(), Padding(torch.arange(100) % 3 > 0)):
         _, lse = attention(query, key, key, return_lse=True, mask=mask, query_start=80)
         call = Call.checked(query, key, None, mask=mask, query_start=80)

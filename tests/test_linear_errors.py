@@ -91,8 +91,8 @@ BAD = {
         {"scale": 0.5}, "scale 0.5 cancels in normalised weights; give normalise=False"
     ),
     "an engine": (
-        {"engine": "triton"},
-        "no engine is named 'triton'; there are auto, chunked, rec"
+        {"engine": "fast"},
+        "no engine is named 'fast'; there are auto, triton, chunked, rec"
     ),
     "a tensor as state": ({"state": ones(3)}, "state is a Tensor; give the LinearState of a call"),
     "a state of other features": (

@@ -1,17 +1,14 @@
 """The Triton kernels, interpreted, on the shared cases; and that they compile for a GPU."""
 
 import importlib.util
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from cases import CASES, FEW
 from regard import (
     Causal,
     Distances,
@@ -40,67 +37,45 @@ SETS = [
     [TopK(2), TopK(1)],
     [Distances(3), Map(3, 200, "max")],
 ]
-ONE_BY_ONE = [c for c in FEW if c.sizes.q_len <= 150 and "dropout" not in c.name]
-EVERY = ["6 heads of 1", "3 × 129", "40 × 3"]
-NARROW = [c.name for c in CASES if c.name.startswith(("dim ", "6 heads", "12 heads"))]
+# Every instruction of a mask, every kind of bias, strides, and what a score may be
+CHOSEN = [
+    "full", "causal", "window ahead", "sinks and window", "documents", "padding", "heads", "edges",
+    "dense", "predicate by head", "block sparse", "dilated", "fixed", "chunks", "longformer",
+    "alibi", "relative", "bias that hides", "two biases",
+    "softcap and bias", "sinks alone", "placed patterns", "placed before 0", "placed relative",
+    "huge scores", "transposed", "sliced", "expanded",
+]  # fmt: skip
+EVERY = ["40 × 3", "one item"]
+NARROW = ["dim 1, v_dim 1", "dim 80, v_dim 80", "dim 256, v_dim 256", "alibi of 6 heads"]
 
 
 def jobs() -> dict[str, tuple]:
-    """What the workers do: (function of `interpreted`, arguments)."""
+    """What the workers do: (module, function, arguments)."""
     jobs: dict[str, tuple] = {}
-    for n, case in enumerate(ONE_BY_ONE):
-        jobs[case.name] = ("check", case.name, torch.float32, SETS[n % len(SETS)], (64, 64))
+    for n, name in enumerate(CHOSEN):
+        jobs[name] = ("interpreted", "check", name, torch.float32, SETS[n % len(SETS)], (64, 64))
     for n, name in enumerate(EVERY):
-        blocks = [(16, 16), (32, 64), (16, 32)][n]
-        jobs[f"every observer: {name}"] = ("check", name, torch.float32, None, blocks)
+        blocks = [(16, 16), (32, 64)][n]
+        every = ("interpreted", "check", name, torch.float32, None, blocks)
+        jobs[f"every observer: {name}"] = every
     for n, name in enumerate(NARROW):
         dtype = (torch.float16, torch.bfloat16)[n % 2]
-        jobs[f"{name} {dtype}"] = ("check", name, dtype, SETS[(n + 3) % len(SETS)], (32, 64))
+        asked = SETS[(n + 3) % len(SETS)]
+        jobs[f"{name} {dtype}"] = ("interpreted", "check", name, dtype, asked, (32, 64))
     for name in (
         "shards", "same_bits", "bad_numbers", "ties", "given_inaccurate", "inside_attention"
     ):  # fmt: skip
-        jobs[name] = (name,)
+        jobs[name] = ("interpreted", name)
     return jobs
 
 
 JOBS = jobs()
 
 
-@pytest.fixture(scope="module")
-def answers(request):
-    """A future for each job that this run selects, by two processes in which Triton interprets."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        items = (i for i in request.session.items if "answers" in i.fixturenames)
-        asked = [i.callspec.params["job"] for i in items]
-        with pytest.MonkeyPatch.context() as patch:
-            # Before anything in the processes imports triton, which looks at it once
-            patch.setenv("TRITON_INTERPRET", "1")
-            futures = {job: pool.submit(work, *JOBS[job]) for job in asked}
-        yield futures
-
-
-def work(function: str, *arguments):
-    import interpreted
-
-    return getattr(interpreted, function)(*arguments)
-
-
 @interpreted
 @pytest.mark.parametrize("job", JOBS)
-def test_interpreted(job, answers):
-    said = answers[job].result()
-    function, *arguments = JOBS[job]
-    if function == "check":
-        assert said == refusal(arguments[0])
-
-
-def refusal(name: str) -> str:
-    """What the kernels cannot do of the shared cases."""
-    if name in ("no batch", "no query", "no key", "no key but sinks", "neither query nor key"):
-        return "the call is empty; it needs at least one of everything"
-    if name == "no dim":
-        return "the call is empty; it needs at least one of everything"
-    return ""
+def test_interpreted(job, interpreting):
+    assert not interpreting(JOBS[job])
 
 
 COMPILE = """
@@ -110,7 +85,7 @@ from triton.compiler import ASTSource
 
 from regard import *
 from regard.call import Call
-from regard.kernels.cuda import reading, weighing
+from regard.kernels.cuda import chunks, measuring, reading, removing, weighing
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
          torch.uint8: "u8"}
@@ -132,11 +107,24 @@ class Compiled:
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(self.kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
-weighing.weigh, weighing.weigh_rows = Compiled(weighing.weigh), Compiled(weighing.weigh_rows)
+for module, *names in ((weighing, "weigh", "weigh_rows"), (removing, "remove"),
+                       (chunks, "weigh_few", "join_few")):
+    for name in names:
+        setattr(module, name, Compiled(getattr(module, name)))
 query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
 call = Call.checked(query, query[:, :2], None, mask=Causal() & (Window(64) | First(4)))
 asked = [TopK(8), Received(), Entropy(), Map(16, 16), Rows([1])]
-reading.read(call, asked, torch.zeros(1, 4, 256), False)
+lse = torch.zeros(1, 4, 256)
+reading.read(call, asked, lse, False)
+value = query[:, :2]
+wide = torch.zeros(1, 4, 256, 128, dtype=torch.bfloat16)  # no square tiles
+call = Call.checked(wide, wide[:, :2], value, mask=Causal(), dropout=Dropout(0.1, 3))
+measuring.effect(call, lse, query, 8, query)
+pages = Pages(torch.arange(4).view(1, 4), torch.tensor([256]))
+pool = torch.zeros(4, 2, 64, 64, dtype=torch.bfloat16)
+asked = [TopK(8), Received(), Entropy(), MaxScore(), Map(16, 16), Distances(), Rows([-1])]
+call = Call.checked(query[:, :, :2], pool, None, mask=Causal(), bias=ALiBi(), pages=pages)
+reading.read(call, asked, lse[:, :, :2].clone(), False)
 """
 
 
@@ -152,7 +140,16 @@ def test_compiles_for_a_gpu(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.splitlines() == ["weigh True True", "weigh_rows False True"], done.stderr
+    assert done.stdout.splitlines() == [
+        "weigh True True",
+        "weigh_rows False True",
+        "remove True True",
+        "weigh_few False True",  # what its columns divide by
+        "join_few False True",
+        "weigh_few False True",
+        "join_few False True",
+        "weigh_rows False True",
+    ], done.stderr
 
 
 def call_of(dtype=torch.float32, dim=16, **request) -> Call:

@@ -12,7 +12,7 @@ from .biases import Bias
 from .call import Call
 from .chosen import by_content
 from .dropout import Dropout
-from .engines import refusals, select, tiled
+from .engines import cpu, refusals, select, tiled
 from .errors import RegardError
 from .masks import Full, Mask
 from .observers import Observer
@@ -51,8 +51,8 @@ def attention(
     dropout: a probability, or `Dropout(p, seed)`.
     query_start, key_start: positions of the first query and key in the sequence. By default keys
         start at 0 and the last query stands at the last key.
-    pages: key and value are then pools (pages, kv_heads, size, dim), which engine cpu reads in
-        place: `Pages(table, lengths)`. They take no gradients.
+    pages: key and value are then pools (pages, kv_heads, size, dim), which engine cpu and the
+        second pass on CUDA read in place, and others copy: `Pages(table, lengths)`.
     observe: what to keep of the weights, such as `[TopK(8), Received()]`.
 
     Returns out (batch, heads, q_len, v_dim); with `return_lse`, also the log-sum-exp
@@ -80,7 +80,7 @@ def attention(
         out, lse, seen = chosen.observed(call)
     else:
         out, lse = chosen.forward(call)
-    results = weigh(call.gathered(), lse, out, seen=seen)
+    results = weigh(call, lse, out, seen=seen)
     return (out, lse, results) if return_lse else (out, results)
 
 
@@ -128,10 +128,20 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[s
     """Each engine's reasons against a request, in the order that `auto` tries them; [] if it can.
 
     With `observe`, last, as "second pass by triton": what of it the Triton kernel does not read; it
-    is read in plain torch then. Takes what `attention` takes, but `engine`.
+    is read in plain torch then. With `pages`, as "pages": who copies keys and values out of them,
+    and how much. Takes what `attention` takes, but `engine`.
     """
     call = Call.checked(query, key, value, **request)
     said = refusals(call)
+    if call.pages is not None:
+        place = call.place
+        dims = query.shape[-1] + value.shape[-1]
+        size = place.batch * place.kv_heads * place.k_len * dims * query.element_size()
+        said["pages"] = [
+            f"{name} copies keys and values out of them, {size / 2**20:.1f} MiB"
+            for name, reasons in said.items()
+            if not reasons and name != cpu.name
+        ]
     if call.observers:
-        said["second pass by triton"] = explained(call.gathered())
+        said["second pass by triton"] = explained(call)
     return said

@@ -108,15 +108,21 @@ class Call:
         """The same call with its keys and values copied out of their pages."""
         if self.pages is None:
             return self
-        program, keep = self.program, self.pages.keep()
-        code = (*program.code, Op.PADDING, len(program.tensors), Op.AND)
         return replace(
             self,
             key=self.pages.gather(self.key),
             value=None if self.value is None else self.pages.gather(self.value),
-            program=replace(program, code=code, tensors=(*program.tensors, keep)),
+            program=self.kept(),
             pages=None,
         )
+
+    def kept(self) -> Program:
+        """The mask, and where keys lie in pages, hidden what lies beyond an item's end."""
+        if self.pages is None:
+            return self.program
+        program, keep = self.program, self.pages.keep()
+        code = (*program.code, Op.PADDING, len(program.tensors), Op.AND)
+        return replace(program, code=code, tensors=(*program.tensors, keep))
 
     @property
     def working(self) -> torch.dtype:

@@ -21,11 +21,12 @@ from .topk import largest
 from .weighed import Weighed
 
 Measured = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
+Measure = Callable[[Tensor], Measured]  # of a scalar's gradient
 
 
 def attach(
     call: Call, lse: Tensor, out: Tensor, effect: Effect,
-    by: Callable[[Tensor], Measured] | None = None,
+    by: Measure | None = None,
 ) -> EffectSeen:  # fmt: skip
     """The result of an `Effect`, filled when the gradient of `out` arrives.
 

@@ -8,6 +8,8 @@ kernel of `kernels.cuda` reads what it can.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,8 +19,8 @@ from torch import Tensor
 from . import transforms
 from .call import Call
 from .errors import RegardError
-from .impact import attach
-from .kernels.cuda import reading
+from .impact import Measure, attach
+from .kernels.cuda import measuring, reading
 from .lowered import Span
 from .observers import (
     Distances,
@@ -276,8 +278,11 @@ def weigh(
     lse (batch, heads, q_len): that of all keys. shard: the call may hold only some of them.
     out (batch, heads, q_len, v_dim): the output; an Effect waits for its gradient.
     seen: results that the forward gathered already, by the number of their observer.
+    Keys in pages are read there where the Triton kernel can, else copied out.
     """
     left = [o for i, o in enumerate(call.observers) if i not in seen]
+    if left and call.pages is not None and not (eager() and not kernel_refuses(call)):
+        call = call.gathered()
     now = [o for o in left if not isinstance(o, Effect)]
     read = iter(_read(call, now, lse, shard) if now else ())
     results = []
@@ -289,12 +294,32 @@ def weigh(
         elif out is None:
             raise RegardError("Effect is read in a backward pass; a second pass alone has none")
         else:
-            results.append(attach(call, lse, out, observer))
+            whole = call.gathered()
+            by = _measure(whole, lse, out, observer)
+            results.append(attach(whole, lse, out, observer, by))
     return tuple(results)
+
+
+def eager() -> bool:
+    """Whether neither a compiler nor a transform looks on."""
+    return not torch.compiler.is_compiling() and not transforms.active()
+
+
+def _measure(call: Call, lse: Tensor, out: Tensor, effect: Effect) -> Measure | None:
+    """How the Triton kernel measures an effect; None where torch does."""
+    if not eager() or kernel_refuses(call) or measuring.refuses(effect, call):
+        return None
+    assert call.value is not None
+    still = replace(
+        call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach()
+    )
+    return partial(measuring.effect, still, lse.detach(), out.detach(), effect.k)
 
 
 def _read(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> list[Any]:
     """The results of one pass."""
+    if call.pages is not None:
+        return _read_pages(call, observers, lse, shard)
     norms = [_norms(o, call) for o in observers if isinstance(o, NormTopK)]
     packed = tuple(_detached(argument) for argument in pack(call))
     tensors = torch.ops.regard.weigh(
@@ -307,6 +332,20 @@ def _read(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> li
         results.append(observer.result(list(tensors[at : at + count]), call.place))
         at += count
     return results
+
+
+def _read_pages(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> list[Any]:
+    """The results of one pass by the kernel, which reads keys in their pages.
+
+    What it does not gather is read in torch, from a copy of the keys in order.
+    """
+    mine = [o for o in observers if not reading.refuses(o)]
+    others = [o for o in observers if reading.refuses(o)]
+    found = iter(reading.read(call, mine, lse.detach(), shard) if mine else ())
+    read = iter(_read(call.gathered(), others, lse, shard) if others else ())
+    return [
+        next(read) if reading.refuses(o) else o.result(next(found), call.place) for o in observers
+    ]
 
 
 def _norms(observer: NormTopK, call: Call) -> Tensor:
@@ -368,8 +407,13 @@ def kernel_refuses(call: Call) -> list[str]:
 
 def explained(call: Call) -> list[str]:
     """Why what the call observes is not read by the Triton kernel; empty if all of it is."""
-    observers = [o for o in call.observers if not isinstance(o, Effect)]
-    return [*kernel_refuses(call), *(why for o in observers for why in reading.refuses(o))]
+    reasons = kernel_refuses(call)
+    for observer in call.observers:
+        if isinstance(observer, Effect):
+            reasons += measuring.refuses(observer, call)
+        else:
+            reasons += reading.refuses(observer)
+    return reasons
 
 
 @_weigh.register_fake

@@ -53,6 +53,8 @@ inline std::vector<Case> cases() {
     for (auto& [name, mask] : masks) {
         all.push_back({.name = name, .mask = mask});
         all.push_back({.name = name + ", few queries", .q_len = 9, .k_len = 150, .mask = mask});
+        all.push_back({.name = name + ", one query", .q_len = 1, .k_len = 150, .dim = 32, .v_dim = 48,
+                       .mask = mask});
     }
 
     // What is added to the scores, or taken from them
@@ -91,7 +93,7 @@ inline std::vector<Case> cases() {
     for (auto [dim, v_dim] : std::vector<std::pair<long, long>>{
              {1, 1}, {24, 1}, {32, 40}, {80, 80}, {100, 66}, {128, 128}, {250, 255}, {256, 256}, {0, 3}})
         for (auto [type, q] : std::vector<std::pair<int64_t, long>>{
-                 {F32, 21}, {BF16, 21}, {F16, 21}, {F32, 1}, {BF16, 2}})
+                 {F32, 21}, {BF16, 21}, {F16, 21}, {F32, 1}, {BF16, 2}, {F16, 1}})
             all.push_back({.name = joined("dims, type, queries", {dim, v_dim, type, q}),
                            .batch = 1, .q_len = q, .k_len = 140, .dim = dim, .v_dim = v_dim,
                            .type = type, .scale = 0.1, .mask = causal()});
@@ -102,6 +104,17 @@ inline std::vector<Case> cases() {
                            .v_dim = 8, .mask = causal()});
     all.push_back({.name = "many blocks", .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 700,
                    .k_len = 300, .dim = 8, .v_dim = 8, .bias = {{1, 1, 700, 1}}});
+
+    // Few rows: what shapes their scores, and what does not
+    for (int64_t type : {F32, BF16, F16}) {
+        Case few = {.name = joined("few rows, type", {type}), .q_len = 2, .k_len = 300, .dim = 64,
+                    .v_dim = 64, .type = type};
+        all.push_back(few);
+        few.name += ", softcap", few.softcap = 0.7;
+        all.push_back(few);
+        few.name += ", dropout", few.dropout = 0.3;
+        all.push_back(few);
+    }
 
     // Decoding: keys in chunks, on pages
     for (int64_t type : {F32, BF16})

@@ -1,13 +1,18 @@
-"""PyTorch's own fused kernels, with the log-sum-exp that their public function keeps to itself."""
+"""PyTorch's own fused kernels, with the log-sum-exp that their public function keeps to itself.
+
+On CUDA keys and values in pages are copied out for them, in order.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import transforms
 from ..call import Call
-from ..lowered import Op
+from ..lowered import Op, Program
 from . import sdpa_cuda
 from .sdpa_cuda import MASK_LIMIT, items, laid_out
 
@@ -32,7 +37,7 @@ def why_not(call: Call) -> list[str]:
             reasons.append(f"{what} is given; its kernel takes none")
     if call.scale <= 0 and _causal(call):
         reasons.append(f"scale is {call.scale}; below or at 0 its kernel's causal mask gives NaN")
-    if call.pages is not None:
+    if call.pages is not None and not on_gpu:
         reasons.append("keys lie in pages; its kernel reads none")
     if not on_gpu and transforms.mapping():
         reasons.append("vmap looks on; its kernel would run once for each slice")
@@ -41,13 +46,24 @@ def why_not(call: Call) -> list[str]:
     if call.biases and call.needs_grad and any(b.tensor.requires_grad for b in call.biases):
         reasons.append("a bias needs gradients; its kernel gives none through its mask")
     if on_gpu:
-        return reasons + sdpa_cuda.why_not(call, _capability(call))
+        described = replace(call, program=_in_order(call))
+        return reasons + sdpa_cuda.why_not(described, _capability(call))
     if not _plain(call) and place.q_len * place.k_len * items(call) > MASK_LIMIT:
         reasons.append(
             f"the mask would be materialised: {place.q_len} × {place.k_len}; beyond 2²⁶ elements "
             "that is not O(N) memory"
         )
     return reasons
+
+
+def _in_order(call: Call) -> Program:
+    """The mask once the keys are copied out of their pages: as it is where all items are as long.
+
+    So that PyTorch's kernels that know of no padding can serve those.
+    """
+    if call.pages is None or bool((call.pages.lengths == call.place.k_len).all()):
+        return call.program
+    return call.kept()
 
 
 def _capability(call: Call) -> tuple[int, int]:
@@ -69,6 +85,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse); out is differentiable, lse is not."""
     place = call.place
     if place.device.type == "cuda":
+        if call.pages is not None:
+            call = replace(call.gathered(), program=_in_order(call))
         return sdpa_cuda.forward(call, _capability(call))
     mask = blind = None
     if not _plain(call):

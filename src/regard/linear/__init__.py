@@ -2,8 +2,8 @@
 
 `linear_attention` is the door (`front`). A call is checked (`request`), its features computed
 (`features`), and written as one recurrence (`flow`), which runs in chunks (`chunked`, over `chunks`
-and `sums`) or token by token (`recurrent`); `reference` is the specification. `implied` reads the
-weights, `observing` shows them to the observers.
+and `sums`; on CUDA `by_triton`) or token by token (`recurrent`); `reference` is the specification.
+`implied` reads the weights, `observing` shows them to the observers.
 """
 
 from .features import Favor

@@ -11,14 +11,14 @@ from ..call import Call
 from ..errors import NoEngine, RegardError
 from ..masks import Causal, Full, Mask
 from ..observers import Observer
-from . import chunked, recurrent, reference
+from . import by_triton, chunked, recurrent, reference
 from .features import Favor
-from .flow import Prepared, full_precision, in_document_order, prepared, with_ones
+from .flow import Flow, Prepared, full_precision, in_document_order, prepared, with_ones
 from .observing import check, weigh
 from .request import Request
 from .state import LinearState
 
-ENGINES = ("chunked", "recurrent", "reference")
+ENGINES = ("triton", "chunked", "recurrent", "reference")
 MOST_STEPS = 4  # `auto` decodes so many tokens one by one
 
 
@@ -64,8 +64,9 @@ def linear_attention(
     scale: multiplies the weights that are not normalised; default 1.
     state: what the tokens before left, of a call with `return_state`.
     observe: what to keep of the weights w with out_i = Σ_j w_ij v_j, exactly; see docs/linear.md.
-    engine: "chunked" (parallel, for training), "recurrent" (token by token, for decoding),
-        "reference" (readable, the specification), or "auto".
+    engine: "triton" (CUDA: chunks by kernels of our own), "chunked" (parallel, for training),
+        "recurrent" (token by token, for decoding), "reference" (readable, the specification), or
+        "auto". A named engine never falls back: NoEngine says why it cannot.
 
     Returns out (batch, heads, q_len, v_dim); with `return_state`, also a `LinearState`; with
     `observe`, last, a tuple of results in its order. float64 is computed in float64, all else in
@@ -121,15 +122,27 @@ def _run(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
     request, flow = ready.request, ready.flow
     if engine == "recurrent" and not request.causal:
         raise NoEngine(f"recurrent cannot run {request.call}: it goes token by token, causal=True")
+    if engine == "triton" and (reasons := by_triton.why_not(ready)):
+        raise NoEngine(f"triton cannot run {request.call}: {'; '.join(reasons)}")
     if not request.causal:
-        return _everything(ready)
+        return _everything(ready, engine)
     few = flow.query.shape[2] <= MOST_STEPS and not flow.needs_grad
-    form = recurrent if engine == "recurrent" or (engine == "auto" and few) else chunked
-    mixed, memory = form.forward(flow)
+    if engine == "recurrent" or (engine == "auto" and few):
+        mixed, memory = recurrent.forward(flow)
+    else:
+        mixed, memory = _in_chunks(ready, flow, engine)
     return ready.out(mixed), ready.state(memory)
 
 
-def _everything(ready: Prepared) -> tuple[Tensor, LinearState]:
+def _in_chunks(ready: Prepared, flow: Flow, engine: str) -> tuple[Tensor, Tensor]:
+    """By the kernels where they are named, or `auto` and they can; else by torch."""
+    on_gpu = engine == "auto" and flow.query.device.type == by_triton.DEVICE
+    if engine == "triton" or (on_gpu and not by_triton.why_not(ready)):
+        return by_triton.forward(ready, flow)
+    return chunked.forward(flow)
+
+
+def _everything(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
     """Without causality: one sum over all keys, or one for each document."""
     flow = ready.flow
     value = with_ones(flow.value.to(flow.key.dtype), flow.memory.shape[-1])
@@ -138,6 +151,6 @@ def _everything(ready: Prepared) -> tuple[Tensor, LinearState]:
         rows = flow.query.unflatten(1, (flow.key.shape[1], -1))
         return ready.out((rows @ memory[:, :, None]).flatten(1, 2)), ready.state(memory)
     in_order, place = in_document_order(ready)
-    mixed, _ = chunked.forward(in_order)
+    mixed, _ = _in_chunks(ready, in_order, engine)
     index = place[:, None, :, None].expand(-1, mixed.shape[1], -1, mixed.shape[3])
     return ready.out(mixed.gather(2, index)), ready.state(memory)

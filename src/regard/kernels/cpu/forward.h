@@ -87,6 +87,7 @@ class Forward {
     float *own_state, *own_strip;
     float *scale, *weighing, *turned;
     uint64_t *visible, *stack;
+    const uint64_t* seen;  // of the keys at hand, which rows see them; null: all
     uint16_t *query_parts, *weight_parts, *own_keys;
     FewKeys few_keys;
     bool few, on_tiles, query_fits;  // of the block at hand
@@ -190,27 +191,50 @@ class Forward {
     void tile(const Block& block, State& state, Strip& strip, long k0, int n, bool every, long stripe) {
         const Segment& first = block.segment[0];
         long kv = first.h / plan.group;
-        if (!every) shaping.look(block, k0, n, visible, stack);
+        long t = k0 / KEYS;
+        int from = 0, whole = n;
+        if (!every) {
+            shaping.look(block, k0, n, visible, stack);
+            if (!on_tiles) n = trim(visible, from, n);
+            if (!n) return;
+            k0 += from;
+        }
+        seen = every ? nullptr : visible + from;
         if (o.received_count)
             for (int i = 0; i < block.segments; i++) {
                 const Segment& s = block.segment[i];
-                sh.column(s.b, s.h, stripe).count_tile(c, o, s, k0, n, every ? nullptr : visible);
+                sh.column(s.b, s.h, stripe).count_tile(c, o, s, k0, n, seen);
             }
         if (shaping.biased) shaping.bias(block, k0, n, biases);
         if (c.dropout) shaping.dropout(block, k0, n, factors);
         Sides of = sides(first.b, kv, k0, n);
-        float* held = plan.columns ? strip.tile(k0 / KEYS) : nullptr;
+        float* held = plan.columns ? strip.tile(t) : nullptr;
         for (int p = 0; p < block.panels; p++) {
-            float* s = held ? held + (long)p * KEYS * PW : scores;
+            float* keep = held ? held + (long)p * KEYS * PW : nullptr;
+            float* s = held ? keep + from * PW : scores;
             if (block.panel_rows(p) > W)
                 panel<2>(block, state, p, of, s, k0, n, every);
             else
                 panel<1>(block, state, p, of, s, k0, n, every);
+            if (held && n < whole) {
+                memset(keep, 0, from * PW * sizeof(float));
+                memset(s + n * PW, 0, (whole - from - n) * PW * sizeof(float));
+            }
         }
         if (held) {
-            memcpy(strip.top + k0 / KEYS * block.lanes(), state.top, block.lanes() * sizeof(float));
-            strip.held[k0 / KEYS] = 1;
+            memcpy(strip.top + t * block.lanes(), state.top, block.lanes() * sizeof(float));
+            strip.held[t] = 1;
         }
+    }
+
+    // Leaves out the keys at both ends of a tile that no row sees, by vectors. from: the first that is
+    // left; how many are.
+    static int trim(const uint64_t* words, int& from, int n) {
+        int to = n;
+        while (from < to && !words[from]) from++;
+        while (to > from && !words[to - 1]) to--;
+        from = from / W * W;
+        return to - from;
     }
 
     // Keys and values as the products read them: as tiles where there are some, else as rows.
@@ -249,8 +273,7 @@ class Forward {
             product<false, NV>(n, c.dim, of.k.data, of.k.ld, 1, query + p * c.dim * PW, PW, s, PW);
         if (after != 1.f) multiply<NV>(n, s, PW, after);
         if (!every || shaping.shaped())
-            shaping.finish<NV>(p, n, s, PW, every ? nullptr : visible,
-                               shaping.biased ? biases : nullptr);
+            shaping.finish<NV>(p, n, s, PW, seen, shaping.biased ? biases : nullptr);
         if (o.row_count) keep_rows(block, p, s, k0, n);
         float* mixed = state.mixed + p * sh.v_dim * PW;
         softmax<NV>(state, p, s, k0, n, c.v_dim, o.entropy);
@@ -279,7 +302,7 @@ class Forward {
         few_keys.scores(c, block.count, n, query_rows, few_scores);
         if (!plain || o.k || o.row_count) to_lanes(block.count, n, few_scores, s);
         if (!every || shaping.shaped())
-            shaping.finish<1>(0, n, s, PW, every ? nullptr : visible, shaping.biased ? biases : nullptr);
+            shaping.finish<1>(0, n, s, PW, seen, shaping.biased ? biases : nullptr);
         if (o.row_count) keep_rows(block, 0, s, k0, n);
         if (plain)
             few_softmax(state, block.count, few_scores, s, k0, n, c.v_dim, o.entropy);

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,12 +27,13 @@ from ...observers import (
     Rows,
     TopK,
 )
-from .instructions import DEEPEST, LONGEST, Instructions, depth, instructions
+from . import few
+from .instructions import DEEPEST, LONGEST, depth
+from .launching import MOST_DENSE, Launch, Shared, ends, launches, on_device, power
 
 READS = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 MOST_LISTED = 64  # a row's list stands in registers
 MOST_DIM = 256
-MOST_DENSE = 2
 PROGRAMS = 512  # of all heads together, where columns are gathered: each has a buffer of its own
 _MOST_INT = 2**31 - 1
 
@@ -60,11 +60,9 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"{dense} biases are tensors; it takes {MOST_DENSE}, so add some up before")
     if depth(call.program) > DEEPEST:
         reasons.append(f"the mask holds {depth(call.program)} answers at once; it takes {DEEPEST}")
-    ends = (place.query_start, place.key_start, place.query_start + place.q_len)
-    if any(abs(n) > LONGEST for n in (*ends, place.key_start + place.k_len)):
+    outer = (place.query_start, place.key_start, place.query_start + place.q_len)
+    if any(abs(n) > LONGEST for n in (*outer, place.key_start + place.k_len)):
         reasons.append("positions are beyond 2³⁰; it counts them in int32")
-    if call.pages is not None:
-        reasons.append("keys lie in pages; it reads none")
     return reasons
 
 
@@ -75,51 +73,6 @@ def refuses(observer: Observer) -> list[str]:
     if isinstance(observer, TopK) and observer.k > MOST_LISTED:
         return [f"{observer} is longer than the {MOST_LISTED} that registers hold"]
     return []
-
-
-@dataclass
-class Launch:
-    """What one launch of the kernel gathers: of each kind of observer one, or none."""
-
-    listed: int = 0  # the largest k of a TopK
-    entropy: bool = False
-    score: bool = False
-    received: tuple[int, int] | None = None  # the rows that count
-    map: Map | None = None
-    distances: tuple[int, ...] | None = None  # edges
-    found: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def columns(self) -> bool:
-        """Whether it adds up over rows."""
-        return (self.received, self.map, self.distances) != (None, None, None)
-
-
-def launches(observers: Sequence[Observer], call: Call) -> list[Launch]:
-    """The launches that gather the observers: one, unless two of a kind differ."""
-    place, plans = call.place, [Launch()]
-
-    def add(name: str, value: Any) -> None:
-        for plan in plans:
-            if getattr(plan, name) in (None, value):
-                setattr(plan, name, value)
-                return
-        plans.append(Launch(**{name: value}))
-
-    for observer in observers:
-        if isinstance(observer, TopK):
-            plans[0].listed = max(plans[0].listed, observer.k)
-        elif isinstance(observer, Entropy):
-            plans[0].entropy = True
-        elif isinstance(observer, MaxScore):
-            plans[0].score = True
-        elif isinstance(observer, Received):
-            add("received", observer.span(place))
-        elif isinstance(observer, Map):
-            add("map", observer)
-        elif isinstance(observer, Distances):
-            add("distances", observer.edges)
-    return [p for p in plans if p.listed or p.entropy or p.score or p.columns]
 
 
 def read(
@@ -136,10 +89,13 @@ def read(
     if reasons:
         raise RegardError(f"the Triton kernels cannot read {call}: {'; '.join(reasons)}")
     lse = lse.to(torch.float32).contiguous()
-    shared = _Shared(call, lse)
+    shared = Shared(call, lse)
     plans = launches(observers, call)
     for plan in plans:
-        _gather(plan, shared, shard, blocks or _blocks(call, plan))
+        if call.place.q_len <= few.MOST_QUERIES:
+            few.gather(plan, shared, shard, None if blocks is None else blocks[1])
+        else:
+            _gather(plan, shared, shard, blocks or _blocks(call, plan))
     results: list[list[Tensor]] = []
     for n, observer in enumerate(observers):
         if observer in observers[:n]:  # asked for twice: a copy
@@ -149,7 +105,7 @@ def read(
     return results
 
 
-def _result(observer: Observer, plans: list[Launch], shared: _Shared, shard: bool) -> list[Tensor]:
+def _result(observer: Observer, plans: list[Launch], shared: Shared, shard: bool) -> list[Tensor]:
     call, place = shared.call, shared.call.place
     if isinstance(observer, LogSumExp):
         return [shared.lse.clone()]
@@ -178,63 +134,6 @@ def _result(observer: Observer, plans: list[Launch], shared: _Shared, shard: boo
     return [found["past"].clone(), found["future"].clone()]
 
 
-class _Shared:
-    """What all launches of a call have in common, in the form that the kernels take."""
-
-    def __init__(self, call: Call, lse: Tensor) -> None:
-        self.call, self.lse = call, lse
-        place = call.place
-        self.masked = not call.program.full
-        self.mask: Instructions = instructions(call.program)
-        device = place.device
-        nothing = torch.zeros(1, dtype=torch.float32, device=device)
-        self.sinks = nothing if call.sinks is None else call.sinks.to(torch.float32)
-        self.slopes = self.relative = nothing
-        self.alibi = self.has_relative = False
-        least = place.key_start - (place.query_start + place.q_len - 1)
-        self.width = place.q_len + place.k_len - 1
-        dense: list[Tensor] = []
-        for bias in call.biases:
-            if bias.kind == Kind.DENSE:
-                dense.append(bias.tensor)
-            elif bias.kind == Kind.ALIBI:
-                slopes = bias.tensor.to(torch.float32)
-                self.slopes = self.slopes + slopes if self.alibi else slopes.contiguous()
-                self.alibi = True
-            else:
-                offsets = torch.arange(self.width, device=device) + least
-                along = bias.along(offsets).to(torch.float32).contiguous()
-                self.relative = self.relative + along if self.has_relative else along
-                self.has_relative = True
-        self.dense = len(dense)
-        self.biases: list[Any] = []
-        for n in range(MOST_DENSE):
-            tensor = dense[n] if n < len(dense) else nothing.view(1, 1, 1, 1)
-            strides = (0 if tensor.shape[d] == 1 else tensor.stride(d) for d in range(4))
-            self.biases += [tensor, *strides]
-        self.relative_zero = -least
-
-    def front(self) -> list[Any]:
-        """Strides and sizes, after the tensors."""
-        call, place = self.call, self.call.place
-        return [
-            *call.query.stride(), *call.key.stride(), call.query.shape[-1], place.heads,
-            place.heads // place.kv_heads, place.q_len, place.k_len, call.scale,
-            call.softcap or 1.0, place.query_start, place.key_start, self.slopes, self.relative,
-            self.width, self.relative_zero, *self.biases, self.mask.records,
-            len(self.mask.records), self.mask.integers, self.mask.octets,
-        ]  # fmt: skip
-
-    def flags(self, block_q: int, block_k: int) -> dict[str, Any]:
-        """What the kernels are compiled for."""
-        dim = 1 << max(self.call.query.shape[-1] - 1, 15).bit_length()
-        return {
-            "SOFTCAP": self.call.softcap is not None, "ALIBI": self.alibi,
-            "RELATIVE": self.has_relative, "DENSE": self.dense, "MASKED": self.masked,
-            "KINDS": self.mask.kinds, "M": block_q, "N": block_k, "D": dim,
-        }  # fmt: skip
-
-
 def _blocks(call: Call, plan: Launch) -> tuple[int, int]:
     """Queries and keys of a tile: what registers hold. Not yet measured on a GPU."""
     rows = 128 if call.query.shape[-1] <= 128 and call.query.element_size() == 2 else 64
@@ -247,26 +146,17 @@ def _blocks(call: Call, plan: Launch) -> tuple[int, int]:
     return rows, 64 if call.query.element_size() == 2 else 32
 
 
-def _gather(plan: Launch, shared: _Shared, shard: bool, blocks: tuple[int, int]) -> None:
+def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) -> None:
     """Launch the kernel once and put what it gathered into plan.found."""
     from .weighing import weigh  # triton
 
     call, place = shared.call, shared.call.place
     block_q, block_k = blocks
     device = place.device
-    # Tiles begin at multiples of their size in the sequence, so that cells of a map cut none
-    lead = (place.query_start % block_q, place.key_start % block_k)
-    q_blocks, k_blocks = (
-        -(-(n + ahead) // size)
-        for n, ahead, size in zip((place.q_len, place.k_len), lead, blocks, strict=True)
-    )
+    lead, (q_blocks, k_blocks) = aligned(call, blocks)
     splits = q_blocks
     if plan.columns:
         splits = min(q_blocks, -(-PROGRAMS // place.heads))
-    tiles = counts = shared.mask.records
-    tiles_b = tiles_h = 0
-    if shared.masked:
-        tiles, counts, tiles_b, tiles_h = _tiles(call, blocks, lead)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
         made = torch.zeros if zero else torch.empty
@@ -285,6 +175,8 @@ def _gather(plan: Launch, shared: _Shared, shard: bool, blocks: tuple[int, int])
         lines = (place.batch, place.heads, splits, place.k_len)
         columns = new(*lines, zero=True)
         spread = call.program.spread()
+        if shared.paged:  # an item sees its own keys
+            spread = (place.batch, spread[1])
         seen = new(*spread, *lines[2:], dtype=torch.int32, zero=True)
     cells, grid = unused, _Grid(1, 1, 1, 0, 1)
     if plan.map is not None:
@@ -293,21 +185,20 @@ def _gather(plan: Launch, shared: _Shared, shard: bool, blocks: tuple[int, int])
         cells = new(*lines, zero=True)
     past, future, edges, bins = unused, unused, unused, 0
     if plan.distances is not None:
-        bins = _power(len(plan.distances))
+        bins = power(len(plan.distances))
         past, future = (new(place.batch, place.heads, splits, bins) for _ in range(2))
-        ends = [min(e, _MOST_INT) for e in (*plan.distances, _MOST_INT)]
-        edges = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
+        edges = ends(plan.distances, device)
     first, last = plan.received or (0, 0)
-    with _device(device):
+    with on_device(device):
         weigh[(splits * place.heads * place.batch,)](
             call.query, call.key, shared.lse, shared.sinks, *shared.front(),
-            tiles, counts, tiles_b, tiles_h, *lead, q_blocks, k_blocks, splits,
+            *listed_tiles(shared, blocks, lead), *lead, q_blocks, k_blocks, splits,
             found["mass"], found["entropy"], found["score"], found["names"], found["listed"],
             plan.listed, columns, seen, *spread, first, last,
             cells, grid.size, grid.first, grid.width, past, future, edges,
             len(plan.distances or ()),
             SHARD=shard, SINKS=call.sinks is not None, ENTROPY=plan.entropy, SCORE=plan.score,
-            TOP=_power(plan.listed) if plan.listed else 0, RECEIVED=plan.received is not None,
+            TOP=power(plan.listed) if plan.listed else 0, RECEIVED=plan.received is not None,
             MAP=plan.map is not None, MAX=plan.map is not None and plan.map.reduce == "max",
             NR=grid.rows, NC=grid.cols, BINS=bins,
             **shared.flags(block_q, block_k), num_warps=4 if block_q < 128 else 8,
@@ -356,15 +247,32 @@ class _Grid:
         return pooled[:, :, skip : skip + rows.count].contiguous()
 
 
-def _tiles(
-    call: Call, blocks: tuple[int, int], lead: tuple[int, int]
+def aligned(
+    call: Call, blocks: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:  # fmt: skip
+    """How far tiles begin before the call's queries and keys, and how many there are of each.
+
+    They begin at multiples of their size in the sequence, so that cells of a map cut none, and
+    dropout's groups of four keys neither.
+    """
+    place = call.place
+    lead = (place.query_start % blocks[0], place.key_start % blocks[1])
+    lengths = (place.q_len + lead[0], place.k_len + lead[1])
+    return lead, (-(-lengths[0] // blocks[0]), -(-lengths[1] // blocks[1]))
+
+
+def listed_tiles(
+    shared: Shared, blocks: tuple[int, int], lead: tuple[int, int]
 ) -> tuple[Tensor, Tensor, int, int]:
     """Each block's tiles that are not empty, ascending, and how many: (…, q blocks, k blocks).
 
     An entry is 2 · the tile's number, + 1 where the mask shows it whole. Then how many blocks of
-    queries lie between two batch items and two heads (0 where all share theirs).
+    queries lie between two batch items and two heads (0 where all share theirs). Of a mask that is
+    full there is no list.
     """
-    table = call.program.tiles(*blocks, lead)
+    if not shared.masked:
+        return shared.mask.records, shared.mask.records, 0, 0
+    table = shared.call.program.tiles(*blocks, lead)
     number = torch.arange(table.some.shape[-1], dtype=torch.int32, device=table.some.device)
     entry = torch.where(table.some, 2 * number + table.every.to(torch.int32), _MOST_INT)
     batch, heads, q_blocks, _ = entry.shape
@@ -374,7 +282,7 @@ def _tiles(
     return entry.sort(-1).values.contiguous(), counts, by_item, by_head
 
 
-def _rows(observer: Rows, shared: _Shared, shard: bool) -> Tensor:
+def _rows(observer: Rows, shared: Shared, shard: bool) -> Tensor:
     """(batch, heads, n, k_len): the whole rows, normalised like all others."""
     from .weighing import weigh_rows  # triton
 
@@ -388,7 +296,7 @@ def _rows(observer: Rows, shared: _Shared, shard: bool) -> Tensor:
     wanted = torch.tensor(local, dtype=torch.int32).to(place.device, non_blocking=True)
     block_q, block_k = 16, 64
     row_blocks, k_blocks = -(-len(local) // block_q), -(-place.k_len // block_k)
-    with _device(place.device):
+    with on_device(place.device):
         weigh_rows[(place.batch * place.heads * row_blocks * k_blocks,)](
             call.query, call.key, shared.lse, wanted, len(local), *shared.front(), out,
             row_blocks, k_blocks, **shared.flags(block_q, block_k), enable_fp_fusion=True,
@@ -400,13 +308,3 @@ def _rows(observer: Rows, shared: _Shared, shard: bool) -> Tensor:
     if call.sinks is not None:
         total += (shared.sinks[:, None] - lse).exp()
     return out.div_(total.masked_fill(lse == -torch.inf, 1)[..., None])
-
-
-def _power(n: int) -> int:
-    """The smallest power of two that holds n, 2 at least."""
-    return 1 << max(n - 1, 1).bit_length()
-
-
-def _device(device: torch.device) -> Any:
-    """Triton launches on the current device: make it the call's."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

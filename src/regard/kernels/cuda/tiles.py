@@ -9,7 +9,7 @@ from ...ops import FULL_CELL, TILE_SIDE
 from .instructions import WORDS
 
 # The interpreter multiplies the bits of bfloat16 as if they were integers
-_WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
+WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _ONE = tl.constexpr(1)  # first, as the interpreter gives KINDS as a plain number
 _WORDS = tl.constexpr(WORDS)
 _SIDE = tl.constexpr(TILE_SIDE)
@@ -159,22 +159,48 @@ def _added(bias, b_stride, h_stride, q_stride, k_stride, rows, cols, row_in, col
 
 
 @triton.jit
+def places(cols, col_in, k_row, table, page_size, k_page, PAGED: tl.constexpr):
+    """Where the keys of cols begin, from the first one's place; in pages, from the pool's."""
+    if PAGED:
+        page = tl.load(table + cols // page_size, mask=col_in, other=0).to(tl.int64)
+        return page * k_page + (cols % page_size).to(tl.int64) * k_row
+    else:
+        return cols.to(tl.int64) * k_row
+
+
+@triton.jit
+def keys_of(
+    k, k_b, k_h, b, kv_head, k_len, table, table_b, lengths, PAGED: tl.constexpr
+):  # fmt: skip
+    """(the head's first key, the item's row of the table, how many keys the item has)."""
+    k = k + kv_head * k_h
+    if PAGED:
+        return k, table + b * table_b, tl.load(lengths + b).to(tl.int32)
+    else:
+        return k + b * k_b, table, k_len
+
+
+@triton.jit
 def scores(
     q, k, k_row, k_dim, dim, rows, cols, row_in, col_in, b, h, whole, scale, softcap,
     query_start, key_start, slopes, relative, relative_width, relative_zero,
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets,
+    records, length, integers, octets, table, page_size, k_page,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """(scores, shown), each (M, N): float32, −inf where hidden; shown by the mask.
 
-    q (M, D): the tile's queries. k: the first of its head's keys. whole: the mask shows all of it.
+    q (M, D): the tile's queries. k: the first of its head's keys; of pages, of the head's part of
+    the pool, and `table` is the item's. h: the head, or those of the rows, (M, 1). whole: the mask
+    shows all of the tile.
     """
     dims = tl.arange(0, D)
-    own = k + cols[None, :].to(tl.int64) * k_row + dims[:, None] * k_dim
+    own = places(cols, col_in, k_row, table, page_size, k_page, PAGED)
+    own = k + own[None, :] + dims[:, None] * k_dim
     keys = tl.load(own, mask=col_in[None, :] & (dims < dim)[:, None], other=0)
-    if _WIDEN:
+    if WIDEN:
         q = q.to(tl.float32)
         keys = keys.to(tl.float32)
     s = tl.dot(q, keys, input_precision="ieee") * scale

@@ -6,36 +6,36 @@ are added to a buffer of the program's own, so that no two programs add to one n
 are summed afterwards, in a fixed order. The same input gives the same bits.
 
 Columns need each row's own sum before the row has been read. It is 1 to within the rounding of lse,
-about |lse| · 2⁻²³: blocks with an |lse| beyond `_LARGE` are summed first, in a pass of their own.
+about |lse| · 2⁻²³: blocks with an |lse| beyond `LARGE` are summed first, in a pass of their own.
 """
 # No `from __future__ import annotations`: Triton reads the annotations themselves.
 
 import triton
 import triton.language as tl
 
-from .tiles import scores
+from .tiles import keys_of, scores
 
-_LARGE = tl.constexpr(32.0)
-_HIDDEN = tl.constexpr(-2139095041)  # ordered(−inf)
-_LEAST = tl.constexpr(-(2**31))
-_MOST = tl.constexpr(2**31 - 1)
+LARGE = tl.constexpr(32.0)
+HIDDEN = tl.constexpr(-2139095041)  # ordered(−inf)
+LEAST = tl.constexpr(-(2**31))
+MOST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """Floats as integers in the same order: NaN above inf."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _unordered(bits):
-    """`_ordered` is its own inverse."""
+def unordered(bits):
+    """`ordered` is its own inverse."""
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _insert(best, names, new, cols, K: tl.constexpr):
+def insert(best, names, new, cols, K: tl.constexpr):
     """The K largest of each row, after those of a tile: best, names (M, K), in no order.
 
     new (M, N): ordered numbers. A number is taken only if it is larger than the least one held,
@@ -45,7 +45,7 @@ def _insert(best, names, new, cols, K: tl.constexpr):
     top = tl.max(new, 1)
     least = tl.min(best, 1)
     while tl.max((top > least).to(tl.int32), 0) > 0:
-        name = tl.min(tl.where(new == top[:, None], cols[None, :], _MOST), 1)
+        name = tl.min(tl.where(new == top[:, None], cols[None, :], MOST), 1)
         # Of the least ones held, that of the highest key makes room
         worst = best == least[:, None]
         last = tl.max(tl.where(worst, names, -2), 1)
@@ -53,14 +53,14 @@ def _insert(best, names, new, cols, K: tl.constexpr):
         put = (slots == slot[:, None]) & (top > least)[:, None]
         best = tl.where(put, top[:, None], best)
         names = tl.where(put, name[:, None], names)
-        new = tl.where(cols[None, :] == name[:, None], _LEAST, new)
+        new = tl.where(cols[None, :] == name[:, None], LEAST, new)
         top = tl.max(new, 1)
         least = tl.min(best, 1)
     return best, names
 
 
 @triton.jit
-def _pool(
+def pool(
     x, MAX: tl.constexpr, NR: tl.constexpr, SR: tl.constexpr, NC: tl.constexpr, SC: tl.constexpr
 ):
     """(NR · SR, NC · SC) pooled to (NR, NC): sums, or maxima of integers."""
@@ -79,7 +79,7 @@ def weigh(
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
     query_start, key_start, slopes, relative, relative_width, relative_zero,
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets,
+    records, length, integers, octets, table, table_b, page_size, lengths,
     tiles, tile_counts, tiles_b, tiles_h, q_lead, k_lead, q_blocks, k_blocks, splits,
     mass_out, entropy_out, score_out, names_out, listed_out, listed,
     columns_out, counts_out, counts_b, counts_h, first_row, last_row,
@@ -87,8 +87,9 @@ def weigh(
     past_out, future_out, edges, bins,
     SHARD: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     RELATIVE: tl.constexpr, DENSE: tl.constexpr, MASKED: tl.constexpr, KINDS: tl.constexpr,
-    ENTROPY: tl.constexpr, SCORE: tl.constexpr, TOP: tl.constexpr, RECEIVED: tl.constexpr,
-    MAP: tl.constexpr, MAX: tl.constexpr, NR: tl.constexpr, NC: tl.constexpr, BINS: tl.constexpr,
+    PAGED: tl.constexpr, ENTROPY: tl.constexpr, SCORE: tl.constexpr, TOP: tl.constexpr,
+    RECEIVED: tl.constexpr, MAP: tl.constexpr, MAX: tl.constexpr, NR: tl.constexpr,
+    NC: tl.constexpr, BINS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """See `reading.read`, which gives it its arguments. A flag of 0 leaves an observer out.
@@ -102,7 +103,7 @@ def weigh(
     b = bh // heads
     h = bh % heads
     q = q + b * q_b + h * q_h
-    k = k + b * k_b + (h // group) * k_h
+    k, table, end = keys_of(k, k_b, k_h, b, h // group, k_len, table, table_b, lengths, PAGED)
     dims = tl.arange(0, D)
     slots = tl.arange(0, TOP if TOP > 0 else 2)[None, :]
     bars = tl.arange(0, BINS if BINS > 0 else 2)
@@ -129,20 +130,20 @@ def weigh(
         before = tl.full([M], 1.0, tl.float32)  # what columns divide by
         if not SHARD:
             if RECEIVED or MAP or BINS > 0:
-                large = tl.max((row_in & (tl.abs(safe) > _LARGE)).to(tl.int32), 0)
+                large = tl.max((row_in & (tl.abs(safe) > LARGE)).to(tl.int32), 0)
                 summed = tl.zeros([M], tl.float32)
                 for turn_ahead in range(count * large):
                     entry = turn_ahead * 2 + 1
                     if MASKED:
                         entry = tl.load(tiles + list_at + turn_ahead)
                     cols = (entry >> 1) * N + tl.arange(0, N) - k_lead
-                    col_in = (cols >= 0) & (cols < k_len)
+                    col_in = (cols >= 0) & (cols < end)
                     s, shown = scores(
                         query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h, entry & 1,
                         scale, softcap, query_start, key_start, slopes, relative, relative_width,
                         relative_zero, bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q,
-                        b1_k, records, length, integers, octets, SOFTCAP, ALIBI, RELATIVE, DENSE,
-                        MASKED, KINDS, M, N, D,
+                        b1_k, records, length, integers, octets, table, page_size, k_b, SOFTCAP,
+                        ALIBI, RELATIVE, DENSE, MASKED, KINDS, PAGED, M, N, D,
                     )  # fmt: skip
                     summed += tl.sum(tl.where(shown, tl.exp(s - safe[:, None]), 0.0), 1)
                 if large > 0:
@@ -150,9 +151,9 @@ def weigh(
 
         mass = tl.zeros([M], tl.float32)
         spread = tl.zeros([M], tl.float32)
-        highest = tl.full([M], _HIDDEN, tl.int32)
+        highest = tl.full([M], HIDDEN, tl.int32)
         best = tl.zeros([M, TOP if TOP > 0 else 2], tl.int32) + tl.where(
-            slots < listed, _HIDDEN, _MOST
+            slots < listed, HIDDEN, MOST
         )
         names = tl.full([M, TOP if TOP > 0 else 2], -1, tl.int32)
         gathered = tl.zeros([NR, NC], tl.int32 if MAX else tl.float32)
@@ -163,12 +164,13 @@ def weigh(
                 entry = tl.load(tiles + list_at + turn_at)
             start = (entry >> 1) * N - k_lead
             cols = start + tl.arange(0, N)
-            col_in = (cols >= 0) & (cols < k_len)
+            col_in = (cols >= 0) & (cols < end)
             s, shown = scores(
                 query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h, entry & 1, scale,
                 softcap, query_start, key_start, slopes, relative, relative_width, relative_zero,
                 bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, records, length,
-                integers, octets, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, M, N, D,
+                integers, octets, table, page_size, k_b, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED,
+                KINDS, PAGED, M, N, D,
             )  # fmt: skip
             log = tl.where(shown, s - safe[:, None], float("-inf"))
             e = tl.exp(log)
@@ -176,9 +178,9 @@ def weigh(
             if ENTROPY:
                 spread += tl.sum(tl.where(log == float("-inf"), 0.0, e * log), 1)
             if SCORE:
-                highest = tl.maximum(highest, tl.max(_ordered(s), 1))
+                highest = tl.maximum(highest, tl.max(ordered(s), 1))
             if TOP > 0:
-                best, names = _insert(best, names, _ordered(log), cols, TOP)
+                best, names = insert(best, names, ordered(log), cols, TOP)
             if RECEIVED or MAP or BINS > 0:
                 p = e / before[:, None]
                 if RECEIVED:
@@ -198,9 +200,9 @@ def weigh(
                     if MAX:
                         # Weights are not negative: their bits are in order, NaN last
                         p_bits = p.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-                        pooled = _pool(p_bits, MAX, NR, M // NR, NC, N // NC)
+                        pooled = pool(p_bits, MAX, NR, M // NR, NC, N // NC)
                     else:
-                        pooled = _pool(p, MAX, NR, M // NR, NC, N // NC)
+                        pooled = pool(p, MAX, NR, M // NR, NC, N // NC)
                     cell = (start + key_start) // cell_size
                     if NC == 1:
                         held = tl.where(cell == last_cell, gathered, 0)
@@ -240,21 +242,21 @@ def weigh(
         if ENTROPY:
             tl.store(entropy_out + at, mass * tl.log(own_sum) - spread / own_sum, row_in)
         if SCORE:
-            tl.store(score_out + at, _unordered(highest), row_in)
+            tl.store(score_out + at, unordered(highest), row_in)
         if TOP > 0:
             # Largest first; of equal ones the lower key
-            held_best = tl.where(slots < listed, best, _LEAST)
+            held_best = tl.where(slots < listed, best, LEAST)
             for place in range(listed):
                 first = tl.max(held_best, 1)
-                name = tl.min(tl.where(held_best == first[:, None], names, _MOST), 1)
-                weight = tl.exp(_unordered(first)) / own_sum
-                absent = first == _HIDDEN
+                name = tl.min(tl.where(held_best == first[:, None], names, MOST), 1)
+                weight = tl.exp(unordered(first)) / own_sum
+                absent = first == HIDDEN
                 to = at * listed + place
                 tl.store(names_out + to, tl.where(absent, -1, name + key_start), row_in)
                 tl.store(listed_out + to, tl.where(absent, 0.0, weight), row_in)
                 gone = (held_best == first[:, None]) & (names == name[:, None])
                 # Empty slots have one name: they may all go only once nothing else is left
-                held_best = tl.where(gone & (absent == 0)[:, None], _LEAST, held_best)
+                held_best = tl.where(gone & (absent == 0)[:, None], LEAST, held_best)
         # What the next block loads of the columns, other threads have stored
         tl.debug_barrier()
     if BINS > 0:
@@ -269,9 +271,11 @@ def weigh_rows(
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
     query_start, key_start, slopes, relative, relative_width, relative_zero,
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets, out, row_blocks, k_blocks,
+    records, length, integers, octets, table, table_b, page_size, lengths,
+    out, row_blocks, k_blocks,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """exp(score − lse) of the rows in `wanted` (n,): out (batch, heads, n, k_len)."""
     pid = tl.program_id(0)
@@ -288,13 +292,15 @@ def weigh_rows(
     given = tl.load(lse + bh * q_len + rows, mask=row_in, other=float("-inf"))
     safe = tl.where(given == float("-inf"), 0.0, given)
     cols = tile * N + tl.arange(0, N)
-    col_in = cols < k_len
+    k, table, end = keys_of(k, k_b, k_h, b, h // group, k_len, table, table_b, lengths, PAGED)
+    col_in = cols < end
     s, shown = scores(
-        query, k + b * k_b + (h // group) * k_h, k_n, k_d, dim, rows, cols, row_in, col_in, b, h,
+        query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h,
         0, scale, softcap, query_start, key_start, slopes, relative, relative_width, relative_zero,
         bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, records, length, integers,
-        octets, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, M, N, D,
+        octets, table, page_size, k_b, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, PAGED, M, N,
+        D,
     )  # fmt: skip
     e = tl.where(shown, tl.exp(s - safe[:, None]), 0.0)
     to = out + (bh * n + numbers)[:, None] * k_len + cols[None, :]
-    tl.store(to, e, row_in[:, None] & col_in[None, :])
+    tl.store(to, e, row_in[:, None] & (cols < k_len)[None, :])

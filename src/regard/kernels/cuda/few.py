@@ -1,0 +1,191 @@
+"""The pass for few queries: what `reading.read` gathers where a GPU would stand idle otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...observers import Map
+from .launching import Launch, Shared, ends, on_device, power
+
+MOST_QUERIES = 16
+CHUNK = 512  # keys of a program, whatever the call: an item's bits do not hang on its neighbours'
+LEAST_ROWS, MOST_ROWS = 16, 64  # of a tile: those of the heads that share their keys
+
+
+def gather(plan: Launch, shared: Shared, shard: bool, block_k: int | None) -> None:
+    """Put what a plan asks for into plan.found, of a call of at most `MOST_QUERIES` queries.
+
+    Memory beside the results: what rows gather, once a chunk of 512 keys.
+    """
+    call, place, device = shared.call, shared.call.place, shared.call.place.device
+    few = _Few(shared, block_k)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
+        made = torch.zeros if zero else torch.empty
+        return made(shape, dtype=dtype, device=device)
+
+    rows = (place.batch, place.heads, place.q_len)
+    unused, found = new(1), plan.found
+    before = unused
+    if plan.columns:
+        before = new(*rows)
+        if shard:
+            before.fill_(1)
+        else:
+            sums = {"mass": new(*rows, few.chunks)}
+            few.weigh(sums, before, Launch(), SUMS=True)
+            few.join(sums, {"mass": before}, Launch(), shard, SUMS=True)
+
+    given: dict[str, Tensor] = {"mass": new(*rows, few.chunks)}
+    found["mass"] = new(*rows)
+    if plan.entropy:
+        given["spread"], found["entropy"] = new(*rows, few.chunks), new(*rows)
+    if plan.score:
+        given["highest"] = new(*rows, few.chunks, dtype=torch.int32)
+        found["score"] = new(*rows)
+    if plan.listed:
+        listed = (*rows, few.chunks, plan.listed)
+        given["best"], given["names"] = new(2, *listed, dtype=torch.int32)
+        found["names"] = new(*rows, plan.listed, dtype=torch.int32)
+        found["listed"] = new(*rows, plan.listed)
+    if plan.received is not None:
+        spread = call.program.spread()
+        if shared.paged:  # an item sees its own keys
+            spread = (place.batch, spread[1])
+        found["columns"] = new(*rows[:2], place.k_len, zero=True)
+        given["columns"] = found["columns"]
+        given["counts"] = new(*spread, place.k_len, dtype=torch.int32, zero=True)
+        found["counts"] = given["counts"].expand(found["columns"].shape)
+    if plan.map is not None:
+        width = few.k_blocks * few.cells_of_a_tile(plan.map)
+        given["cells"] = new(*rows, width, zero=True)
+    if plan.distances is not None:
+        bins = power(len(plan.distances))
+        given["past"], given["future"] = new(2, *rows[:2], few.chunks, bins)
+        found["past"], found["future"] = new(2, *rows[:2], bins)
+    few.weigh(given, before, plan)
+    few.join(given, found, plan, shard)
+    if plan.map is not None:
+        found["cells"] = few.pooled(given["cells"], plan.map)
+    if plan.distances is not None:
+        for name in ("past", "future"):
+            found[name] = found[name][..., : len(plan.distances)].contiguous()
+
+
+class _Few:
+    """How a call's queries and keys are cut, and the two kernels on them."""
+
+    def __init__(self, shared: Shared, block_k: int | None) -> None:
+        self.shared, self.call = shared, shared.call
+        place = self.call.place
+        group = place.heads // place.kv_heads
+        self.padded = 1 << (place.q_len - 1).bit_length()
+        wanted = 1 << (group * self.padded - 1).bit_length()
+        self.block_q = min(max(wanted, LEAST_ROWS), MOST_ROWS)
+        self.block_k = block_k or (64 if self.call.query.element_size() == 2 else 32)
+        self.parts = -(-group // (self.block_q // self.padded))
+        # Tiles begin at multiples of their size in the sequence, so that cells of a map cut none
+        self.lead = place.key_start % self.block_k
+        self.k_blocks = -(-(place.k_len + self.lead) // self.block_k)
+        self.per_chunk = max(CHUNK // self.block_k, 1)
+        self.chunks = -(-self.k_blocks // self.per_chunk)
+        self.classes, self.classes_b, self.classes_h = self._classes()
+        self.unused = torch.empty(1, dtype=torch.float32, device=place.device)
+
+    def _classes(self) -> tuple[Tensor, int, int]:
+        """uint8 (batch or 1, kv heads or 1, k blocks): 0 empty, 1 mixed, 3 whole; its strides."""
+        shared, place = self.shared, self.call.place
+        if not shared.masked:
+            return shared.mask.records, 0, 0
+        table = self.call.program.tiles(MOST_QUERIES, self.block_k, (0, self.lead))
+        some, every = table.some[:, :, 0], table.every[:, :, 0]
+        if some.shape[1] > 1:
+            some = some.unflatten(1, (place.kv_heads, -1)).any(2)
+            every = every.unflatten(1, (place.kv_heads, -1)).all(2)
+        classes = (some.to(torch.uint8) + 2 * every.to(torch.uint8)).contiguous()
+        batch, heads, _ = classes.shape
+        return classes, classes.stride(0) * (batch > 1), classes.stride(1) * (heads > 1)
+
+    def cells_of_a_tile(self, wanted: Map) -> int:
+        return max(self.block_k // wanted.cells(self.call.place)[1].size, 1)
+
+    def weigh(
+        self, given: dict[str, Tensor], before: Tensor, plan: Launch, SUMS: bool = False
+    ) -> None:
+        """Launch `weigh_few`, which fills `given`."""
+        from .chunks import weigh_few  # triton
+
+        call, place, shared = self.call, self.call.place, self.shared
+
+        def at(name: str) -> Tensor:
+            return given.get(name, self.unused)
+
+        edges: Any = self.unused
+        if plan.distances is not None:
+            edges = ends(plan.distances, place.device)
+        counted = given["counts"].shape[:2] if "counts" in given else (0, 0)
+        first, last = plan.received or (0, 0)
+        with on_device(place.device):
+            weigh_few[(place.batch * place.kv_heads * self.parts * self.chunks,)](
+                call.query, call.key, shared.lse, before, *shared.front(),
+                self.classes, self.classes_b, self.classes_h, self.lead, self.k_blocks,
+                self.chunks, self.parts, at("mass"), at("spread"), at("highest"), at("best"),
+                at("names"), plan.listed, at("columns"), at("counts"), *counted, first, last,
+                at("cells"), at("past"), at("future"), edges, len(plan.distances or ()),
+                SUMS=SUMS, ENTROPY=plan.entropy, SCORE=plan.score,
+                TOP=power(plan.listed) if plan.listed else 0, RECEIVED=plan.received is not None,
+                MAP=plan.map is not None, MAX=plan.map is not None and plan.map.reduce == "max",
+                NC=1 if plan.map is None else self.cells_of_a_tile(plan.map),
+                BINS=power(len(plan.distances)) if plan.distances is not None else 0,
+                CHUNK=self.per_chunk, Q=self.padded, **shared.flags(self.block_q, self.block_k),
+                num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+
+    def join(
+        self, given: dict[str, Tensor], found: dict[str, Tensor], plan: Launch, shard: bool,
+        SUMS: bool = False,
+    ) -> None:  # fmt: skip
+        """Launch `join_few`, which makes `found` of `given`."""
+        from .chunks import join_few  # triton
+
+        place, shared = self.call.place, self.shared
+
+        def of(tensors: dict[str, Tensor], *names: str) -> list[Tensor]:
+            return [tensors.get(name, self.unused) for name in names]
+
+        with on_device(place.device):
+            join_few[(place.batch * place.heads * place.q_len,)](
+                shared.lse, shared.sinks,
+                *of(given, "mass", "spread", "highest", "best", "names", "past", "future"),
+                place.heads, place.q_len, place.key_start, self.chunks,
+                *of(found, "mass", "entropy", "score", "names", "listed"), plan.listed,
+                *of(found, "past", "future"),
+                SUMS=SUMS, SHARD=shard, SINKS=self.call.sinks is not None, ENTROPY=plan.entropy,
+                SCORE=plan.score, TOP=power(plan.listed) if plan.listed else 0,
+                BINS=power(len(plan.distances)) if plan.distances is not None else 0,
+                num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
+
+    def pooled(self, cells: Tensor, wanted: Map) -> Tensor:
+        """The map, of each query's cells no wider than a tile: (batch, heads, q_len, …)."""
+        place = self.call.place
+        rows, cols = wanted.cells(place)
+        unit = self.block_k // self.cells_of_a_tile(wanted)
+        begin = (place.key_start - self.lead) // unit
+        cells = _pool(cells, 3, begin, cols.size // unit, cols.first, cols.count, wanted)
+        return _pool(cells, 2, place.query_start, rows.size, rows.first, rows.count, wanted)
+
+
+def _pool(
+    cells: Tensor, dim: int, begin: int, size: int, first: int, count: int, wanted: Map
+) -> Tensor:
+    """Cells along dim, the first of them number `begin`, pooled by `size`: `first` and so on."""
+    ahead = begin % size
+    back = -(cells.shape[dim] + ahead) % size
+    pad = [0, 0] * (cells.dim() - 1 - dim) + [ahead, back]
+    parts = torch.nn.functional.pad(cells, pad).unflatten(dim, (-1, size))
+    pooled = parts.amax(dim + 1) if wanted.reduce == "max" else parts.sum(dim + 1)
+    return pooled.narrow(dim, first - begin // size, count).contiguous()

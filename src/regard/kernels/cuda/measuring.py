@@ -1,0 +1,82 @@
+"""Effect by Triton: what the kernel of `removing` does not measure, and `effect`, which runs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...call import Call
+from ...errors import RegardError
+from ...observers import Effect
+from . import reading
+from .launching import Shared, on_device, power, wide
+from .reading import MOST_DIM, MOST_LISTED
+
+
+def refuses(observer: Effect, call: Call) -> list[str]:
+    """The reasons why the kernel cannot measure an Effect on a call; empty if it can."""
+    reasons = []
+    if observer.norm:
+        reasons.append(f"{observer} is of several scalars; it measures one")
+    if observer.k > MOST_LISTED:
+        reasons.append(f"{observer} is longer than the {MOST_LISTED} that registers hold")
+    if call.value is not None and not 0 < call.value.shape[-1] <= MOST_DIM:
+        reasons.append(f"v_dim is {call.value.shape[-1]}; it takes 1 to {MOST_DIM}")
+    return reasons
+
+
+@torch.no_grad()
+def effect(
+    call: Call, lse: Tensor, out: Tensor, k: int, grad: Tensor,
+    blocks: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(indices int32, effect, weights), each (batch, heads, q_len, k), largest |effect| first.
+
+    out, and the scalar's gradient of it: (batch, heads, q_len, v_dim); lse (batch, heads, q_len).
+    blocks: queries and keys of a tile, powers of two from 16; by default chosen for the call.
+    RegardError if `reading.why_not` or `refuses` has a reason. Memory beside the result: none that
+    grows with the call, but the list of its tiles.
+    """
+    from .removing import remove  # triton
+
+    reasons = [*reading.why_not(call), *refuses(Effect(k), call)]
+    if call.pages is not None:
+        reasons.append("keys lie in pages; it reads none")
+    if reasons:
+        raise RegardError(f"the Triton kernels cannot measure {call}: {'; '.join(reasons)}")
+    assert call.value is not None
+    place, value, device = call.place, call.value, call.place.device
+    blocks = blocks or _blocks(call, k)
+    shared = Shared(call, lse.to(torch.float32).contiguous())
+    lead, counts = reading.aligned(call, blocks)
+    tiles = reading.listed_tiles(shared, blocks, lead)
+    rows = (place.batch, place.heads, place.q_len, k)
+    names = torch.empty(rows, dtype=torch.int32, device=device)
+    effects, weights = torch.empty(2, *rows, dtype=torch.float32, device=device)
+    seed, kept = names, 1.0
+    if call.dropout is not None:
+        drawn = 0 if call.dropout.seed is None else int(call.dropout.seed)
+        seed = torch.tensor([drawn, round(call.dropout.p * 2**32)], dtype=torch.int64)
+        seed, kept = seed.to(device, non_blocking=True), 1 / (1 - call.dropout.p)
+    with on_device(device):
+        remove[(place.batch * place.heads * counts[0],)](
+            call.query, call.key, shared.lse, value, grad, out, shared.sinks, seed, kept,
+            *value.stride(), *grad.stride(), *out.stride(), value.shape[-1], *shared.front(),
+            *tiles, *lead, *counts, names, effects, weights, k,
+            SINKS=call.sinks is not None, DROPOUT=call.dropout is not None, TOP=power(k),
+            DV=wide(value.shape[-1]), **shared.flags(*blocks), num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+    return names, effects, weights
+
+
+def _blocks(call: Call, k: int) -> tuple[int, int]:
+    """Queries and keys of a tile: what registers hold. Not yet measured on a GPU."""
+    assert call.value is not None
+    narrow = max(call.query.shape[-1], call.value.shape[-1]) <= 128
+    half = call.query.element_size() == 2
+    rows = 64 if narrow and half else 32 if narrow or half else 16
+    if k > 16:
+        rows //= 2
+    while rows > 16 and rows >= 2 * call.place.q_len:
+        rows //= 2
+    return rows, 64 if narrow and half else 32
