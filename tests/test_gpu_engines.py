@@ -101,6 +101,12 @@ def test_sdpa_chooses_a_kernel():
     assert not sdpa_cuda.why_not(half, HOPPER)
 
 
+def test_a_successor_of_flash_attention_2_comes_first(monkeypatch):
+    half = call_of(mask=Causal())
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4")
+    assert [first(half, c) for c in (HOPPER, AMPERE)] == ["flash", "flash"]
+
+
 def test_sdpa_says_why_no_kernel_can():
     said = sdpa_cuda.why_not(call_of(torch.float32, dim=30, mask=Window(5)), AMPERE)
     assert said == [

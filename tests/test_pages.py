@@ -16,6 +16,7 @@ from regard import (
     Pages,
     Received,
     RegardError,
+    TopBlocks,
     TopK,
     Window,
     attention,
@@ -104,3 +105,15 @@ def test_the_second_pass_reads_pages_too():
     _, (truth,) = attention(query, key[:, :, :40], value[:, :, :40], observe=asked)
     assert torch.equal(ours.indices, truth.indices)
     torch.testing.assert_close(ours.norms, truth.norms)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "tiled"])
+def test_blocks_are_chosen_among_the_keys_in_order(engine):
+    query, key_pool, value_pool, pages, key, value = paged([130, 200], 32, 40)
+    keep = torch.arange(200) < torch.tensor([130, 200])[:, None]
+    mask = Causal() & TopBlocks(2, 16)
+    request = {"query_start": 160, "engine": engine, "return_lse": True}
+    ours = attention(query, key_pool, value_pool, mask=mask, pages=pages, **request)
+    mask = mask & Padding(keep)
+    truth = attention(query, key[:, :, :200], value[:, :, :200], mask=mask, **request)
+    torch.testing.assert_close(ours, truth)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .biases import Added, Bias, DenseBias
+from .chosen import by_content
 from .dropout import Dropout
 from .errors import RegardError
 from .lowered import Program
-from .masks import Full, Mask, Place
+from .masks import Full, Mask, Padding, Place
 from .observers import Observer
 from .ops import Op
 from .pages import Pages, check
@@ -91,7 +92,7 @@ class Call:
             query,
             key,
             value,
-            mask.lower(place, query, key),
+            _lowered(mask, place, query, key, pages),
             tuple(b.lower(place) for b in _biases(bias)),
             float(scale),
             None if softcap is None else float(softcap),
@@ -168,6 +169,13 @@ def _shape(tensor: Tensor) -> str:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _lowered(mask: Mask, place: Place, query: Tensor, key: Tensor, pages: Pages | None) -> Program:
+    """The mask's program. What is chosen by content looks at a copy of the keys, in order."""
+    if pages is None or not by_content(mask):
+        return mask.lower(place, query, key)
+    return (mask & Padding(pages.keep())).lower(place, query, pages.gather(key))
 
 
 def _biases(bias: Bias | Tensor | Sequence[Bias | Tensor] | None) -> list[Bias]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from ..call import Call
@@ -128,9 +129,15 @@ EFFICIENT = Kernel("efficient", _efficient_why_not, _efficient)
 def preference(capability: tuple[int, int]) -> tuple[Kernel, ...]:
     """The kernels in the order in which they are tried on a GPU. Not yet measured here.
 
-    From Hopper on, cuDNN's kernels use what flash attention 2 does not know of.
+    From Hopper on, cuDNN's kernels use what flash attention 2 does not know of. Its successors do:
+    once `torch.nn.attention.activate_flash_attention_impl` has put one in its place, it is first.
     """
-    return (CUDNN, FLASH, EFFICIENT) if capability >= (9, 0) else (FLASH, EFFICIENT)
+    if capability < (9, 0):
+        return FLASH, EFFICIENT
+    # Older releases have no such registry
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    succeeded = active() is not None
+    return (FLASH, CUDNN, EFFICIENT) if succeeded else (CUDNN, FLASH, EFFICIENT)
 
 
 def why_not(call: Call, capability: tuple[int, int]) -> list[str]:
