@@ -54,7 +54,7 @@ inline std::vector<Case> cases() {
         all.push_back({.name = name, .mask = mask});
         all.push_back({.name = name + ", few queries", .q_len = 9, .k_len = 150, .mask = mask});
         all.push_back({.name = name + ", one query", .q_len = 1, .k_len = 150, .dim = 32, .v_dim = 48,
-                       .mask = mask});
+                       .scale = 0.1, .mask = mask});
     }
 
     // What is added to the scores, or taken from them
