@@ -12,7 +12,7 @@ from .biases import Bias
 from .call import Call
 from .chosen import by_content
 from .dropout import Dropout
-from .engines import cpu, refusals, select, tiled
+from .engines import cpu, refusals, run, tiled
 from .errors import RegardError
 from .masks import Full, Mask
 from .observers import Observer
@@ -71,15 +71,9 @@ def attention(
         dropout=dropout, query_start=query_start, key_start=key_start, observe=observe,
         return_lse=return_lse, pages=pages,
     )  # fmt: skip
-    chosen = select(call, engine)
+    out, lse, seen = run(call, engine)
     if observe is None:
-        out, lse = chosen.forward(call)
         return (out, lse) if return_lse else out
-    seen: dict[int, Any] = {}
-    if hasattr(chosen, "observed"):  # it gathers some itself; the second pass does the others
-        out, lse, seen = chosen.observed(call)
-    else:
-        out, lse = chosen.forward(call)
     results = weigh(call, lse, out, seen=seen)
     return (out, lse, results) if return_lse else (out, results)
 

@@ -22,7 +22,7 @@ from transformers.utils import output_capturing
 from .biases import Bias, DenseBias
 from .caching import owner_of
 from .call import Call
-from .engines import select
+from .engines import run
 from .errors import RegardError
 from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
@@ -190,13 +190,16 @@ def attend(
         mask=shown, bias=biases or None, scale=scaling, softcap=softcap, sinks=s_aux
     )
     wanted, asked = where is not None and where[0].wants(where[1]), _asked_for_weights(rest)
-    call = None
+    call: Call | None = None
+    seen: dict[int, Any] = {}
     if held is None:
         call = Call.checked(
             query, key, value, **request, dropout=dropout or None, query_start=start,
             key_start=key_start,
         )  # fmt: skip
-        out, lse = select(call).forward(call)
+        if where and wanted:
+            call = where[0].asking(where[1], call)
+        out, lse, seen = run(call)
     else:
         if dropout:
             raise RegardError("a cache that evicts takes no dropout; use model.eval()")
@@ -205,7 +208,7 @@ def attend(
         with torch._C.DisableTorchFunction():  # the call is recorded here
             out, lse = held.attend_appended(query, **request, return_lse=True)
     if where and wanted and call:
-        where[0].record(where[1], kind, call, lse, out)
+        where[0].record(where[1], kind, call, lse, out, seen)
     weights = None
     if asked and call:
         weights = whole_rows(call, lse.detach(), (0, call.place.q_len)).to(query.dtype)

@@ -16,7 +16,7 @@ from .attend import attention
 from .biases import DenseBias, Kind
 from .caching import tell
 from .call import Call
-from .engines import select, tiled
+from .engines import run, select, tiled
 from .errors import RegardError
 from .masks import Causal, Dense, Full, Mask, Padding
 from .observers import Effect
@@ -117,7 +117,7 @@ class Intercept(TorchFunctionMode):
         return answer if len(answer) > 1 else out
 
     def _told(
-        self, name: str, module: str, wanted: bool, kept: Mask | None, call: Call, *rest: Tensor
+        self, name: str, module: str, wanted: bool, kept: Mask | None, call: Call, *rest: Any
     ) -> None:
         """A call over a cache that has evicted, which is computed already."""
         if kept is not None:
@@ -132,9 +132,11 @@ class Intercept(TorchFunctionMode):
     def _compute(self, name: str, caught: Caught, wanted: bool) -> Any:
         """Ours in the place of torch's."""
         call = Call.checked(caught.query, caught.key, caught.value, **caught.request)
-        out, lse = select(call).forward(call)
         if wanted:
-            self.watched.record(name, caught.kind, call, lse, out)
+            call = self.watched.asking(name, call)
+        out, lse, seen = run(call)
+        if wanted:
+            self.watched.record(name, caught.kind, call, lse, out, seen)
         rows = (0, call.place.q_len)
         return caught.finish(out, lambda: whole_rows(call, lse.detach(), rows).to(out.dtype))
 

@@ -58,13 +58,11 @@ def walk(
         with watch(model, keep_qk=True) as seen:
             recorded = seen.record
 
-            def record(
-                name: str, kind: str, call: Call, lse: Tensor, out: Tensor | None = None
-            ) -> None:
+            def record(name: str, kind: str, call: Call, *rest: Any) -> None:
                 calls[name] = call
-                recorded(name, kind, call, lse, out)
+                recorded(name, kind, call, *rest)
 
-            seen.record = record  # type: ignore[method-assign]
+            seen.record = record  # type: ignore[method-assign, assignment]
             model(**inputs)
         recording = seen.recording(model=reader.name)
         number, layer, chosen = _place(recording, sides, word, head)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fnmatch
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,9 @@ class Layer:
             self._results = [tuple(merged)]
         return self._results[0] if self._results else ()
 
-    def add(self, call: Call, lse: Tensor, out: Tensor | None, keep_qk: bool) -> None:
+    def add(
+        self, call: Call, lse: Tensor, out: Tensor | None, seen: Mapping[int, Any], keep_qk: bool
+    ) -> None:
         """Take in a call: it continues the last one, or begins anew."""
         place = call.place
         continues = self.q_len > 0 and place.query_start == self._end and place.query_start > 0
@@ -95,7 +98,7 @@ class Layer:
             )
         if not continues:
             self._results, self.q_len, self.qk = [], 0, None
-        self._results.append(weigh(call, lse, out))
+        self._results.append(weigh(call, lse, out, seen=seen))
         if keep_qk:
             self.qk = self.qk or RecordedLayer(self.name, self.index, self.kind)
             self.qk.add(call, lse)
@@ -166,13 +169,25 @@ class Watched:
         layer = self._layers.get(name)
         return layer._end if layer and self._continuing else 0
 
+    def asking(self, name: str, call: Call) -> Call:
+        """A call of the module `name`, with the observers of this watch."""
+        return replace(call, observers=tuple(self._fitted(o, name, call) for o in self.observe))
+
     def record(
-        self, name: str, kind: str, call: Call, lse: Tensor, out: Tensor | None = None
+        self,
+        name: str,
+        kind: str,
+        call: Call,
+        lse: Tensor,
+        out: Tensor | None = None,
+        seen: Mapping[int, Any] = MappingProxyType({}),
     ) -> None:
-        """Take in a call of the module `name`; out (batch, heads, q_len, v_dim), as computed."""
+        """Take in a call of the module `name`; out (batch, heads, q_len, v_dim), as computed.
+
+        seen: results that the engine gathered already, by the number of their observer.
+        """
         layer = self._layers.setdefault(name, Layer(name, kind))
-        observers = tuple(self._fitted(o, name, call) for o in self.observe)
-        layer.add(replace(call, observers=observers), lse, out, self.keep_qk)
+        layer.add(self.asking(name, call), lse, out, seen, self.keep_qk)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
         """A NormTopK with the module's own output projection."""

@@ -63,3 +63,16 @@ def select(call: Call, engine: str = "auto") -> Any:
 def _refused(call: Call, reasons: dict[str, list[str]]) -> NoEngine:
     lines = [f"  {name}: {'; '.join(why)}" for name, why in reasons.items() if why]
     return NoEngine("\n".join([f"no engine can run attention on {call}", *lines]))
+
+
+def run(call: Call, engine: str = "auto") -> tuple[Tensor, Tensor, dict[int, Any]]:
+    """(out, lse, results): of those observers that the engine gathers itself, by their number.
+
+    The second pass does the others.
+    """
+    chosen = select(call, engine)
+    if call.observers and hasattr(chosen, "observed"):
+        answer: tuple[Tensor, Tensor, dict[int, Any]] = chosen.observed(call)
+        return answer
+    out, lse = chosen.forward(call)
+    return out, lse, {}
