@@ -2,8 +2,8 @@
 
     python benchmarks/linear.py [--lengths 65536 … 1048576] [--heads 1] [--dim 64] [--rounds 3]
 
-For each form the median time at each length, forward (with --backward: and backward), and its ratio
-to the length before: linear cost is 2 when the length doubles. Then linear and exact attention
+For each form the time at each length, forward (with --backward: and backward), and its ratio to the
+length before: linear cost is 2 when the length doubles. The lengths take turns, medians. Then linear and exact attention
 (causal, engine auto) take turns at growing lengths up to --most: the first at which linear
 attention is the faster, and stays so, is printed. One process, with the threads torch has.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -60,23 +61,36 @@ def seconds(run: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> 
 
 
 def growth(form: str, asked: argparse.Namespace) -> list[dict[str, float]]:
-    """The form at each length: seconds, and the ratio to the length before."""
-    rows: list[dict[str, float]] = []
+    """The form at each length: seconds, and the ratio to the length before.
+
+    The lengths take turns; ratios are those of one round, and their median is told.
+    """
+    runs: list[Callable[[], float]] = []
     for tokens in asked.lengths:
         leaves = tensors(asked.heads, tokens, asked.dim, DTYPES[asked.dtype])
         given = request(form, asked.heads, tokens, asked.dim)
 
-        def run(leaves: list[Tensor] = leaves, given: dict = given) -> Tensor:
-            return regard.linear_attention(*leaves, **given)
+        def took(leaves: list[Tensor] = leaves, given: dict = given) -> float:
+            return seconds(
+                lambda: regard.linear_attention(*leaves, **given), leaves, asked.backward
+            )
 
-        seconds(run, leaves, asked.backward)
-        took = statistics.median(seconds(run, leaves, asked.backward) for _ in range(asked.rounds))
-        rows.append({"tokens": tokens, "seconds": took})
-        if len(rows) > 1:
-            before = rows[-2]
+        took()
+        runs.append(took)
+    # Each length as often as makes as many tokens: a pause of the machine weighs the same in all
+    rounds = [
+        [statistics.fmean(took() for _ in range(max(asked.lengths) // tokens)) for took, tokens in
+         zip(runs, asked.lengths, strict=True)]
+        for _ in range(asked.rounds)
+    ]  # fmt: skip
+    rows: list[dict[str, float]] = []
+    for i, tokens in enumerate(asked.lengths):
+        rows.append({"tokens": tokens, "seconds": statistics.median(r[i] for r in rounds)})
+        if i:
             # As if the length had doubled, whatever the step
-            doublings = torch.log2(torch.tensor(tokens / before["tokens"])).item()
-            rows[-1]["ratio"] = (took / before["seconds"]) ** (1 / doublings)
+            doublings = math.log2(tokens / asked.lengths[i - 1])
+            ratios = [(r[i] / r[i - 1]) ** (1 / doublings) for r in rounds]
+            rows[-1] |= {"ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
     return rows
 
 
@@ -139,7 +153,9 @@ def main() -> None:
     for form, result in found.items():
         print(form)
         for row in result["growth"]:
-            ratio = f"{row['ratio']:6.2f} × when it doubles" if "ratio" in row else ""
+            ratio = ""
+            if "ratio" in row:
+                ratio = f"{row['ratio']:6.2f} × when it doubles ({row['from']:.2f}–{row['to']:.2f})"
             print(f"  {row['tokens']:>9,d} tokens {row['seconds']:9.3f} s {ratio}")
         at = result["crossover"]["overtakes_at"]
         print(f"  overtakes exact attention at {at:,d} tokens" if at else "  never overtakes here")

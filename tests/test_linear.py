@@ -20,7 +20,7 @@ from regard import (
     attention,
     linear_attention,
 )
-from regard.linear import reference
+from regard.linear import front, reference
 from regard.linear.flow import prepared
 from regard.linear.front import asked
 
@@ -108,6 +108,21 @@ def test_float64_in_small_segments(case, monkeypatch):
         strict=True,
     ):
         assert_equal(ours, truths)
+
+
+@pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 7], ids=str)
+def test_float64_in_parts(case, monkeypatch):
+    """Without a graph, a long sequence goes part by part; here every one of more than 7 tokens."""
+    monkeypatch.setattr(front, "PART", 0)
+    monkeypatch.setattr(front, "CHUNK", 7)
+    tensors, request = case.tensors(), case.request()
+    with torch.no_grad():
+        assert front._part(asked(*tensors, **request)) == 7
+    for engine in engines_of(case):
+        with torch.no_grad():
+            out, state = by(engine)(*tensors, **request)
+        truths = [t for t in exact(case, torch.float64)[0] if t is not None]
+        assert_equal([t for t in (out, *parts(state)) if t is not None], truths)
 
 
 def typical(error: Tensor) -> Tensor:

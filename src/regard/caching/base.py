@@ -130,7 +130,9 @@ class Cache:
         self._began = not self._lengths
         if self._began:
             self._lengths = [0] * len(new)
-        self._layout = self._write(key.detach(), value.detach(), new)
+        if key.requires_grad or value.requires_grad:
+            key, value = key.detach(), value.detach()
+        self._layout = self._write(key, value, new)
         self._lengths = [s + n for s, n in zip(self._lengths, new, strict=True)]
         self._settled = self.gapless
 
@@ -192,7 +194,12 @@ class Cache:
     ) -> Any:
         """`attend`, after `append`: for who computes between the two."""
         layout, wanted, asked = self.layout, self.wanted, list(observe or ())
-        straight, kv_heads = layout.straight, self._kv_heads
+        straight = layout.straight
+        if straight and not wanted and observe is None:  # most calls: nothing to see to
+            request = layout.request(query, mask, bias)
+            out = self._attention(query, **request, **rest, return_lse=return_lse, engine=engine)
+            self.settle(())
+            return out
         watched = not straight and has_torch_function_unary(query)
         if rest.get("dropout") and not straight:
             raise RegardError(
@@ -201,7 +208,7 @@ class Cache:
             )
         direct = [o for o in asked if straight or moves(o)]
         later = [o for o in asked if o not in direct]
-        request = layout.request(query, kv_heads, mask, bias) | rest
+        request = layout.request(query, mask, bias) | rest
         request |= {"observe": [*wanted, *direct] or None, "engine": engine}
         request["return_lse"] = return_lse or bool(later) or watched
         if straight:
@@ -214,7 +221,7 @@ class Cache:
         seen = told[-1] if request["observe"] else ()
         results = dict(zip(map(id, direct), seen[len(wanted) :], strict=True))
         if direct and not straight:
-            slots = InSlots(layout, query, kv_heads)
+            slots = InSlots(layout, query)
             results = {name: moved(result, slots) for name, result in results.items()}
         if watched:
             tell(self.in_positions(query, mask=mask, bias=bias, **rest), told[0], out)
@@ -237,11 +244,6 @@ class Cache:
     def _attention(self, query: Tensor, **request: Any) -> Any:
         """`regard.attention` over what is held: the one place to read it in place instead."""
         return attention(query, *self.read(), **request)
-
-    @property
-    def _kv_heads(self) -> int:
-        shape = self._shape()
-        return shape[0][0] if shape else 0
 
     def _in_order(self) -> None:
         """Put the slots in order of position, where they are not."""
@@ -287,27 +289,29 @@ class Cache:
             raise RegardError(f"{what}: {self!r} was not told what its last call attended to")
 
     def _check(self, key: Tensor, value: Tensor) -> None:
-        said = f"key {tuple(key.shape)} {key.dtype}, value {tuple(value.shape)} {value.dtype}"
-        if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
-            raise RegardError(
-                f"{said}: each needs (batch, kv_heads, length, dim), the first three the same"
-            )
-        if key.dtype != value.dtype or key.device != value.device:
-            raise RegardError(f"{said}: give both in one dtype and on one device")
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        wrong = self._misfit(key, value)
+        if wrong:
+            said = f"key {tuple(key.shape)} {key.dtype}, value {tuple(value.shape)} {value.dtype}"
+            raise RegardError(f"{said} on {key.device}: {wrong}")
+        if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise RegardError("a cache keeps no graph; run under torch.no_grad()")
-        if self._lengths and key.shape[0] != len(self._lengths):
-            raise RegardError(f"{said}: the cache holds a batch of {len(self._lengths)}")
+
+    def _misfit(self, key: Tensor, value: Tensor) -> str:
+        sizes = key.shape
+        if key.dim() != 4 or value.dim() != 4 or sizes[:3] != value.shape[:3]:
+            return "each needs (batch, kv_heads, length, dim), the first three the same"
+        if key.dtype != value.dtype or key.device != value.device:
+            return "give both in one dtype and on one device"
+        if self._lengths and sizes[0] != len(self._lengths):
+            return f"the cache holds a batch of {len(self._lengths)}"
         held = self._shape()
-        if held is None:
-            return
-        sizes, dtype, device = held
-        fits = sizes == (key.shape[1], key.shape[3], value.shape[3])
-        if not fits or (key.dtype, key.device) != (dtype, device):
-            raise RegardError(
-                f"{said} on {key.device}: the cache holds {sizes[0]} kv_heads, dim {sizes[1]} and "
-                f"v_dim {sizes[2]}, {dtype} on {device}"
-            )
+        mine = ((sizes[1], sizes[3], value.shape[3]), key.dtype, key.device)
+        if held is None or held == mine:
+            return ""
+        (kv_heads, dim, v_dim), dtype, device = held
+        return (
+            f"the cache holds {kv_heads} kv_heads, dim {dim} and v_dim {v_dim}, {dtype} on {device}"
+        )
 
     def _counted(self, lengths: Lengths, key: Tensor) -> list[int]:
         batch, n = key.shape[0], key.shape[2]
@@ -342,8 +346,10 @@ def owner_of(key: Tensor) -> Cache | None:
 
 
 def _check_query(query: Tensor, key: Tensor) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
     if query.dim() != 4 or key.dim() != 4:
-        raise RegardError(f"{shapes}: each needs 4 dimensions, (batch, heads, length, dim)")
-    if (query.shape[0], query.shape[2]) != (key.shape[0], key.shape[2]):
-        raise RegardError(f"{shapes}: each new token has a query and a key; make the lengths equal")
+        wrong = "each needs 4 dimensions, (batch, heads, length, dim)"
+    elif query.shape[:3:2] != key.shape[:3:2]:
+        wrong = "each new token has a query and a key; make the lengths equal"
+    else:
+        return
+    raise RegardError(f"query {tuple(query.shape)}, key {tuple(key.shape)}: {wrong}")

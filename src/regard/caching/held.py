@@ -82,7 +82,7 @@ class KVCache(Cache):
     def read(self) -> tuple[Tensor, Tensor]:
         key, value = self._buffers()
         slots = max(self._fills, default=0)
-        return key[:, :, :slots], value[:, :, :slots]
+        return key.narrow(2, 0, slots), value.narrow(2, 0, slots)
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         if self._key is None or self._value is None:
@@ -110,12 +110,13 @@ class KVCache(Cache):
     def _write(self, key: Tensor, value: Tensor, new: list[int]) -> Layout:
         fills = self._fills or [0] * len(new)
         ends = [f + n for f, n in zip(fills, new, strict=True)]
-        q_len, slots = key.shape[2], max(ends, default=0)
+        _, kv_heads, q_len, _ = key.shape
+        slots = max(ends, default=0)
         self._reserve(key, value, slots)
         keys, values = self._buffers()
-        if len(set(fills)) < 2 and all(n == q_len for n in new):
-            keys[:, :, slots - q_len : slots] = key
-            values[:, :, slots - q_len : slots] = value
+        if len(set(fills)) < 2 and new.count(q_len) == len(new):
+            keys.narrow(2, slots - q_len, q_len).copy_(key)
+            values.narrow(2, slots - q_len, q_len).copy_(value)
         else:
             item, token, slot = _real(fills, new, key.device)
             keys[item, :, slot] = key[item, :, token]
@@ -123,7 +124,9 @@ class KVCache(Cache):
         if self._positions is not None:
             self._positions = self._extended(self._positions, fills, new, slots)
         self._fills = ends
-        return Layout(q_len, slots, list(self._lengths), fills, new, self._positions, self._shown)
+        return Layout(
+            kv_heads, q_len, slots, list(self._lengths), fills, new, self._positions, self._shown
+        )
 
     def _reserve(self, key: Tensor, value: Tensor, slots: int) -> None:
         """Room for that many slots."""

@@ -9,9 +9,9 @@ new keys are all in the past), everything else is asked at the slots' positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,8 @@ from ..masks import (
 Biases = Bias | Tensor | Sequence[Bias | Tensor] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """One call of q_len queries over the slots of a cache.
+class Layout(NamedTuple):
+    """One call of q_len queries over the slots of a cache, for each of its kv_heads.
 
     starts, fills, new: for each item of the batch the position of its first new token, the slots
     filled before it, and how many tokens are new; those of q_len beyond `new` are padding.
@@ -48,6 +47,7 @@ class Layout:
     position i. shown: what the cache lets a query see, in positions.
     """
 
+    kv_heads: int
     q_len: int
     slots: int
     starts: list[int]
@@ -56,17 +56,17 @@ class Layout:
     positions: Tensor | None = None
     shown: Mask | None = None
 
-    @cached_property
+    @property
     def length(self) -> int:
         """The tokens seen, the new ones among them: of the longest item."""
         return max((s + n for s, n in zip(self.starts, self.new, strict=True)), default=0)
 
-    @cached_property
+    @property
     def full(self) -> bool:
         """Whether every slot is filled and every query real."""
-        return _one(self.fills) and all(n == self.q_len for n in self.new)
+        return _one(self.fills) and self.new.count(self.q_len) == len(self.new)
 
-    @cached_property
+    @property
     def straight(self) -> bool:
         """Whether the call in slots is the call in positions: nothing evicted, no item ahead."""
         return self.positions is None and _one(self.starts)
@@ -89,7 +89,7 @@ class Layout:
         new = torch.tensor(self.new, device=device)
         return torch.arange(self.q_len, device=device) < new[:, None]
 
-    def request(self, query: Tensor, kv_heads: int, mask: Mask, bias: Biases) -> dict[str, Any]:
+    def request(self, query: Tensor, mask: Mask, bias: Biases) -> dict[str, Any]:
         """mask, bias and query_start of the call in slots. query (batch, heads, q_len, dim)."""
         if not isinstance(mask, Mask):  # attention says what is wrong with it
             return {"mask": mask, "bias": bias}
@@ -100,7 +100,7 @@ class Layout:
         elif self.shown is not None:
             mask = mask & self.shown
         if not self.straight and not (isinstance(mask, Full) and bias is None):
-            slots = InSlots(self, query, kv_heads)
+            slots = InSlots(self, query)
             mask, bias = slots.mask(mask), slots.biases(bias)
         if not self.full:
             mask = mask & self._real(query.device)
@@ -112,7 +112,7 @@ class Layout:
 
 
 def _one(numbers: Sequence[int]) -> bool:
-    return len(set(numbers)) < 2
+    return len(numbers) < 2 or len(set(numbers)) == 1
 
 
 def _latest(mask: Mask) -> Mask:
@@ -130,11 +130,11 @@ def _latest(mask: Mask) -> Mask:
 class InSlots:
     """Says masks and biases of a sequence for the slots of a layout."""
 
-    def __init__(self, layout: Layout, query: Tensor, kv_heads: int) -> None:
+    def __init__(self, layout: Layout, query: Tensor) -> None:
         batch, self.heads, q_len, _ = query.shape
-        self.layout, self.kv_heads = layout, kv_heads
+        self.layout = layout
         self.place = Place(
-            batch, self.heads, kv_heads, q_len, layout.length, layout.starts[0] if batch else 0, 0,
+            batch, self.heads, layout.kv_heads, q_len, layout.length, layout.starts[0] if batch else 0, 0,
             query.device,
         )  # fmt: skip
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -147,7 +147,7 @@ class InSlots:
             return torch.arange(layout.slots, device=device)[None, None, None]
         positions = layout.positions
         if positions.shape[1] > 1:
-            positions = positions.repeat_interleave(self.heads // self.kv_heads, 1)
+            positions = positions.repeat_interleave(self.heads // layout.kv_heads, 1)
         return positions[:, :, None].clamp(0, max(layout.length - 1, 0)).long()
 
     @cached_property

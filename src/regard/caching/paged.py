@@ -163,7 +163,7 @@ class PagedCache(Cache):
         for pool, tensor in zip(pools, (key, value), strict=True):
             pool[block, :, offset] = tensor.transpose(1, 2)[real]
         slots = max((s + n for s, n in zip(starts, new, strict=True)), default=0)
-        return Layout(key.shape[2], slots, starts, starts, new)
+        return Layout(key.shape[1], key.shape[2], slots, starts, starts, new)
 
     def _make_room(self, key: Tensor, value: Tensor, starts: list[int], new: list[int]) -> None:
         """Give every sequence the blocks that it is about to write, its own. All or nothing."""

@@ -69,7 +69,7 @@ def spread(
             "none of its own: of such a batch TopK, NormTopK, Entropy, MaxScore, LogSumExp and "
             "Received (each or group) can be observed"
         )
-    length, slots = layout.length, InSlots(layout, query, key.shape[1])
+    length, slots = layout.length, InSlots(layout, query)
     held = Dense(_held(layout, slots))
     if layout.positions is None:
         # Settling moves what the cache holds

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,17 +44,13 @@ class Buffers:
         strides = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
         return (tensor.data_ptr(), kind, *strides, *(0,) * (4 - len(strides)))
 
-    def packed(self, form: str, *numbers: float) -> int:
-        """The address of packed numbers; 0 if there are none."""
-        if not numbers:
-            return 0
-        kept = ctypes.create_string_buffer(struct.pack(form, *numbers))
-        self.kept.append(kept)
-        return ctypes.addressof(kept)
-
     def integers(self, numbers: Sequence[int]) -> int:
         """The address of int64s; 0 if there are none."""
-        return self.packed(f"{len(numbers)}q", *numbers)
+        if not numbers:
+            return 0
+        kept = array("q", numbers)
+        self.kept.append(kept)
+        return kept.buffer_info()[0]
 
     def tensor(self, tensor: Tensor | None) -> int:
         """The address of a contiguous tensor; 0 for None."""
@@ -91,9 +87,9 @@ def words_of(
         lse.data_ptr(), 0 if stats is None else stats.data_ptr(),
         kept.tensor(sinks), kept.tensor(by_offset(call)),
         len(dense), len(call.program.code),
-        kept.packed(f"{6 * len(dense)}q", *(n for v in dense for n in v)),
+        kept.integers([n for v in dense for n in v]),
         kept.integers(call.program.code),
-        kept.packed(f"{6 * len(mask)}q", *(n for v in mask for n in v)),
+        kept.integers([n for v in mask for n in v]),
         kept.integers(sizes),
         *_pages(call, kept),
         observe,
@@ -212,13 +208,12 @@ class Watching:
                 # Several ask for the same: the first is filled, the others take it
                 one.setdefault(type(observer), where[0])
         top = [kept.tensor(t) for t in self.top] if self.top else [0] * 4
-        return kept.packed(
-            "16q",
+        return kept.integers([
             self.k, *top, one.get(Entropy, 0), one.get(MaxScore, 0),
             len(received) // 4, len(maps) // 8, len(distances) // 4, len(self.wanted),
             kept.integers(received), kept.integers(maps), kept.integers(distances),
             kept.integers(self.wanted), kept.tensor(self.rows),
-        )  # fmt: skip
+        ])  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
         """The tensors of each observer's `shapes`, one after another."""

@@ -68,7 +68,7 @@ def run_backward(
             "6q8q",
             *kept.view(grad_out, kind), stats.data_ptr(), delta.data_ptr(),
             *(g.data_ptr() for g in grads), kept.tensor(along),
-            kept.packed(f"{6 * len(views)}q", *(n for v in views for n in v)), kept.integers(sizes),
+            kept.integers([n for v in views for n in v]), kept.integers(sizes),
         )  # fmt: skip
         forward_words = words_of(call, out, delta, None, kept)
         _check(library().regard_backward(forward_words, words))

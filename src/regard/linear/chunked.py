@@ -79,7 +79,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(what is read, the last memory, the memory before each segment if they are kept)."""
     columns = memory.shape[-1]
-    mixed = query.new_zeros(*query.shape[:3], columns)
+    mixed = query.new_empty(*query.shape[:3], columns)
     between = memory.new_zeros(_count(query, columns) if keep else 0, *memory.shape)
     segments, state = Segments(query, key, value, decay, beta, columns), memory
     with full_precision(query):

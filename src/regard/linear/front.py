@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .. import transforms
 from ..call import Call
 from ..errors import NoEngine, RegardError
 from ..masks import Causal, Full, Mask
 from ..observers import Observer
 from . import by_triton, chunked, recurrent, reference
+from .chunks import CHUNK
 from .features import Favor
 from .flow import Flow, Prepared, full_precision, in_document_order, prepared, with_ones
 from .observing import check, weigh
@@ -19,6 +22,7 @@ from .request import Request
 from .state import LinearState
 
 ENGINES = ("triton", "chunked", "recurrent", "reference")
+PART = 2**19  # numbers in one tensor of a part of a long sequence
 MOST_STEPS = 4  # `auto` decodes so many tokens one by one
 
 
@@ -82,11 +86,10 @@ def linear_attention(
         raise RegardError("documents without causality leave no single state: return_state=False")
     check(request)
     with full_precision(query):
-        ready = prepared(request)
-        out, last = reference.forward(request) if engine == "reference" else _run(ready, engine)
+        out, last = reference.forward(request) if engine == "reference" else _run(request, engine)
         answer: tuple[Any, ...] = (out, last) if return_state else (out,)
         if observe is not None:
-            answer = (*answer, weigh(ready))
+            answer = (*answer, weigh(prepared(request)))
     return answer if len(answer) > 1 else out
 
 
@@ -118,7 +121,34 @@ def asked(
     )  # fmt: skip
 
 
-def _run(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
+def _run(request: Request, engine: str) -> tuple[Tensor, LinearState]:
+    """Out and the last state: part by part, whose features stay in the processor's caches."""
+    call, step, state = request.call, _part(request), request.state
+    total = call.place.k_len
+    if step >= total:
+        return _run_whole(prepared(request), engine)
+    assert call.value is not None
+    out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        part = prepared(request.part(start, stop, state))
+        out[:, :, start:stop], state = _run_whole(part, engine)
+    assert state is not None
+    return out, state
+
+
+def _part(request: Request) -> int:
+    """The tokens of a part; all of them where a graph, a compiler or a GPU wants them at once."""
+    call, place = request.call, request.call.place
+    assert call.value is not None
+    at_once = request.needs_grad or not request.causal or place.device.type != "cpu"
+    if at_once or torch.compiler.is_compiling() or transforms.active():
+        return place.k_len
+    numbers = place.batch * place.heads * max(call.query.shape[-1], call.value.shape[-1])
+    return max(PART // max(numbers, 1), CHUNK)
+
+
+def _run_whole(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
     request, flow = ready.request, ready.flow
     if engine == "recurrent" and not request.causal:
         raise NoEngine(f"recurrent cannot run {request.call}: it goes token by token, causal=True")

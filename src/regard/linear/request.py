@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,35 @@ class Request:
         if ids[0] is not None and ids[1] is not None:
             request._check_documents(ids[0])
         return request
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether anything that goes in, or is in a function for features, asks for a gradient."""
+        if not torch.is_grad_enabled():
+            return False
+        state = self.state
+        given = (self.decay, self.beta, *((state.memory, state.normaliser) if state else ()))
+        own = not isinstance(self.feature_map, features.Favor) and callable(self.feature_map)
+        return own or self.call.needs_grad or any(t is not None and t.requires_grad for t in given)
+
+    def part(self, start: int, stop: int, state: LinearState | None) -> Request:
+        """Of the tokens start … stop − 1 of a causal request, after those that left this state."""
+        call, place = self.call, self.call.place
+        assert call.value is not None
+        query, key, value = (t[:, :, start:stop] for t in (call.query, call.key, call.value))
+        count, first = stop - start, place.query_start + start
+        here = replace(place, q_len=count, k_len=count, query_start=first, key_start=first)
+        decay, beta = (
+            t if t is None or t.dim() == 1 else t[:, :, start:stop] for t in (self.decay, self.beta)
+        )
+        query_ids, key_ids, keep = (
+            None if t is None else t[:, start:stop]
+            for t in (self.query_ids, self.key_ids, self.keep)
+        )
+        return replace(
+            self, call=replace(call, query=query, key=key, value=value, place=here), decay=decay,
+            beta=beta, state=state, query_ids=query_ids, key_ids=key_ids, keep=keep,
+        )  # fmt: skip
 
     def check_state(self, width: int) -> None:
         """RegardError if the state given is not one of `width` features and this call's sizes."""
