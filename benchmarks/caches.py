@@ -1,10 +1,10 @@
 """What a cache costs beside the attention that reads it: decode steps, and tokens of `generate()`.
 
-    python benchmarks/caches.py [--model FOLDER] [--held 8192] [--prompt 1024] [--new 64]
+    python benchmarks/caches.py [--model FOLDER] [--held 8192] [--prompt 1024] [--new 10]
 
 Decode: `cache.attend` of one new token after --held tokens, beside `regard.attention` on keys and
-values of that length that lie ready. Generate, with --model: seconds per token after a prompt of
---prompt tokens, for the full cache and for caches that keep a quarter of it. The sides take turns,
+values of that length that lie ready. Generate, with --model: milliseconds per token after a prompt of --prompt tokens
+(the sides go on by --new tokens in turn), for the full cache and caches that keep a quarter of it. The sides take turns,
 medians; bind the threads: OMP_PROC_BIND=true OMP_PLACES=cores.
 """
 
@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 
@@ -79,6 +80,19 @@ def decode(heads: tuple[int, int, int], dtype: torch.dtype, held: int, rounds: i
     return list(rows(found, f"{h}/{kv} heads, dim {dim}, {kind}"))
 
 
+class Clock:
+    """A streamer of transformers that notes when each token comes; the prompt is the first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def generate(folder: str, prompt: int, new: int, rounds: int) -> list[str]:
     """Tokens of a model after a prompt: what eviction adds to each, or saves."""
     import transformers
@@ -97,22 +111,24 @@ def generate(folder: str, prompt: int, new: int, rounds: int) -> list[str]:
         "TOVA": lambda: KVCache(evict=TOVA(budget)),
     }
 
-    def tokens(make: Callable[[], Cache], count: int) -> float:
-        cache = regard.generation_cache(make)
-        start = time.perf_counter()
-        model.generate(
-            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
-            past_key_values=cache,
+    sides = {name: (regard.generation_cache(make), [ids]) for name, make in makes.items()}
+
+    def token(name: str) -> float:
+        """Seconds from token to token, the median over some more of them."""
+        clock, (cache, texts) = Clock(), sides[name]
+        text = model.generate(
+            texts[-1], max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+            past_key_values=cache, streamer=clock,
         )  # fmt: skip
-        return time.perf_counter() - start
+        texts.append(text)
+        return statistics.median(b - a for a, b in pairwise(clock.times[1:]))
 
     found: dict[str, list[float]] = {name: [] for name in makes}
-    for number in range(rounds + 1):
+    for number in range(rounds + 1):  # the first reads the prompt
         for name in list(makes)[:: -1 if number % 2 else 1]:
-            # Less the prompt and the first token, which the prompt's call gives
-            took = tokens(makes[name], new + 1) - tokens(makes[name], 1)
+            took = token(name)
             if number:
-                found[name].append(took / new)
+                found[name].append(took)
     return list(rows(found, f"a token of generate(), after {prompt}"))
 
 
@@ -122,7 +138,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--held", type=int, default=8192)
     parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--new", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     print(
@@ -134,7 +150,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             print("\n".join(decode(heads, dtype, args.held, args.rounds)), flush=True)
     if args.model:
-        print("\n".join(generate(args.model, args.prompt, args.new, args.rounds)))
+        print("\n".join(generate(args.model, args.prompt, args.new, 3 * args.rounds)))
 
 
 if __name__ == "__main__":

@@ -422,7 +422,7 @@ def test_who_appends_has_to_settle():
         with pytest.raises(RegardError, match="was not told what its last call attended to"):
             call()
     assert cache.length == 9
-    request = cache.layout.request(query, 2, Causal(), None)
+    request = cache.layout.request(query, Causal(), None)
     _, seen = attention(query, *cache.read(), **request, observe=cache.wanted)
     cache.settle(seen)
     same.attend(query, key, value)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .biases import Kind
 from .call import Call
@@ -21,6 +22,7 @@ from .lowered import Program
 from .packed import BIAS_WORDS, pack
 
 CPU = torch.device("cpu")
+PLAIN = (Tensor, torch.nn.Parameter, type(None))
 Dims = Sequence[int | None]
 
 
@@ -29,6 +31,20 @@ def active() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether nobody but autograd looks at ops on these: no compiler, mode, subclass or transform.
+
+    Then a kernel may be called that is no op of torch.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(t) in PLAIN for t in tensors)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+    )
 
 
 def mapping() -> bool:

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "cases.h"
+#include "evict.h"
 #include "naive.h"
 
 static int failures = 0;
@@ -401,7 +402,11 @@ int main(int count, char** arguments) {
         test(c, levels);
         tested++;
     }
-    if (count == 1) test_without_threads(levels);
+    if (count == 1) {
+        test_without_threads(levels);
+        where = "a cache's step";
+        test_evict([](const char* what) { fail(what); });
+    }
     printf("%ld cases at %zu levels: %d failures\n", tested, levels.size(), failures);
     return failures != 0;
 }

@@ -193,23 +193,28 @@ class Cache:
         **rest: Any,
     ) -> Any:
         """`attend`, after `append`: for who computes between the two."""
-        layout, wanted, asked = self.layout, self.wanted, list(observe or ())
-        straight = layout.straight
-        if straight and not wanted and observe is None:  # most calls: nothing to see to
-            request = layout.request(query, mask, bias)
-            out = self._attention(query, **request, **rest, return_lse=return_lse, engine=engine)
-            self.settle(())
-            return out
+        layout, wanted, straight = self.layout, self.wanted, self.layout.straight
         watched = not straight and has_torch_function_unary(query)
         if rest.get("dropout") and not straight:
             raise RegardError(
                 f"dropout: {self!r} no longer holds what dropout goes by, all positions; use "
                 "dropout=None (a module's eval())"
             )
+        request = layout.request(query, mask, bias) | rest | {"engine": engine}
+        if observe is None and not watched:  # nothing to say again in positions
+            answer = self._attention(
+                query, **request, observe=wanted or None, return_lse=return_lse
+            )
+            if not wanted:
+                self.settle(())
+                return answer
+            *answer, seen = answer
+            self.settle(seen)
+            return tuple(answer) if return_lse else answer[0]
+        asked = list(observe or ())
         direct = [o for o in asked if straight or moves(o)]
         later = [o for o in asked if o not in direct]
-        request = layout.request(query, mask, bias) | rest
-        request |= {"observe": [*wanted, *direct] or None, "engine": engine}
+        request["observe"] = [*wanted, *direct] or None
         request["return_lse"] = return_lse or bool(later) or watched
         if straight:
             answer = self._attention(query, **request)

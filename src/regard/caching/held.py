@@ -10,11 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RegardError
+from ..kernels import native
+from ..kernels.running import evict
 from ..masks import First, Mask, Window
 from ..observers import Observer
+from ..transforms import CPU, unwatched
 from .base import Cache
-from .layout import Layout
+from .layout import Layout, one
 from .policies import Eviction, first_to_go
+
+EVER = 2**62  # beyond every position
 
 
 class KVCache(Cache):
@@ -45,6 +50,7 @@ class KVCache(Cache):
         self._positions: Tensor | None = None
         self._ordered = True  # whether the slots stand in order of position
         self._worth: Tensor | None = None  # what a policy that sums up has summed so far
+        self._steady: _Steady | None = None
 
     def __repr__(self) -> str:
         return "KVCache()" if self._evict is None else f"KVCache(evict={self._evict})"
@@ -114,7 +120,7 @@ class KVCache(Cache):
         slots = max(ends, default=0)
         self._reserve(key, value, slots)
         keys, values = self._buffers()
-        if len(set(fills)) < 2 and new.count(q_len) == len(new):
+        if one(fills) and new.count(q_len) == len(new):
             keys.narrow(2, slots - q_len, q_len).copy_(key)
             values.narrow(2, slots - q_len, q_len).copy_(value)
         else:
@@ -146,13 +152,14 @@ class KVCache(Cache):
 
     def _extended(self, held: Tensor, fills: list[int], new: list[int], slots: int) -> Tensor:
         """The positions held, with those of the new tokens behind each item's own."""
+        if self._steady is not None and self._steady.fits(held, new, self._lengths):
+            self._steady.positions[:, :, -1].fill_(self._lengths[0])
+            return self._steady.positions
+        if one(fills) and one(self._lengths) and one(new):
+            start, count = (self._lengths[0], new[0]) if new else (0, 0)
+            added = torch.arange(start, start + count, dtype=held.dtype, device=held.device)
+            return torch.cat([held, added.expand(*held.shape[:2], -1)], 2)
         out = F.pad(held, (0, slots - held.shape[2]))
-        if len(set(fills)) < 2 and len(set(self._lengths)) < 2 and len(set(new)) < 2:
-            start = self._lengths[0] if self._lengths else 0
-            out[:, :, fills[0] if fills else 0 :] = torch.arange(
-                start, start + (new[0] if new else 0), dtype=out.dtype, device=out.device
-            )
-            return out
         item, token, slot = _real(fills, new, out.device)
         starts = torch.tensor(self._lengths, device=out.device)
         out[item, :, slot] = (starts[item] + token).to(out.dtype)[:, None]
@@ -210,14 +217,16 @@ class KVCache(Cache):
     def _stops(self) -> list[int]:
         """Where the items' queries end, in the call's count; each once."""
         layout = self.layout
-        return sorted({layout.query_start + n for n in layout.new})
+        return sorted({layout.query_start + n for n in set(layout.new)})
 
     def settle(self, seen: Sequence[Any]) -> None:
         super().settle(seen)
         if self._evict is None or not seen:
             return
-        layout, stops = self.layout, self._stops()
-        received: Tensor = seen[0].sum
+        layout, last, received = self.layout, self._evict.exempt, seen[0].sum
+        if self._steps((0, layout.length - last), received):
+            return
+        stops = self._stops()
         if len(stops) > 1:
             own = [stops.index(layout.query_start + n) for n in layout.new]
             received = torch.stack([seen[at].sum[item] for item, at in enumerate(own)])
@@ -225,7 +234,7 @@ class KVCache(Cache):
         if before is None:
             before = received.new_zeros(received.shape[0], self._buffers()[0].shape[1], 0)
         before = F.pad(before, (0, layout.slots - before.shape[2]))
-        exempt = self._last(self._evict.exempt)
+        exempt = self._last(last)
         worth = self._evict.worth(received, before, exempt)
         self._worth = worth if self._evict.sums_up else None
         budget = self._evict.budget
@@ -234,11 +243,39 @@ class KVCache(Cache):
         ]
         self._keep(worth.masked_fill(exempt, torch.inf), counts)
 
+    def _steps(self, keep: tuple[int, int], seen: Tensor | None = None) -> bool:
+        """One slot too many in every head, as after each decode step, is the kernels' to evict.
+
+        What it is worth is that of `_keep`. False: they do not serve this call.
+        """
+        layout, positions, policy = self.layout, self._positions, self._evict
+        key, value = self._buffers()
+        fits = layout.slots - 1 == self._bound and layout.full and layout.together
+        if not fits or positions is None or not (native.AVAILABLE and key.device == CPU):
+            return False
+        if policy is not None and policy.by_neighbours or not unwatched(key, value, seen):
+            return False
+        if seen is not None and seen.dtype != torch.float32:
+            return False
+        steady = self._steady
+        if steady is None or positions is not steady.positions:
+            total = self._worth
+            if total is not None:
+                total = F.pad(total, (0, layout.slots - total.shape[2])).contiguous()
+            steady = self._steady = _Steady(positions.contiguous(), total)
+        evict(
+            key, value, steady.positions, keep, steady.total,
+            None if seen is None else seen.contiguous(), policy is not None and policy.by_layer,
+        )  # fmt: skip
+        self._positions, self._worth = steady.held, steady.held_total
+        self._fills, self._ordered = [layout.slots - 1] * len(layout.new), False
+        return True
+
     def _last(self, count: int) -> Tensor:
         """Which slots hold the last positions: bool (batch, kv_heads or 1, slots)."""
         layout = self.layout
         positions = self._where(layout)
-        if layout.full and len(set(layout.starts)) < 2:
+        if layout.full and layout.together:
             return positions >= layout.length - count
         ends = [s + n - count for s, n in zip(layout.starts, layout.new, strict=True)]
         last = positions >= torch.tensor(ends, device=positions.device)[:, None, None]
@@ -262,7 +299,7 @@ class KVCache(Cache):
         excess = layout.slots - most
         self._positions = self._where(layout).expand_as(worth).contiguous()
         neighbours = self._evict is not None and self._evict.by_neighbours
-        if layout.full and len(set(counts)) < 2 and excess * 4 <= most and not neighbours:
+        if layout.full and one(counts) and excess * 4 <= most and not neighbours:
             self._fill_holes(first_to_go(worth, self._positions, excess), most)
         else:
             if not layout.full:
@@ -360,15 +397,34 @@ class WindowCache(KVCache):
 
     def settle(self, seen: Sequence[Any]) -> None:
         super().settle(seen)
-        if self.layout.slots > self._bound:
+        if self.layout.slots > self._bound and not self._steps((self.first, EVER)):
             positions = self._where(self.layout)
             worth = positions.double().masked_fill(positions < self.first, torch.inf)
             self._keep(worth, [min(f, self._bound) for f in self._fills])
 
 
+class _Steady:
+    """Positions and worth (batch, heads, slots) from step to step: the last slot is the new token's.
+
+    held, held_total: what is held between steps, views of all but that slot.
+    """
+
+    def __init__(self, positions: Tensor, total: Tensor | None) -> None:
+        self.positions, self.total = positions, total
+        self.held = positions[:, :, :-1]
+        self.held_total = None if total is None else total[:, :, :-1]
+
+    def fits(self, held: Tensor, new: list[int], starts: list[int]) -> bool:
+        """Whether these are the positions that a step left, and one token comes to each item."""
+        if self.positions.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # what inference mode made may only be written to there
+        return held is self.held and bool(new) and new == [1] * len(new) and one(starts)
+
+
 def _room(like: Tensor, slots: int) -> Tensor:
     """A buffer (batch, kv_heads, slots, dim)."""
-    return like.new_zeros(*like.shape[:2], slots, like.shape[3])
+    with torch.inference_mode(False):  # what is made under it may only be written to there
+        return like.new_zeros(*like.shape[:2], slots, like.shape[3])
 
 
 def _over(slots: Tensor, tensor: Tensor) -> Tensor:

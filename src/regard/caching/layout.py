@@ -64,12 +64,17 @@ class Layout(NamedTuple):
     @property
     def full(self) -> bool:
         """Whether every slot is filled and every query real."""
-        return _one(self.fills) and self.new.count(self.q_len) == len(self.new)
+        return one(self.fills) and self.new.count(self.q_len) == len(self.new)
 
     @property
     def straight(self) -> bool:
         """Whether the call in slots is the call in positions: nothing evicted, no item ahead."""
-        return self.positions is None and _one(self.starts)
+        return self.positions is None and self.together
+
+    @property
+    def together(self) -> bool:
+        """Whether all items' first queries stand at one position."""
+        return one(self.starts)
 
     @property
     def query_start(self) -> int:
@@ -111,7 +116,8 @@ class Layout(NamedTuple):
         return Documents(self.real(device).int() - 1, self.filled(device).int() - 1)
 
 
-def _one(numbers: Sequence[int]) -> bool:
+def one(numbers: Sequence[int]) -> bool:
+    """Whether they are all the same."""
     return len(numbers) < 2 or len(set(numbers)) == 1
 
 
@@ -171,7 +177,7 @@ class InSlots:
             return mask
         if isinstance(mask, Causal):
             # New keys come after all that was there: among the slots too, if all start at one
-            return mask if _one(self.layout.fills) else Dense(self.key <= self.query)
+            return mask if one(self.layout.fills) else Dense(self.key <= self.query)
         if isinstance(mask, Window):
             back = self.query - self.key
             return Dense((back < mask.n) & (back >= -mask.ahead))
@@ -213,7 +219,7 @@ class InSlots:
 
     def _each_start(self, tell: Callable[[Place], Tensor]) -> Tensor:
         """What is told for the call in the sequence; item by item where they start apart."""
-        if _one(self.layout.starts):
+        if self.layout.together:
             return tell(self.place)
         parts = []
         for item, start in enumerate(self.layout.starts):

@@ -9,6 +9,7 @@ are still held, as in the papers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,11 @@ class Eviction:
         """Whether a key's worth counts on from call to call."""
         return False
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether all heads of the layer decide together, not those of a kv head."""
+        return False
+
     def reads(self, q_len: int, slots: int) -> bool:
         """Whether a call of q_len queries over that many slots is observed, and may evict."""
         raise NotImplementedError
@@ -51,7 +57,7 @@ class Eviction:
     def worth(self, seen: Tensor, before: Tensor, exempt: Tensor) -> Tensor:
         """What each slot is worth now: (batch, kv_heads, slots).
 
-        seen (batch, the observer's heads, slots): what the slots received in this call. before
+        seen (batch, heads, slots): what the slots received in this call. before
         (batch, kv_heads, slots): their worth after the last call, 0 for new ones. exempt bool
         (batch, 1 or kv_heads, slots): the slots that stay in any case.
         """
@@ -92,10 +98,10 @@ class H2O(Eviction):
         return True
 
     def observer(self, stop: int) -> Received:
-        return Received(heads="group_sum")
+        return Received()
 
     def worth(self, seen: Tensor, before: Tensor, exempt: Tensor) -> Tensor:
-        return before + seen
+        return before + _in_order(seen.unflatten(1, (before.shape[1], -1)).unbind(2))
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,24 @@ class TOVA(Eviction):
     def reads(self, q_len: int, slots: int) -> bool:
         return slots > self.budget
 
+    @property
+    def by_layer(self) -> bool:
+        return True
+
     def observer(self, stop: int) -> Received:
-        return Received((max(stop - 1, 0), stop), heads="mean")
+        return Received((max(stop - 1, 0), stop))
 
     def worth(self, seen: Tensor, before: Tensor, exempt: Tensor) -> Tensor:
-        return seen.expand(-1, before.shape[1], -1)
+        mean = _in_order(seen.unbind(1)) / seen.shape[1]
+        return mean[:, None].expand(-1, before.shape[1], -1)
+
+
+def _in_order(heads: Sequence[Tensor]) -> Tensor:
+    """Their sum, added one after another: the compiled step adds so, and bits decide among equals."""
+    total = heads[0]
+    for head in heads[1:]:
+        total = total + head
+    return total
 
 
 def first_to_go(worth: Tensor, positions: Tensor, count: int) -> Tensor:

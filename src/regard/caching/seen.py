@@ -63,7 +63,7 @@ def spread(
     O(length) memory. The rest is what `Call.checked` takes. RegardError where the items of the
     batch stand at different positions: no one position is then that of a row.
     """
-    if len(set(layout.starts)) > 1:
+    if not layout.together:
         raise RegardError(
             f"the items of this batch stand at different positions ({layout.starts}), so a row has "
             "none of its own: of such a batch TopK, NormTopK, Entropy, MaxScore, LogSumExp and "

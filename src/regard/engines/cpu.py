@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import transforms
@@ -29,7 +28,6 @@ from ..packed import SCHEMA, pack, unpack
 name = "cpu"
 
 MOST_CODE = 1024  # integers of a mask's program (kernels/cpu/mask.h)
-PLAIN = (Tensor, torch.nn.Parameter)
 DECODE = 16  # queries: as few leave memory the limit
 
 
@@ -75,10 +73,12 @@ def observed(call: Call) -> tuple[Tensor, Tensor, dict[int, Any]]:
     mine = {i: o for i, o in enumerate(call.observers) if isinstance(o, FUSED)}
     out, lse, stats, *tensors = _computed(call, tuple(mine.values()))
     results: dict[int, Any] = {}
-    still = replace(call, query=call.query.detach(), key=call.key.detach())
-    seeing = out.requires_grad and direct(call)
-    for i, observer in enumerate(call.observers):
-        if seeing and isinstance(observer, Effect) and not observer.norm:
+    effects = [
+        (i, o) for i, o in enumerate(call.observers) if isinstance(o, Effect) and not o.norm
+    ]
+    if effects and out.requires_grad and direct(call):
+        still = replace(call, query=call.query.detach(), key=call.key.detach())
+        for i, observer in effects:
             by = partial(effect, still, out.detach(), stats, observer.k)
             results[i] = attach(call, lse, out, observer, by)
     for i, observer in mine.items():
@@ -105,15 +105,7 @@ def _computed(call: Call, observers: tuple[Observer, ...]) -> Any:
 
 def direct(call: Call) -> bool:
     """Whether nobody but autograd looks at the ops of this call: no compiler, mode or transform."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(call.query) in PLAIN
-        and type(call.key) in PLAIN
-        and type(call.value) in PLAIN
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
-    )
+    return transforms.unwatched(call.query, call.key, call.value)
 
 
 class _Attention(torch.autograd.Function):

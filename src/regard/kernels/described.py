@@ -169,7 +169,9 @@ class Watching:
         )
         self.top = None if not self.k else self._top()
         self.filled = [self._tensors(o) for o in observers]
-        self.rows = torch.full((*self.row[:2], len(self.wanted), place.k_len), -torch.inf)
+        shape = (*self.row[:2], len(self.wanted), place.k_len)
+        rows = any(isinstance(o, Rows) for o in observers)
+        self.rows = torch.full(shape, -torch.inf) if rows else None
 
     def _top(self) -> list[Tensor]:
         row = self.row
@@ -225,6 +227,7 @@ class Watching:
                 answers += self._largest(observer.k)
             elif isinstance(observer, Rows):
                 mine = [self.wanted.index(r) for _, r in observer.local(place)]
+                assert self.rows is not None
                 answers.append(self.rows[:, :, mine])
             elif isinstance(observer, LogSumExp):
                 answers.append(self.lse.clone())

@@ -1,4 +1,4 @@
-"""The three calls of the compiled kernels: forward, backward, effect."""
+"""The calls of the compiled kernels: forward, backward, effect, evict."""
 
 from __future__ import annotations
 
@@ -108,6 +108,34 @@ def effect(
     return indices, sizes, weights
 
 
+def evict(
+    key: Tensor, value: Tensor, positions: Tensor, keep: tuple[int, int],
+    total: Tensor | None = None, seen: Tensor | None = None, by_layer: bool = False,
+) -> None:  # fmt: skip
+    """Let go of one of the filled slots in every head; the last, the newest, takes its place.
+
+    key and value: buffers (batch, kv_heads, at least as many slots, dim). positions int32 (batch,
+    kv_heads or 1, slots): those below keep[0], or from keep[1] on, stay. Of the others that of
+    least worth goes, of equals the earliest position. seen float32 (batch, heads, slots): what the
+    slots received; worth is its sum over a kv head's heads, or its mean over all (by_layer), and
+    without it the same for all. total float32 like positions: the sum so far, which worth then is
+    with this call's. All but key and value are contiguous; the last slot of each is free then.
+    """
+    batch, kv_heads = key.shape[:2]
+    heads, slots = positions.shape[1:]
+    rows: list[int] = []
+    for buffer in (key, value):
+        size = buffer.element_size()
+        rows += [buffer.data_ptr(), *(n * size for n in buffer.stride()[:3])]
+        rows.append(buffer.shape[3] * size)
+    words = struct.pack(
+        "21q", batch, kv_heads, heads, slots, *keep, *rows, positions.data_ptr(),
+        0 if total is None else total.data_ptr(),
+        *((heads, 0, 0) if seen is None else (seen.shape[1], by_layer, seen.data_ptr())),
+    )  # fmt: skip
+    _check(library().regard_evict(words))
+
+
 def library() -> ctypes.CDLL:
     """The library, which `why_not` has found."""
     loaded = native.library()
@@ -117,4 +145,5 @@ def library() -> ctypes.CDLL:
 
 def _check(code: int) -> None:
     if code:
-        raise MemoryError(f"engine cpu: {library().regard_error(code).decode()}")
+        kind = MemoryError if code == 1 else RuntimeError
+        raise kind(f"engine cpu: {library().regard_error(code).decode()}")

@@ -95,12 +95,34 @@ struct RegardEffect {
     float *effect, *weight;  // likewise
 };
 
+// Rows of numbers of any type, (batch, kv_heads, slots): strides and the size of a row in bytes.
+struct RegardRows {
+    char* data;
+    int64_t stride[3], bytes;
+};
+
+// One decode step of a cache that evicts: of the filled slots the one of least worth goes, and the
+// newest, which is the last, takes its place; of equals the one at the earliest position. A slot's
+// worth is what it received: `seen`, summed over the query heads of its head, or their mean over all
+// of the layer. With `total` it is that sum and the total before, and becomes the total. Without
+// `seen` all slots are worth the same.
+struct RegardEvict {
+    int64_t batch, kv_heads, heads, slots;  // heads: kv_heads, or 1 that decides for all of them
+    int64_t keep_below, keep_from;          // positions below the one, or from the other on, stay
+    RegardRows key, value;
+    int32_t* positions;  // (batch, heads, slots)
+    float* total;        // likewise, or null; its last is 0 afterwards
+    int64_t query_heads, by_layer;
+    const float* seen;   // (batch, query_heads, slots) or null
+};
+
 #pragma GCC visibility push(default)
 int regard_built(void);                                    // bit i: level i is in the library
 int regard_levels(void);                                   // bit i: it can run here, too
 int regard_forward(const RegardCall*);                     // 0, or an error of `regard_error`
 int regard_backward(const RegardCall*, const RegardBackward*);
 int regard_effect(const RegardCall*, const RegardEffect*);
+int regard_evict(const RegardEvict*);
 void regard_use_openmp(void* gomp_parallel);
 const char* regard_error(int);
 #pragma GCC visibility pop

@@ -103,6 +103,6 @@ int regard_effect(const RegardCall* call, const RegardEffect* wanted) {
 void regard_use_openmp(void* gomp_parallel) { regard::use_openmp(gomp_parallel); }
 
 const char* regard_error(int code) {
-    return code == 1 ? "out of memory" : code ? "unknown error" : "";
+    return code == 1 ? "out of memory" : code == 2 ? "every slot is to stay" : code ? "unknown error" : "";
 }
 }

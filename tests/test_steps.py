@@ -1,0 +1,114 @@
+"""The decode step of a cache that evicts: by the kernels what it is in plain torch, bit for bit."""
+
+import pytest
+import torch
+
+from cases import floats
+from regard import H2O, TOVA, KVCache, RegardError, Received, SnapKV, WindowCache
+from regard.caching import held
+from regard.kernels import native
+
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
+
+MAKES = {
+    "H2O": lambda cache, _: cache(evict=H2O(12)),
+    "H2O, no recent": lambda cache, _: cache(evict=H2O(7, recent=0)),
+    "H2O, recent alone": lambda cache, _: cache(evict=H2O(8, recent=8)),
+    "TOVA": lambda cache, _: cache(evict=TOVA(12)),
+    "TOVA, one": lambda cache, _: cache(evict=TOVA(1)),
+    "SnapKV": lambda cache, _: cache(evict=SnapKV(12, window=4)),
+    "window": lambda _, window: window(8),
+    "window, first": lambda _, window: window(8, first=3),
+    "the newest alone": lambda _, window: window(1),
+    "the newest and first": lambda _, window: window(1, first=2),
+}
+makes = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PlainKVCache(KVCache):
+    def _steps(self, *_, **__) -> bool:
+        return False
+
+
+class PlainWindowCache(WindowCache):
+    def _steps(self, *_, **__) -> bool:
+        return False
+
+
+def drawn(batch, heads, kv_heads, n, dtype, rng):
+    sizes = ((heads, 8), (kv_heads, 8), (kv_heads, 5))
+    return [(floats(rng, batch, h, n, dim) * 1.5).to(dtype) for h, dim in sizes]
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """How many slots each step of the kernels was over."""
+    made: list[int] = []
+
+    def counted(key, value, positions, *rest):
+        made.append(positions.shape[2])
+        evict(key, value, positions, *rest)
+
+    evict = held.evict
+    monkeypatch.setattr(held, "evict", counted)
+    return made
+
+
+def assert_same(ours: KVCache, plain: KVCache) -> None:
+    assert torch.equal(ours.positions, plain.positions)
+    assert torch.equal(ours.key, plain.key)
+    assert torch.equal(ours.value, plain.value)
+    for mine, theirs in zip(ours.read(), plain.read(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@makes
+def test_the_same_is_kept(make, dtype, heads, kv_heads, steps):
+    rng = torch.Generator().manual_seed(0)
+    ours, plain = make(KVCache, WindowCache), make(PlainKVCache, PlainWindowCache)
+    for n in (20, *(1,) * 30, 3, *(1,) * 12):
+        data = drawn(2, heads, kv_heads, n, dtype, rng)
+        assert torch.equal(ours.attend(*data), plain.attend(*data))
+    evicts_in_steps = not isinstance(ours._evict, SnapKV)
+    assert len(steps) == (42 if evicts_in_steps else 0)
+    assert_same(ours, plain)
+
+
+@makes
+def test_with_other_calls_between(make, steps):
+    """Items come and go, what is held is looked at, observed, and a call fails."""
+    rng = torch.Generator().manual_seed(1)
+    ours, plain = make(KVCache, WindowCache), make(PlainKVCache, PlainWindowCache)
+    for turn in range(40):
+        data = drawn(len(ours._lengths) or 2, 4, 2, 20 if not turn else 1, torch.float32, rng)
+        if turn % 7 == 3:
+            for cache in (ours, plain):
+                cache.select([1, 0, 1])
+            continue
+        if turn % 9 == 5:
+            assert_same(ours, plain)
+        if turn % 11 == 4:
+            for cache in (ours, plain):
+                with pytest.raises(RegardError):
+                    cache.attend(*data, scale=1.0, softcap=-1.0)
+        if turn % 5 == 2:
+            mine, theirs = (c.attend(*data, observe=[Received()]) for c in (ours, plain))
+            assert torch.equal(mine[0], theirs[0])
+            assert torch.equal(mine[1][0].sum, theirs[1][0].sum)
+            continue
+        with torch.inference_mode(turn % 2 == 1):
+            assert torch.equal(ours.attend(*data), plain.attend(*data))
+    assert_same(ours, plain)
+
+
+def test_equal_worth_leaves_the_later(steps):
+    """Keys of 0 receive the same: of these the earliest goes, in every head."""
+    cache = KVCache(evict=TOVA(4))
+    for n in (6, 1, 1, 1):
+        nothing = torch.zeros(1, 2, n, 4)
+        cache.attend(nothing, nothing[:, :1], nothing[:, :1])
+    assert cache.positions.tolist() == [[[5, 6, 7, 8]]]
+    assert steps == [5, 5, 5]
