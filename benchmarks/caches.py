@@ -3,9 +3,10 @@
     python benchmarks/caches.py [--model FOLDER] [--held 8192] [--prompt 1024] [--new 10]
 
 Decode: `cache.attend` of one new token after --held tokens, beside `regard.attention` on keys and
-values of that length that lie ready. Generate, with --model: milliseconds per token after a prompt of --prompt tokens
-(the sides go on by --new tokens in turn), for the full cache and caches that keep a quarter of it. The sides take turns,
-medians; bind the threads: OMP_PROC_BIND=true OMP_PLACES=cores.
+values of that length that lie ready. Generate, with --model: milliseconds per token after a prompt
+of --prompt tokens (each side goes on by --new tokens in its turn), for the full cache and for
+caches that keep a quarter of it. The sides take turns, medians; bind the threads:
+OMP_PROC_BIND=true OMP_PLACES=cores.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python benchmarks/linear.py [--lengths 65536 … 1048576] [--heads 1] [--dim 64] [--rounds 3]
 
 For each form the time at each length, forward (with --backward: and backward), and its ratio to the
-length before: linear cost is 2 when the length doubles. The lengths take turns, medians. Then linear and exact attention
-(causal, engine auto) take turns at growing lengths up to --most: the first at which linear
-attention is the faster, and stays so, is printed. One process, with the threads torch has.
+length before: linear cost is 2 when the length doubles. The lengths take turns, medians. Then
+linear and exact attention (causal, engine auto) take turns at growing lengths up to --most: the
+first at which linear attention is the faster, and stays so, is printed. One process, with the
+threads torch has.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cases import floats
-from regard import H2O, TOVA, KVCache, RegardError, Received, SnapKV, WindowCache
-from regard.caching import held
+from regard import H2O, TOVA, KVCache, Received, RegardError, SnapKV, WindowCache
+from regard.caching.steady import Steady
 from regard.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
@@ -46,12 +46,12 @@ def steps(monkeypatch) -> list[int]:
     """How many slots each step of the kernels was over."""
     made: list[int] = []
 
-    def counted(key, value, positions, *rest):
-        made.append(positions.shape[2])
-        evict(key, value, positions, *rest)
+    def counted(steady, *rest):
+        made.append(steady.positions.shape[2])
+        evict(steady, *rest)
 
-    evict = held.evict
-    monkeypatch.setattr(held, "evict", counted)
+    evict = Steady.evict
+    monkeypatch.setattr(Steady, "evict", counted)
     return made
 
 

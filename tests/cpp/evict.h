@@ -9,9 +9,9 @@ inline void test_evict(const std::function<void(const char*)>& fail) {
     Random random;
     for (int trial = 0; trial < 3000; trial++) {
         const long batch = 1 + random.below(2), kv_heads = 1 + random.below(3), slots = 1 + random.below(9);
-        const long heads = random.below(2) ? kv_heads : 1, seen_heads = random.below(2) ? heads : 1;
+        const long heads = random.below(2) ? kv_heads : 1, query_heads = heads * (1 + random.below(3));
         const long room = slots + random.below(3), key_size = 1 + random.below(7), value_size = 3;
-        const bool sums = random.below(2), sees = sums || random.below(2);
+        const bool by_layer = random.below(2), sums = random.below(2), sees = sums || random.below(2);
         std::vector<char> key(batch * kv_heads * room * key_size), value(batch * kv_heads * room * value_size);
         for (char& byte : key) byte = (char)random.below(100);
         for (char& byte : value) byte = (char)random.below(100);
@@ -23,7 +23,7 @@ inline void test_evict(const std::function<void(const char*)>& fail) {
                 mine[slot] = mine[other];
                 mine[other] = (int32_t)slot * 2;
             }
-        std::vector<float> total(sums ? batch * heads * slots : 0), seen(sees ? batch * seen_heads * slots : 0);
+        std::vector<float> total(sums ? batch * heads * slots : 0), seen(sees ? batch * query_heads * slots : 0);
         for (float& one : total) one = (float)random.below(4);  // many are equal
         for (float& one : seen) one = (float)random.below(4);
         // At least one slot may go
@@ -41,16 +41,20 @@ inline void test_evict(const std::function<void(const char*)>& fail) {
         const auto rows = [&](std::vector<char>& bytes, long size) {
             return RegardRows{bytes.data(), {kv_heads * room * size, room * size, size}, size};
         };
-        RegardEvict wanted = {batch, kv_heads, heads, slots, below, from, rows(key, key_size),
+        RegardEvict wanted = {below, from, 7777, batch, kv_heads, heads, slots, rows(key, key_size),
                               rows(value, value_size), positions.data(), sums ? total.data() : nullptr,
-                              seen_heads, sees ? seen.data() : nullptr};
+                              query_heads, by_layer, sees ? seen.data() : nullptr};
         if (regard_evict(&wanted) != (any ? 0 : 2)) fail("a step's answer");
         if (!any) continue;
         for (long row = 0; row < batch * heads; row++) {
             const long item = row / heads, head = row % heads, last = slots - 1;
+            const long group = query_heads / heads;
             const auto worth = [&](long slot) {
-                float sum = sums ? total_before[row * slots + slot] : 0;
-                return sees ? sum + seen[(item * seen_heads + head % seen_heads) * slots + slot] : sum;
+                float here = 0;  // small integers: their sums are exact
+                for (long h = 0; sees && h < query_heads; h++)
+                    if (by_layer || h / group == head) here += seen[(item * query_heads + h) * slots + slot];
+                if (sees && by_layer) here /= (float)query_heads;
+                return sums ? total_before[row * slots + slot] + here : here;
             };
             long gone = -1;
             for (long slot = 0; slot < slots; slot++) {
@@ -75,6 +79,7 @@ inline void test_evict(const std::function<void(const char*)>& fail) {
                 }
             }
             if (sums && total[row * slots + last] != 0) fail("the free slot's total");
+            if (positions[row * slots + last] != 7777) fail("the free slot's position");
         }
     }
 }

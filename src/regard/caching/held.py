@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..call import Call
 from ..errors import RegardError
 from ..kernels import native
-from ..kernels.running import evict
 from ..masks import First, Mask, Window
 from ..observers import Observer
 from ..transforms import CPU, unwatched
 from .base import Cache
 from .layout import Layout, one
 from .policies import Eviction, first_to_go
+from .steady import Steady
 
 EVER = 2**62  # beyond every position
 
@@ -49,8 +50,10 @@ class KVCache(Cache):
         # Of the filled slots, once something was evicted: int32 (batch, kv_heads or 1, slots)
         self._positions: Tensor | None = None
         self._ordered = True  # whether the slots stand in order of position
+        # The positions held last, and the same with those of tokens to come
+        self._ahead: tuple[Tensor, Tensor] | None = None
         self._worth: Tensor | None = None  # what a policy that sums up has summed so far
-        self._steady: _Steady | None = None
+        self._steady: Steady | None = None  # what decode steps go by
 
     def __repr__(self) -> str:
         return "KVCache()" if self._evict is None else f"KVCache(evict={self._evict})"
@@ -152,13 +155,19 @@ class KVCache(Cache):
 
     def _extended(self, held: Tensor, fills: list[int], new: list[int], slots: int) -> Tensor:
         """The positions held, with those of the new tokens behind each item's own."""
-        if self._steady is not None and self._steady.fits(held, new, self._lengths):
-            self._steady.positions[:, :, -1].fill_(self._lengths[0])
-            return self._steady.positions
-        if one(fills) and one(self._lengths) and one(new):
-            start, count = (self._lengths[0], new[0]) if new else (0, 0)
-            added = torch.arange(start, start + count, dtype=held.dtype, device=held.device)
-            return torch.cat([held, added.expand(*held.shape[:2], -1)], 2)
+        steady = self._steady
+        if steady and steady.follows(self._buffers()[0], held, new, self._lengths):
+            return steady.positions
+        if new and one(fills) and one(self._lengths) and one(new):
+            ahead = self._ahead
+            if ahead is None or ahead[0] is not held or ahead[1].shape[2] < slots:
+                start = self._lengths[0]
+                stop = start + new[0] + slots // 4
+                added = torch.arange(start, stop, dtype=held.dtype, device=held.device)
+                ahead = held, torch.cat([held, added.expand(*held.shape[:2], -1)], 2)
+            out = ahead[1].narrow(2, 0, slots)
+            self._ahead = out, ahead[1]
+            return out
         out = F.pad(held, (0, slots - held.shape[2]))
         item, token, slot = _real(fills, new, out.device)
         starts = torch.tensor(self._lengths, device=out.device)
@@ -246,30 +255,47 @@ class KVCache(Cache):
     def _steps(self, keep: tuple[int, int], seen: Tensor | None = None) -> bool:
         """One slot too many in every head, as after each decode step, is the kernels' to evict.
 
-        What it is worth is that of `_keep`. False: they do not serve this call.
+        Positions keep[0] … keep[1] − 1 may go; the worth of a slot is that of `_keep`. False: they
+        do not serve this call.
         """
+        steady = self._steady
+        if seen is not None and not (seen.dtype == torch.float32 and unwatched(seen)):
+            return False
+        if steady is None or self._positions is not steady.positions:
+            steady = self._steady = self._settled_down(seen)
+        if steady is None:
+            return False
+        steady.evict(keep, self.length, seen)
+        self._positions, self._worth = steady.held, steady.held_total
+        self._fills, self._ordered = steady.fills, False
+        return True
+
+    def _settled_down(self, seen: Tensor | None) -> Steady | None:
+        """What decode steps from here on have in common; None where this call is not one."""
         layout, positions, policy = self.layout, self._positions, self._evict
         key, value = self._buffers()
         fits = layout.slots - 1 == self._bound and layout.full and layout.together
         if not fits or positions is None or not (native.AVAILABLE and key.device == CPU):
-            return False
-        if policy is not None and policy.by_neighbours or not unwatched(key, value, seen):
-            return False
-        if seen is not None and seen.dtype != torch.float32:
-            return False
-        steady = self._steady
-        if steady is None or positions is not steady.positions:
-            total = self._worth
-            if total is not None:
-                total = F.pad(total, (0, layout.slots - total.shape[2])).contiguous()
-            steady = self._steady = _Steady(positions.contiguous(), total)
-        evict(
-            key, value, steady.positions, keep, steady.total,
-            None if seen is None else seen.contiguous(), policy is not None and policy.by_layer,
-        )  # fmt: skip
-        self._positions, self._worth = steady.held, steady.held_total
-        self._fills, self._ordered = [layout.slots - 1] * len(layout.new), False
-        return True
+            return None
+        if not unwatched(key, value) or (policy is not None and policy.by_neighbours):
+            return None
+        total = self._worth
+        if total is not None:
+            total = F.pad(total, (0, layout.slots - total.shape[2])).contiguous()
+        by_layer = policy is not None and policy.by_layer
+        self._positions = positions.contiguous()
+        return Steady(key, value, self._positions, total, seen, by_layer)
+
+    def _observed(self, query: Tensor, wanted: list[Observer], **request: Any) -> Any:
+        steady, engine = self._steady, request["engine"]
+        if steady is None or self._positions is not steady.positions:
+            return super()._observed(query, wanted, **request)
+        plain = {name: given for name, given in request.items() if name != "engine"}
+        answer = steady.attend(Call.checked(query, *self.read(), **plain), engine)
+        if answer is None:
+            return super()._observed(query, wanted, **request)
+        out, lse, seen = answer
+        return (out, lse, seen) if request["return_lse"] else (out, seen)
 
     def _last(self, count: int) -> Tensor:
         """Which slots hold the last positions: bool (batch, kv_heads or 1, slots)."""
@@ -379,6 +405,7 @@ class WindowCache(KVCache):
             raise RegardError(f"WindowCache({window}, first={first}): give window ≥ 1, first ≥ 0")
         super().__init__(capacity=capacity)
         self.window, self.first = window, first
+        self._window = Window(window) | First(first) if first else Window(window)
 
     def __repr__(self) -> str:
         return f"WindowCache({self.window}, first={self.first})"
@@ -393,7 +420,7 @@ class WindowCache(KVCache):
 
     @property
     def _shown(self) -> Mask:
-        return Window(self.window) | First(self.first) if self.first else Window(self.window)
+        return self._window
 
     def settle(self, seen: Sequence[Any]) -> None:
         super().settle(seen)
@@ -401,24 +428,6 @@ class WindowCache(KVCache):
             positions = self._where(self.layout)
             worth = positions.double().masked_fill(positions < self.first, torch.inf)
             self._keep(worth, [min(f, self._bound) for f in self._fills])
-
-
-class _Steady:
-    """Positions and worth (batch, heads, slots) from step to step: the last slot is the new token's.
-
-    held, held_total: what is held between steps, views of all but that slot.
-    """
-
-    def __init__(self, positions: Tensor, total: Tensor | None) -> None:
-        self.positions, self.total = positions, total
-        self.held = positions[:, :, :-1]
-        self.held_total = None if total is None else total[:, :, :-1]
-
-    def fits(self, held: Tensor, new: list[int], starts: list[int]) -> bool:
-        """Whether these are the positions that a step left, and one token comes to each item."""
-        if self.positions.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # what inference mode made may only be written to there
-        return held is self.held and bool(new) and new == [1] * len(new) and one(starts)
 
 
 def _room(like: Tensor, slots: int) -> Tensor:

@@ -140,8 +140,8 @@ class InSlots:
         batch, self.heads, q_len, _ = query.shape
         self.layout = layout
         self.place = Place(
-            batch, self.heads, layout.kv_heads, q_len, layout.length, layout.starts[0] if batch else 0, 0,
-            query.device,
+            batch, self.heads, layout.kv_heads, q_len, layout.length,
+            layout.starts[0] if batch else 0, 0, query.device,
         )  # fmt: skip
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
 

@@ -183,7 +183,7 @@ class TOVA(Eviction):
 
 
 def _in_order(heads: Sequence[Tensor]) -> Tensor:
-    """Their sum, added one after another: the compiled step adds so, and bits decide among equals."""
+    """Their sum, one after another: the compiled step adds so, and bits decide among equals."""
     total = heads[0]
     for head in heads[1:]:
         total = total + head

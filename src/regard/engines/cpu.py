@@ -73,14 +73,12 @@ def observed(call: Call) -> tuple[Tensor, Tensor, dict[int, Any]]:
     mine = {i: o for i, o in enumerate(call.observers) if isinstance(o, FUSED)}
     out, lse, stats, *tensors = _computed(call, tuple(mine.values()))
     results: dict[int, Any] = {}
-    effects = [
-        (i, o) for i, o in enumerate(call.observers) if isinstance(o, Effect) and not o.norm
-    ]
+    effects = {i: o for i, o in enumerate(call.observers) if isinstance(o, Effect) and not o.norm}
     if effects and out.requires_grad and direct(call):
         still = replace(call, query=call.query.detach(), key=call.key.detach())
-        for i, observer in effects:
-            by = partial(effect, still, out.detach(), stats, observer.k)
-            results[i] = attach(call, lse, out, observer, by)
+        for i, wanted in effects.items():
+            by = partial(effect, still, out.detach(), stats, wanted.k)
+            results[i] = attach(call, lse, out, wanted, by)
     for i, observer in mine.items():
         count = len(observer.shapes(call.place, call.working))
         results[i] = observer.result([t.detach() for t in tensors[:count]], call.place)

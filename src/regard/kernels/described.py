@@ -153,6 +153,15 @@ def _mask_tensors(call: Call) -> list[Tensor]:
     return tensors
 
 
+def received_alone(kept: Buffers, total: Tensor, count: Tensor) -> int:
+    """A RegardObserve of one Received alone, of calls of one query: it fills these anew.
+
+    total float32 and count int32 (batch, heads, k_len), contiguous.
+    """
+    received = kept.integers([0, 1, kept.tensor(total), kept.tensor(count)])
+    return kept.integers([*(0,) * 7, 1, 0, 0, 0, received, 0, 0, 0, 0])
+
+
 class Watching:
     """The tensors that the forward fills for observers, and what each observer asked for of them.
 

@@ -19,9 +19,12 @@ NONE = torch.empty(0)
 Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
 
 
-def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -> list[Tensor]:
+def run(
+    call: Call, observers: tuple[Observer, ...] = (), stats: bool = False, observe: int = 0
+) -> list[Tensor]:
     """Call the kernel: out, lse, stats, and the tensors that the observers' `shapes` name.
 
+    observe: the address of a RegardObserve that somebody else fills, instead of observers.
     stats (batch, heads, q_len, 2), empty unless asked for: each row's largest score and sum.
     """
     place, query, value = call.place, call.query, call.value
@@ -33,7 +36,7 @@ def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -
     saved = torch.empty(*rows, 2) if stats else NONE
     watching = Watching(call, observers, lse) if observers else None
     if lse.numel():
-        observe = watching.packed(kept) if watching else 0
+        observe = watching.packed(kept) if watching else observe
         _check(library().regard_forward(words_of(call, out, lse, saved, kept, observe)))
     return [out, lse, saved, *(watching.tensors() if watching else ())]
 
@@ -108,18 +111,16 @@ def effect(
     return indices, sizes, weights
 
 
-def evict(
-    key: Tensor, value: Tensor, positions: Tensor, keep: tuple[int, int],
-    total: Tensor | None = None, seen: Tensor | None = None, by_layer: bool = False,
-) -> None:  # fmt: skip
-    """Let go of one of the filled slots in every head; the last, the newest, takes its place.
+def step_of(
+    key: Tensor, value: Tensor, positions: Tensor, total: Tensor | None, seen: Tensor | None,
+    by_layer: bool,
+) -> bytes:  # fmt: skip
+    """What `evict` goes by, as long as these tensors live; all but key and value are contiguous.
 
     key and value: buffers (batch, kv_heads, at least as many slots, dim). positions int32 (batch,
-    kv_heads or 1, slots): those below keep[0], or from keep[1] on, stay. Of the others that of
-    least worth goes, of equals the earliest position. seen float32 (batch, heads, slots): what the
-    slots received; worth is its sum over a kv head's heads, or its mean over all (by_layer), and
-    without it the same for all. total float32 like positions: the sum so far, which worth then is
-    with this call's. All but key and value are contiguous; the last slot of each is free then.
+    kv_heads or 1, slots). seen float32 (batch, heads, slots): what the slots received; a slot's
+    worth is its sum over a kv head's heads, or its mean over all (by_layer); without seen it is the
+    same for all. total float32 like positions: the sums so far; worth is then total + this.
     """
     batch, kv_heads = key.shape[:2]
     heads, slots = positions.shape[1:]
@@ -128,12 +129,21 @@ def evict(
         size = buffer.element_size()
         rows += [buffer.data_ptr(), *(n * size for n in buffer.stride()[:3])]
         rows.append(buffer.shape[3] * size)
-    words = struct.pack(
-        "21q", batch, kv_heads, heads, slots, *keep, *rows, positions.data_ptr(),
+    return struct.pack(
+        "19q", batch, kv_heads, heads, slots, *rows, positions.data_ptr(),
         0 if total is None else total.data_ptr(),
         *((heads, 0, 0) if seen is None else (seen.shape[1], by_layer, seen.data_ptr())),
     )  # fmt: skip
-    _check(library().regard_evict(words))
+
+
+def evict(step: bytes, keep: tuple[int, int], following: int) -> None:
+    """Let go of one of the filled slots in every head; the last, the newest, takes its place.
+
+    It is the slot of least worth, of equals that of the earliest position, of those at positions
+    keep[0] … keep[1] − 1. total becomes total + seen. The last slot, which is free then, gets the
+    position `following`, and a total of 0. step: of `step_of`.
+    """
+    _check(library().regard_evict(struct.pack("3q", *keep, following) + step))
 
 
 def library() -> ctypes.CDLL:

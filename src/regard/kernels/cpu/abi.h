@@ -107,8 +107,9 @@ struct RegardRows {
 // of the layer. With `total` it is that sum and the total before, and becomes the total. Without
 // `seen` all slots are worth the same.
 struct RegardEvict {
+    int64_t keep_below, keep_from;  // positions below the one, or from the other on, stay
+    int64_t next;                   // the position that the last slot, free now, is given
     int64_t batch, kv_heads, heads, slots;  // heads: kv_heads, or 1 that decides for all of them
-    int64_t keep_below, keep_from;          // positions below the one, or from the other on, stay
     RegardRows key, value;
     int32_t* positions;  // (batch, heads, slots)
     float* total;        // likewise, or null; its last is 0 afterwards

@@ -50,6 +50,7 @@ static int evict(const RegardEvict& e) {
         const int64_t gone = least(e, position, total ? total : worth.data());
         if (gone < 0) return 2;
         position[gone] = position[last];
+        position[last] = (int32_t)e.next;
         if (total) {
             total[gone] = total[last];
             total[last] = 0;
