@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,20 @@ class Tables(NamedTuple):
     lengths: Tensor
     key: Tensor
     value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Own(Pages):
+    """A cache's own, which need no check; `longest` is their k_len."""
+
+    longest: int
+
+    @property
+    def k_len(self) -> int:
+        return self.longest
+
+    def misfit(self, query: Tensor, key: Tensor) -> str:
+        return ""
 
 
 class PagedCache(Cache):
@@ -96,7 +111,7 @@ class PagedCache(Cache):
         if named not in ("auto", "cpu") or has_torch_function_unary(query):
             return super()._attention(query, **request)
         tables = self.tables()
-        pages = Pages(tables.blocks, tables.lengths)
+        pages = _Own(tables.blocks, tables.lengths, self.length)
         return attention(query, tables.key, tables.value, pages=pages, **request)
 
     def _pools(self) -> tuple[Tensor, Tensor]:
@@ -153,7 +168,12 @@ class PagedCache(Cache):
         starts = list(self._lengths)
         self._tables = self._tables or [[] for _ in new]
         self._make_room(key, value, starts, new)
+        slots = max((s + n for s, n in zip(starts, new, strict=True)), default=0)
+        layout = Layout(key.shape[1], key.shape[2], slots, starts, starts, new)
         pools = self._pools()
+        if key.shape[2] == 1:
+            self._write_one(key, value, starts, new)
+            return layout
         at = torch.arange(key.shape[2], device=key.device)
         position = torch.tensor(starts, device=key.device)[:, None] + at
         real = at < torch.tensor(new, device=key.device)[:, None]
@@ -162,8 +182,17 @@ class PagedCache(Cache):
         block, offset = table.gather(1, number)[real], (position % self.block)[real]
         for pool, tensor in zip(pools, (key, value), strict=True):
             pool[block, :, offset] = tensor.transpose(1, 2)[real]
-        slots = max((s + n for s, n in zip(starts, new, strict=True)), default=0)
-        return Layout(key.shape[1], key.shape[2], slots, starts, starts, new)
+        return layout
+
+    def _write_one(self, key: Tensor, value: Tensor, starts: list[int], new: list[int]) -> None:
+        """A decode step's keys and values: at most one token of each sequence."""
+        rows = [row for row, n in enumerate(new) if n]
+        blocks = [self._tables[row][starts[row] // self.block] for row in rows]
+        offsets = [starts[row] % self.block for row in rows]
+        block, offset = torch.tensor([blocks, offsets], device=key.device).long()
+        for pool, tensor in zip(self._pools(), (key, value), strict=True):
+            token = tensor[:, :, 0]
+            pool[block, :, offset] = token if len(rows) == len(new) else token[rows]
 
     def _make_room(self, key: Tensor, value: Tensor, starts: list[int], new: list[int]) -> None:
         """Give every sequence the blocks that it is about to write, its own. All or nothing."""
