@@ -4,13 +4,26 @@ import pytest
 import torch
 
 from cases import floats
-from regard import H2O, TOVA, KVCache, Received, RegardError, SnapKV, WindowCache
-from regard.caching.steady import Steady
+from regard import (
+    H2O,
+    TOVA,
+    ALiBi,
+    Causal,
+    Full,
+    KVCache,
+    Received,
+    RegardError,
+    SnapKV,
+    Window,
+    WindowCache,
+)
+from regard.caching.steady import Plan, Steady
 from regard.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 
 MAKES = {
+    "full": lambda cache, _: cache(),
     "H2O": lambda cache, _: cache(evict=H2O(12)),
     "H2O, no recent": lambda cache, _: cache(evict=H2O(7, recent=0)),
     "H2O, recent alone": lambda cache, _: cache(evict=H2O(8, recent=8)),
@@ -26,14 +39,22 @@ makes = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PlainKVCache(KVCache):
-    def _steps(self, *_, **__) -> bool:
+class Plainly:
+    """Every step by the way that serves every call."""
+
+    def _evict_one(self, *_, **__) -> bool:
         return False
 
+    def _by_plan(self, *_) -> None:
+        return None
 
-class PlainWindowCache(WindowCache):
-    def _steps(self, *_, **__) -> bool:
-        return False
+
+class PlainKVCache(Plainly, KVCache):
+    pass
+
+
+class PlainWindowCache(Plainly, WindowCache):
+    pass
 
 
 def drawn(batch, heads, kv_heads, n, dtype, rng):
@@ -72,8 +93,7 @@ def test_the_same_is_kept(make, dtype, heads, kv_heads, steps):
     for n in (20, *(1,) * 30, 3, *(1,) * 12):
         data = drawn(2, heads, kv_heads, n, dtype, rng)
         assert torch.equal(ours.attend(*data), plain.attend(*data))
-    evicts_in_steps = not isinstance(ours._evict, SnapKV)
-    assert len(steps) == (42 if evicts_in_steps else 0)
+    assert len(steps) == (0 if ours._bound is None or isinstance(ours._evict, SnapKV) else 42)
     assert_same(ours, plain)
 
 
@@ -102,6 +122,78 @@ def test_with_other_calls_between(make, steps):
         with torch.inference_mode(turn % 2 == 1):
             assert torch.equal(ours.attend(*data), plain.attend(*data))
     assert_same(ours, plain)
+
+
+@pytest.fixture
+def planned(monkeypatch) -> list[bool]:
+    """Of each decode step whether the plan of the last served it."""
+    served: list[bool] = []
+    serves = Plan.serves
+    monkeypatch.setattr(Plan, "serves", lambda *given: served.append(serves(*given)) or served[-1])
+    return served
+
+
+@pytest.mark.parametrize("make", [MAKES["full"], MAKES["H2O"], MAKES["window"]])
+def test_what_is_asked_may_change(make, planned):
+    """A step is not the last's but for its query: as it is asked, so it is answered."""
+    rng = torch.Generator().manual_seed(2)
+    ours, plain = make(KVCache, WindowCache), make(PlainKVCache, PlainWindowCache)
+    changes = (
+        {}, {"scale": 0.3}, {}, {"softcap": 2.0}, {"sinks": torch.ones(4)}, {"return_lse": True},
+        {"mask": Causal() & Window(5)}, {"bias": ALiBi()}, {"engine": "tiled"}, {"mask": Full()},
+        {"engine": "cpu"}, {},
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        for turn, asked in enumerate(({}, *changes, *changes)):
+            torch.set_num_threads(1 + turn % 2)
+            data = drawn(2, 4, 2, 20 if not turn else 1, torch.float32, rng)
+            if turn % 3 == 1:  # the same numbers, laid out otherwise
+                data[0] = data[0].transpose(0, 1).contiguous().transpose(0, 1)
+            mine, theirs = (c.attend(*data, **asked) for c in (ours, plain))
+            pairs = zip(mine, theirs, strict=True) if asked.get("return_lse") else [(mine, theirs)]
+            for one, other in pairs:
+                assert torch.equal(one, other)
+    finally:
+        torch.set_num_threads(before)
+    assert any(planned)
+    assert not all(planned)
+    assert_same(ours, plain)
+
+
+def test_a_full_cache_grows_shrinks_and_is_watched(planned):
+    rng = torch.Generator().manual_seed(3)
+    ours, plain = KVCache(capacity=4), PlainKVCache()
+    for turn in range(30):
+        data = drawn(2, 4, 2, 1 + (turn % 9 == 8), torch.bfloat16, rng)
+        if turn % 10 == 9:
+            for cache in (ours, plain):
+                cache.crop(3)
+        if turn % 7 == 6:
+            for cache in (ours, plain):
+                cache.select([1, 0])
+        if turn % 6 == 5:
+            with pytest.raises(RegardError, match="one dtype"):
+                ours.attend(data[0].float(), *data[1:])
+        if turn % 5 == 4:
+            both = [c.attend(*data, observe=[Received()])[1][0].sum for c in (ours, plain)]
+            assert torch.equal(*both)
+        else:
+            assert torch.equal(ours.attend(*data), plain.attend(*data))
+    assert any(planned)
+    assert_same(ours, plain)
+
+
+def test_a_query_that_asks_for_gradients_gets_them(planned):
+    rng = torch.Generator().manual_seed(4)
+    cache = KVCache(capacity=16)
+    for n in (5, 1, 1):
+        data = drawn(1, 2, 2, n, torch.float32, rng)
+        cache.attend(*data)
+    data[0].requires_grad_()
+    cache.attend(*data).sum().backward()
+    assert data[0].grad is not None
+    assert planned == [True, True, False]
 
 
 def test_equal_worth_leaves_the_later(steps):

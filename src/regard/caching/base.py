@@ -202,11 +202,12 @@ class Cache:
             )
         request = layout.request(query, mask, bias) | rest | {"engine": engine}
         if observe is None and not watched:  # nothing to say again in positions
+            request |= {"return_lse": return_lse, "observe": wanted or None}
+            answer = self._attention(query, **request)
             if not wanted:
-                answer = self._attention(query, **request, return_lse=return_lse)
                 self.settle(())
                 return answer
-            *answer, seen = self._observed(query, wanted, **request, return_lse=return_lse)
+            *answer, seen = answer
             self.settle(seen)
             return tuple(answer) if return_lse else answer[0]
         asked = list(observe or ())
@@ -247,10 +248,6 @@ class Cache:
     def _attention(self, query: Tensor, **request: Any) -> Any:
         """`regard.attention` over what is held: the one place to read it in place instead."""
         return attention(query, *self.read(), **request)
-
-    def _observed(self, query: Tensor, wanted: list[Observer], **request: Any) -> Any:
-        """`_attention`, of which `wanted` is read: what it saw comes last."""
-        return self._attention(query, observe=wanted, **request)
 
     def _in_order(self) -> None:
         """Put the slots in order of position, where they are not."""

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from ..call import Call
 from ..errors import RegardError
 from ..kernels import native
-from ..masks import First, Mask, Window
+from ..masks import Causal, First, Full, Mask, Window
 from ..observers import Observer
 from ..transforms import CPU, unwatched
 from .base import Cache
-from .layout import Layout, one
+from .layout import Biases, Layout, one
 from .policies import Eviction, first_to_go
-from .steady import Steady
+from .steady import Plan, Steady
 
 EVER = 2**62  # beyond every position
 
@@ -52,6 +53,7 @@ class KVCache(Cache):
         self._ordered = True  # whether the slots stand in order of position
         # The positions held last, and the same with those of tokens to come
         self._ahead: tuple[Tensor, Tensor] | None = None
+        self._plan: Plan | None = None  # the call of a decode step
         self._worth: Tensor | None = None  # what a policy that sums up has summed so far
         self._steady: Steady | None = None  # what decode steps go by
 
@@ -137,11 +139,16 @@ class KVCache(Cache):
             kv_heads, q_len, slots, list(self._lengths), fills, new, self._positions, self._shown
         )
 
+    def _hold(self, key: Tensor | None, value: Tensor | None) -> None:
+        """These buffers from now on."""
+        self._key, self._value = key, value
+        self._plan = self._steady = None
+
     def _reserve(self, key: Tensor, value: Tensor, slots: int) -> None:
         """Room for that many slots."""
         if self._key is None or self._value is None:
             size = max(slots, self._capacity)
-            self._key, self._value = _room(key, size), _room(value, size)
+            self._hold(_room(key, size), _room(value, size))
             return
         have, q_len = self._key.shape[2], key.shape[2]
         if slots <= have:
@@ -151,12 +158,12 @@ class KVCache(Cache):
             size = min(size, self._bound + q_len)  # what is bounded needs no room to grow
         keys, values = _room(key, size), _room(value, size)
         keys[:, :, :have], values[:, :, :have] = self._key, self._value
-        self._key, self._value = keys, values
+        self._hold(keys, values)
 
     def _extended(self, held: Tensor, fills: list[int], new: list[int], slots: int) -> Tensor:
         """The positions held, with those of the new tokens behind each item's own."""
         steady = self._steady
-        if steady and steady.follows(self._buffers()[0], held, new, self._lengths):
+        if steady and steady.follows(held, new, self._lengths):
             return steady.positions
         if new and one(fills) and one(self._lengths) and one(new):
             ahead = self._ahead
@@ -185,7 +192,8 @@ class KVCache(Cache):
             self._positions = self._positions[..., : max(self._fills, default=0)]
 
     def _clear(self) -> None:
-        self._key = self._value = self._positions = self._worth = None
+        self._hold(None, None)
+        self._positions = self._worth = self._ahead = None
         self._fills, self._lengths, self._ordered = [], [], True
 
     def crop(self, count: int) -> None:
@@ -202,10 +210,58 @@ class KVCache(Cache):
         if not len(rows):
             return self._clear()
         rows = rows.to(self._key.device)
-        self._key, self._value = self._key[rows], self._value[rows]
+        self._hold(self._key[rows], self._value[rows])
         self._positions = None if self._positions is None else self._positions[rows]
         self._worth = None if self._worth is None else self._worth[rows]
         self._fills = [self._fills[r] for r in rows.tolist()]
+
+    # Attending
+
+    def attend_appended(
+        self,
+        query: Tensor,
+        *,
+        mask: Mask,
+        bias: Biases = None,
+        observe: Sequence[Observer] | None = None,
+        return_lse: bool = False,
+        engine: str = "auto",
+        **rest: Any,
+    ) -> Any:
+        step = observe is None and bias is None and type(mask) in (Causal, Full)
+        if step and (answer := self._by_plan(query, engine, rest)) is not None:
+            return answer if return_lse else answer[0]
+        return super().attend_appended(
+            query, mask=mask, bias=bias, observe=observe, return_lse=return_lse, engine=engine,
+            **rest,
+        )  # fmt: skip
+
+    def _by_plan(
+        self, query: Tensor, engine: str, rest: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """(out, lse) of a decode step, by what it has in common with the last; None: it has not.
+
+        One new token of each item, which sees all slots.
+        """
+        layout, key = self.layout, self._key
+        if key is None or layout.q_len != 1 or not layout.full or key.device != CPU:
+            return None
+        if engine not in ("auto", "cpu") or has_torch_function_unary(query):
+            return None
+        steady = self._steady
+        if steady is not None and self._positions is not steady.positions:
+            steady = None
+        if steady is None and self.wanted:
+            return None
+        plan, watched = self._plan, 0 if steady is None else steady.observe
+        if plan is None or plan.observe != watched:
+            call = Call.checked(query, *self.read(), **rest)
+            plan = self._plan = Plan.of(call, engine, watched, rest)
+        if plan is None or not plan.serves(query, engine, rest):
+            return None
+        answer = plan.attend(query, layout.slots)
+        self.settle(() if steady is None else steady.result)
+        return answer
 
     # Evicting
 
@@ -233,7 +289,7 @@ class KVCache(Cache):
         if self._evict is None or not seen:
             return
         layout, last, received = self.layout, self._evict.exempt, seen[0].sum
-        if self._steps((0, layout.length - last), received):
+        if self._evict_one((0, layout.length - last), received):
             return
         stops = self._stops()
         if len(stops) > 1:
@@ -252,7 +308,7 @@ class KVCache(Cache):
         ]
         self._keep(worth.masked_fill(exempt, torch.inf), counts)
 
-    def _steps(self, keep: tuple[int, int], seen: Tensor | None = None) -> bool:
+    def _evict_one(self, keep: tuple[int, int], seen: Tensor | None = None) -> bool:
         """One slot too many in every head, as after each decode step, is the kernels' to evict.
 
         Positions keep[0] … keep[1] − 1 may go; the worth of a slot is that of `_keep`. False: they
@@ -285,17 +341,6 @@ class KVCache(Cache):
         by_layer = policy is not None and policy.by_layer
         self._positions = positions.contiguous()
         return Steady(key, value, self._positions, total, seen, by_layer)
-
-    def _observed(self, query: Tensor, wanted: list[Observer], **request: Any) -> Any:
-        steady, engine = self._steady, request["engine"]
-        if steady is None or self._positions is not steady.positions:
-            return super()._observed(query, wanted, **request)
-        plain = {name: given for name, given in request.items() if name != "engine"}
-        answer = steady.attend(Call.checked(query, *self.read(), **plain), engine)
-        if answer is None:
-            return super()._observed(query, wanted, **request)
-        out, lse, seen = answer
-        return (out, lse, seen) if request["return_lse"] else (out, seen)
 
     def _last(self, count: int) -> Tensor:
         """Which slots hold the last positions: bool (batch, kv_heads or 1, slots)."""
@@ -372,7 +417,7 @@ class KVCache(Cache):
         if key.shape[2] > size + size // 2 + 16:
             # One slot more is what the next decode step needs
             key, value = _room(key, size + 1), _room(value, size + 1)
-            self._key, self._value = key, value
+            self._hold(key, value)
         key[:, :, :size], value[:, :, :size] = held
         self._positions = self._positions.gather(-1, kept)
         self._worth = None if self._worth is None else self._worth.gather(-1, kept)
@@ -424,7 +469,7 @@ class WindowCache(KVCache):
 
     def settle(self, seen: Sequence[Any]) -> None:
         super().settle(seen)
-        if self.layout.slots > self._bound and not self._steps((self.first, EVER)):
+        if self.layout.slots > self._bound and not self._evict_one((self.first, EVER)):
             positions = self._where(self.layout)
             worth = positions.double().masked_fill(positions < self.first, torch.inf)
             self._keep(worth, [min(f, self._bound) for f in self._fills])

@@ -1,7 +1,11 @@
-"""Steady: a cache that evicts, from decode step to decode step, at next to no cost in Python."""
+"""From decode step to decode step: what stays the same is made once, so that Python costs little.
+
+`Plan` is the attention of one new token; `Steady` is what a cache that evicts does after it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ from ..engines import cpu, select
 from ..kernels import running
 from ..kernels.described import Buffers, received_alone
 from ..results import ReceivedSeen
+from ..transforms import unwatched
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -30,34 +35,23 @@ class Steady:
         self, key: Tensor, value: Tensor, positions: Tensor, total: Tensor | None,
         seen: Tensor | None, by_layer: bool,
     ) -> None:  # fmt: skip
-        self.key, self.value, self.positions, self.total = key, value, positions, total
+        self.positions, self.total = positions, total
         self.held = positions[:, :, :-1]
         self.held_total = None if total is None else total[:, :, :-1]
         self.ones, self.next = [1] * positions.shape[0], -1
         self.fills = [positions.shape[2] - 1] * positions.shape[0]
         self._kept = Buffers()
         self._seen = None if seen is None else torch.empty_like(seen, memory_format=CONTIGUOUS)
+        self.observe, self.result = 0, tuple[ReceivedSeen, ...]()
         if self._seen is not None:
             count = torch.zeros(self._seen.shape, dtype=torch.int32)
-            self._observe = received_alone(self._kept, self._seen, count)
-            self._result = (ReceivedSeen(self._seen, count, 1, 0),)
+            self.observe = received_alone(self._kept, self._seen, count)
+            self.result = (ReceivedSeen(self._seen, count, 1, 0),)
         self._step = running.step_of(key, value, positions, total, self._seen, by_layer)
 
-    def follows(self, key: Tensor, held: Tensor, new: list[int], starts: list[int]) -> bool:
+    def follows(self, held: Tensor, new: list[int], starts: list[int]) -> bool:
         """Whether one token comes to each item of what the last step left."""
-        alike = held is self.held and key is self.key and new == self.ones
-        return alike and starts == [self.next] * len(starts)
-
-    def attend(self, call: Call, engine: str) -> tuple[Tensor, Tensor, Any] | None:
-        """(out, lse, what a policy's observer sees), by engine cpu; None where it is not the one.
-
-        The call is of one query for each item, over all slots.
-        """
-        fits = self._seen is not None and self._seen.shape[1] == call.place.heads
-        if not fits or not cpu.direct(call) or call.needs_grad or select(call, engine) is not cpu:
-            return None
-        out, lse, _ = running.run(call, observe=self._observe)
-        return out, lse, self._result
+        return held is self.held and new == self.ones and starts == [self.next] * len(starts)
 
     def evict(self, keep: tuple[int, int], length: int, seen: Tensor | None) -> None:
         """One slot of each head goes, by what it received; its positions are not in `keep`.
@@ -68,3 +62,50 @@ class Steady:
             self._seen.copy_(seen)
         running.evict(self._step, keep, length)
         self.next = length
+
+
+class Plan:
+    """The attention of a decode step by engine cpu: one new token of each item, over all slots.
+
+    observe: the address of what the kernel fills beside, 0 for nothing. asked: what
+    `regard.attention` is asked besides, `scale`, `softcap` and so on; no mask, no bias.
+    """
+
+    def __init__(self, call: Call, engine: str, observe: int, asked: Mapping[str, Any]) -> None:
+        self.observe = observe
+        self._engine, self._scaled = engine, _scaled(asked)
+        self._again = running.Again(call, observe)
+
+    @classmethod
+    def of(cls, call: Call, engine: str, observe: int, asked: Mapping[str, Any]) -> Plan | None:
+        """The plan; None where another engine computes the call, or a graph is wanted of it."""
+        fits = cpu.direct(call) and not call.needs_grad and _plain(asked)
+        if not fits or select(call, engine) is not cpu:
+            return None
+        return cls(call, engine, observe, asked)
+
+    def serves(self, query: Tensor, engine: str, asked: Mapping[str, Any]) -> bool:
+        """Whether this call is the same, but for what the query and the keys hold."""
+        first = self._again
+        return (
+            query.shape == first.shape
+            and query.stride() == first.stride
+            and query.dtype == first.dtype
+            and engine == self._engine
+            and _scaled(asked) == self._scaled
+            and _plain(asked)
+            and unwatched(query)
+            and not (query.requires_grad and torch.is_grad_enabled())
+        )
+
+    def attend(self, query: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+        return self._again.run(query, slots)
+
+
+def _scaled(asked: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    return asked.get("scale"), asked.get("softcap")
+
+
+def _plain(asked: Mapping[str, Any]) -> bool:
+    return asked.get("sinks") is None and not asked.get("dropout")

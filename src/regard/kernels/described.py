@@ -32,6 +32,12 @@ PARTS = {"highest": 3, "high": 2, "medium": 1}
 FUSED = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 
 
+class Word:
+    """Where in a RegardCall stands what changes when a call is made again: the numbers of words."""
+
+    K_LEN, QUERY_START, THREADS, PARTS, QUERY, OUT, LSE = 4, 7, 13, 15, 16, 34, 40
+
+
 class Buffers:
     """Numbers as the kernels read them; keeps what they point to alive."""
 

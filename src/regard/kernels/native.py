@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | None:
     if where is None:
         return None
     loaded = ctypes.CDLL(where)
-    loaded.regard_forward.argtypes = [ctypes.c_char_p]
+    loaded.regard_forward.argtypes = [ctypes.c_void_p]  # bytes, or an address
     loaded.regard_evict.argtypes = [ctypes.c_char_p]
     loaded.regard_use_openmp.argtypes = [ctypes.c_void_p]
     loaded.regard_error.argtypes = [ctypes.c_int]

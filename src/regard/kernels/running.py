@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -13,18 +14,15 @@ from ..biases import Kind
 from ..call import Call
 from ..observers import Observer
 from . import native
-from .described import TYPES, Buffers, Watching, offsets, words_of
+from .described import TYPES, Buffers, Watching, Word, offsets, parts_of, words_of
 
 NONE = torch.empty(0)
 Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
 
 
-def run(
-    call: Call, observers: tuple[Observer, ...] = (), stats: bool = False, observe: int = 0
-) -> list[Tensor]:
+def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -> list[Tensor]:
     """Call the kernel: out, lse, stats, and the tensors that the observers' `shapes` name.
 
-    observe: the address of a RegardObserve that somebody else fills, instead of observers.
     stats (batch, heads, q_len, 2), empty unless asked for: each row's largest score and sum.
     """
     place, query, value = call.place, call.query, call.value
@@ -36,9 +34,43 @@ def run(
     saved = torch.empty(*rows, 2) if stats else NONE
     watching = Watching(call, observers, lse) if observers else None
     if lse.numel():
-        observe = watching.packed(kept) if watching else observe
+        observe = watching.packed(kept) if watching else 0
         _check(library().regard_forward(words_of(call, out, lse, saved, kept, observe)))
     return [out, lse, saved, *(watching.tensors() if watching else ())]
+
+
+class Again:
+    """One call again and again, but for its query and how many keys stand in the same buffers.
+
+    call: of one query for each item, whose mask shows all keys; without biases, sinks and dropout.
+    Its key and value are views of the buffers' beginning. observe: the address of a RegardObserve.
+    """
+
+    def __init__(self, call: Call, observe: int = 0) -> None:
+        query, value = call.query, call.value
+        assert value is not None
+        self.shape, self.stride, self.dtype = query.shape, query.stride(), query.dtype
+        self._out = (*self.shape[:3], value.shape[-1])
+        out, lse = self._made()
+        self._kept, self._words = Buffers(), array("q")
+        self._words.frombytes(words_of(call, out, lse, None, self._kept, observe))
+        self._at = self._words.buffer_info()[0]
+        self._forward = library().regard_forward
+
+    def run(self, query: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
+        """(out, lse). query: of the first's shape, strides and dtype."""
+        out, lse = self._made()
+        words = self._words
+        words[Word.K_LEN], words[Word.QUERY_START] = k_len, k_len - 1
+        words[Word.THREADS], words[Word.PARTS] = torch.get_num_threads(), parts_of(self.dtype)
+        words[Word.QUERY] = query.data_ptr()
+        words[Word.OUT], words[Word.LSE] = out.data_ptr(), lse.data_ptr()
+        if lse.numel():
+            _check(self._forward(self._at))
+        return out, lse
+
+    def _made(self) -> tuple[Tensor, Tensor]:
+        return torch.empty(self._out, dtype=self.dtype), torch.empty(self.shape[:3])
 
 
 def run_backward(
