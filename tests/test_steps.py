@@ -1,5 +1,7 @@
 """The decode step of a cache that evicts: by the kernels what it is in plain torch, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 
@@ -194,6 +196,24 @@ def test_a_query_that_asks_for_gradients_gets_them(planned):
     cache.attend(*data).sum().backward()
     assert data[0].grad is not None
     assert planned == [True, True, False]
+
+
+@makes
+def test_a_copy_goes_on_by_itself(make):
+    rng = torch.Generator().manual_seed(5)
+    ours, plain = make(KVCache, WindowCache), make(PlainKVCache, PlainWindowCache)
+    for n in (20, 1, 1, 1):
+        data = drawn(2, 4, 2, n, torch.float32, rng)
+        for cache in (ours, plain):
+            cache.attend(*data)
+    copied, other = copy.deepcopy(ours), copy.deepcopy(plain)
+    for _ in range(5):
+        data = drawn(2, 4, 2, 1, torch.float32, rng)
+        assert torch.equal(ours.attend(*data), plain.attend(*data))
+        data = drawn(2, 4, 2, 1, torch.float32, rng)
+        assert torch.equal(copied.attend(*data), other.attend(*data))
+    assert_same(ours, plain)
+    assert_same(copied, other)
 
 
 def test_equal_worth_leaves_the_later(steps):

@@ -57,6 +57,10 @@ class KVCache(Cache):
         self._worth: Tensor | None = None  # what a policy that sums up has summed so far
         self._steady: Steady | None = None  # what decode steps go by
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has buffers of its own
+        return self.__dict__ | {"_plan": None, "_steady": None}
+
     def __repr__(self) -> str:
         return "KVCache()" if self._evict is None else f"KVCache(evict={self._evict})"
 
@@ -246,6 +250,8 @@ class KVCache(Cache):
         layout, key = self.layout, self._key
         if key is None or layout.q_len != 1 or not layout.full or key.device != CPU:
             return None
+        if torch.compiler.is_compiling():
+            return None
         if engine not in ("auto", "cpu") or has_torch_function_unary(query):
             return None
         steady = self._steady
@@ -308,11 +314,11 @@ class KVCache(Cache):
         ]
         self._keep(worth.masked_fill(exempt, torch.inf), counts)
 
-    def _evict_one(self, keep: tuple[int, int], seen: Tensor | None = None) -> bool:
+    def _evict_one(self, among: tuple[int, int], seen: Tensor | None = None) -> bool:
         """One slot too many in every head, as after each decode step, is the kernels' to evict.
 
-        Positions keep[0] … keep[1] − 1 may go; the worth of a slot is that of `_keep`. False: they
-        do not serve this call.
+        It is one at positions `among` (a range); its worth is that of `_keep`. False: they do not
+        serve this call.
         """
         steady = self._steady
         if seen is not None and not (seen.dtype == torch.float32 and unwatched(seen)):
@@ -321,7 +327,7 @@ class KVCache(Cache):
             steady = self._steady = self._settled_down(seen)
         if steady is None:
             return False
-        steady.evict(keep, self.length, seen)
+        steady.evict(among, self.length, seen)
         self._positions, self._worth = steady.held, steady.held_total
         self._fills, self._ordered = steady.fills, False
         return True

@@ -53,14 +53,14 @@ class Steady:
         """Whether one token comes to each item of what the last step left."""
         return held is self.held and new == self.ones and starts == [self.next] * len(starts)
 
-    def evict(self, keep: tuple[int, int], length: int, seen: Tensor | None) -> None:
-        """One slot of each head goes, by what it received; its positions are not in `keep`.
+    def evict(self, among: tuple[int, int], length: int, seen: Tensor | None) -> None:
+        """One slot of each head goes, by what it received, of those at positions `among` (a range).
 
         length: the tokens seen, so the position of the next one, whose slot is now the last.
         """
         if seen is not None and self._seen is not None and seen is not self._seen:
             self._seen.copy_(seen)
-        running.evict(self._step, keep, length)
+        running.evict(self._step, among, length)
         self.next = length
 
 

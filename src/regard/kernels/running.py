@@ -168,14 +168,14 @@ def step_of(
     )  # fmt: skip
 
 
-def evict(step: bytes, keep: tuple[int, int], following: int) -> None:
+def evict(step: bytes, among: tuple[int, int], following: int) -> None:
     """Let go of one of the filled slots in every head; the last, the newest, takes its place.
 
     It is the slot of least worth, of equals that of the earliest position, of those at positions
-    keep[0] … keep[1] − 1. total becomes total + seen. The last slot, which is free then, gets the
+    among[0] … among[1] − 1. total becomes total + seen. The last slot, which is free then, gets the
     position `following`, and a total of 0. step: of `step_of`.
     """
-    _check(library().regard_evict(struct.pack("3q", *keep, following) + step))
+    _check(library().regard_evict(struct.pack("3q", *among, following) + step))
 
 
 def library() -> ctypes.CDLL:
