@@ -16,7 +16,7 @@ from .attend import attention
 from .biases import DenseBias, Kind
 from .caching import tell
 from .call import Call
-from .engines import run, select, tiled
+from .engines import run, tiled
 from .errors import RegardError
 from .masks import Causal, Dense, Full, Mask, Padding
 from .observers import Effect
@@ -103,18 +103,31 @@ class Intercept(TorchFunctionMode):
         kind: "self" or "cross", where the module says it; else it is told by mask and lengths.
         """
         call = Call.checked(*tensors, **request, observe=observe, return_lse=return_lse)
-        out, lse = select(call, engine).forward(call)
         if wanted:
-            placed = _depends_on_positions(call)
-            if kind not in ("self", "cross"):
-                kind = "self" if placed or call.place.q_len == call.place.k_len else "cross"
-            start = self.watched.position(name, kind, call.place.query_start)
-            seen = call if placed else _moved(call, start)
-            self.watched.record(name, kind, seen, lse, out)
+            out, lse, own = self._read(name, kind, call, engine)
+        else:
+            out, lse, own = run(call, engine)
         answer = (out, lse) if return_lse else (out,)
         if observe is not None:
-            answer = (*answer, weigh(call, lse, out))
+            answer = (*answer, weigh(call, lse, out, seen=own))
         return answer if len(answer) > 1 else out
+
+    def _read(
+        self, name: str, kind: str | None, call: Call, engine: str
+    ) -> tuple[Tensor, Tensor, dict[int, Any]]:
+        """Run and record it: out, lse, and what was gathered for the call's own observers."""
+        placed = _depends_on_positions(call)
+        if kind not in ("self", "cross"):
+            kind = "self" if placed or call.place.q_len == call.place.k_len else "cross"
+        start = self.watched.position(name, kind, call.place.query_start)
+        moved = call if placed else _moved(call, start)
+        if call.observers:  # which go by the call's own positions
+            out, lse, own = run(call, engine)
+            self.watched.record(name, kind, moved, lse, out)
+            return out, lse, own
+        out, lse, seen = run(self.watched.asking(name, moved), engine)
+        self.watched.record(name, kind, moved, lse, out, seen)
+        return out, lse, {}
 
     def _told(
         self, name: str, module: str, wanted: bool, kept: Mask | None, call: Call, *rest: Any
