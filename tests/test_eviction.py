@@ -380,7 +380,8 @@ def test_memory_is_bounded_by_the_budget(policy, sizes):
     for n in sizes:
         cache.attend(*(floats(rng, 2, h, n, d) for h, d in ((8, 16), (4, 16), (4, 8))))
         assert cache.key.shape[2] == min(cache.length, 48)
-    about = 2 * 4 * 48 * (4 + 4)  # positions, and what H2O has summed up
+    # Positions and what H2O has summed up, one slot more, and what a step's query gives each slot
+    about = 2 * 4 * (48 + 1) * (4 + 4) + 2 * 8 * (48 + 1) * 4
     assert cache.nbytes <= max(48 + sizes[-1], 48 * 3 // 2 + 16) * key + about
     assert cache.nbytes < 0.5 * cache.length * key
 

@@ -1,9 +1,10 @@
 """Caches: the keys and values of the tokens seen so far, and what a policy keeps of them."""
 
 from .base import Cache, mark, owner_of, tell
-from .held import KVCache, WindowCache
+from .held import KVCache
 from .paged import PagedCache, Tables
 from .policies import H2O, TOVA, Eviction, SnapKV
+from .rolling import WindowCache
 
 __all__ = [
     "H2O", "TOVA", "Cache", "Eviction", "KVCache", "PagedCache", "SnapKV", "Tables", "WindowCache",

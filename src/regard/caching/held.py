@@ -1,4 +1,4 @@
-"""KVCache and WindowCache: buffers of slots that grow, and lose what is evicted."""
+"""KVCache: buffers of slots that grow, and lose what is evicted."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from torch.overrides import has_torch_function_unary
 from ..call import Call
 from ..errors import RegardError
 from ..kernels import native
-from ..masks import Causal, First, Full, Mask, Window
+from ..masks import Causal, Full, Mask
 from ..observers import Observer
 from ..transforms import CPU, unwatched
 from .base import Cache
 from .layout import Biases, Layout, one
 from .policies import Eviction, first_to_go
 from .steady import Plan, Steady
-
-EVER = 2**62  # beyond every position
 
 
 class KVCache(Cache):
@@ -45,8 +43,6 @@ class KVCache(Cache):
         if evict is not None and not isinstance(evict, Eviction):
             raise RegardError(f"KVCache: evict is {evict!r}; give a policy, such as H2O(512)")
         self._capacity, self._evict = capacity, evict
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
         self._fills: list[int] = []
         # Of the filled slots, once something was evicted: int32 (batch, kv_heads or 1, slots)
         self._positions: Tensor | None = None
@@ -91,24 +87,16 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        kept = (self._key, self._value, self._positions, self._worth)
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+        kept = [self._key, self._value, self._positions, self._worth]
+        kept += [] if self._ahead is None else [self._ahead[1]]
+        kept += [] if self._steady is None else [self._steady.seen]
+        storages = (t.untyped_storage() for t in kept if t is not None)
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def read(self) -> tuple[Tensor, Tensor]:
         key, value = self._buffers()
         slots = max(self._fills, default=0)
         return key.narrow(2, 0, slots), value.narrow(2, 0, slots)
-
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        if self._key is None or self._value is None:
-            raise RegardError(f"{self!r} is empty: append keys and values first")
-        return self._key, self._value
-
-    def _shape(self) -> Any:
-        if self._key is None or self._value is None:
-            return None
-        sizes = (self._key.shape[1], self._key.shape[3], self._value.shape[3])
-        return sizes, self._key.dtype, self._key.device
 
     @property
     def _bound(self) -> int | None:
@@ -221,32 +209,12 @@ class KVCache(Cache):
 
     # Attending
 
-    def attend_appended(
-        self,
-        query: Tensor,
-        *,
-        mask: Mask,
-        bias: Biases = None,
-        observe: Sequence[Observer] | None = None,
-        return_lse: bool = False,
-        engine: str = "auto",
-        **rest: Any,
-    ) -> Any:
-        step = observe is None and bias is None and type(mask) in (Causal, Full)
-        if step and (answer := self._by_plan(query, engine, rest)) is not None:
-            return answer if return_lse else answer[0]
-        return super().attend_appended(
-            query, mask=mask, bias=bias, observe=observe, return_lse=return_lse, engine=engine,
-            **rest,
-        )  # fmt: skip
-
     def _by_plan(
-        self, query: Tensor, engine: str, rest: dict[str, Any]
+        self, query: Tensor, mask: Mask, bias: Biases, engine: str, rest: dict[str, Any]
     ) -> tuple[Tensor, Tensor] | None:
-        """(out, lse) of a decode step, by what it has in common with the last; None: it has not.
-
-        One new token of each item, which sees all slots.
-        """
+        # A decode step: one new token of each item, which sees all slots
+        if bias is not None or type(mask) not in (Causal, Full):
+            return None
         layout, key = self.layout, self._key
         if key is None or layout.q_len != 1 or not layout.full or key.device != CPU:
             return None
@@ -266,7 +234,9 @@ class KVCache(Cache):
         if plan is None or not plan.serves(query, engine, rest):
             return None
         answer = plan.attend(query, layout.slots)
-        self.settle(() if steady is None else steady.result)
+        self.settle(())
+        if steady is not None and steady.seen is not None:
+            self._evict_one(self._others(), steady.seen)
         return answer
 
     # Evicting
@@ -294,10 +264,10 @@ class KVCache(Cache):
         super().settle(seen)
         if self._evict is None or not seen:
             return
-        layout, last, received = self.layout, self._evict.exempt, seen[0].sum
-        if self._evict_one((0, layout.length - last), received):
+        received = seen[0].sum
+        if self._evict_one(self._others(), received):
             return
-        stops = self._stops()
+        layout, stops = self.layout, self._stops()
         if len(stops) > 1:
             own = [stops.index(layout.query_start + n) for n in layout.new]
             received = torch.stack([seen[at].sum[item] for item, at in enumerate(own)])
@@ -305,7 +275,7 @@ class KVCache(Cache):
         if before is None:
             before = received.new_zeros(received.shape[0], self._buffers()[0].shape[1], 0)
         before = F.pad(before, (0, layout.slots - before.shape[2]))
-        exempt = self._last(last)
+        exempt = self._last(self._evict.exempt)
         worth = self._evict.worth(received, before, exempt)
         self._worth = worth if self._evict.sums_up else None
         budget = self._evict.budget
@@ -313,6 +283,10 @@ class KVCache(Cache):
             min(f, budget) if due else f for f, due in zip(self._fills, self._due(), strict=True)
         ]
         self._keep(worth.masked_fill(exempt, torch.inf), counts)
+
+    def _others(self) -> tuple[int, int]:
+        """The positions that are not exempt: a range."""
+        return 0, self.length - (0 if self._evict is None else self._evict.exempt)
 
     def _evict_one(self, among: tuple[int, int], seen: Tensor | None = None) -> bool:
         """One slot too many in every head, as after each decode step, is the kernels' to evict.
@@ -345,7 +319,7 @@ class KVCache(Cache):
         if total is not None:
             total = F.pad(total, (0, layout.slots - total.shape[2])).contiguous()
         by_layer = policy is not None and policy.by_layer
-        self._positions = positions.contiguous()
+        self._positions, self._ahead = positions.contiguous(), None
         return Steady(key, value, self._positions, total, seen, by_layer)
 
     def _last(self, count: int) -> Tensor:
@@ -374,7 +348,7 @@ class KVCache(Cache):
             return
         layout, most = self.layout, max(counts)
         excess = layout.slots - most
-        self._positions = self._where(layout).expand_as(worth).contiguous()
+        self._positions, self._ahead = self._where(layout).expand_as(worth).contiguous(), None
         neighbours = self._evict is not None and self._evict.by_neighbours
         if layout.full and one(counts) and excess * 4 <= most and not neighbours:
             self._fill_holes(first_to_go(worth, self._positions, excess), most)
@@ -435,50 +409,6 @@ class KVCache(Cache):
             everything = torch.arange(self._positions.shape[2], device=self._positions.device)
             everything = everything.expand(self._positions.shape)
             self._gather(everything, torch.ones_like(everything, dtype=torch.bool))
-
-
-class WindowCache(KVCache):
-    """The last `window` tokens, and with `first` the first ones (StreamingLLM's attention sinks).
-
-        cache = regard.WindowCache(1024, first=4)
-
-    Outputs are those of uncached attention under `mask & (Window(window) | First(first))`; between
-    calls `first + window − 1` keys are held. Xiao et al. 2024.
-
-    Keys stay with their positions: a mask, ALiBi, or the rotation that the keys came with, reckons
-    with the true distance, also from the first ones. StreamingLLM instead counts positions within
-    the cache, which keeps distances below those trained on, at the price of rotating all held keys
-    anew at each step; here a model sees the distances that its training length allows for.
-    """
-
-    def __init__(self, window: int, *, first: int = 0, capacity: int = 0) -> None:
-        if window < 1 or first < 0:
-            raise RegardError(f"WindowCache({window}, first={first}): give window ≥ 1, first ≥ 0")
-        super().__init__(capacity=capacity)
-        self.window, self.first = window, first
-        self._window = Window(window) | First(first) if first else Window(window)
-
-    def __repr__(self) -> str:
-        return f"WindowCache({self.window}, first={self.first})"
-
-    @property
-    def gapless(self) -> bool:
-        return False
-
-    @property
-    def _bound(self) -> int:
-        return self.first + self.window - 1
-
-    @property
-    def _shown(self) -> Mask:
-        return self._window
-
-    def settle(self, seen: Sequence[Any]) -> None:
-        super().settle(seen)
-        if self.layout.slots > self._bound and not self._evict_one((self.first, EVER)):
-            positions = self._where(self.layout)
-            worth = positions.double().masked_fill(positions < self.first, torch.inf)
-            self._keep(worth, [min(f, self._bound) for f in self._fills])
 
 
 def _room(like: Tensor, slots: int) -> Tensor:

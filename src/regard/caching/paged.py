@@ -68,8 +68,6 @@ class PagedCache(Cache):
                 f"PagedCache({block}, blocks={blocks}): give block ≥ 1 and blocks ≥ 1"
             )
         self.block, self._most = block, blocks
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
         self._tables: list[list[int]] = []
         self._shares: list[int] = []  # of each block of the pool: the tables that name it
         self._free: list[int] = []
@@ -90,7 +88,7 @@ class PagedCache(Cache):
 
     def tables(self) -> Tables:
         """The tables, lengths and pools, for an engine that reads the blocks in place."""
-        key, value = self._pools()
+        key, value = self._buffers()
         if self._written is None:
             most = max(map(len, self._tables), default=0)
             rows = [t + [NO_BLOCK] * (most - len(t)) for t in self._tables]
@@ -113,17 +111,6 @@ class PagedCache(Cache):
         tables = self.tables()
         pages = _Own(tables.blocks, tables.lengths, self.length)
         return attention(query, tables.key, tables.value, pages=pages, **request)
-
-    def _pools(self) -> tuple[Tensor, Tensor]:
-        if self._key is None or self._value is None:
-            raise RegardError(f"{self!r} is empty: append keys and values first")
-        return self._key, self._value
-
-    def _shape(self) -> Any:
-        if self._key is None or self._value is None:
-            return None
-        sizes = (self._key.shape[1], self._key.shape[3], self._value.shape[3])
-        return sizes, self._key.dtype, self._key.device
 
     # Sequences
 
@@ -170,7 +157,7 @@ class PagedCache(Cache):
         self._make_room(key, value, starts, new)
         slots = max((s + n for s, n in zip(starts, new, strict=True)), default=0)
         layout = Layout(key.shape[1], key.shape[2], slots, starts, starts, new)
-        pools = self._pools()
+        pools = self._buffers()
         if key.shape[2] == 1:
             self._write_one(key, value, starts, new)
             return layout
@@ -190,7 +177,7 @@ class PagedCache(Cache):
         blocks = [self._tables[row][starts[row] // self.block] for row in rows]
         offsets = [starts[row] % self.block for row in rows]
         block, offset = torch.tensor([blocks, offsets], device=key.device).long()
-        for pool, tensor in zip(self._pools(), (key, value), strict=True):
+        for pool, tensor in zip(self._buffers(), (key, value), strict=True):
             token = tensor[:, :, 0]
             pool[block, :, offset] = token if len(rows) == len(new) else token[rows]
 
@@ -211,7 +198,7 @@ class PagedCache(Cache):
             self._written = None
         for row in copied:
             old, mine = self._tables[row][-1], self._taken()
-            for pool in self._pools():
+            for pool in self._buffers():
                 pool[mine] = pool[old]
             self._release([old])
             self._tables[row][-1] = mine

@@ -15,7 +15,6 @@ from ..call import Call
 from ..engines import cpu, select
 from ..kernels import running
 from ..kernels.described import Buffers, received_alone
-from ..results import ReceivedSeen
 from ..transforms import unwatched
 
 CONTIGUOUS = torch.contiguous_format
@@ -41,13 +40,9 @@ class Steady:
         self.ones, self.next = [1] * positions.shape[0], -1
         self.fills = [positions.shape[2] - 1] * positions.shape[0]
         self._kept = Buffers()
-        self._seen = None if seen is None else torch.empty_like(seen, memory_format=CONTIGUOUS)
-        self.observe, self.result = 0, tuple[ReceivedSeen, ...]()
-        if self._seen is not None:
-            count = torch.zeros(self._seen.shape, dtype=torch.int32)
-            self.observe = received_alone(self._kept, self._seen, count)
-            self.result = (ReceivedSeen(self._seen, count, 1, 0),)
-        self._step = running.step_of(key, value, positions, total, self._seen, by_layer)
+        self.seen = None if seen is None else torch.empty_like(seen, memory_format=CONTIGUOUS)
+        self.observe = 0 if self.seen is None else received_alone(self._kept, self.seen)
+        self._step = running.step_of(key, value, positions, total, self.seen, by_layer)
 
     def follows(self, held: Tensor, new: list[int], starts: list[int]) -> bool:
         """Whether one token comes to each item of what the last step left."""
@@ -58,8 +53,8 @@ class Steady:
 
         length: the tokens seen, so the position of the next one, whose slot is now the last.
         """
-        if seen is not None and self._seen is not None and seen is not self._seen:
-            self._seen.copy_(seen)
+        if seen is not None and self.seen is not None and seen is not self.seen:
+            self.seen.copy_(seen)
         running.evict(self._step, among, length)
         self.next = length
 

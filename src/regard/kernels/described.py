@@ -159,12 +159,12 @@ def _mask_tensors(call: Call) -> list[Tensor]:
     return tensors
 
 
-def received_alone(kept: Buffers, total: Tensor, count: Tensor) -> int:
-    """A RegardObserve of one Received alone, of calls of one query: it fills these anew.
+def received_alone(kept: Buffers, total: Tensor) -> int:
+    """A RegardObserve of what each key receives from calls of one query, which fill `total` anew.
 
-    total float32 and count int32 (batch, heads, k_len), contiguous.
+    total float32 (batch, heads, k_len), contiguous.
     """
-    received = kept.integers([0, 1, kept.tensor(total), kept.tensor(count)])
+    received = kept.integers([0, 1, kept.tensor(total), 0])
     return kept.integers([*(0,) * 7, 1, 0, 0, 0, received, 0, 0, 0, 0])
 
 

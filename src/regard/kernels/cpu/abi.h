@@ -31,7 +31,7 @@ struct RegardMap {
 struct RegardReceived {
     int64_t first, last;  // the queries of the call that count: first ≤ i < last
     float* sum;           // (batch, heads, k_len)
-    int32_t* count;       // likewise
+    int32_t* count;       // likewise, or null
 };
 
 struct RegardDistances {

@@ -81,7 +81,8 @@ struct Columns {
         long row = b * c.heads + h;
         for (long i = 0; i < o.received_count; i++) {
             memcpy(o.received[i].sum + row * c.k_len, received + i * c.k_len, c.k_len * 4);
-            memcpy(o.received[i].count + row * c.k_len, count + i * c.k_len, c.k_len * 4);
+            if (o.received[i].count)
+                memcpy(o.received[i].count + row * c.k_len, count + i * c.k_len, c.k_len * 4);
         }
         const float* from = maps;
         for (long m = 0; m < o.map_count; m++) {
