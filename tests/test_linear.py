@@ -16,6 +16,7 @@ from regard import (
     Favor,
     LinearState,
     Padding,
+    RegardError,
     Rows,
     attention,
     linear_attention,
@@ -123,6 +124,33 @@ def test_float64_in_parts(case, monkeypatch):
             out, state = by(engine)(*tensors, **request)
         truths = [t for t in exact(case, torch.float64)[0] if t is not None]
         assert_equal([t for t in (out, *parts(state)) if t is not None], truths)
+
+
+@pytest.mark.parametrize("engine", ["auto", "chunked", "recurrent"])
+def test_what_is_observed_is_what_was_computed(engine):
+    """A feature map may draw: it is asked once for the queries and once for the keys."""
+    asked_for = []
+
+    def drawn(x: Tensor) -> Tensor:
+        asked_for.append(x.shape)
+        return torch.rand(x.shape, dtype=x.dtype)
+
+    rng = torch.Generator().manual_seed(0)
+    tensors = [floats(rng, 1, 2, 9, 4).double() for _ in range(3)]
+    out, (rows,) = linear_attention(
+        *tensors, feature_map=drawn, observe=[Rows(tuple(range(9)))], engine=engine
+    )
+    assert len(asked_for) == 2
+    torch.testing.assert_close(rows.weights @ tensors[2], out)
+
+
+@pytest.mark.parametrize("engine", ["auto", "chunked", "recurrent", "reference"])
+def test_a_state_that_does_not_fit(engine):
+    tensors = [torch.ones(1, 2, 3, 4) for _ in range(3)]
+    _, state = linear_attention(*tensors, return_state=True)
+    narrow = [t[..., :3] for t in tensors]
+    with pytest.raises(RegardError, match="this call needs"):
+        linear_attention(*narrow, state=state, engine=engine)
 
 
 def typical(error: Tensor) -> Tensor:

@@ -86,10 +86,14 @@ def linear_attention(
         raise RegardError("documents without causality leave no single state: return_state=False")
     check(request)
     with full_precision(query):
-        out, last = reference.forward(request) if engine == "reference" else _run(request, engine)
+        if observe is None and engine != "reference":
+            out, last = _run(request, engine)
+            return (out, last) if return_state else out
+        ready = prepared(request)  # features are made once: what is observed is what was computed
+        out, last = reference.forward(request) if engine == "reference" else _whole(ready, engine)
         answer: tuple[Any, ...] = (out, last) if return_state else (out,)
         if observe is not None:
-            answer = (*answer, weigh(prepared(request)))
+            answer = (*answer, weigh(ready))
     return answer if len(answer) > 1 else out
 
 
@@ -126,13 +130,13 @@ def _run(request: Request, engine: str) -> tuple[Tensor, LinearState]:
     call, step, state = request.call, _part(request), request.state
     total = call.place.k_len
     if step >= total:
-        return _run_whole(prepared(request), engine)
+        return _whole(prepared(request), engine)
     assert call.value is not None
     out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
     for start in range(0, total, step):
         stop = min(start + step, total)
         part = prepared(request.part(start, stop, state))
-        out[:, :, start:stop], state = _run_whole(part, engine)
+        out[:, :, start:stop], state = _whole(part, engine)
     assert state is not None
     return out, state
 
@@ -148,7 +152,7 @@ def _part(request: Request) -> int:
     return max(PART // max(numbers, 1), CHUNK)
 
 
-def _run_whole(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
+def _whole(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
     request, flow = ready.request, ready.flow
     if engine == "recurrent" and not request.causal:
         raise NoEngine(f"recurrent cannot run {request.call}: it goes token by token, causal=True")
