@@ -97,17 +97,19 @@ class Compiled:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *given, num_warps=4, enable_fp_fusion=True, **constants):
+    def compile(self, *given, num_warps=4, num_stages=3, maxnreg=None, enable_fp_fusion=True,
+                **constants):
         names = self.kernel.arg_names
         types = {n: "*" + NAMES[g.dtype] if isinstance(g, torch.Tensor)
                  else "fp32" if isinstance(g, float) else "i32" for n, g in zip(names, given)}
         source = ASTSource(self.kernel, types | dict.fromkeys(constants, "constexpr"),
                            {(names.index(n),): value for n, value in constants.items()})
-        options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg,
+                   "enable_fp_fusion": enable_fp_fusion}
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(self.kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
-for module, *names in ((weighing, "weigh", "weigh_rows"), (removing, "remove"),
+for module, *names in ((weighing, "sum_rows", "weigh", "weigh_rows"), (removing, "remove"),
                        (chunks, "weigh_few", "join_few")):
     for name in names:
         setattr(module, name, Compiled(getattr(module, name)))
@@ -141,6 +143,7 @@ def test_compiles_for_a_gpu(tmp_path):
         check=False,
     )
     assert done.stdout.splitlines() == [
+        "sum_rows True True",
         "weigh True True",
         "weigh_rows False True",
         "remove True True",

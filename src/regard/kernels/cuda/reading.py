@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ READS = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 MOST_LISTED = 64  # a row's list stands in registers
 MOST_DIM = 256
 PROGRAMS = 512  # of all heads together, where columns are gathered: each has a buffer of its own
+MOST_SUMS = 2**26  # numbers in those buffers, where more programs than that fill the GPU better
 _MOST_INT = 2**31 - 1
 
 
@@ -134,29 +136,49 @@ def _result(observer: Observer, plans: list[Launch], shared: Shared, shard: bool
     return [found["past"].clone(), found["future"].clone()]
 
 
+def _narrow(call: Call, plan: Launch) -> bool:
+    """Whether four small blocks at once on a multiprocessor are faster than two large ones.
+
+    As measured on an H200: where something waits, a list for its turns, rows for a mask.
+    """
+    return plan.listed > 0 or (not call.program.full and plan.received is None)
+
+
 def _blocks(call: Call, plan: Launch) -> tuple[int, int]:
-    """Queries and keys of a tile: what registers hold. Not yet measured on a GPU."""
-    rows = 128 if call.query.shape[-1] <= 128 and call.query.element_size() == 2 else 64
+    """Queries and keys of a tile, as measured on an H200; beyond half precision by estimate."""
+    half = call.query.element_size() == 2
+    rows = 128 if call.query.shape[-1] <= 128 and half and not _narrow(call, plan) else 64
     if plan.listed > 8:
         rows //= 2
     if plan.listed > 32:
         rows //= 2
     while rows > 16 and rows >= 2 * call.place.q_len:
         rows //= 2
-    return rows, 64 if call.query.element_size() == 2 else 32
+    return rows, 64 if half else 32
+
+
+def _options(call: Call, plan: Launch) -> dict[str, Any]:
+    """How Triton compiles the kernels for a call."""
+    dim, half = call.query.shape[-1], call.query.element_size() == 2
+    options: dict[str, Any] = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    if half and dim <= 128 and _narrow(call, plan):
+        options["maxnreg"] = 128  # of 65536, for four blocks of 128 threads
+    elif half and 64 < dim <= 128:
+        options["num_stages"] = 3
+    return options
 
 
 def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) -> None:
     """Launch the kernel once and put what it gathered into plan.found."""
-    from .weighing import weigh  # triton
+    from .weighing import sum_rows, weigh  # triton
 
     call, place = shared.call, shared.call.place
     block_q, block_k = blocks
     device = place.device
     lead, (q_blocks, k_blocks) = aligned(call, blocks)
     splits = q_blocks
-    if plan.columns:
-        splits = min(q_blocks, -(-PROGRAMS // place.heads))
+    programs = max(PROGRAMS, MOST_SUMS // place.k_len) if plan.columns else q_blocks * place.heads
+    splits = min(q_blocks, -(-programs // place.heads))
 
     def new(*shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
         made = torch.zeros if zero else torch.empty
@@ -189,20 +211,30 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
         past, future = (new(place.batch, place.heads, splits, bins) for _ in range(2))
         edges = ends(plan.distances, device)
     first, last = plan.received or (0, 0)
+    even = not shared.paged and not lead[1] and place.k_len % block_k == 0
+    options = _options(call, plan)
+    front, listed = shared.front(), listed_tiles(shared, blocks, lead)
+    flags = {"SINKS": call.sinks is not None, **shared.flags(block_q, block_k)}
+    before = unused
     with on_device(device):
+        if plan.columns and not shard:
+            before = new(*rows)
+            sum_rows[(q_blocks * place.heads * place.batch,)](
+                call.query, call.key, shared.lse, shared.sinks, before, *front, *listed, *lead,
+                q_blocks, k_blocks, **flags, **options,
+            )  # fmt: skip
         weigh[(splits * place.heads * place.batch,)](
-            call.query, call.key, shared.lse, shared.sinks, *shared.front(),
-            *listed_tiles(shared, blocks, lead), *lead, q_blocks, k_blocks, splits,
+            call.query, call.key, shared.lse, shared.sinks, before, *front,
+            *listed, *lead, q_blocks, k_blocks, splits,
             found["mass"], found["entropy"], found["score"], found["names"], found["listed"],
             plan.listed, columns, seen, *spread, first, last,
             cells, grid.size, grid.first, grid.width, past, future, edges,
             len(plan.distances or ()),
-            SHARD=shard, SINKS=call.sinks is not None, ENTROPY=plan.entropy, SCORE=plan.score,
+            SHARD=shard, ENTROPY=plan.entropy, SCORE=plan.score,
             TOP=power(plan.listed) if plan.listed else 0, RECEIVED=plan.received is not None,
-            MAP=plan.map is not None, MAX=plan.map is not None and plan.map.reduce == "max",
-            NR=grid.rows, NC=grid.cols, BINS=bins,
-            **shared.flags(block_q, block_k), num_warps=4 if block_q < 128 else 8,
-            enable_fp_fusion=True,
+            EVEN=even, MAP=plan.map is not None,
+            MAX=plan.map is not None and plan.map.reduce == "max", NR=grid.rows, NC=grid.cols,
+            BINS=bins, **flags, **options,
         )  # fmt: skip
     if plan.received is not None:
         found["columns"] = columns.sum(2)

@@ -57,6 +57,8 @@ def visible(
     """
     query = (rows + query_start)[:, None]
     key = (cols + key_start)[None, :]
+    if KINDS == (_ONE << _CAUSAL):  # the most usual of all: a stack of one
+        return key <= query
     inside = row_in[:, None] & col_in[None, :]
     zeros = tl.zeros([M, N], tl.int32)
     stack = zeros
@@ -181,6 +183,47 @@ def keys_of(
 
 
 @triton.jit
+def dots(
+    q, k, k_row, k_dim, dim, cols, col_in, table, page_size, k_page,
+    PAGED: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """q · kᵀ of a tile, (M, N), without its scale; `scores` says what is what."""
+    dims = tl.arange(0, D)
+    own = places(cols, col_in, k_row, table, page_size, k_page, PAGED)
+    own = k + own[None, :] + dims[:, None] * k_dim
+    keys = tl.load(own, mask=col_in[None, :] & (dims < dim)[:, None], other=0)
+    if WIDEN:
+        q = q.to(tl.float32)
+        keys = keys.to(tl.float32)
+    return tl.dot(q, keys, input_precision="ieee")
+
+
+@triton.jit
+def changed(
+    s, rows, cols, row_in, col_in, b, h, softcap,
+    query_start, key_start, slopes, relative, relative_width, relative_zero,
+    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """What a cap and biases make of a tile's scaled scores."""
+    if SOFTCAP:
+        # tanh x = 1 − 2 / (e^2x + 1), off by float32's rounding at 1
+        s = softcap * (1 - 2 / (tl.exp(2 * (s / softcap)) + 1))
+    offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
+    inside = row_in[:, None] & col_in[None, :]
+    if ALIBI:
+        s = s - tl.load(slopes + h) * tl.abs(offset).to(tl.float32)
+    if RELATIVE:
+        along = relative + h.to(tl.int64) * relative_width + offset + relative_zero
+        s = s + tl.load(along, mask=inside, other=0)
+    if DENSE > 0:
+        s = s + _added(bias0, b0_b, b0_h, b0_q, b0_k, rows, cols, row_in, col_in, b, h)
+    if DENSE > 1:
+        s = s + _added(bias1, b1_b, b1_h, b1_q, b1_k, rows, cols, row_in, col_in, b, h)
+    return s
+
+
+@triton.jit
 def scores(
     q, k, k_row, k_dim, dim, rows, cols, row_in, col_in, b, h, whole, scale, softcap,
     query_start, key_start, slopes, relative, relative_width, relative_zero,
@@ -196,32 +239,16 @@ def scores(
     the pool, and `table` is the item's. h: the head, or those of the rows, (M, 1). whole: the mask
     shows all of the tile.
     """
-    dims = tl.arange(0, D)
-    own = places(cols, col_in, k_row, table, page_size, k_page, PAGED)
-    own = k + own[None, :] + dims[:, None] * k_dim
-    keys = tl.load(own, mask=col_in[None, :] & (dims < dim)[:, None], other=0)
-    if WIDEN:
-        q = q.to(tl.float32)
-        keys = keys.to(tl.float32)
-    s = tl.dot(q, keys, input_precision="ieee") * scale
-    if SOFTCAP:
-        # tanh x = 1 − 2 / (e^2x + 1), off by float32's rounding at 1
-        s = softcap * (1 - 2 / (tl.exp(2 * (s / softcap)) + 1))
-    offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
-    if ALIBI:
-        s = s - tl.load(slopes + h) * tl.abs(offset).to(tl.float32)
-    inside = row_in[:, None] & col_in[None, :]
-    if RELATIVE:
-        along = relative + h.to(tl.int64) * relative_width + offset + relative_zero
-        s = s + tl.load(along, mask=inside, other=0)
-    if DENSE > 0:
-        s = s + _added(bias0, b0_b, b0_h, b0_q, b0_k, rows, cols, row_in, col_in, b, h)
-    if DENSE > 1:
-        s = s + _added(bias1, b1_b, b1_h, b1_q, b1_k, rows, cols, row_in, col_in, b, h)
-    shown = inside
+    s = dots(q, k, k_row, k_dim, dim, cols, col_in, table, page_size, k_page, PAGED, D) * scale
+    s = changed(
+        s, rows, cols, row_in, col_in, b, h, softcap, query_start, key_start, slopes, relative,
+        relative_width, relative_zero, bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q,
+        b1_k, SOFTCAP, ALIBI, RELATIVE, DENSE,
+    )  # fmt: skip
+    shown = row_in[:, None] & col_in[None, :]
     if MASKED:
         if whole == 0:
-            shown = inside & visible(
+            shown = shown & visible(
                 records, length, integers, octets, rows, cols, row_in, col_in, b, h,
                 query_start, key_start, KINDS, M, N,
             )  # fmt: skip
