@@ -17,6 +17,7 @@ from torch import Tensor
 from ...biases import Kind
 from ...call import Call
 from ...errors import RegardError
+from ...lowered import Op
 from ...observers import (
     Distances,
     Entropy,
@@ -37,6 +38,12 @@ MOST_LISTED = 64  # a row's list stands in registers
 MOST_DIM = 256
 PROGRAMS = 512  # of all heads together, where columns are gathered: each has a buffer of its own
 MOST_SUMS = 2**26  # numbers in those buffers, where more programs than that fill the GPU better
+MOST_LEAVES = 1024  # of a row: what the pass keeps of it for its list, see `listing`
+LEAST_LEAF = 8  # keys
+FAN = 16  # leaves
+PROGRAMS_AT_ONCE = 2  # on a multiprocessor, where each keeps leaves
+CHOSEN_AT_ONCE = 4096  # maxima in registers, of a few rows
+SCORES_AT_ONCE = 256  # that a program computes again
 _MOST_INT = 2**31 - 1
 
 
@@ -136,22 +143,10 @@ def _result(observer: Observer, plans: list[Launch], shared: Shared, shard: bool
     return [found["past"].clone(), found["future"].clone()]
 
 
-def _narrow(call: Call, plan: Launch) -> bool:
-    """Whether four small blocks at once on a multiprocessor are faster than two large ones.
-
-    As measured on an H200: where something waits, a list for its turns, rows for a mask.
-    """
-    return plan.listed > 0 or (not call.program.full and plan.received is None)
-
-
 def _blocks(call: Call, plan: Launch) -> tuple[int, int]:
-    """Queries and keys of a tile, as measured on an H200; beyond half precision by estimate."""
+    """Queries and keys of a tile; beyond half precision by estimate."""
     half = call.query.element_size() == 2
-    rows = 128 if call.query.shape[-1] <= 128 and half and not _narrow(call, plan) else 64
-    if plan.listed > 8:
-        rows //= 2
-    if plan.listed > 32:
-        rows //= 2
+    rows = (256 if call.query.shape[-1] <= 128 else 64) if half else 64
     while rows > 16 and rows >= 2 * call.place.q_len:
         rows //= 2
     return rows, 64 if half else 32
@@ -159,24 +154,68 @@ def _blocks(call: Call, plan: Launch) -> tuple[int, int]:
 
 def _options(call: Call, plan: Launch) -> dict[str, Any]:
     """How Triton compiles the kernels for a call."""
-    dim, half = call.query.shape[-1], call.query.element_size() == 2
-    options: dict[str, Any] = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    if half and dim <= 128 and _narrow(call, plan):
-        options["maxnreg"] = 128  # of 65536, for four blocks of 128 threads
-    elif half and 64 < dim <= 128:
-        options["num_stages"] = 3
-    return options
+    return {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """The groups of keys that a TopK is found by: see `listing`."""
+
+    width: int  # leaves of a row in one line
+    tiles: int  # of a line
+    lines: int
+    fans: int  # a power of two that holds the fans of a row
+    kept: int  # leaves a row chooses at most
+
+    @classmethod
+    def of(cls, listed: int, k_blocks: int, block_k: int) -> _Leaves:
+        lane = block_k // 4  # keys of a row that a thread holds
+        # as small as keeps a row's leaves within MOST_LEAVES: fewer keys to compute again
+        size = max(power(-(-k_blocks * block_k // MOST_LEAVES)), LEAST_LEAF)
+        size = max(size, min(lane, LEAST_LEAF))
+        width = max(block_k // size, 4)
+        tiles = max(size // lane, 1)
+        lines = -(-k_blocks // tiles)
+        fans = power(max(-(-lines // FAN), 1) * width)
+        return cls(width, tiles, lines, max(fans, width), listed + width - 1)
+
+    def size(self, block_k: int) -> int:
+        """Keys of a leaf."""
+        return block_k // self.width * self.tiles
+
+
+def _programs(call: Call, items: int) -> int:
+    """How many programs share the items where each needs memory of its own."""
+    if call.place.device.type != "cuda":  # interpreted
+        return min(items, 3)
+    held = torch.cuda.get_device_properties(call.place.device).multi_processor_count
+    return min(items, PROGRAMS_AT_ONCE * held)
+
+
+def _counts(shared: Shared, span: tuple[int, int]) -> Tensor | None:
+    """How many queries of the span see each key, int32, where that is plain: unmasked, causal."""
+    if shared.paged:
+        return None
+    place = shared.call.place
+    first, last = max(span[0], 0), min(span[1], place.q_len)
+    keys = torch.arange(place.k_len, dtype=torch.int32, device=place.device)
+    if not shared.masked:
+        return torch.full_like(keys, max(last - first, 0)).view(1, 1, -1)
+    if shared.mask.kinds != 1 << Op.CAUSAL:
+        return None
+    keys += place.key_start - place.query_start
+    return (last - keys.clamp_(min=first)).clamp_(min=0).view(1, 1, -1)
 
 
 def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) -> None:
-    """Launch the kernel once and put what it gathered into plan.found."""
-    from .weighing import sum_rows, weigh  # triton
+    """Launch the kernels once and put what they gathered into plan.found."""
+    from .listing import list_keys  # triton
+    from .weighing import sum_rows, weigh
 
     call, place = shared.call, shared.call.place
     block_q, block_k = blocks
     device = place.device
     lead, (q_blocks, k_blocks) = aligned(call, blocks)
-    splits = q_blocks
     programs = max(PROGRAMS, MOST_SUMS // place.k_len) if plan.columns else q_blocks * place.heads
     splits = min(q_blocks, -(-programs // place.heads))
 
@@ -190,16 +229,16 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     found["mass"] = new(*rows)
     found["entropy"] = new(*rows) if plan.entropy else unused
     found["score"] = new(*rows) if plan.score else unused
-    found["names"] = new(*rows, plan.listed, dtype=torch.int32) if plan.listed else unused
-    found["listed"] = new(*rows, plan.listed) if plan.listed else unused
-    columns, seen, spread = unused, unused, (0, 0)
+    columns, seen, spread, counts = unused, unused, (0, 0), None
     if plan.received is not None:
         lines = (place.batch, place.heads, splits, place.k_len)
         columns = new(*lines, zero=True)
-        spread = call.program.spread()
-        if shared.paged:  # an item sees its own keys
-            spread = (place.batch, spread[1])
-        seen = new(*spread, *lines[2:], dtype=torch.int32, zero=True)
+        counts = _counts(shared, plan.received)
+        if counts is None:
+            spread = call.program.spread()
+            if shared.paged:  # an item sees its own keys
+                spread = (place.batch, spread[1])
+            seen = new(*spread, *lines[2:], dtype=torch.int32, zero=True)
     cells, grid = unused, _Grid(1, 1, 1, 0, 1)
     if plan.map is not None:
         grid = _Grid.of(plan.map, call, blocks)
@@ -210,35 +249,67 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
         bins = power(len(plan.distances))
         past, future = (new(place.batch, place.heads, splits, bins) for _ in range(2))
         edges = ends(plan.distances, device)
+    items = splits * place.heads * place.batch
+    queue = new(1, dtype=torch.int32, zero=True)
+    grid_size, kept, top = items, 0, 0
+    leaves = _Leaves(4, 1, 1, 4, 0)
+    maxima = fans = chosen = totals = unused
+    if plan.listed:
+        grid_size = _programs(call, items)
+        leaves = _Leaves.of(plan.listed, k_blocks, block_k)
+        kept, top = leaves.kept, power(leaves.kept)
+        line = block_q * leaves.width
+        maxima = new(grid_size, leaves.lines, line)
+        fans = new(grid_size, -(-leaves.lines // FAN), line)
+        chosen = new(*rows, kept, dtype=torch.int32)
+        totals = new(*rows)
     first, last = plan.received or (0, 0)
     even = not shared.paged and not lead[1] and place.k_len % block_k == 0
     options = _options(call, plan)
     front, listed = shared.front(), listed_tiles(shared, blocks, lead)
-    flags = {"SINKS": call.sinks is not None, **shared.flags(block_q, block_k)}
+    flags = shared.flags(block_q, block_k)
     before = unused
     with on_device(device):
         if plan.columns and not shard:
             before = new(*rows)
             sum_rows[(q_blocks * place.heads * place.batch,)](
                 call.query, call.key, shared.lse, shared.sinks, before, *front, *listed, *lead,
-                q_blocks, k_blocks, **flags, **options,
+                q_blocks, k_blocks, SINKS=call.sinks is not None, **flags, **options,
             )  # fmt: skip
-        weigh[(splits * place.heads * place.batch,)](
+        weigh[(grid_size,)](
             call.query, call.key, shared.lse, shared.sinks, before, *front,
-            *listed, *lead, q_blocks, k_blocks, splits,
-            found["mass"], found["entropy"], found["score"], found["names"], found["listed"],
-            plan.listed, columns, seen, *spread, first, last,
+            *listed, *lead, q_blocks, k_blocks, splits, items, queue,
+            found["mass"], found["entropy"], found["score"],
+            maxima, fans, chosen, totals, plan.listed, kept, columns, seen, *spread, first, last,
             cells, grid.size, grid.first, grid.width, past, future, edges,
             len(plan.distances or ()),
-            SHARD=shard, ENTROPY=plan.entropy, SCORE=plan.score,
-            TOP=power(plan.listed) if plan.listed else 0, RECEIVED=plan.received is not None,
-            EVEN=even, MAP=plan.map is not None,
+            SHARD=shard, ENTROPY=plan.entropy, SCORE=plan.score, TOP=top, WIDTH=leaves.width,
+            TILES=leaves.tiles, FAN=FAN, FANS=leaves.fans,
+            TURN_ROWS=min(block_q, max(CHOSEN_AT_ONCE // max(leaves.fans, top * FAN), 1)),
+            RECEIVED=plan.received is not None, COUNTED=spread != (0, 0),
+            ALL_ROWS=first <= 0 and last >= place.q_len, EVEN=even, MAP=plan.map is not None,
             MAX=plan.map is not None and plan.map.reduce == "max", NR=grid.rows, NC=grid.cols,
-            BINS=bins, **flags, **options,
+            BINS=bins, SINKS=call.sinks is not None, **flags, **options,
         )  # fmt: skip
+        if plan.listed:
+            found["names"] = new(*rows, plan.listed, dtype=torch.int32)
+            found["listed"] = new(*rows, plan.listed)
+            at_once = power(plan.listed)  # leaves
+            scores = at_once * leaves.size(block_k)
+            turn_rows = max(SCORES_AT_ONCE // scores, 1)
+            parts = -(-place.q_len // turn_rows)
+            list_keys[(parts * place.heads * place.batch,)](
+                call.query, call.key, shared.lse, totals, chosen, kept, *front, *listed, *lead,
+                k_blocks, parts, found["names"], found["listed"], plan.listed,
+                TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles, R=turn_rows,
+                DEPTH=min(flags["D"], max(16, 32 * SCORES_AT_ONCE // max(scores, SCORES_AT_ONCE))),
+                **flags, num_warps=4 if scores <= SCORES_AT_ONCE else 8, enable_fp_fusion=True,
+            )  # fmt: skip
     if plan.received is not None:
         found["columns"] = columns.sum(2)
-        found["counts"] = seen.sum(2, dtype=torch.int32).expand(found["columns"].shape)
+        if counts is None:
+            counts = seen.sum(2, dtype=torch.int32)
+        found["counts"] = counts.expand(found["columns"].shape)
     if plan.map is not None:
         found["cells"] = grid.whole(cells, plan.map, call, block_q)
     if plan.distances is not None:

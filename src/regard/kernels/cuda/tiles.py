@@ -53,13 +53,14 @@ def visible(
 ):  # fmt: skip
     """Bool (M, N): what the program shows of the pairs of rows and cols, indices of the call.
 
+    rows and row_in (M, 1), cols and col_in (1, N), or (M, N) where each row has keys of its own.
     The stack stands in the bits of one integer a pair: bit 0 is its top.
     """
-    query = (rows + query_start)[:, None]
-    key = (cols + key_start)[None, :]
+    query = rows + query_start
+    key = cols + key_start
     if KINDS == (_ONE << _CAUSAL):  # the most usual of all: a stack of one
         return key <= query
-    inside = row_in[:, None] & col_in[None, :]
+    inside = row_in & col_in
     zeros = tl.zeros([M, N], tl.int32)
     stack = zeros
     for n in range(length):
@@ -107,12 +108,12 @@ def visible(
                     leaf = zeros + ((query >= n1) & (query < n2)).to(tl.int32)
             if (_ONE << _DOCUMENTS) & KINDS:
                 if op == _DOCUMENTS:
-                    mine = tl.load(integers + w1 + b * w2 + rows, mask=row_in, other=-1)[:, None]
-                    theirs = tl.load(integers + w3 + b * w4 + cols, mask=col_in, other=-1)[None, :]
+                    mine = tl.load(integers + w1 + b * w2 + rows, mask=row_in, other=-1)
+                    theirs = tl.load(integers + w3 + b * w4 + cols, mask=col_in, other=-1)
                     leaf = ((mine == theirs) & (mine >= 0)).to(tl.int32)
             if (_ONE << _PADDING) & KINDS:
                 if op == _PADDING:
-                    keep = tl.load(octets + w1 + b * w2 + cols, mask=col_in, other=0)[None, :]
+                    keep = tl.load(octets + w1 + b * w2 + cols, mask=col_in, other=0)
                     leaf = zeros + (keep != 0).to(tl.int32)
             if (_ONE << _HEADS) & KINDS:
                 if op == _HEADS:
@@ -127,7 +128,7 @@ def visible(
                 if op == _DENSE:
                     w5 = tl.load(at + 5)
                     start = octets + w1 + b * w2 + h * w3
-                    own = start + rows[:, None] * w4 + cols[None, :] * w5
+                    own = start + rows * w4 + cols * w5
                     leaf = (tl.load(own, mask=inside, other=0) != 0).to(tl.int32)
             if (_ONE << _BLOCKS) & KINDS:
                 if op == _BLOCKS:
@@ -139,11 +140,9 @@ def visible(
             if (_ONE << _TILES) & KINDS:
                 if op == _TILES:
                     w5 = tl.load(at + 5)
-                    row = rows[:, None]
-                    col = cols[None, :]
-                    own = integers + w1 + b * w2 + h * w3 + (row // _SIDE) * w4 + col // _SIDE
+                    own = integers + w1 + b * w2 + h * w3 + (rows // _SIDE) * w4 + cols // _SIDE
                     cell = tl.load(own, mask=inside, other=_FULL_CELL)
-                    bit = (row % _SIDE) * _SIDE + col % _SIDE
+                    bit = (rows % _SIDE) * _SIDE + cols % _SIDE
                     place = octets + w5 + cell * (_SIDE * _SIDE // 8) + bit // 8
                     bits = tl.load(place, mask=inside & (cell >= 0), other=0).to(tl.int32)
                     shown = ((bits >> (bit % 8)) & 1) | (cell == _FULL_CELL).to(tl.int32)
@@ -156,8 +155,8 @@ def visible(
 def _added(bias, b_stride, h_stride, q_stride, k_stride, rows, cols, row_in, col_in, b, h):
     """A tile of a dense bias, float32; a stride is 0 where one number serves all."""
     own = bias + b * b_stride + h * h_stride
-    own = own + rows[:, None].to(tl.int64) * q_stride + cols[None, :].to(tl.int64) * k_stride
-    return tl.load(own, mask=row_in[:, None] & col_in[None, :], other=0).to(tl.float32)
+    own = own + rows.to(tl.int64) * q_stride + cols.to(tl.int64) * k_stride
+    return tl.load(own, mask=row_in & col_in, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -205,12 +204,12 @@ def changed(
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """What a cap and biases make of a tile's scaled scores."""
+    """What a cap and biases make of a tile's scaled scores; rows and cols as `visible` takes them."""
     if SOFTCAP:
         # tanh x = 1 − 2 / (e^2x + 1), off by float32's rounding at 1
         s = softcap * (1 - 2 / (tl.exp(2 * (s / softcap)) + 1))
-    offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
-    inside = row_in[:, None] & col_in[None, :]
+    offset = (cols + key_start) - (rows + query_start)
+    inside = row_in & col_in
     if ALIBI:
         s = s - tl.load(slopes + h) * tl.abs(offset).to(tl.float32)
     if RELATIVE:
@@ -240,12 +239,16 @@ def scores(
     shows all of the tile.
     """
     s = dots(q, k, k_row, k_dim, dim, cols, col_in, table, page_size, k_page, PAGED, D) * scale
+    rows = rows[:, None]
+    cols = cols[None, :]
+    row_in = row_in[:, None]
+    col_in = col_in[None, :]
     s = changed(
         s, rows, cols, row_in, col_in, b, h, softcap, query_start, key_start, slopes, relative,
         relative_width, relative_zero, bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q,
         b1_k, SOFTCAP, ALIBI, RELATIVE, DENSE,
     )  # fmt: skip
-    shown = row_in[:, None] & col_in[None, :]
+    shown = row_in & col_in
     if MASKED:
         if whole == 0:
             shown = shown & visible(

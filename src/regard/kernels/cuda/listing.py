@@ -1,0 +1,211 @@
+"""Triton: the k largest weights of a row, found by groups of keys, in two steps.
+
+The pass over the tiles keeps of each row only the largest weight of each group of keys, a leaf, and
+the largest of each `FAN` leaves: a maximum a number, where a list would need a loop of its own in
+nearly every tile. The k largest weights lie in the k leaves of largest maxima, and those in the k
+fans of largest maxima. `choose` finds them once a block is read, and `list_keys` computes the few
+scores of these leaves again and lists the largest.
+
+Ties. A leaf is what one lane holds of a tile, so the leaves of one line (a tile, or a few) lie
+between one another, and those of an earlier line before those of a later one. Of equal maxima the
+lower keys come first, line by line; within a line it is not known which leaf has the lower key, so
+up to WIDTH − 1 more leaves whose maxima equal the k-th are kept, WIDTH the leaves of a line. Then k
+leaves or more come surely before any that is left out.
+"""
+# No `from __future__ import annotations`: Triton reads the annotations themselves.
+
+import triton
+import triton.language as tl
+
+from .tiles import changed, keys_of, places, visible
+
+MOST = tl.constexpr(2**31 - 1)
+FLOOR = tl.constexpr(-1e30)  # the power of a hidden weight: finite, so that 0 · FLOOR is 0
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def lanes(x, MAX: tl.constexpr, G: tl.constexpr):
+    """(M, N) to (M, G, 4): of each of G stretches, what one thread holds of a row, together.
+
+    Threads hold two neighbours of each eight numbers of a row: nothing passes between them.
+    """
+    x = tl.reshape(x, [x.shape[0], G, x.shape[1] // G // 8, 4, 2])
+    if MAX:
+        return tl.max(tl.max(x, 4), 2)
+    else:
+        return tl.sum(tl.sum(x, 4), 2)
+
+
+@triton.jit
+def key_in_tile(lane, number, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Where in its tile a leaf's key of that number stands: what `lanes` puts together."""
+    return lane // 4 * (4 * N // WIDTH) + number // 2 * 8 + lane % 4 * 2 + number % 2
+
+
+@triton.jit
+def pick(values, ids, wanted, ties, R: tl.constexpr, P: tl.constexpr):
+    """Ids (R, P) of each row's `wanted` largest values (R, C), then of those that equal the last.
+
+    ids: (R, C) or (1, C). −1 where there are no more above FLOOR; at most `ties` of the equal ones.
+    Largest first, of equal ones the lower id.
+    """
+    slots = tl.arange(0, P)[None, :]
+    picked = tl.full([R, P], -1, tl.int32)
+    last = tl.full([R], float("inf"), tl.float32)
+    for place in range(wanted):
+        last = tl.max(values, 1)
+        name = tl.min(tl.where(values == last[:, None], ids, MOST), 1)
+        put = (slots == place) & (last > FLOOR)[:, None]
+        picked = tl.where(put, name[:, None], picked)
+        values = tl.where(ids == name[:, None], float("-inf"), values)
+    equal = (tl.max(values, 1) == last) & (last > FLOOR)
+    if tl.max(equal.to(tl.int32), 0) > 0:
+        for place in range(wanted, wanted + ties):
+            name = tl.min(tl.where(values == last[:, None], ids, MOST), 1)
+            put = (slots == place) & ((last > FLOOR) & (name < MOST))[:, None]
+            picked = tl.where(put, name[:, None], picked)
+            values = tl.where(ids == name[:, None], float("-inf"), values)
+    return picked
+
+
+@triton.jit
+def choose(
+    leaves, fans, lines, chosen, first_row, q_len, listed, kept,
+    M: tl.constexpr, R: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, FAN: tl.constexpr,
+    FANS: tl.constexpr,
+):  # fmt: skip
+    """Puts the leaves of each row of a block into chosen (q_len, kept): line · WIDTH + lane, or −1.
+
+    leaves (lines, M, WIDTH), fans (lines / FAN, M, WIDTH): the maxima. R: rows at a time.
+    first_row: the block's first, before 0 where the block begins before the call.
+    """
+    numbers = tl.arange(0, FANS)[None, :]
+    ahead = tl.arange(0, FAN)[None, None, :]
+    slots = tl.arange(0, P)[None, :]
+    for part in range(M // R):
+        row = part * R + tl.arange(0, R)
+        at = (numbers // WIDTH * M + row[:, None]) * WIDTH + numbers % WIDTH
+        held = (lines + FAN - 1) // FAN * WIDTH
+        maxima = tl.load(fans + at, mask=(numbers < held) & (row >= 0)[:, None], other=FLOOR)
+        best = pick(maxima, numbers, listed, WIDTH - 1, R, P)[:, :, None]
+        line = best // WIDTH * FAN + ahead
+        lane = best % WIDTH
+        here = (best >= 0) & (line < lines)
+        at = (line * M + row[:, None, None]) * WIDTH + lane
+        maxima = tl.reshape(tl.load(leaves + at, mask=here, other=FLOOR), [R, P * FAN])
+        names = tl.reshape(tl.where(here, line * WIDTH + lane, MOST), [R, P * FAN])
+        best = pick(maxima, names, listed, WIDTH - 1, R, P)
+        to = first_row + row
+        row_in = (to >= 0) & (to < q_len)
+        tl.store(
+            chosen + to[:, None].to(tl.int64) * kept + slots, best, row_in[:, None] & (slots < kept)
+        )
+
+
+@triton.jit
+def list_keys(
+    q, k, lse, totals, chosen, kept,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
+    query_start, key_start, slopes, relative, relative_width, relative_zero,
+    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
+    records, length, integers, octets, table, table_b, page_size, lengths,
+    tiles, tile_counts, tiles_b, tiles_h, q_lead, k_lead, k_blocks, parts,
+    names_out, listed_out, listed,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
+    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr, TOP: tl.constexpr,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The largest weights of R rows from the keys of their chosen leaves, TOP leaves at a time.
+
+    totals (batch, heads, q_len): the rows' sums of exp(score − lse). M, N, tiles: as `weigh` had
+    them. TILES: of a leaf. DEPTH: dims at a time.
+    """
+    LEAF: tl.constexpr = N // WIDTH * TILES  # keys of a leaf
+    pid = tl.program_id(0)
+    bh = (pid // parts).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    q = q + b * q_b + h * q_h
+    k, table, end = keys_of(k, k_b, k_h, b, h // group, k_len, table, table_b, lengths, PAGED)
+    rows = pid % parts * R + tl.arange(0, R)
+    row_in = rows < q_len
+    at = bh * q_len + rows
+    given = tl.load(lse + at, mask=row_in, other=0.0)
+    shift = tl.where(given == float("-inf"), -FLOOR, given * LOG2E)
+    total = tl.load(totals + at, mask=row_in, other=1.0)
+    block = (rows + q_lead) // M
+    list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
+    count = tl.full([R], 1, tl.int32) * k_blocks
+    if MASKED:
+        count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block, mask=row_in, other=0)
+    slots = tl.arange(0, TOP)[None, :]
+    depth = tl.arange(0, DEPTH)
+    number = tl.arange(0, LEAF)[None, None, :]
+    best = tl.full([R, TOP], FLOOR, tl.float32)
+    names = tl.full([R, TOP], -1, tl.int32)
+    for begin in range(0, kept, TOP):
+        wanted = begin + slots
+        leaf = tl.load(
+            chosen + at[:, None] * kept + wanted, mask=row_in[:, None] & (wanted < kept), other=-1
+        )
+        # The first TOP are nearly always all; the next are equal ones
+        if tl.max(tl.max(leaf, 1), 0) >= 0:
+            turn = (leaf // WIDTH * TILES)[:, :, None] + number // (N // WIDTH)
+            there = (leaf >= 0)[:, :, None] & (turn < count[:, None, None])
+            tile = turn
+            if MASKED:
+                tile = tl.load(tiles + list_at[:, None, None] + turn, mask=there, other=0) >> 1
+            place = key_in_tile((leaf % WIDTH)[:, :, None], number % (N // WIDTH), N, WIDTH)
+            cols = tl.reshape(tile * N + place - k_lead, [R, TOP * LEAF])
+            col_in = tl.reshape(there, [R, TOP * LEAF]) & (cols >= 0) & (cols < end)
+            own = places(cols, col_in, k_n, table, page_size, k_b, PAGED)
+            dots = tl.zeros([R, TOP * LEAF, DEPTH], tl.float32)
+            for low in range(0, D, DEPTH):
+                dims = low + depth
+                query = tl.load(
+                    q + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d,
+                    mask=row_in[:, None] & (dims < dim)[None, :], other=0,
+                )  # fmt: skip
+                keys = tl.load(
+                    k + own[:, :, None] + dims[None, None, :] * k_d,
+                    mask=col_in[:, :, None] & (dims < dim)[None, None, :], other=0,
+                )  # fmt: skip
+                dots += query[:, None, :].to(tl.float32) * keys.to(tl.float32)
+            s = tl.sum(dots, 2) * scale
+            s = changed(
+                s, rows[:, None], cols, row_in[:, None], col_in, b, h, softcap, query_start,
+                key_start, slopes, relative, relative_width, relative_zero, bias0, b0_b, b0_h,
+                b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, SOFTCAP, ALIBI, RELATIVE, DENSE,
+            )  # fmt: skip
+            shown = row_in[:, None] & col_in
+            if MASKED:
+                shown = shown & visible(
+                    records, length, integers, octets, rows[:, None], cols, row_in[:, None],
+                    col_in, b, h, query_start, key_start, KINDS, R, TOP * LEAF,
+                )  # fmt: skip
+            log = tl.where(shown, s * LOG2E - shift[:, None], FLOOR)
+            log = tl.where(log == log, log, FLOOR)  # NaN is not listed
+            cols = tl.where(shown, cols, MOST)
+            held, held_names = best, names
+            best = tl.full([R, TOP], FLOOR, tl.float32)
+            names = tl.full([R, TOP], -1, tl.int32)
+            for place_at in range(listed):
+                first = tl.maximum(tl.max(held, 1), tl.max(log, 1))
+                old = tl.min(tl.where(held == first[:, None], held_names, MOST), 1)
+                new = tl.min(tl.where(log == first[:, None], cols, MOST), 1)
+                name = tl.minimum(old, new)
+                put = (slots == place_at) & (first > FLOOR)[:, None]
+                best = tl.where(put, first[:, None], best)
+                names = tl.where(put, name[:, None], names)
+                held = tl.where(held_names == name[:, None], FLOOR, held)
+                log = tl.where(cols == name[:, None], FLOOR, log)
+    absent = names < 0
+    weight = tl.exp2(best) / total[:, None]
+    # of a row of NaN, none is listed
+    lost = absent & (total == total)[:, None]
+    to = at[:, None] * listed + slots
+    mine = row_in[:, None] & (slots < listed)
+    tl.store(names_out + to, tl.where(absent, -1, names + key_start), mine)
+    tl.store(listed_out + to, tl.where(lost, 0.0, weight), mine)
