@@ -13,14 +13,19 @@ from regard import (
     Causal,
     Distances,
     Entropy,
+    First,
+    Full,
     LogSumExp,
     Map,
     MaxScore,
     NormTopK,
+    Padding,
     Received,
     RegardError,
     Rows,
     TopK,
+    Window,
+    attention,
     explain,
 )
 from regard.call import Call
@@ -85,7 +90,7 @@ from triton.compiler import ASTSource
 
 from regard import *
 from regard.call import Call
-from regard.kernels.cuda import chunks, measuring, reading, removing, weighing
+from regard.kernels.cuda import chunks, listing, measuring, reading, removing, weighing
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
          torch.uint8: "u8"}
@@ -109,8 +114,8 @@ class Compiled:
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(self.kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
-for module, *names in ((weighing, "sum_rows", "weigh", "weigh_rows"), (removing, "remove"),
-                       (chunks, "weigh_few", "join_few")):
+for module, *names in ((weighing, "sum_rows", "weigh", "weigh_rows"), (listing, "list_keys"),
+                       (removing, "remove"), (chunks, "weigh_few", "join_few")):
     for name in names:
         setattr(module, name, Compiled(getattr(module, name)))
 query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
@@ -145,6 +150,7 @@ def test_compiles_for_a_gpu(tmp_path):
     assert done.stdout.splitlines() == [
         "sum_rows True True",
         "weigh True True",
+        "list_keys False True",
         "weigh_rows False True",
         "remove True True",
         "weigh_few False True",  # what its columns divide by
@@ -198,6 +204,40 @@ def test_explain_says_who_reads():
         "NormTopK is not among what it gathers",
     ]
     assert "second pass by triton" not in explain(query, query, query)
+
+
+def test_bands_need_no_list():
+    """Who sees how many keys, counted from a band's two numbers and from the mask itself."""
+    query, key = torch.zeros(1, 2, 37, 16), torch.zeros(1, 2, 50, 16)
+    lse = torch.zeros(1, 2, 37)
+    for mask, band in (
+        (Causal(), (2**29, 0)),
+        (Causal() & Window(7), (6, 0)),
+        (Window(5, 3) & Window(9, 2), (4, 2)),
+        (Full() & Window(5, 3), (4, 3)),
+        (Causal() | First(3), None),
+        (~Causal(), None),
+        (Causal() & Padding(torch.ones(1, 50, dtype=torch.bool)), None),
+    ):
+        call = Call.checked(query, key, None, mask=mask, query_start=11, key_start=2)
+        shared = reading.Shared(call, lse)
+        assert reading._band(shared) == band, mask
+        if band is not None:
+            shown = _dense(mask)
+            for span in ((0, 37), (5, 20)):
+                counts = reading._counts(shared, span, band)
+                assert torch.equal(counts[0, 0], shown[slice(*span)].sum(0).int()), (mask, span)
+    far = Call.checked(query, key, None, mask=Causal(), query_start=2**28)
+    assert reading._band(reading.Shared(far, lse)) is None
+
+
+def _dense(mask):
+    """The mask of queries 11 … 47 and keys 2 … 51, by its definition."""
+    _, (rows,) = attention(
+        torch.zeros(1, 1, 37, 16), *torch.zeros(2, 1, 1, 50, 16), mask=mask, query_start=11,
+        key_start=2, observe=[Rows(range(11, 48))], engine="reference",
+    )  # fmt: skip
+    return rows.weights[0, 0] > 0
 
 
 def test_launches_are_as_few_as_can_be():

@@ -17,7 +17,7 @@ leaves or more come surely before any that is left out.
 import triton
 import triton.language as tl
 
-from .tiles import changed, keys_of, places, visible
+from .tiles import band_tiles, changed, keys_of, places, visible
 
 MOST = tl.constexpr(2**31 - 1)
 FLOOR = tl.constexpr(-1e30)  # the power of a hidden weight: finite, so that 0 · FLOOR is 0
@@ -110,11 +110,11 @@ def list_keys(
     query_start, key_start, slopes, relative, relative_width, relative_zero,
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
     records, length, integers, octets, table, table_b, page_size, lengths,
-    tiles, tile_counts, tiles_b, tiles_h, q_lead, k_lead, k_blocks, parts,
+    tiles, tile_counts, tiles_b, tiles_h, behind, ahead, q_lead, k_lead, k_blocks, parts,
     names_out, listed_out, listed,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr, TOP: tl.constexpr,
-    WIDTH: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr,
+    MASKED: tl.constexpr, KINDS: tl.constexpr, BAND: tl.constexpr, PAGED: tl.constexpr,
+    TOP: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The largest weights of R rows from the keys of their chosen leaves, TOP leaves at a time.
@@ -138,15 +138,19 @@ def list_keys(
     block = (rows + q_lead) // M
     list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
     count = tl.full([R], 1, tl.int32) * k_blocks
-    if MASKED:
+    if BAND:
+        begin, count, _, _ = band_tiles(
+            block, behind, ahead, q_lead, k_lead, q_len, query_start, key_start, k_blocks, M, N
+        )
+    elif MASKED:
         count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block, mask=row_in, other=0)
     slots = tl.arange(0, TOP)[None, :]
     depth = tl.arange(0, DEPTH)
     number = tl.arange(0, LEAF)[None, None, :]
     best = tl.full([R, TOP], FLOOR, tl.float32)
     names = tl.full([R, TOP], -1, tl.int32)
-    for begin in range(0, kept, TOP):
-        wanted = begin + slots
+    for ahead_of in range(0, kept, TOP):
+        wanted = ahead_of + slots
         leaf = tl.load(
             chosen + at[:, None] * kept + wanted, mask=row_in[:, None] & (wanted < kept), other=-1
         )
@@ -155,14 +159,16 @@ def list_keys(
             turn = (leaf // WIDTH * TILES)[:, :, None] + number // (N // WIDTH)
             there = (leaf >= 0)[:, :, None] & (turn < count[:, None, None])
             tile = turn
-            if MASKED:
+            if BAND:
+                tile = begin[:, None, None] + turn
+            elif MASKED:
                 tile = tl.load(tiles + list_at[:, None, None] + turn, mask=there, other=0) >> 1
             place = key_in_tile((leaf % WIDTH)[:, :, None], number % (N // WIDTH), N, WIDTH)
             cols = tl.reshape(tile * N + place - k_lead, [R, TOP * LEAF])
             col_in = tl.reshape(there, [R, TOP * LEAF]) & (cols >= 0) & (cols < end)
             own = places(cols, col_in, k_n, table, page_size, k_b, PAGED)
             dots = tl.zeros([R, TOP * LEAF, DEPTH], tl.float32)
-            for low in range(0, D, DEPTH):
+            for low in tl.static_range(0, D, DEPTH):  # unrolled: all keys are asked for at once
                 dims = low + depth
                 query = tl.load(
                     q + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d,

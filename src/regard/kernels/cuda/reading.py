@@ -38,12 +38,12 @@ MOST_LISTED = 64  # a row's list stands in registers
 MOST_DIM = 256
 PROGRAMS = 512  # of all heads together, where columns are gathered: each has a buffer of its own
 MOST_SUMS = 2**26  # numbers in those buffers, where more programs than that fill the GPU better
-MOST_LEAVES = 1024  # of a row: what the pass keeps of it for its list, see `listing`
+MOST_LEAVES = 2048  # of a row: what the pass keeps of it for its list, see `listing`
 LEAST_LEAF = 8  # keys
 FAN = 16  # leaves
-PROGRAMS_AT_ONCE = 2  # on a multiprocessor, where each keeps leaves
+PROGRAMS_AT_ONCE = 3  # on a multiprocessor, where each keeps leaves
 CHOSEN_AT_ONCE = 4096  # maxima in registers, of a few rows
-SCORES_AT_ONCE = 256  # that a program computes again
+PRODUCTS_AT_ONCE = 2048  # in a warp's registers
 _MOST_INT = 2**31 - 1
 
 
@@ -146,7 +146,7 @@ def _result(observer: Observer, plans: list[Launch], shared: Shared, shard: bool
 def _blocks(call: Call, plan: Launch) -> tuple[int, int]:
     """Queries and keys of a tile; beyond half precision by estimate."""
     half = call.query.element_size() == 2
-    rows = (256 if call.query.shape[-1] <= 128 else 64) if half else 64
+    rows = 128 if call.query.shape[-1] <= 128 and half else 64
     while rows > 16 and rows >= 2 * call.place.q_len:
         rows //= 2
     return rows, 64 if half else 32
@@ -154,7 +154,10 @@ def _blocks(call: Call, plan: Launch) -> tuple[int, int]:
 
 def _options(call: Call, plan: Launch) -> dict[str, Any]:
     """How Triton compiles the kernels for a call."""
-    return {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    if call.query.shape[-1] <= 128 and call.query.element_size() == 2:
+        options["maxnreg"] = 168  # of 65536, for three programs of 128 threads
+    return options
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,13 @@ class _Leaves:
         return block_k // self.width * self.tiles
 
 
+def _warps(scores: int, dim: int) -> tuple[int, int]:
+    """Warps of a program that computes the scores of a row again, and dims at a time."""
+    warps = min(max(scores * 32 // PRODUCTS_AT_ONCE, 1), 8)
+    depth = max(min(warps * PRODUCTS_AT_ONCE // scores, 32, dim), 8)
+    return warps, depth
+
+
 def _programs(call: Call, items: int) -> int:
     """How many programs share the items where each needs memory of its own."""
     if call.place.device.type != "cuda":  # interpreted
@@ -192,19 +202,44 @@ def _programs(call: Call, items: int) -> int:
     return min(items, PROGRAMS_AT_ONCE * held)
 
 
-def _counts(shared: Shared, span: tuple[int, int]) -> Tensor | None:
-    """How many queries of the span see each key, int32, where that is plain: unmasked, causal."""
-    if shared.paged:
-        return None
+FAR = 2**28  # positions of a band stay within it, so that int32 holds their sums
+
+
+def _band(shared: Shared) -> tuple[int, int] | None:
+    """(behind, ahead) of a mask that shows the keys from query − behind to query + ahead only.
+
+    Its tiles need no list, and who sees whom no program.
+    """
     place = shared.call.place
-    first, last = max(span[0], 0), min(span[1], place.q_len)
-    keys = torch.arange(place.k_len, dtype=torch.int32, device=place.device)
-    if not shared.masked:
-        return torch.full_like(keys, max(last - first, 0)).view(1, 1, -1)
-    if shared.mask.kinds != 1 << Op.CAUSAL:
+    starts = (place.query_start, place.key_start)
+    ends = (place.query_start + place.q_len, place.key_start + place.k_len)
+    if not shared.masked or any(abs(n) > FAR for n in (*starts, *ends)):
         return None
+    behind = ahead = 2 * FAR
+    for op, args in shared.call.program.instructions():
+        if op == Op.CAUSAL:
+            ahead = min(ahead, 0)
+        elif op == Op.WINDOW:
+            behind, ahead = min(behind, args[0] - 1), min(ahead, args[1])
+        elif op not in (Op.FULL, Op.AND):
+            return None
+    return behind, ahead
+
+
+def _counts(
+    shared: Shared, span: tuple[int, int], band: tuple[int, int] | None
+) -> Tensor | None:  # fmt: skip
+    """How many queries of the span see each key, (1, 1, k_len) int32, where the mask is a band."""
+    place = shared.call.place
+    if shared.paged or (shared.masked and band is None):
+        return None
+    first, last = max(span[0], 0), min(span[1], place.q_len)
+    behind, ahead = band or (2 * FAR, 2 * FAR)
+    # of a key, the first query that sees it, and the last one
+    keys = torch.arange(place.k_len, dtype=torch.int32, device=place.device)
     keys += place.key_start - place.query_start
-    return (last - keys.clamp_(min=first)).clamp_(min=0).view(1, 1, -1)
+    seen = (keys + (behind + 1)).clamp_(max=last) - (keys - ahead).clamp_(min=first)
+    return seen.clamp_(min=0).view(1, 1, -1)
 
 
 def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) -> None:
@@ -216,6 +251,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     block_q, block_k = blocks
     device = place.device
     lead, (q_blocks, k_blocks) = aligned(call, blocks)
+    band = _band(shared)
     programs = max(PROGRAMS, MOST_SUMS // place.k_len) if plan.columns else q_blocks * place.heads
     splits = min(q_blocks, -(-programs // place.heads))
 
@@ -233,7 +269,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     if plan.received is not None:
         lines = (place.batch, place.heads, splits, place.k_len)
         columns = new(*lines, zero=True)
-        counts = _counts(shared, plan.received)
+        counts = _counts(shared, plan.received, band)
         if counts is None:
             spread = call.program.spread()
             if shared.paged:  # an item sees its own keys
@@ -266,8 +302,11 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     first, last = plan.received or (0, 0)
     even = not shared.paged and not lead[1] and place.k_len % block_k == 0
     options = _options(call, plan)
-    front, listed = shared.front(), listed_tiles(shared, blocks, lead)
-    flags = shared.flags(block_q, block_k)
+    front, flags = shared.front(), shared.flags(block_q, block_k)
+    flags["BAND"] = band is not None
+    none = shared.mask.records
+    listed = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
+    listed = (*listed, *(band or (0, 0)))
     before = unused
     with on_device(device):
         if plan.columns and not shard:
@@ -295,15 +334,14 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
             found["names"] = new(*rows, plan.listed, dtype=torch.int32)
             found["listed"] = new(*rows, plan.listed)
             at_once = power(plan.listed)  # leaves
-            scores = at_once * leaves.size(block_k)
-            turn_rows = max(SCORES_AT_ONCE // scores, 1)
+            warps, depth = _warps(at_once * leaves.size(block_k), flags["D"])
+            turn_rows = 1 if device.type == "cuda" else 32  # the interpreter takes many at once
             parts = -(-place.q_len // turn_rows)
             list_keys[(parts * place.heads * place.batch,)](
                 call.query, call.key, shared.lse, totals, chosen, kept, *front, *listed, *lead,
                 k_blocks, parts, found["names"], found["listed"], plan.listed,
-                TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles, R=turn_rows,
-                DEPTH=min(flags["D"], max(16, 32 * SCORES_AT_ONCE // max(scores, SCORES_AT_ONCE))),
-                **flags, num_warps=4 if scores <= SCORES_AT_ONCE else 8, enable_fp_fusion=True,
+                TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles, R=turn_rows, DEPTH=depth, **flags,
+                num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     if plan.received is not None:
         found["columns"] = columns.sum(2)

@@ -152,6 +152,31 @@ def visible(
 
 
 @triton.jit
+def band_tiles(
+    block, behind, ahead, q_lead, k_lead, q_len, query_start, key_start, k_blocks,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Of a mask that shows the keys from query − behind to query + ahead: a block's tiles.
+
+    (the first, how many, the positions of the block's first and last query).
+    """
+    low = tl.maximum(block * M - q_lead, 0) + query_start
+    high = tl.minimum(block * M - q_lead + M, q_len) - 1 + query_start
+    origin = key_start - k_lead
+    begin = tl.maximum(low - behind - origin, 0) // N
+    end = tl.minimum(tl.maximum(high + ahead - origin + N, 0) // N, k_blocks)
+    return begin, tl.maximum(end - begin, 0), low, high
+
+
+@triton.jit
+def band_entry(tile, low, high, behind, ahead, k_lead, key_start, N: tl.constexpr):
+    """As in a list of tiles: 2 · its number, + 1 where the block's queries see all of it."""
+    first = tile * N + key_start - k_lead
+    whole = (first >= high - behind) & (first + N - 1 <= low + ahead)
+    return tile * 2 + whole.to(tl.int32)
+
+
+@triton.jit
 def _added(bias, b_stride, h_stride, q_stride, k_stride, rows, cols, row_in, col_in, b, h):
     """A tile of a dense bias, float32; a stride is 0 where one number serves all."""
     own = bias + b * b_stride + h * h_stride

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .listing import FLOOR, LOG2E, choose, lanes
-from .tiles import changed, dots, keys_of, scores, visible
+from .tiles import band_entry, band_tiles, changed, dots, keys_of, scores, visible
 
 LARGE = tl.constexpr(32.0)
 HIDDEN = tl.constexpr(-2139095041)  # ordered(−inf)
@@ -85,15 +85,15 @@ def weigh(
     query_start, key_start, slopes, relative, relative_width, relative_zero,
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
     records, length, integers, octets, table, table_b, page_size, lengths,
-    tiles, tile_counts, tiles_b, tiles_h, q_lead, k_lead, q_blocks, k_blocks, splits,
-    items, queue, mass_out, entropy_out, score_out,
+    tiles, tile_counts, tiles_b, tiles_h, behind, ahead, q_lead, k_lead, q_blocks, k_blocks,
+    splits, items, queue, mass_out, entropy_out, score_out,
     leaves, fans, chosen, totals, listed, kept,
     columns_out, counts_out, counts_b, counts_h, first_row, last_row,
     cells_out, cell_size, first_cell, cell_cols,
     past_out, future_out, edges, bins,
     SHARD: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     RELATIVE: tl.constexpr, DENSE: tl.constexpr, MASKED: tl.constexpr, KINDS: tl.constexpr,
-    PAGED: tl.constexpr, ENTROPY: tl.constexpr, SCORE: tl.constexpr, TOP: tl.constexpr,
+    BAND: tl.constexpr, PAGED: tl.constexpr, ENTROPY: tl.constexpr, SCORE: tl.constexpr, TOP: tl.constexpr,
     WIDTH: tl.constexpr, TILES: tl.constexpr, FAN: tl.constexpr, FANS: tl.constexpr,
     TURN_ROWS: tl.constexpr,
     RECEIVED: tl.constexpr, COUNTED: tl.constexpr, ALL_ROWS: tl.constexpr, EVEN: tl.constexpr, MAP: tl.constexpr,
@@ -150,7 +150,12 @@ def weigh(
                 taken = tl.exp(tl.load(sinks + h) - given)
             list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
             count = k_blocks
-            if MASKED:
+            if BAND:
+                begin, count, low, high = band_tiles(
+                    block, behind, ahead, q_lead, k_lead, q_len, query_start, key_start, k_blocks,
+                    M, N,
+                )  # fmt: skip
+            elif MASKED:
                 count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block)
 
             # A weight is 2 to the power of its score · unit − shift; rows that see nothing have none
@@ -176,7 +181,11 @@ def weigh(
             own_lanes = tl.arange(0, M)[:, None] * WIDTH + widths[None, :]
             for turn_at in range(count):
                 entry = turn_at * 2 + 1
-                if MASKED:
+                if BAND:
+                    entry = band_entry(
+                        begin + turn_at, low, high, behind, ahead, k_lead, key_start, N
+                    )
+                elif MASKED:
                     entry = tl.load(tiles + list_at + turn_at)
                 start = (entry >> 1) * N - k_lead
                 cols = start + tl.arange(0, N)
@@ -205,11 +214,15 @@ def weigh(
                             s = tl.where(col_in[None, :], s, float("-inf"))
                     if MASKED:
                         if (entry & 1) == 0:
-                            shown = visible(
-                                records, length, integers, octets, rows[:, None], cols[None, :],
-                                row_in[:, None], col_in[None, :], b, h, query_start, key_start,
-                                KINDS, M, N,
-                            )  # fmt: skip
+                            if BAND:
+                                offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
+                                shown = (offset <= ahead) & (offset >= -behind)
+                            else:
+                                shown = visible(
+                                    records, length, integers, octets, rows[:, None],
+                                    cols[None, :], row_in[:, None], col_in[None, :], b, h,
+                                    query_start, key_start, KINDS, M, N,
+                                )  # fmt: skip
                             log = tl.where(shown, log, FLOOR)
                             if SCORE:
                                 s = tl.where(shown, s, float("-inf"))
@@ -340,10 +353,10 @@ def sum_rows(
     query_start, key_start, slopes, relative, relative_width, relative_zero,
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
     records, length, integers, octets, table, table_b, page_size, lengths,
-    tiles, tile_counts, tiles_b, tiles_h, q_lead, k_lead, q_blocks, k_blocks,
+    tiles, tile_counts, tiles_b, tiles_h, behind, ahead, q_lead, k_lead, q_blocks, k_blocks,
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     RELATIVE: tl.constexpr, DENSE: tl.constexpr, MASKED: tl.constexpr, KINDS: tl.constexpr,
-    PAGED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    BAND: tl.constexpr, PAGED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """What columns divide by: the weights' own sum in blocks with a large lse, elsewhere 1."""
     pid = tl.program_id(0)
@@ -367,7 +380,11 @@ def sum_rows(
         query = tl.load(own, mask=row_in[:, None] & (dims < dim)[None, :], other=0)
         list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
         count = k_blocks
-        if MASKED:
+        if BAND:
+            begin, count, low, high = band_tiles(
+                block, behind, ahead, q_lead, k_lead, q_len, query_start, key_start, k_blocks, M, N
+            )
+        elif MASKED:
             count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block)
         unit = LOG2E
         if not (SOFTCAP or ALIBI or RELATIVE or DENSE > 0):
@@ -375,7 +392,9 @@ def sum_rows(
         shift = safe * LOG2E
         for turn in range(count):
             entry = turn * 2 + 1
-            if MASKED:
+            if BAND:
+                entry = band_entry(begin + turn, low, high, behind, ahead, k_lead, key_start, N)
+            elif MASKED:
                 entry = tl.load(tiles + list_at + turn)
             cols = (entry >> 1) * N + tl.arange(0, N) - k_lead
             col_in = (cols >= 0) & (cols < end)
