@@ -60,10 +60,21 @@ def forward(
     As `linear.forward`, of bfloat16 query, key and value of as many columns as the memory.
     """
     run = _Forward(query, key, value, decay, beta)
-    scores, overlap = run.pairs()
-    new, reads = run.solve(overlap)
-    states, news, last = run.scan(memory, new, reads)
-    return run.read(scores, states, news, scale), last
+    pairs = run.pairs()
+    new, reads = run.solve(pairs.overlap)
+    states, news, last = run.scan(memory, pairs.key, new, reads)
+    return run.read(pairs, states, news, scale), last
+
+
+class _Pairs(NamedTuple):
+    """Of a decay per channel: the pairs within chunks, the queries decayed from the chunk's start
+    and the keys to its end. Of others the queries and keys, and nothing that is read.
+    """
+
+    scores: Tensor
+    overlap: Tensor
+    query: Tensor
+    key: Tensor
 
 
 class _Forward:
@@ -115,24 +126,25 @@ class _Forward:
             )  # fmt: skip
         return out
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
+    def pairs(self) -> _Pairs:
         """With a decay per channel the queries' and, with the delta rule, the keys' pairs."""
         from . import recurrence_bf16  # triton
 
         if self.kind < 2:
-            return self.query, self.query
+            return _Pairs(self.query, self.query, self.query, self.key)
         tile, area = self.tile("pairs"), (self.chunks, self.size, self.size)
         scores = overlap = self.new(self.batch, self.heads, *area)
         if self.beta is not None:
             overlap = self.new(self.batch, self.state_heads, *area, dtype=torch.float32)
+        query, key = torch.empty_like(self.query), torch.empty_like(self.key)
         with self.device():
             recurrence_bf16.pairs[(self.batch * self.heads * self.chunks,)](
-                self.query, self.key, self.sums, scores, overlap,
+                self.query, self.key, self.sums, scores, overlap, query, key,
                 self.tokens, self.features, self.group, self.chunks,
                 DELTA=self.beta is not None, T=self.size, F=tile.features,
                 LEVELS=self.size.bit_length() - 1, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-        return scores, overlap
+        return _Pairs(scores, overlap, query, key)
 
     def solve(self, overlap: Tensor) -> tuple[Tensor, Tensor]:
         """With the delta rule, u where the state is 0, and what the state is read with."""
@@ -151,7 +163,9 @@ class _Forward:
             )  # fmt: skip
         return new, reads
 
-    def scan(self, memory: Tensor, new: Tensor, reads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scan(
+        self, memory: Tensor, key: Tensor, new: Tensor, reads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The state before each chunk, the values or u, and the last state."""
         from . import recurrence_bf16  # triton
 
@@ -165,14 +179,14 @@ class _Forward:
         news = torch.empty_like(new) if delta else new
         with self.device():
             recurrence_bf16.scan[(self.states * f_blocks * v_blocks,)](
-                self.key, new, self.sums, reads, memory.contiguous(), states, news, last,
+                key, new, self.sums, reads, memory.contiguous(), states, news, last,
                 self.tokens, self.features, self.columns, self.chunks, f_blocks, v_blocks,
                 KIND=self.kind, DELTA=delta, T=self.size, F=features, V=tile.columns,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         return states, news, last
 
-    def read(self, scores: Tensor, states: Tensor, news: Tensor, scale: float) -> Tensor:
+    def read(self, pairs: _Pairs, states: Tensor, news: Tensor, scale: float) -> Tensor:
         """(batch, heads, tokens, columns)"""
         from . import recurrence_bf16  # triton
 
@@ -181,7 +195,7 @@ class _Forward:
         out = self.new(*self.query.shape[:3], self.columns)
         with self.device():
             recurrence_bf16.read[(self.batch * self.heads * self.chunks * v_blocks,)](
-                self.query, self.key, news, self.sums, scores, states, out, scale,
+                pairs.query, pairs.key, news, self.sums, pairs.scores, states, out, scale,
                 self.tokens, self.features, self.columns, self.group, self.chunks, v_blocks,
                 KIND=self.kind, T=self.size, F=tile.features, V=tile.columns,
                 num_warps=tile.warps, num_stages=tile.stages,

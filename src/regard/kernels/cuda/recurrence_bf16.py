@@ -63,13 +63,14 @@ def sums(decay, out, tokens, width, chunks, f_blocks, T: tl.constexpr, F: tl.con
 
 @triton.jit
 def pairs(
-    query, key, sums, scores_out, overlap_out, tokens, features, group, chunks,
+    query, key, sums, scores_out, overlap_out, start_out, end_out, tokens, features, group, chunks,
     DELTA: tl.constexpr, T: tl.constexpr, F: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """query_i · key_j for j ≤ i and (DELTA) key_i · key_j for j < i, decayed over j + 1 … i.
 
-    With a decay per channel: j and i meet at the border between the halves that part them. A
-    program for each chunk of a query head.
+    With a decay per channel: j and i meet at the border between the halves that part them. Also
+    the queries decayed from the chunk's start, and the keys to its end. A program for each chunk
+    of a query head.
     """
     at = tl.program_id(0)
     n = (at // chunks).to(tl.int64)
@@ -100,6 +101,13 @@ def pairs(
                 part = tl.dot(b, tl.trans(b), input_precision="tf32")
                 overlap += tl.where(here, part, 0.0)
             scores += tl.where(here, tl.dot(a, tl.trans(b.to(tl.bfloat16))), 0.0)
+        put(start_out + n * tokens * features, q * tl.exp(g), rows, row_in, f, features)
+        if n % group == 0:
+            end = tl.minimum(at % chunks * T + T, tokens) - 1
+            own = sums + tl.cast(end, tl.int64) * features + f
+            whole = tl.load(own, mask=f < features, other=0)
+            to_end = k * tl.exp(tl.minimum(whole[None, :] - g, 0.0))
+            put(end_out + mine * tokens * features, to_end, rows, row_in, f, features)
         scores += tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], 0.0)
     within_tile = i[:, None] * T + i[None, :]
     tl.store(scores_out + at.to(tl.int64) * T * T + within_tile, scores.to(tl.bfloat16))
@@ -173,7 +181,8 @@ def scan(
     """The state before each chunk and after the last; with the delta rule u, too (news).
 
     A program for each block of F features (all of them with the delta rule) and V columns of a
-    state: it holds its part in registers from the first chunk to the last.
+    state: it holds its part in registers from the first chunk to the last. With a decay per channel
+    the keys are decayed to their chunk's end.
     """
     at = tl.program_id(0)
     n = (at // (f_blocks * v_blocks)).to(tl.int64)
@@ -209,13 +218,7 @@ def scan(
         elif KIND == 2:
             own = sums + tl.cast(end, tl.int64) * features + f
             whole = tl.load(own, mask=f_in, other=0)
-            g = rows_of(sums, rows, row_in, f, features)
-            exact = k * tl.exp(tl.minimum(whole[None, :] - g, 0.0))
-            k = exact.to(tl.bfloat16)
             state *= tl.exp(whole)[:, None]
-            if DELTA:
-                lacks = (exact - k.to(tl.float32)).to(tl.bfloat16)
-                state = tl.dot(tl.trans(lacks), u.to(tl.bfloat16), state)
         high = u.to(tl.bfloat16)
         if DELTA:  # its error is read again, and corrected by what follows: more digits
             low = (u - high.to(tl.float32)).to(tl.bfloat16)
@@ -230,7 +233,10 @@ def read(
     tokens, features, columns, group, chunks, v_blocks,
     KIND: tl.constexpr, T: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of a chunk read in V columns. value: u with the delta rule."""
+    """What the queries of a chunk read in V columns. value: u with the delta rule.
+
+    With a decay per channel the queries are decayed, and the pairs are `scores`.
+    """
     at = tl.program_id(0)
     n = (at // (chunks * v_blocks)).to(tl.int64)
     chunk = at // v_blocks % chunks
@@ -241,7 +247,7 @@ def read(
     mine = n // group
     query += n * tokens * features
     key += mine * tokens * features
-    sums += mine * tokens * (features if KIND == 2 else 1)
+    sums += mine * tokens
     states += (mine * chunks + chunk) * features * columns
     mixed = tl.zeros([T, V], tl.float32)
     weights = tl.zeros([T, T], tl.float32)
@@ -249,10 +255,7 @@ def read(
         f = first + tl.arange(0, F)
         q = rows_of(query, rows, row_in, f, features)
         state = rows_of(states, f, f < features, v, columns)
-        if KIND == 2:
-            g = rows_of(sums, rows, row_in, f, features)
-            q = (q * tl.exp(g)).to(tl.bfloat16)
-        else:
+        if KIND < 2:
             k = rows_of(key, rows, row_in, f, features)
             weights = tl.dot(q, tl.trans(k), weights)
         mixed = tl.dot(q, state, mixed)
