@@ -26,19 +26,32 @@ regard.kernels.cuda.linear.CHUNK = regard.kernels.cuda.linear_bf16.CHUNK = 16
 by_triton.DEVICE = "cpu"
 
 
+def numbers(handle):
+    """Its numbers: NumPy has no bfloat16, so that the interpreter holds its bits."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle.data
+    return (handle.data.astype(numpy.uint32) << 16).view(numpy.float32)
+
+
 def create_dot(self, a, b, d, *options):
     """Triton's interpreter multiplies the bits of bfloat16 as if they were integers."""
-
-    def numbers(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle.data
-        return (handle.data.astype(numpy.uint32) << 16).view(numpy.float32)
-
     product = numpy.matmul(numbers(a), numbers(b), dtype=d.data.dtype)
     return TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def cast_impl(self, source, target):
+    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds."""
+    if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+        return cast(self, source, target)
+    given = torch.from_numpy(numpy.ascontiguousarray(source.data))
+    bits = given.bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+    return TensorHandle(bits.reshape(source.data.shape), tl.bfloat16)
+
+
+cast = InterpreterBuilder.cast_impl
 InterpreterBuilder.create_dot = create_dot
+for name in ("create_fp_trunc", "cast_impl"):
+    setattr(InterpreterBuilder, name, cast_impl)
 
 
 def sized(name: str, sizes: Sizes) -> Case:

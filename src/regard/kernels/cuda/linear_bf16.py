@@ -24,7 +24,8 @@ class Tile(NamedTuple):
 # of features and columns: at most 64, 128 or 256. Smaller heads take the least tile that holds them.
 TILES: dict[str, dict[int, Tile]] = {
     "sums": {d: Tile(64, 0, 4, 1) for d in (64, 128, 256)},
-    "pairs": {d: Tile(32, 0, 8, 2) for d in (64, 128, 256)},
+    "pairs": {d: Tile(32, 0, 8, 1) for d in (64, 128, 256)},
+    "pairs delta": {d: Tile(16, 0, 8, 1) for d in (64, 128, 256)},
     "solve": {d: Tile(64, 64, 4, 2) for d in (64, 128, 256)},
     "scan": {64: Tile(32, 32, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 3)},
     "scan channel": {64: Tile(32, 32, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 4, 2)},

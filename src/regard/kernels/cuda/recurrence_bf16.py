@@ -34,14 +34,6 @@ def rows_of(base, rows, row_in, cols, width):
 
 
 @triton.jit
-def times(x, y):
-    """x y for float32 x and bfloat16 y: x as two bfloat16 numbers, its digits and what they lack."""
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(low, y, tl.dot(high, y))
-
-
-@triton.jit
 def within(sums, rows, row_in, i):
     """(T, T): the factor over j + 1 … i of one decay for all features; at most 1 where j > i."""
     g = tl.load(sums + rows, mask=row_in, other=0)
@@ -95,12 +87,11 @@ def pairs(
             border = rows_of(sums, tl.minimum(last, tokens - 1), row_in, f, features)
             factor = tl.exp(tl.minimum(tl.where(second, g - border, border - g), 0.0))
             a = (q * factor).to(tl.bfloat16)
-            b = k * factor
+            b = (k * factor).to(tl.bfloat16)
             here = corner(i, half)
-            if DELTA:  # its error goes through the inverse: 10 bits and not 7
-                part = tl.dot(b, tl.trans(b), input_precision="tf32")
-                overlap += tl.where(here, part, 0.0)
-            scores += tl.where(here, tl.dot(a, tl.trans(b.to(tl.bfloat16))), 0.0)
+            scores += tl.where(here, tl.dot(a, tl.trans(b)), 0.0)
+            if DELTA:
+                overlap += tl.where(here, tl.dot(b, tl.trans(b)), 0.0)
         put(start_out + n * tokens * features, q * tl.exp(g), rows, row_in, f, features)
         if n % group == 0:
             end = tl.minimum(at % chunks * T + T, tokens) - 1
@@ -153,23 +144,19 @@ def solve(
         x -= tl.dot(x, right, input_precision=PRECISION)
         half *= 2
     x *= strength[None, :]
+    solved = x.to(tl.bfloat16)
     for first in range(0, columns, V):
         v = first + tl.arange(0, V)
         given = rows_of(value + n * tokens * columns, rows, row_in, v, columns)
-        put(new_out + n * tokens * columns, times(x, given), rows, row_in, v, columns)
+        put(new_out + n * tokens * columns, tl.dot(solved, given), rows, row_in, v, columns)
     if KIND == 1:
-        x *= tl.exp(tl.load(sums + rows, mask=row_in, other=0))[None, :]
+        solved = (x * tl.exp(tl.load(sums + rows, mask=row_in, other=0))[None, :]).to(tl.bfloat16)
     for first in range(0, features, F):
         f = first + tl.arange(0, F)
         k = rows_of(key, rows, row_in, f, features)
         if KIND == 2:
-            k = k * tl.exp(rows_of(sums, rows, row_in, f, features))
-            high = k.to(tl.bfloat16)
-            low = (k - high.to(tl.float32)).to(tl.bfloat16)
-            read_with = tl.dot(x.to(tl.bfloat16), low, times(x, high))
-        else:
-            read_with = times(x, k)
-        put(reads_out, read_with, rows, row_in, f, features)
+            k = (k * tl.exp(rows_of(sums, rows, row_in, f, features))).to(tl.bfloat16)
+        put(reads_out, tl.dot(solved, k), rows, row_in, f, features)
 
 
 @triton.jit
@@ -219,11 +206,7 @@ def scan(
             own = sums + tl.cast(end, tl.int64) * features + f
             whole = tl.load(own, mask=f_in, other=0)
             state *= tl.exp(whole)[:, None]
-        high = u.to(tl.bfloat16)
-        if DELTA:  # its error is read again, and corrected by what follows: more digits
-            low = (u - high.to(tl.float32)).to(tl.bfloat16)
-            state = tl.dot(tl.trans(k), low, state)
-        state = tl.dot(tl.trans(k), high, state)
+        state = tl.dot(tl.trans(k), u.to(tl.bfloat16), state)
     put(last + n * features * columns, state, f, f_in, v, columns)
 
 
