@@ -50,7 +50,8 @@ def forward(
     features), decay (batch, state_heads, n, 1 or features), beta (batch, state_heads, n) and memory
     (batch, state_heads, features, columns) in float32, value (batch, state_heads, n, v_dim) in
     float32 or less. What is read is of the queries' dtype: of bfloat16 queries and keys all
-    products are bfloat16's, and nothing else may have a scale. exact: products of float32 in full, and not of their first ten bits.
+    products are bfloat16's; others are not scaled. exact: products of float32 in full, and not of
+    their first ten bits.
     RegardError if `why_not` has a reason.
     """
     check(query, key, value)

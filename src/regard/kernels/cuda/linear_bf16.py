@@ -21,7 +21,7 @@ class Tile(NamedTuple):
 
 
 # By kernel ("channel": with a decay per channel; "delta": with the delta rule), then by the larger
-# of features and columns: at most 64, 128 or 256. Smaller heads take the least tile that holds them.
+# of features and columns: at most 64, 128 or 256. What smaller heads do not need is cut off.
 TILES: dict[str, dict[int, Tile]] = {
     "sums": {d: Tile(64, 0, 4, 1) for d in (64, 128, 256)},
     "pairs": {d: Tile(32, 0, 8, 1) for d in (64, 128, 256)},

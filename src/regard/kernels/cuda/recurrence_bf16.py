@@ -6,7 +6,8 @@ done for all chunks at once:
 
     `sums`   G: the decays added up from a chunk's first token to each
     `pairs`  with a decay per channel, key_i and query_i · key_j, decayed over j + 1 … i
-    `solve`  with the delta rule, A = (1 + diag(beta) overlap)⁻¹ diag(beta), A value and A exp(G) key
+    `solve`  with the delta rule, A = (1 + diag(beta) overlap)⁻¹ diag(beta), A value and
+             A exp(G) key
     `scan`   the state before each chunk, from chunk to chunk; with the delta rule u, too
     `read`   what the queries read: scale · (exp(G) query S + pairs u)
 
