@@ -7,19 +7,51 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import interpreted  # noqa: F401  makes Triton's interpreter faster
 import regard.kernels.cuda.linear
+import regard.kernels.cuda.linear_bf16
 from cases import Case, Sizes, assert_within, at, floats
 from linear_cases import CASES, FORMS, gate, short
 from regard import Documents, LinearState, NoEngine, linear_attention
 from regard.linear import by_triton
 from test_linear import answers, by, in_pieces, plainly, typical
 
-regard.kernels.cuda.linear.CHUNK = 16
+regard.kernels.cuda.linear.CHUNK = regard.kernels.cuda.linear_bf16.CHUNK = 16
 by_triton.DEVICE = "cpu"
+
+
+def numbers(handle):
+    """Its numbers: NumPy has no bfloat16, so that the interpreter holds its bits."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle.data
+    return (handle.data.astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def create_dot(self, a, b, d, *options):
+    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers."""
+    product = numpy.matmul(numbers(a), numbers(b), dtype=d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def cast_impl(self, source, target):
+    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds."""
+    if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+        return cast(self, source, target)
+    given = torch.from_numpy(numpy.ascontiguousarray(source.data))
+    bits = given.bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+    return TensorHandle(bits.reshape(source.data.shape), tl.bfloat16)
+
+
+cast = InterpreterBuilder.cast_impl
+InterpreterBuilder.create_dot = create_dot
+for name in ("create_fp_trunc", "cast_impl"):
+    setattr(InterpreterBuilder, name, cast_impl)
 
 
 def sized(name: str, sizes: Sizes) -> Case:
@@ -126,12 +158,12 @@ def auto() -> None:
     assert refused.endswith("causal is False: one sum over all keys has no chunks to walk")
     given = (query, query, query, None, torch.rand(1, 2, 6), torch.zeros(1, 2, 4, 4))
     torch.library.opcheck(
-        torch.ops.regard.linear_triton.default, (*given, True),
+        torch.ops.regard.linear_triton.default, (*given, True, 1.0),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
     grads = (torch.randn_like(query), torch.zeros(1, 2, 4, 4))
     torch.library.opcheck(
-        torch.ops.regard.linear_triton_backward.default, (*given, *grads, True),
+        torch.ops.regard.linear_triton_backward.default, (*given, *grads, True, 1.0),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

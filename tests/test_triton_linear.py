@@ -91,7 +91,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from regard.kernels.cuda import linear, recurrence, recurrence_back
+from regard.kernels.cuda import linear, recurrence, recurrence_back, recurrence_bf16
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -104,7 +104,8 @@ class Compiled:
 
     def compile(self, *given, num_warps=4, num_stages=3, **constants):
         names = self.kernel.arg_names
-        types = {n: "*" + NAMES[g.dtype] if isinstance(g, torch.Tensor) else "i32"
+        numbers = {int: "i32", float: "fp32"}
+        types = {n: "*" + NAMES[g.dtype] if isinstance(g, torch.Tensor) else numbers[type(g)]
                  for n, g in zip(names, given)}
         source = ASTSource(self.kernel, types | dict.fromkeys(constants, "constexpr"),
                            {(names.index(n),): value for n, value in constants.items()})
@@ -114,7 +115,8 @@ class Compiled:
         print(self.kernel.__name__, "wgmma" in made.asm["ptx"], fits)
 
 for module, names in ((recurrence, "pairs inverse walk read"),
-                      (recurrence_back, "give walk_back products gradients")):
+                      (recurrence_back, "give walk_back products gradients"),
+                      (recurrence_bf16, "sums pairs solve scan read")):
     for name in names.split():
         setattr(module, name, Compiled(getattr(module, name)))
 
@@ -122,6 +124,8 @@ query, key = torch.zeros(1, 4, 256, 64), torch.zeros(1, 2, 256, 64)
 value, beta, memory = key.bfloat16(), torch.zeros(1, 2, 256), torch.zeros(1, 2, 64, 64)
 linear.forward(query, key, value, key, beta, memory, False)
 linear.backward(query, key, value, key[..., :1], None, memory, query, memory, False)
+query, key = query.bfloat16(), key.bfloat16()
+linear.forward(query, key, value, key.float(), beta, memory, False, 0.5)
 """
 
 
@@ -139,7 +143,12 @@ def test_compiles_for_a_gpu(tmp_path):
     )
     forward = ["pairs", "pairs", "inverse", "walk", "read"]
     back = ["pairs", "walk", "walk_back", "give", "products", "gradients"]
-    assert done.stdout.splitlines() == [f"{name} True True" for name in forward + back], done.stderr
+    made = [f"{name} True True" for name in forward + back]
+    made += [
+        "sums False True",
+        *(f"{name} True True" for name in ("pairs", "solve", "scan", "read")),
+    ]
+    assert done.stdout.splitlines() == made, done.stderr
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """The chunked form by Triton kernels, on CUDA: `why_not`, and `forward` with its gradients.
 
-As `chunked`: float32 throughout, two opaque registered ops. Of a float16 or bfloat16 call the
-matrix products take the first ten bits of float32 (TF32), three more than bfloat16 has.
+As `chunked`: two opaque registered ops. A bfloat16 call without a feature map stays bfloat16, its
+products added up in float32 (`narrow`); all else, and gradients, are float32 throughout, where of a
+float16 or bfloat16 call the matrix products take the first ten bits of float32 (TF32), three more
+than bfloat16 has.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..kernels.cuda import linear
 from .flow import Flow, Prepared, full_precision
+from .request import Request
 
 DEVICE = "cuda"
 
@@ -28,6 +31,18 @@ def why_not(ready: Prepared) -> list[str]:
     return reasons + linear.why_not(flow.query, flow.key, flow.value)
 
 
+def narrow(request: Request, engine: str) -> bool:
+    """Whether the flow may keep queries and keys as they are, in bfloat16, for the kernels."""
+    call = request.call
+    return (
+        engine in ("auto", "triton")
+        and request.causal
+        and request.feature_map in (None, "identity")
+        and call.query.device.type == DEVICE
+        and call.query.dtype == torch.bfloat16
+    )
+
+
 def forward(ready: Prepared, flow: Flow) -> tuple[Tensor, Tensor]:
     """What the queries read (batch, heads, n, columns), and the last memory.
 
@@ -35,7 +50,7 @@ def forward(ready: Prepared, flow: Flow) -> tuple[Tensor, Tensor]:
     """
     tensors = (flow.query, flow.key, flow.value, flow.decay, flow.beta, flow.memory)
     exact = ready.request.call.query.dtype == torch.float32
-    mixed, last = torch.ops.regard.linear_triton(*tensors, exact)
+    mixed, last = torch.ops.regard.linear_triton(*tensors, exact, flow.scale)
     return mixed, last
 
 
@@ -43,20 +58,21 @@ def forward(ready: Prepared, flow: Flow) -> tuple[Tensor, Tensor]:
     "regard::linear_triton",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor memory, "
-    "bool exact) -> (Tensor, Tensor)",
+    "bool exact, float scale) -> (Tensor, Tensor)",
 )
 def _linear(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
-    memory: Tensor, exact: bool,
+    memory: Tensor, exact: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with full_precision(query):
-        return linear.forward(query, key, value, decay, beta, memory, exact)
+        return linear.forward(query, key, value, decay, beta, memory, exact, scale)
 
 
 @_linear.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, decay: Any, beta: Any, memory: Tensor, exact: bool
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, decay: Any, beta: Any, memory: Tensor, exact: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return query.new_empty(*query.shape[:3], memory.shape[-1]), memory.new_empty(memory.shape)
 
 
@@ -64,16 +80,16 @@ def _(
     "regard::linear_triton_backward",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor memory, "
-    "Tensor grad_mixed, Tensor grad_last, bool exact) -> Tensor[]",
+    "Tensor grad_mixed, Tensor grad_last, bool exact, float scale) -> Tensor[]",
 )
 def _backward(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
-    memory: Tensor, grad_mixed: Tensor, grad_last: Tensor, exact: bool,
+    memory: Tensor, grad_mixed: Tensor, grad_last: Tensor, exact: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of query, key, value, then decay and beta if they are there, and memory."""
     with full_precision(query):
         return linear.backward(
-            query, key, value, decay, beta, memory, grad_mixed, grad_last, exact
+            query, key, value, decay, beta, memory, grad_mixed, grad_last, exact, scale
         )  # fmt: skip
 
 
@@ -86,7 +102,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.exact = inputs
+    *tensors, ctx.exact, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(True)
 
@@ -94,12 +110,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, grad_mixed: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
     query, key, value, decay, beta, memory = ctx.saved_tensors
     found = torch.ops.regard.linear_triton_backward(
-        query, key, value, decay, beta, memory, grad_mixed, grad_last, ctx.exact
+        query, key, value, decay, beta, memory, grad_mixed, grad_last, ctx.exact, ctx.scale
     )
     more = iter(found[3:])
     d_decay = None if decay is None else next(more)
     d_beta = None if beta is None else next(more)
-    return *found[:3], d_decay, d_beta, next(more), None
+    return *found[:3], d_decay, d_beta, next(more), None, None
 
 
 _linear.register_autograd(_gradients, setup_context=_save)

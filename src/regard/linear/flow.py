@@ -32,6 +32,9 @@ class Flow:
     natural logs, or None; beta (batch, state_heads, n) or None; memory (batch, state_heads,
     features, columns), of v_dim columns or one more: that of the ones, which `with_ones` adds to
     the values. heads is a multiple of state_heads.
+
+    A narrow flow has query and key as they were given, in bfloat16, and the queries still to be
+    multiplied by `scale`; `widened` does both.
     """
 
     query: Tensor
@@ -40,12 +43,20 @@ class Flow:
     decay: Tensor | None
     beta: Tensor | None
     memory: Tensor
+    scale: float = 1.0
 
     @property
     def needs_grad(self) -> bool:
         """Whether anything that goes in asks for a gradient."""
         tensors = (self.query, self.key, self.value, self.decay, self.beta, self.memory)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def widened(self) -> Flow:
+        """With queries and keys in the working dtype, the scale in the queries."""
+        query, key = (t.to(self.memory.dtype) for t in (self.query, self.key))
+        if self.scale != 1:
+            query = query * self.scale
+        return replace(self, query=query, key=key, scale=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +69,10 @@ class Prepared:
     request: Request
     flow: Flow
     taken: Tensor | None
+
+    def widened(self) -> Prepared:
+        """With a flow that is not narrow."""
+        return replace(self, flow=self.flow.widened())
 
     def out(self, mixed: Tensor) -> Tensor:
         """The output (batch, heads, q_len, v_dim) of what the queries read, (…, columns)."""
@@ -92,15 +107,17 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def prepared(request: Request) -> Prepared:
-    """The flow of a request, its queries and keys in their own order."""
+def prepared(request: Request, narrow: bool = False) -> Prepared:
+    """The flow of a request, its queries and keys in their own order; narrow: see `Flow`."""
     call, working = request.call, request.call.working
     assert call.value is not None
-    query, key, taken = mapped(
-        request.feature_map, call.query.to(working), call.key.to(working), request.normalise
-    )
+    query, key, taken = call.query, call.key, None
+    if not narrow:
+        query, key, taken = mapped(
+            request.feature_map, query.to(working), key.to(working), request.normalise
+        )
     request.check_state(key.shape[-1])
-    if request.scale != 1:
+    if request.scale != 1 and not narrow:
         query = query * request.scale
     value = call.value
     decay, beta = _decay(request, key.shape[-1]), request.beta
@@ -118,7 +135,8 @@ def prepared(request: Request) -> Prepared:
         if request.causal:
             decay = _forgetting(request, decay)
     key, value = (_headed(t, request) for t in (key, value))
-    flow = Flow(query, key, value, decay, beta, _memory(request, key, value))
+    scale = request.scale if narrow else 1.0
+    flow = Flow(query, key, value, decay, beta, _memory(request, key, value), scale)
     return Prepared(request, flow, taken)
 
 
@@ -168,7 +186,8 @@ def _forgetting(request: Request, decay: Tensor | None) -> Tensor:
 def _memory(request: Request, key: Tensor, value: Tensor) -> Tensor:
     if request.state is None:
         columns = value.shape[-1] + request.normalise
-        return key.new_zeros(*key.shape[:2], key.shape[-1], columns)
+        shape = (*key.shape[:2], key.shape[-1], columns)
+        return key.new_zeros(shape, dtype=request.call.working)
     memory, normaliser = request.state.memory, request.state.normaliser
     return memory if normaliser is None else torch.cat([memory, normaliser[..., None]], -1)
 

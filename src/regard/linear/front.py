@@ -89,11 +89,12 @@ def linear_attention(
         if observe is None and engine != "reference":
             out, last = _run(request, engine)
             return (out, last) if return_state else out
-        ready = prepared(request)  # features are made once: what is observed is what was computed
+        # Features are made once: what is observed is what was computed
+        ready = prepared(request, by_triton.narrow(request, engine))
         out, last = reference.forward(request) if engine == "reference" else _whole(ready, engine)
         answer: tuple[Any, ...] = (out, last) if return_state else (out,)
         if observe is not None:
-            answer = (*answer, weigh(ready))
+            answer = (*answer, weigh(ready.widened()))
     return answer if len(answer) > 1 else out
 
 
@@ -130,7 +131,7 @@ def _run(request: Request, engine: str) -> tuple[Tensor, LinearState]:
     call, step, state = request.call, _part(request), request.state
     total = call.place.k_len
     if step >= total:
-        return _whole(prepared(request), engine)
+        return _whole(prepared(request, by_triton.narrow(request, engine)), engine)
     assert call.value is not None
     out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
     for start in range(0, total, step):
@@ -162,7 +163,7 @@ def _whole(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
         return _everything(ready, engine)
     few = flow.query.shape[2] <= MOST_STEPS and not flow.needs_grad
     if engine == "recurrent" or (engine == "auto" and few):
-        mixed, memory = recurrent.forward(flow)
+        mixed, memory = recurrent.forward(flow.widened())
     else:
         mixed, memory = _in_chunks(ready, flow, engine)
     return ready.out(mixed), ready.state(memory)
@@ -173,7 +174,7 @@ def _in_chunks(ready: Prepared, flow: Flow, engine: str) -> tuple[Tensor, Tensor
     on_gpu = engine == "auto" and flow.query.device.type == by_triton.DEVICE
     if engine == "triton" or (on_gpu and not by_triton.why_not(ready)):
         return by_triton.forward(ready, flow)
-    return chunked.forward(flow)
+    return chunked.forward(flow.widened())
 
 
 def _everything(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:

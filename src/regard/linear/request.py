@@ -188,7 +188,8 @@ def _check_values(decay: Tensor | None, call: Call) -> None:
     """A decay above 1 is most likely one that was given as a factor."""
     if decay is None or torch.compiler.is_compiling():
         return
-    if bool((decay > 0).any()):
+    # The largest is one pass over them and one number; NaN is not above 0
+    if decay.numel() and bool(decay.detach().amax() > 0):
         raise RegardError(
             f"decay reaches {float(decay.max()):.3g}; it is the natural logarithm of the factor, "
             "so at most 0: give torch.log(factor)"

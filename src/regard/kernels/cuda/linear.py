@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import RegardError
+from . import linear_bf16
+from .linear_bf16 import block
 
 # Asked once: torch.compile cannot trace the search
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -40,16 +42,21 @@ def why_not(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
-    memory: Tensor, exact: bool,
+    memory: Tensor, exact: bool, scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the queries read (batch, heads, n, columns), and the last memory; float32.
+    """scale times what the queries read (batch, heads, n, columns), and the last memory.
 
     The tensors of a `Flow`: query (batch, heads, n, features), key (batch, state_heads, n,
     features), decay (batch, state_heads, n, 1 or features), beta (batch, state_heads, n) and memory
     (batch, state_heads, features, columns) in float32, value (batch, state_heads, n, v_dim) in
-    float32 or less. exact: products of float32 in full, and not of their first ten bits.
+    float32 or less. What is read is of the queries' dtype: of bfloat16 queries and keys all
+    products are bfloat16's; others are not scaled. exact: products of float32 in full, and not of
+    their first ten bits.
     RegardError if `why_not` has a reason.
     """
+    check(query, key, value)
+    if query.dtype == torch.bfloat16:
+        return linear_bf16.forward(query, key, value, decay, beta, memory, scale)
     run = _Run(query, key, value, decay, beta, exact)
     scores = run.pairs(run.query, own=True)
     solved = None if beta is None else run.inverse(run.pairs(run.key, own=False), by_row=False)
@@ -59,12 +66,17 @@ def forward(
 
 def backward(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
-    memory: Tensor, grad: Tensor, grad_last: Tensor, exact: bool,
+    memory: Tensor, grad: Tensor, grad_last: Tensor, exact: bool, scale: float = 1.0,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of query, key, value, then decay and beta if they are there, and memory.
 
     grad, grad_last: of what `forward` returns.
     """
+    check(query, key, value)
+    if query.dtype == torch.bfloat16:
+        wide = (query.float() * scale, key.float(), value, decay, beta, memory)
+        d_query, d_key, *others = backward(*wide, grad, grad_last, exact)
+        return [(d_query * scale).bfloat16(), d_key.bfloat16(), *others]
     run = _Run(query, key, value, decay, beta, exact)
     scores = run.pairs(run.query, own=True)
     overlap = solved = None
@@ -77,9 +89,14 @@ def backward(
     )
 
 
-def _block(size: int, most: int) -> int:
-    """The least power of two from 16 that holds so many, or `most`."""
-    return min(most, 1 << max(size - 1, 15).bit_length())
+def check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """RegardError if `why_not` has a reason."""
+    reasons = why_not(query, key, value)
+    if reasons:
+        raise RegardError(
+            f"the Triton kernels cannot run linear attention on query {tuple(query.shape)}: "
+            + "; ".join(reasons)
+        )
 
 
 class _Run:
@@ -89,12 +106,6 @@ class _Run:
         self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
         exact: bool,
     ) -> None:  # fmt: skip
-        reasons = why_not(query, key, value)
-        if reasons:
-            raise RegardError(
-                f"the Triton kernels cannot run linear attention on query {tuple(query.shape)}: "
-                + "; ".join(reasons)
-            )
         self.query, self.key, self.value = (t.contiguous() for t in (query, key, value))
         # What is not there is not read
         self.decay = self.query if decay is None else decay.contiguous()
@@ -124,8 +135,8 @@ class _Run:
 
     def blocks(self, columns: int) -> tuple[int, int, int, int]:
         """(F, blocks of features, V, blocks of columns) of a walk: what registers hold."""
-        size = _block(self.features, MOST if self.delta else 64)
-        width = _block(columns, 32 if size > 64 else 64)
+        size = block(self.features, MOST if self.delta else 64)
+        width = block(columns, 32 if size > 64 else 64)
         return size, -(-self.features // size), width, -(-columns // width)
 
     def pairs(self, left: Tensor, own: bool) -> Tensor:
@@ -139,7 +150,7 @@ class _Run:
                 left, self.key, self.decay, out, self.tokens, self.features, self.width,
                 heads // self.state_heads, self.chunks,
                 KIND=self.kind, OWN=own, LEVELS=self.levels,
-                **self.sizes(F=_block(self.features, 32 if self.kind == 2 else 64)),
+                **self.sizes(F=block(self.features, 32 if self.kind == 2 else 64)),
                 num_warps=self.warps, num_stages=2,
             )  # fmt: skip
         return out
@@ -197,7 +208,7 @@ class _Run:
         from . import recurrence  # triton
 
         columns = states.shape[-1]
-        width = _block(columns, 64)
+        width = block(columns, 64)
         v_blocks = -(-columns // width)
         out = self.new(*self.query.shape[:3], columns)
         with self.device():
@@ -206,7 +217,7 @@ class _Run:
                 self.tokens, self.features, news.shape[-1], columns, self.width, self.group,
                 self.chunks, v_blocks,
                 KIND=self.kind, DELTA=self.delta,
-                **self.sizes(F=_block(self.features, 64), V=width), num_warps=4, num_stages=2,
+                **self.sizes(F=block(self.features, 64), V=width), num_warps=4, num_stages=2,
             )  # fmt: skip
         return out
 
@@ -248,7 +259,7 @@ class _Run:
         from . import recurrence_back  # triton
 
         columns = grad.shape[-1]
-        width = _block(columns, 64)
+        width = block(columns, 64)
         v_blocks = -(-columns // width)
         out = self.new(*self.key.shape[:3], columns)
         with self.device():
@@ -256,7 +267,7 @@ class _Run:
                 self.key, self.decay, scores, grad, grad if after is None else after, out,
                 self.tokens, self.features, columns, self.width, self.group, self.chunks, v_blocks,
                 KIND=self.kind, DELTA=self.delta,
-                **self.sizes(F=_block(self.features, 64), V=width), num_warps=4, num_stages=2,
+                **self.sizes(F=block(self.features, 64), V=width), num_warps=4, num_stages=2,
             )  # fmt: skip
         return out
 
@@ -296,7 +307,7 @@ class _Run:
             recurrence_back.products[(self.batch * heads * self.chunks,)](
                 left, news, self.decay, self.beta, scores, out, by_pairs,
                 self.tokens, columns, news.shape[-1], heads // self.state_heads, self.chunks,
-                KIND=self.kind, DELTA=self.delta, OWN=own, **self.sizes(V=_block(columns, 64)),
+                KIND=self.kind, DELTA=self.delta, OWN=own, **self.sizes(V=block(columns, 64)),
                 num_warps=4, num_stages=2,
             )  # fmt: skip
         return out, by_pairs
@@ -309,7 +320,7 @@ class _Run:
         from . import recurrence_back  # triton
 
         columns = states.shape[-1]
-        size = _block(self.features, 16 if self.kind == 2 else 32)
+        size = block(self.features, 16 if self.kind == 2 else 32)
         f_blocks = -(-self.features // size)
         d_query, d_key = torch.empty_like(self.query), torch.empty_like(self.key)
         whole = self.key.shape if self.kind == 2 else (f_blocks, *self.key.shape[:3])
@@ -322,6 +333,6 @@ class _Run:
                 self.tokens, self.features, news.shape[-1], columns, self.width, self.group,
                 self.chunks, f_blocks, self.states,
                 KIND=self.kind, DELTA=self.delta, LEVELS=self.levels,
-                **self.sizes(F=size, V=_block(columns, 32)), num_warps=self.warps, num_stages=2,
+                **self.sizes(F=size, V=block(columns, 32)), num_warps=self.warps, num_stages=2,
             )  # fmt: skip
         return d_query, d_key, d_decay
