@@ -61,8 +61,11 @@ class Watching(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    def __deepcopy__(self, memo: Any) -> Watching:
+        return self  # generation copies configs, and makes masks by them
+
     def __reduce__(self) -> Any:
-        return str, (self.own,)
+        return str, (self.own,)  # what is saved holds the plain name
 
     @property
     def own(self) -> str:
@@ -154,7 +157,7 @@ def mask(
         own.regard_mask = _compact(
             batch_size, q_length, kv_length, starts, mask_function, attention_mask, use_vmap, device
         )
-        return own  # type: ignore[no-any-return]
+        return own
     if torch.compiler.is_compiling():
         dense: Tensor | None = hf.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
@@ -236,7 +239,7 @@ def attend(
     own = _own_function(name.own, caller.f_code.co_names, caller.f_globals)
     tensors = (query, key, value)
     if where is None:  # another thread's
-        return own(module, *tensors, attention_mask, **given)  # type: ignore[no-any-return]
+        return own(module, *tensors, attention_mask, **given)
     watched, layer = where
     wanted = watched.wants(layer)
     effects = wanted and any(isinstance(o, Effect) for o in watched.observe)
@@ -245,9 +248,10 @@ def attend(
     with watched.computing(), beside.Capture() as capture:
         answer: tuple[Tensor, Tensor | None] = own(module, *tensors, attention_mask, **given)
     if wanted:
-        tensors = tuple(t.detach() for t in tensors)
-        given |= {"dropout": 0.0}
-        call, kind = _call(where, module, *tensors, attention_mask, eager=name == "eager", **given)
+        given |= {"dropout": 0.0, "eager": name == "eager"}
+        call, kind = _call(
+            where, module, query.detach(), key.detach(), value.detach(), attention_mask, **given
+        )
         lse, seen = beside.gathered(
             watched.asking(layer, call), capture.found(call.query.shape[:3])
         )
@@ -273,7 +277,7 @@ def _own_function(name: str, names: tuple[str, ...], found: dict[str, Any]) -> C
     eager = [found[n] for n in names if n.endswith("eager_attention_forward") and n in found]
     if name not in interface and not eager:
         raise RegardError(f"watch: no attention function {name!r} is known where it is called")
-    return interface.get_interface(name, eager[0] if eager else None)  # type: ignore[no-any-return]
+    return interface.get_interface(name, eager[0] if eager else None)
 
 
 def _compute(

@@ -191,7 +191,8 @@ def _catch_sdpa(
     kind = "self" if query.shape[-2] == key.shape[-2] else "cross"
     shape = query.shape[:-1]
     if not enable_gqa:
-        shape = (*torch.broadcast_shapes(query.shape[:-2], value.shape[:-2]), query.shape[-2])
+        lead = torch.broadcast_shapes(query.shape[:-2], value.shape[:-2])
+        shape = torch.Size((*lead, query.shape[-2]))
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
     query, key, value = (
         t.expand(*lead, *t.shape[-3:]) if t.dim() > 2 else t for t in (query, key, value)
