@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import flex_attention as torch_flex
 
 from cases import FEW, Case, assert_within, plain
-from regard import Causal, Edges, Full, NoEngine, Window, attention
+from regard import ALiBi, Causal, Edges, Full, NoEngine, Window, attention
 from regard.call import Call
 from regard.engines import flex, sdpa_cuda
 
@@ -142,3 +142,27 @@ def test_an_edge_is_refused_by_flex_alone():
         "the mask lists edges; its kernel takes only functions of a single pair"
     ]
     assert first(call, HOPPER) == "efficient"
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_flex_chooses_tiles_that_fit(dtype, dim):
+    """Only where functions read tensors at each pair; the block mask's blocks are theirs."""
+    limit = 232448  # of an H200
+    wide = {"q_len": 200, "dim": dim}
+    assert flex.options(sized(dtype, mask=Causal(), **wide), limit) == {}
+    assert flex.options(sized(dtype, bias=ALiBi(), dim=dim, q_len=1), limit) == {}
+    for biases in (1, 2):
+        call = sized(dtype, mask=Causal(), bias=[ALiBi()] * biases, **wide)
+        chosen = flex.options(call, limit)
+        assert chosen["num_stages"] == 2
+        assert not flex.BLOCK % chosen["BLOCK_M"] and not flex.BLOCK % chosen["BLOCK_N"]
+        pairs = chosen["BLOCK_M"] * chosen["BLOCK_N"]
+        held = (chosen["BLOCK_M"] + 4 * chosen["BLOCK_N"]) * dim * call.query.element_size()
+        assert held + 4 * biases * pairs < limit
+    assert flex.options(sized(dtype, bias=ALiBi(), **wide), 2**14) is None
+
+
+def sized(dtype, *, q_len, dim, **request) -> Call:
+    query = torch.zeros(1, 4, q_len, dim, dtype=dtype)
+    return Call.checked(query, query, query, **request)

@@ -3,6 +3,9 @@
 transformers asks a mask function for a mask, hands it through the model, and calls the attention
 function in each layer. Ours hands on a `CompactMask`: a tensor to the model, a regard mask to us,
 so that no N × N mask is ever built.
+
+A watched model keeps its own mask and attention functions, whose output is its own to the bit: they
+are only found by way of ours, which read beside them (`Watching`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers import masking_utils as hf
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
+from . import beside
 from .biases import Bias, DenseBias
 from .caching import owner_of
 from .call import Call
@@ -26,11 +33,44 @@ from .engines import run
 from .errors import RegardError
 from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
-from .watched import active
+from .observers import Effect
+from .watched import Watched, active
 from .weigh import whole_rows
 
 NAME = "regard"
 _FOREVER = 2**31  # a window that ends nowhere
+_SKIPPED = threading.local()  # of masks that transformers left out: (q_len, k_len) → starts
+
+
+class Watching(str):
+    """The name of a model's own attention implementation, which dictionaries take for ours.
+
+    It equals both names and has the hash of ours: whoever compares it finds the model's own, and
+    transformers' registries answer with `attend` and `mask`, which call those of the model. So
+    nothing is registered or patched, and no other model is touched.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(NAME)
+
+    def __eq__(self, other: object) -> bool:
+        return other == NAME or str.__eq__(self, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __deepcopy__(self, memo: Any) -> Watching:
+        return self  # generation copies configs, and makes masks by them
+
+    def __reduce__(self) -> Any:
+        return str, (self.own,)  # what is saved holds the plain name
+
+    @property
+    def own(self) -> str:
+        """The name itself, as any other string."""
+        return "".join(self)
 
 
 class CompactMask(Tensor):
@@ -95,22 +135,53 @@ def mask(
     device: Any = "cpu",
     **rest: Any,
 ) -> Tensor | None:
-    """The mask function: transformers' arguments in, a `CompactMask` out."""
+    """The mask function: transformers' arguments in, a `CompactMask` out.
+
+    A watched model gets its own mask, which says beside its elements what they mean.
+    """
+    name = getattr(rest.get("config"), "_attn_implementation", None)
+    if isinstance(name, Watching):
+        make = dict(hf.ALL_MASK_ATTENTION_FUNCTIONS).get(name.own)
+        if make is None:  # then transformers makes none
+            return None
+        own = make(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            use_vmap=use_vmap, device=device, **rest,
+        )  # fmt: skip
+        starts, skipped = (int(q_offset), kv_offset), vars(_SKIPPED).setdefault("starts", {})
+        if own is None:
+            if mask_function is not hf.bidirectional_mask_function:
+                skipped[q_length, kv_length] = starts
+            return None
+        own.regard_mask = _compact(
+            batch_size, q_length, kv_length, starts, mask_function, attention_mask, use_vmap, device
+        )
+        return own
     if torch.compiler.is_compiling():
         dense: Tensor | None = hf.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             use_vmap=use_vmap, device=device, **rest,
         )  # fmt: skip
         return dense
-    shown = _translated(mask_function, use_vmap)
-    keep = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    return _compact(
+        batch_size, q_length, kv_length, (int(q_offset), kv_offset), mask_function, attention_mask,
+        use_vmap, device,
+    )  # fmt: skip
+
+
+def _compact(
+    batch: int, q_len: int, k_len: int, starts: tuple[int, int],
+    function: Callable[..., Tensor], attention_mask: Tensor | None, use_vmap: bool, device: Any,
+) -> CompactMask:  # fmt: skip
+    """What transformers' mask means, without its elements."""
+    shown, start = _translated(function, use_vmap), starts[1]
+    keep = hf.prepare_padding_mask(attention_mask, k_len, start)
     if keep is not None:
-        keep = keep[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
+        keep = keep[:, start : start + k_len].to(device=device, dtype=torch.bool)
         if not bool(keep.all()):
             shown = Padding(keep) if isinstance(shown, Full) else shown & Padding(keep)
-    return CompactMask(
-        shown, (batch_size, q_length, kv_length), (int(q_offset), kv_offset), torch.device(device)
-    )
+    return CompactMask(shown, (batch, q_len, k_len), starts, torch.device(device))
 
 
 def _translated(function: Callable[..., Tensor], use_vmap: bool) -> Mask:
@@ -152,26 +223,150 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    **given: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function: transformers' arguments in, (out, weights) out.
+
+    out (batch, q_len, heads, v_dim). Weights (batch, heads, q_len, k_len) are returned only where
+    the model was asked for them. A watched model's own function computes both, unless edges are
+    cut, or effects asked for.
+    """
+    caller = sys._getframe(1)
+    name = _implementation(module, caller.f_locals.get("self"))
+    where = next(((w, n) for w in active() if (n := w.call_of(module)) is not None), None)
+    if name is None:
+        return _compute(where, module, query, key, value, attention_mask, **given)
+    own = _own_function(name.own, caller.f_code.co_names, caller.f_globals)
+    tensors = (query, key, value)
+    if where is None:  # another thread's
+        return own(module, *tensors, attention_mask, **given)
+    watched, layer = where
+    wanted = watched.wants(layer)
+    effects = wanted and any(isinstance(o, Effect) for o in watched.observe)
+    if effects or watched.cut_of(layer) is not None:
+        return _compute(where, module, *tensors, attention_mask, eager=name == "eager", **given)
+    with watched.computing(), beside.Capture() as capture:
+        answer: tuple[Tensor, Tensor | None] = own(module, *tensors, attention_mask, **given)
+    if wanted:
+        given |= {"dropout": 0.0, "eager": name == "eager"}
+        call, kind = _call(
+            where, module, query.detach(), key.detach(), value.detach(), attention_mask, **given
+        )
+        lse, seen = beside.gathered(
+            watched.asking(layer, call), capture.found(call.query.shape[:3])
+        )
+        if watched.verifying and not module.training:
+            beside.verify(call, lse, answer[0].detach().transpose(1, 2), layer)
+        watched.record(layer, kind, call, lse, None, seen)
+    return answer
+
+
+def _implementation(*holders: Any) -> Watching | None:
+    """The model's own implementation, if it is being watched."""
+    for holder in holders:
+        for config in vars(holder).values() if isinstance(holder, nn.Module) else ():
+            name = getattr(config, "_attn_implementation_internal", None)
+            if isinstance(name, Watching):
+                return name
+    return None
+
+
+def _own_function(name: str, names: tuple[str, ...], found: dict[str, Any]) -> Callable[..., Any]:
+    """The function that a caller of these names would have got, had it not been watched."""
+    interface = found.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    eager = [found[n] for n in names if n.endswith("eager_attention_forward") and n in found]
+    if name not in interface and not eager:
+        raise RegardError(f"watch: no attention function {name!r} is known where it is called")
+    return interface.get_interface(name, eager[0] if eager else None)
+
+
+def _compute(
+    where: tuple[Watched, str] | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
+    **given: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by regard."""
+    held = owner_of(key)  # a cache that evicts: the mask speaks of more keys than there are
+    wanted, asked = where is not None and where[0].wants(where[1]), _asked_for_weights(given)
+    seen: dict[int, Any] = {}
+    if held is None:
+        call, kind = _call(
+            where, module, query, key, value, attention_mask, dropout=dropout, **given
+        )
+        if where and wanted:
+            call = where[0].asking(where[1], call)
+        out, lse, seen = run(call)
+    else:
+        if dropout:
+            raise RegardError("a cache that evicts takes no dropout; use model.eval()")
+        request, _, kind = _request(
+            where, module, query, held.layout.length, attention_mask, **given
+        )
+        query = _spread(query, key)
+        if wanted or asked:
+            call = held.in_positions(query, **request)
+        with torch._C.DisableTorchFunction():  # the call is recorded here
+            out, lse = held.attend_appended(query, **request, return_lse=True)
+    if where and wanted:
+        where[0].record(where[1], kind, call, lse, out, seen)
+    weights = None
+    if asked:
+        weights = whole_rows(call, lse.detach(), (0, call.place.q_len)).to(query.dtype)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _call(
+    where: tuple[Watched, str] | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **given: Any,
+) -> tuple[Call, str]:
+    """transformers' arguments as a call, and its kind."""
+    request, starts, kind = _request(where, module, query, key.shape[2], attention_mask, **given)
+    call = Call.checked(
+        _spread(query, key), key, value, **request, dropout=dropout or None,
+        query_start=starts[0], key_start=starts[1],
+    )  # fmt: skip
+    return call, kind
+
+
+def _spread(query: Tensor, key: Tensor) -> Tensor:
+    """Learned queries serve every item."""
+    return query if query.shape[0] == key.shape[0] else query.expand(key.shape[0], -1, -1, -1)
+
+
+def _request(
+    where: tuple[Watched, str] | None,
+    module: nn.Module,
+    query: Tensor,
+    k_len: int,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     cache: Any = None,
+    eager: bool = False,
     **rest: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function: transformers' arguments in, (out, weights) out.
+) -> tuple[dict[str, Any], tuple[int, int], str]:
+    """(what `Call.checked` takes, the positions of the first query and key, "self" or "cross").
 
-    out (batch, q_len, heads, v_dim). Weights (batch, heads, q_len, k_len) are returned only where
-    the model was asked for them.
+    eager: the model's own function knows of no mask but the one that it is given.
     """
     if cache is not None:
         raise RegardError("regard cannot read a paged cache yet; use the default cache")
-    where = next(((w, n) for w in active() if (n := w.call_of(module)) is not None), None)
     kind = _kind(module, where[1] if where else "")
-    held = owner_of(key)  # a cache that evicts: the mask speaks of more keys than there are
-    k_len = key.shape[2] if held is None else held.layout.length
+    is_causal = False if eager else is_causal
     shown, biases, start, key_start = _shown(module, query, k_len, attention_mask, is_causal)
     if position_bias is not None:
         if position_bias.shape[-1] not in (1, k_len):
@@ -184,35 +379,10 @@ def attend(
         start = where[0].position(where[1], kind, start)
         kept = where[0].cut_of(where[1])
         shown = shown if kept is None else shown & kept
-    if query.shape[0] != key.shape[0]:
-        query = query.expand(key.shape[0], -1, -1, -1)
     request: dict[str, Any] = dict(
         mask=shown, bias=biases or None, scale=scaling, softcap=softcap, sinks=s_aux
     )
-    wanted, asked = where is not None and where[0].wants(where[1]), _asked_for_weights(rest)
-    call: Call | None = None
-    seen: dict[int, Any] = {}
-    if held is None:
-        call = Call.checked(
-            query, key, value, **request, dropout=dropout or None, query_start=start,
-            key_start=key_start,
-        )  # fmt: skip
-        if where and wanted:
-            call = where[0].asking(where[1], call)
-        out, lse, seen = run(call)
-    else:
-        if dropout:
-            raise RegardError("a cache that evicts takes no dropout; use model.eval()")
-        if wanted or asked:
-            call = held.in_positions(query, **request)
-        with torch._C.DisableTorchFunction():  # the call is recorded here
-            out, lse = held.attend_appended(query, **request, return_lse=True)
-    if where and wanted and call:
-        where[0].record(where[1], kind, call, lse, out, seen)
-    weights = None
-    if asked and call:
-        weights = whole_rows(call, lse.detach(), (0, call.place.q_len)).to(query.dtype)
-    return out.transpose(1, 2).contiguous(), weights
+    return request, (start, key_start), kind
 
 
 def _shown(
@@ -220,9 +390,15 @@ def _shown(
 ) -> tuple[Mask, list[Bias | Tensor], int, int]:
     """(mask, biases, query_start, key_start) from what arrives as the mask."""
     q_len = query.shape[2]
+    compact = getattr(given, "regard_mask", given)
+    if isinstance(compact, CompactMask) and compact.shape[-2:] == (q_len, k_len):
+        return compact.regard, [], *compact.starts
     if given is None:
         # As in transformers: causal from the top left, as a cache may hold unwritten keys
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        starts = vars(_SKIPPED).get("starts", {}).get((q_len, k_len))
+        if starts is not None and causal:
+            return (Causal() if q_len > 1 else Full()), [], *starts
         if q_len > 1:
             return (Causal() if causal else Full()), [], 0, 0
         return Full(), [], k_len - 1 if causal else 0, 0
@@ -231,8 +407,6 @@ def _shown(
             f"the model's mask is {tuple(given.shape)}, its query {tuple(query.shape)}, of {k_len} "
             f"keys; the last two sizes of the mask must be ({q_len}, {k_len}), or 1"
         )
-    if isinstance(given, CompactMask):
-        return given.regard, [], *given.starts
     start = k_len - q_len
     if given.dtype == torch.bool:
         return Dense(given), [], start, 0
@@ -262,7 +436,7 @@ def _asked_for_weights(rest: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def using_regard(model: nn.Module) -> Iterator[None]:
-    """Route a model's attention through `attend` while inside, on copies of its configs."""
+    """Let a model find `attend` and `mask` while inside, on copies of its configs."""
     memo: dict[int, Any] = {}
     swapped: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -277,10 +451,13 @@ def using_regard(model: nn.Module) -> Iterator[None]:
     finally:
         for module, attribute, config in swapped:
             vars(module)[attribute] = config
+        vars(_SKIPPED).clear()
 
 
 def _set(config: PreTrainedConfig) -> None:
-    config._attn_implementation_internal = NAME
+    own = config._attn_implementation_internal
+    if own != NAME and not isinstance(own, Watching):
+        config._attn_implementation_internal = Watching(own or "eager")
     for key in config.sub_configs:
         if getattr(config, key, None) is not None:
             _set(getattr(config, key))

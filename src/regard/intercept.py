@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import beside
 from .attend import attention
 from .biases import DenseBias, Kind
 from .caching import tell
 from .call import Call
-from .engines import run, tiled
+from .engines import run
 from .errors import RegardError
 from .masks import Causal, Dense, Full, Mask, Padding
 from .observers import Effect
@@ -60,6 +61,8 @@ class Intercept(TorchFunctionMode):
             F.multi_head_attention_forward: _catch_mha,
         }.get(func)
         module = self.watched.tracker.innermost
+        if self.watched.within:  # what a watched function calls is recorded with it
+            return func(*args, **kwargs)
         if module is None or (catch is None and func not in (attention, tell)):
             return func(*args, **kwargs)
         name = self.watched.tracker.call(module)
@@ -79,12 +82,15 @@ class Intercept(TorchFunctionMode):
             if kept is not None:
                 caught.request["mask"] = caught.request["mask"] & kept
             return self._compute(name, caught, wanted)
-        out = func(*args, **kwargs)
+        with self.watched.computing(), beside.Capture() as capture:
+            out = func(*args, **kwargs)
         if wanted:
             caught = catch(*args, **kwargs)
             tensors = (t.detach() for t in (caught.query, caught.key, caught.value))
-            call = Call.checked(*tensors, **caught.request)
-            self.watched.record(name, caught.kind, call, tiled.log_sum_exp(call))
+            call = Call.checked(*tensors, **caught.request | {"dropout": None})
+            given = capture.found(call.query.shape[:3])
+            lse, seen = beside.gathered(self.watched.asking(name, call), given)
+            self.watched.record(name, caught.kind, call, lse, None, seen)
         return out
 
     def _regard(
@@ -183,9 +189,10 @@ def _catch_sdpa(
     Self or cross is told by the lengths, for want of anything else.
     """
     kind = "self" if query.shape[-2] == key.shape[-2] else "cross"
-    shape = (*torch.broadcast_shapes(query.shape[:-2], value.shape[:-2]), *query.shape[-2:-1])
-    if enable_gqa:
-        shape = query.shape[:-1]
+    shape = query.shape[:-1]
+    if not enable_gqa:
+        lead = torch.broadcast_shapes(query.shape[:-2], value.shape[:-2])
+        shape = torch.Size((*lead, query.shape[-2]))
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
     query, key, value = (
         t.expand(*lead, *t.shape[-3:]) if t.dim() > 2 else t for t in (query, key, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
 import threading
@@ -138,7 +139,9 @@ class Watched:
         layers: Sequence[int | str] | None,
         keep_qk: bool,
         cut: Sequence[Cut] = (),
+        verify: bool = False,
     ) -> None:
+        self.verifying, self.within = verify, False
         self.observe, self.keep_qk = tuple(observe), keep_qk
         self._cuts, self._done = tuple(cut), set[int]()
         self.modules = dict(model.named_modules())
@@ -168,6 +171,15 @@ class Watched:
             return start or 0
         layer = self._layers.get(name)
         return layer._end if layer and self._continuing else 0
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """While inside, the model's own attention runs, and what it calls is not recorded apart."""
+        self.within = True
+        try:
+            yield
+        finally:
+            self.within = False
 
     def asking(self, name: str, call: Call) -> Call:
         """A call of the module `name`, with the observers of this watch."""

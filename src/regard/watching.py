@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -18,6 +19,7 @@ from .watched import Cut, Watched
 
 _LOCK = threading.Lock()
 _WATCHING: set[int] = set()
+_VERIFIED: weakref.WeakSet[type] = weakref.WeakSet()  # classes of models, once watched
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 _TORCH_CALLS = ("scaled_dot_product_attention(", "multi_head_attention_forward(")
 _REGARD = re.compile(r"^\s*(?:import|from)\s+regard\b", re.MULTILINE)
@@ -30,6 +32,7 @@ def watch(
     layers: Sequence[int | str] | None = None,
     keep_qk: bool = False,
     cut: Sequence[Cut] = (),
+    verify: bool | None = None,
 ) -> Iterator[Watched]:
     """Watch a model's attention inside a `with` block; yields the `Watched` that fills.
 
@@ -43,15 +46,19 @@ def watch(
     observe: what to keep of every layer's weights. layers: only these: numbers of layers (3), or
         modules' names and patterns ("decoder.*"). keep_qk: also keep q, k and lse, O(N) a layer,
         for `seen.recording()`. cut: edges or whole heads to remove; the rest of the model runs on.
+    verify: check on some rows of each call that the weights as read give the model's output; by
+        default only the first time that a class of models is watched, in its first block.
 
     In `generate()` each new token's row is appended; a new sequence replaces the last results.
-    Outputs equal the unwatched ones within rounding. Other threads that run the model compute as
+    The model's own attention computes its outputs, which equal the unwatched ones to the bit, but
+    where edges are cut or an `Effect` is asked for. Other threads that run the model compute as
     ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
     it ran without computing attention where it could be seen.
     """
     hugging = _hugging_face(model)
     _check(model, hugging)
-    watched = Watched(model, observe, layers, keep_qk, cut)
+    verify = type(model) not in _VERIFIED if verify is None else verify
+    watched = Watched(model, observe, layers, keep_qk, cut, verify)
     with _LOCK:
         if id(model) in _WATCHING:
             raise RegardError(f"this {type(model).__name__} is being watched already")
@@ -69,6 +76,8 @@ def watch(
             stack.enter_context(Intercept(watched))
         stack.enter_context(watched)
         yield watched
+    if watched.tracker.ran and verify:
+        _VERIFIED.add(type(model))
     if watched.tracker.ran and watched.undone:
         layers = ", ".join(str(c.layer) for c in watched.undone)
         raise RegardError(f"cut: no attention call is in layer {layers}; nothing was cut there")

@@ -21,6 +21,9 @@ from ..ops import FULL_CELL, TILE_SIDE, Op
 name = "flex"
 
 BLOCK = 128  # of the block mask, in queries and in keys
+SHARED = 166912  # bytes of shared memory a block may take, where no device says so (A100)
+DECODING = 128  # fewer queries go to another kernel, which chooses by itself
+PAIRWISE = (Op.TILES, Op.BLOCKS, Op.DENSE)  # leaves that read a tensor at each pair
 Shown = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query, key
 
 
@@ -49,11 +52,43 @@ def refuses(call: Call) -> list[str]:
         reasons.append("keys lie in pages; this engine reads none")
     if any(op == Op.EDGES for op, _ in call.program.instructions()):
         reasons.append("the mask lists edges; its kernel takes only functions of a single pair")
+    if place.device.type != "cpu" and options(call, _limit(call)) is None:
+        reasons.append("its functions read more tensors at each pair than shared memory holds")
     if call.return_lse and call.needs_grad:
         reasons.append("return_lse needs gradients; this engine gives none through lse")
     if call.needs_grad and any(b.tensor.requires_grad for b in call.biases):
         reasons.append("a bias needs gradients; this engine gives none")
     return reasons
+
+
+def _limit(call: Call) -> int:
+    """The shared memory of a block on the call's device, in bytes."""
+    if call.place.device.type != "cuda":
+        return SHARED
+    properties = torch.cuda.get_device_properties(call.place.device)
+    return int(getattr(properties, "shared_memory_per_block_optin", SHARED))
+
+
+def options(call: Call, limit: int) -> dict[str, int] | None:
+    """`kernel_options` whose tiles fit into `limit` bytes; {} leaves them to PyTorch, None: none.
+
+    PyTorch chooses blocks by dim alone. What functions read at each pair is loaded ahead, too, a
+    tile in 4 bytes a pair for each stage but one, and then they do not fit: at dim 64, 128 × 128,
+    3 stages, 16 + 96 + 128 KiB.
+    """
+    pairwise = sum(
+        len(op.form.tensors) for op, _ in call.program.instructions() if op in PAIRWISE
+    ) + len(call.biases)
+    if not pairwise or call.place.q_len < DECODING:
+        return {}
+    dim, size = call.query.shape[-1], call.query.element_size()
+    v_dim = dim if call.value is None else call.value.shape[-1]
+    dim, v_dim = (max(16, 1 << (d - 1).bit_length()) for d in (dim, v_dim))
+    for rows, cols, stages in ((128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 16, 2)):
+        tiles = rows * dim + stages * cols * (dim + v_dim)
+        if tiles * size + (stages - 1) * pairwise * rows * cols * 4 <= limit - 2**14:
+            return {"BLOCK_M": rows, "BLOCK_N": cols, "num_stages": stages}
+    return None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -82,6 +117,7 @@ def attend(call: Call, by: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         scale=call.scale,
         enable_gqa=call.place.heads != call.place.kv_heads,
         return_aux=AuxRequest(lse=True),
+        kernel_options=options(call, _limit(call)),
     )
     return out, more.lse.detach()
 
