@@ -60,8 +60,8 @@ class Added:
     def offsets(self, span: Span) -> Tensor:
         """key − query in a span: (q1 − q0, k1 − k0) int64."""
         device = self.tensor.device
-        query = torch.arange(span.q0, span.q1, device=device) + self.query_start
-        key = torch.arange(span.k0, span.k1, device=device) + self.key_start
+        query = torch.arange(span.q0, span.q1, device=device, dtype=torch.int64) + self.query_start
+        key = torch.arange(span.k0, span.k1, device=device, dtype=torch.int64) + self.key_start
         return key[None, :] - query[:, None]
 
     def buckets(self, span: Span) -> Tensor:

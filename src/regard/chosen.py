@@ -139,8 +139,14 @@ def _top_blocks(
     competes, asking, asked = concerned(program, block)
     rows = _means(query, asking, query_start, block)
     cols = _means(key, asked, key_start, block)
-    own = torch.arange(rows.shape[2], device=query.device)[:, None] + query_start // block
-    own = own == torch.arange(cols.shape[2], device=query.device) + key_start // block
+    own = (
+        torch.arange(rows.shape[2], device=query.device, dtype=torch.int64)[:, None]
+        + query_start // block
+    )
+    own = (
+        own
+        == torch.arange(cols.shape[2], device=query.device, dtype=torch.int64) + key_start // block
+    )
     scores = (rows.unflatten(1, (cols.shape[1], -1)) @ cols[:, :, None].mT).flatten(1, 2)
     competes, own = competes.expand_as(scores), own.expand_as(scores)
     # Two stable sorts: by score, then those that compete before the others, the own block first

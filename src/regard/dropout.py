@@ -46,19 +46,22 @@ class Dropout:
             return None
         seed = dropout.seed
         if seed is None:
-            seed = torch.randint(2**62, (), dtype=torch.int64)
+            seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu")
         elif not isinstance(seed, Tensor):
-            seed = torch.tensor(seed, dtype=torch.int64)
+            seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
         return Dropout(dropout.p, seed)
 
     def factor(self, span: Span, place: Place, dtype: torch.dtype) -> Tensor:
         """0 or 1 / (1 − p) for each weight of a span: (batch, heads, q1 − q0, k1 − k0)."""
-        batch = torch.arange(place.batch, device=place.device)[span.batch]
-        head = torch.arange(place.heads, device=place.device)[span.heads]
-        query = torch.arange(span.q0, span.q1, device=place.device) + place.query_start
+        batch = torch.arange(place.batch, device=place.device, dtype=torch.int64)[span.batch]
+        head = torch.arange(place.heads, device=place.device, dtype=torch.int64)[span.heads]
+        query = (
+            torch.arange(span.q0, span.q1, device=place.device, dtype=torch.int64)
+            + place.query_start
+        )
         first = (span.k0 + place.key_start) // 4
         last = (span.k1 - 1 + place.key_start) // 4
-        group = torch.arange(first, last + 1, device=place.device)
+        group = torch.arange(first, last + 1, device=place.device, dtype=torch.int64)
         seed = int(self.seed) if self.seed is not None else 0
         rows = batch[:, None, None, None] * place.heads + head[None, :, None, None]
         counter = (group & _LOW, (query & _LOW)[:, None], rows, torch.zeros_like(group))

@@ -251,7 +251,9 @@ class Documents(Mask):
                 raise RegardError(
                     f"cu_seqlens {cu.tolist()} must be one row that starts at 0 and does not fall"
                 )
-            return torch.repeat_interleave(torch.arange(len(lengths), device=cu.device), lengths)
+            return torch.repeat_interleave(
+                torch.arange(len(lengths), device=cu.device, dtype=torch.int64), lengths
+            )
 
         return cls(ids(query), None if key is None else ids(key))
 
@@ -299,7 +301,8 @@ class Edges(Mask):
 
     def __init__(self, pairs: Iterable[tuple[int, int]] | Tensor) -> None:
         given = pairs if isinstance(pairs, Tensor) else list(pairs)
-        held = torch.as_tensor(given, dtype=torch.int64)
+        device = pairs.device if isinstance(pairs, Tensor) else "cpu"
+        held = torch.as_tensor(given, dtype=torch.int64, device=device)
         if held.numel() and (held.dim() != 2 or held.shape[1] != 2):
             raise RegardError(f"Edges: pairs are {tuple(held.shape)}; give (query, key) pairs")
         object.__setattr__(self, "pairs", torch.unique(held.reshape(-1, 2), dim=0))
@@ -379,16 +382,17 @@ class Predicate(Mask):
     def _evaluate(self, place: Place) -> list[Tensor]:
         """Row by row of cells, so that only O(k_len) elements exist at a time."""
         device, side = place.device, TILE_SIDE
-        batch = torch.arange(place.batch, device=device).view(-1, 1, 1, 1)
-        head = torch.arange(place.heads, device=device).view(1, -1, 1, 1)
-        key = torch.arange(place.k_len, device=device) + place.key_start
+        batch = torch.arange(place.batch, device=device, dtype=torch.int64).view(-1, 1, 1, 1)
+        head = torch.arange(place.heads, device=device, dtype=torch.int64).view(1, -1, 1, 1)
+        key = torch.arange(place.k_len, device=device, dtype=torch.int64) + place.key_start
         rows, bits, count = [], [], 0
         for q0 in range(0, place.q_len, side):
-            query = torch.arange(q0, min(q0 + side, place.q_len), device=device)
+            query = torch.arange(q0, min(q0 + side, place.q_len), device=device, dtype=torch.int64)
             query = (query + place.query_start).view(1, 1, -1, 1)
-            shown = torch.as_tensor(self.fn(batch, head, query, key.view(1, 1, 1, -1)))
+            shown = self.fn(batch, head, query, key.view(1, 1, 1, -1))
+            shown = torch.as_tensor(shown, dtype=torch.bool, device=device)
             try:
-                shown = shown.to(device, torch.bool).expand(
+                shown = shown.expand(
                     *(shown.shape[:-2] if shown.dim() == 4 else (1, 1)), query.shape[2], len(key)
                 )
             except RuntimeError as error:

@@ -247,19 +247,23 @@ class BigBird(Mask):
 
     def layout(self, rows: range, cols: range, device: torch.device | str = "cpu") -> Tensor:
         """Which blocks of queries see which blocks of keys: bool (rows, cols)."""
-        row = torch.arange(rows.start, rows.stop, device=device)[:, None]
-        col = torch.arange(cols.start, cols.stop, device=device)
+        row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)[:, None]
+        col = torch.arange(cols.start, cols.stop, device=device, dtype=torch.int64)
         seen = (row - col).abs() <= self.window_blocks // 2
         seen = seen | (col < self.global_blocks)
         seen = seen | ((row >= 0) & (row < self.global_blocks))
         if self.random_blocks == 0 or not len(cols):
             return seen
-        group = torch.arange(cols.start // 4, (cols.stop - 1) // 4 + 1, device=device)
+        group = torch.arange(
+            cols.start // 4, (cols.stop - 1) // 4 + 1, device=device, dtype=torch.int64
+        )
         counter = (group & _LOW, row & _LOW, torch.zeros_like(group), torch.ones_like(group))
         words = torch.stack(philox(counter, (self.seed & _LOW, self.seed >> 32 & _LOW)), -1)
         words = words.flatten(-2)[:, cols.start % 4 :][:, : len(cols)]
         # The columns among themselves never tie
-        rank = (words << 31 | torch.arange(len(cols), device=device)).masked_fill(seen, -1)
+        rank = (
+            words << 31 | torch.arange(len(cols), device=device, dtype=torch.int64)
+        ).masked_fill(seen, -1)
         best = rank.topk(min(self.random_blocks, len(cols)), -1).indices
         return seen.scatter(-1, best, True)
 
@@ -300,8 +304,10 @@ class Chunks(Mask):
             to.write(Op.CHUNK, self.size)
             return
         place = to.place
-        query = torch.arange(place.q_len, device=place.device) + place.query_start
-        key = torch.arange(place.k_len, device=place.device) + place.key_start
+        query = (
+            torch.arange(place.q_len, device=place.device, dtype=torch.int64) + place.query_start
+        )
+        key = torch.arange(place.k_len, device=place.device, dtype=torch.int64) + place.key_start
         # Of every `groups` chunks at most one holds a position: each group is a Documents
         groups = -(-self.size // self.step)
         for group in range(groups):

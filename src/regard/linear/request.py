@@ -159,7 +159,7 @@ def filled_ids(ids: Tensor, before: Tensor | None) -> Tensor:
     """(batch, n + 1): the document that is open before each token, and after the last; −1: none."""
     start = ids.new_full((len(ids), 1), -1) if before is None else before.to(ids)[:, None]
     both = torch.cat([start, ids], 1)
-    at = torch.arange(both.shape[1], device=ids.device).expand_as(both)
+    at = torch.arange(both.shape[1], device=ids.device, dtype=torch.int64).expand_as(both)
     return both.gather(1, at.masked_fill(both < 0, 0).cummax(1).values)
 
 
