@@ -37,6 +37,7 @@ def attention(
     observe: Sequence[Observer] | None = None,
     return_lse: bool = False,
     engine: str = "auto",
+    **unknown: Any,
 ) -> Any:
     """softmax(softcap(scale · q kᵀ) + bias, over the keys that mask shows) v. Vaswani et al. 2017.
 
@@ -68,9 +69,9 @@ def attention(
     )  # fmt: skip
     if has_torch_function_variadic(query, key, value):  # as torch's own: `watch` sees the call
         return handle_torch_function(
-            attention, (query, key, value), query, key, value, **request, engine=engine
+            attention, (query, key, value), query, key, value, **request, **unknown, engine=engine
         )
-    call = Call.checked(query, key, value, **request)
+    call = Call.checked(query, key, value, **request, **unknown)
     out, lse, seen = run(call, engine)
     if observe is None:
         return (out, lse) if return_lse else out

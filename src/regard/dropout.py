@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import real, whole
 from .errors import RegardError
 from .lowered import Span
 from .masks import Place
@@ -32,6 +33,8 @@ class Dropout:
     seed: int | Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.p, float):
+            object.__setattr__(self, "p", real(self.p, "dropout"))
         if not 0 <= self.p < 1:
             raise RegardError(f"dropout is {self.p}; give 0 ≤ p < 1")
 
@@ -41,13 +44,16 @@ class Dropout:
         if dropout is None:
             return None
         if not isinstance(dropout, Dropout):
-            dropout = Dropout(float(dropout))
+            dropout = Dropout(real(dropout, "dropout"))
         if dropout.p == 0:
             return None
         seed = dropout.seed
         if seed is None:
             seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu")
         elif not isinstance(seed, Tensor):
+            seed = whole(seed, "seed")
+            if not -(2**63) <= seed < 2**63:
+                raise RegardError(f"seed is {seed}; give a number of 64 bits")
             seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
         return Dropout(dropout.p, seed)
 

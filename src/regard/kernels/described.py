@@ -152,11 +152,29 @@ def _mask_tensors(call: Call) -> list[Tensor]:
     tensors = list(call.program.tensors)
     for op, args in call.program.instructions():
         for i in args[: len(op.form.tensors)]:
-            if op == Op.DOCUMENTS:
-                tensors[i] = tensors[i].to(torch.int32).contiguous()
-            elif op != Op.DENSE:
+            if op not in (Op.DENSE, Op.DOCUMENTS):
                 tensors[i] = tensors[i].contiguous()
+        if op == Op.DOCUMENTS:
+            mine, theirs = args
+            tensors[mine], tensors[theirs] = _in_int32(tensors[mine], tensors[theirs])
     return tensors
+
+
+def _in_int32(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids of queries and of keys as int32; numbered anew where they do not fit."""
+    most = torch.iinfo(torch.int32).max
+    wide = [t for t in (mine, theirs) if t.dtype == torch.int64 and t.numel()]
+    if any(int(t.max()) > most or int(t.min()) < -most for t in wide):
+        both = torch.cat([mine.long().flatten(), theirs.long().flatten()])
+        # Those below 0, of no document, stay there
+        numbers = both.unique(return_inverse=True)[1].where(both >= 0, -1)
+        mine, theirs = (
+            n.view(t.shape)
+            for n, t in zip(
+                numbers.split([mine.numel(), theirs.numel()]), (mine, theirs), strict=True
+            )
+        )
+    return mine.to(torch.int32).contiguous(), theirs.to(torch.int32).contiguous()
 
 
 def received_alone(kept: Buffers, total: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call import FLOATS, Call
+from ..checks import real
 from ..errors import RegardError
 from ..lowered import Op
 from . import features
@@ -73,7 +74,7 @@ class Request:
             raise RegardError(f"state is a {type(state).__name__}; give the LinearState of a call")
         request = cls(
             call, feature_map, decay, beta, causal, normalise,
-            1.0 if scale is None else float(scale), state, *ids, keep, state_heads,
+            1.0 if scale is None else real(scale, "scale"), state, *ids, keep, state_heads,
         )  # fmt: skip
         if ids[0] is not None and ids[1] is not None:
             request._check_documents(ids[0])
