@@ -1,17 +1,22 @@
 """Wrong input: one RegardError whose message shows the shapes and says what to do."""
 
+import numpy as np
 import pytest
 import torch
 
 from regard import (
+    H2O,
     ALiBi,
+    BlockSparse,
     Causal,
     Dense,
     Distances,
     Documents,
     Dropout,
     Edges,
+    Effect,
     Entropy,
+    First,
     Heads,
     Map,
     NoEngine,
@@ -22,17 +27,22 @@ from regard import (
     RelativeBias,
     Rows,
     TopK,
+    Window,
+    WindowCache,
     attention,
     explain,
+    linear_attention,
     observe,
 )
 from regard.engines import ENGINES
+from regard.nn.functional import scaled_dot_product_attention
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.ones(shape, dtype=dtype)
 
 
+ARRAY = np.ones((2, 7), dtype=bool)
 Q, K, V = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)
 SHAPES = {
     "query of 3 dims": (Q[1:], K, V, "each needs 4 dimensions, (batch, heads, length, dim)"),
@@ -104,6 +114,39 @@ REQUESTS = {
     "table": ({"bias": RelativeBias(drawn(4, 32))}, "table is (4, 32)", "needs (4, 4)"),
     "small table": ({"bias": RelativeBias(drawn(2, 4))}, "table is (2, 4)", "(buckets ≥ 4, heads)"),
     "softcap": ({"softcap": 0.0}, "softcap is 0.0", "above 0, or None"),
+    "softcap NaN": ({"softcap": float("nan")}, "softcap is nan", "a finite number"),
+    "scale NaN": ({"scale": float("nan")}, "scale is nan", "a finite number"),
+    "scale inf": ({"scale": float("inf")}, "scale is inf", "a finite number"),
+    "scale words": ({"scale": "auto"}, "scale is 'auto'", "give a number"),
+    "scales": ({"scale": drawn(4)}, "scale is tensor", "give a number"),
+    "learned scale": (
+        {"scale": drawn(1).requires_grad_()}, "scale is a tensor that needs a gradient",
+        "multiply the query by it",
+    ),
+    "learned softcap": (
+        {"softcap": drawn(1).requires_grad_()}, "softcap is a tensor that needs a gradient",
+        "a number",
+    ),
+    "learned dropout": (
+        {"dropout": drawn(1).requires_grad_()}, "dropout is a tensor that needs a gradient",
+        "a number",
+    ),
+    "seed": ({"dropout": Dropout(0.1, 2**64)}, "seed is", "64 bits"),
+    "causal": ({"causal": True}, "no argument is named causal", "mask=Causal()"),
+    "is_causal": ({"is_causal": True}, "no argument is named is_causal", "mask=Causal()"),
+    "attn_mask": ({"attn_mask": drawn(5, 7)}, "no argument is named attn_mask", "mask=Dense("),
+    "masks": ({"masks": Causal()}, "no argument is named masks", "mask, bias, scale"),
+    "half a start": ({"query_start": 1.5}, "query_start is 1.5", "a whole number"),
+    "half a key": ({"key_start": 0.5}, "key_start is 0.5", "a whole number"),
+    "far": ({"query_start": 2**31}, "queries stand from 2147483648 on", "within ± 2³¹"),
+    "far back": ({"query_start": -(2**40)}, "queries stand from", "within ± 2³¹"),
+    "far keys": ({"key_start": 2**31 - 3}, "keys from 2147483645 on", "within ± 2³¹"),
+    "list for sinks": ({"sinks": [0.0] * 4}, "sinks is a list", "a torch tensor"),
+    "huge k": ({"observe": [TopK(10**9)]}, "k is 1000000000", "give fewer"),
+    "huge k of norms": ({"observe": [NormTopK(10**9)]}, "k is 1000000000", "give fewer"),
+    "huge k of effects": ({"observe": [Effect(10**9)]}, "k is 1000000000", "give fewer"),
+    "observer class alone": ({"observe": TopK}, "observe", "[TopK(8)]"),
+    "a number for observers": ({"observe": 3}, "observe is 3", "[TopK(8)]"),
     "negative softcap": ({"softcap": -3}, "softcap is -3", "above 0, or None"),
     "sinks": ({"sinks": drawn(2)}, "sinks is (2,)", "one logit a head, (4,)"),
     "sinks elsewhere": ({"sinks": drawn(4).to("meta")}, "on meta", "on cpu"),
@@ -137,6 +180,30 @@ VALUES = {
     "Distances twice": (lambda: Distances((0, 3, 3)), "edges that rise from 0"),
     "Dropout(1)": (lambda: Dropout(1.0), "dropout is 1.0; give 0 ≤ p < 1"),
     "Dropout(-0.1)": (lambda: Dropout(-0.1), "dropout is -0.1; give 0 ≤ p < 1"),
+    "Window(2.5)": (lambda: Window(2.5), "Window: n is 2.5; give a whole number"),
+    "Window(ahead)": (lambda: Window(2, ahead="3"), "Window: ahead is '3'; give a whole number"),
+    "First(NaN)": (lambda: First(float("nan")), "First: n is nan; give a whole number"),
+    "Heads(3)": (lambda: Heads(3), "Heads: heads is 3; give a list of whole numbers"),
+    "Heads([1.5])": (lambda: Heads([1.5]), "is 1.5; give a whole number"),
+    "Rows(3)": (lambda: Rows(3), "Rows: indices is 3; give a list of whole numbers"),
+    "Rows([0.5])": (lambda: Rows([0.5]), "Rows: indices is 0.5; give a whole number"),
+    "TopK(2.0)": (lambda: TopK(2.0), "TopK: k is 2.0; give a whole number"),
+    "Map(2.5, 2)": (lambda: Map(2.5, 2), "Map: rows is 2.5; give a whole number"),
+    "Received(5)": (lambda: Received(5), "Received: queries is 5; give a list"),
+    "Received of three": (lambda: Received((1, 2, 3)), "a range (start, stop) of positions"),
+    "Distances(2.5)": (lambda: Distances(2.5), "Distances: bins is 2.5; give a list"),
+    "Distances(99)": (lambda: Distances(99), "beyond every distance"),
+    "Padding of an array": (lambda: Padding(ARRAY), "Padding: keep is a ndarray; give a torch"),
+    "Padding of a list": (lambda: Padding([True]), "Padding: keep is a list; give a torch"),
+    "Dense of an array": (lambda: Dense(ARRAY), "Dense: visible is a ndarray; give a torch"),
+    "Documents of a list": (lambda: Documents([0, 1]), "query_ids is a list; give a torch"),
+    "BlockSparse": (lambda: BlockSparse(ARRAY, 4), "layout is a ndarray; give a torch"),
+    "WindowCache(2.5)": (lambda: WindowCache(2.5), "window is 2.5; give a whole number"),
+    "H2O(2.5)": (lambda: H2O(2.5), "H2O: budget is 2.5; give a whole number"),
+    "RelativeBias": (
+        lambda: RelativeBias(drawn(8, 4), max_distance=2.5),
+        "max_distance is 2.5; give a whole",
+    ),
     "triples": (
         lambda: Edges([(1, 2, 3), (4, 5, 6)]),
         "Edges: pairs are (2, 3); give (query, key)",
@@ -154,6 +221,37 @@ def test_values_that_make_no_sense(make, said):
     with pytest.raises(RegardError) as error:
         make()
     assert said in str(error.value)
+
+
+def test_whole_numbers_of_other_types():
+    """NumPy's, and a tensor of one integer, are what they count."""
+    five = Window(np.int64(5), ahead=torch.tensor(2))
+    assert five == Window(5, ahead=2)
+    assert all(type(n) is int for n in (five.n, five.ahead))
+    assert Rows(np.arange(3)) == Rows([0, 1, 2])
+    others = {"query_start": np.int32(4), "key_start": torch.tensor(1), "scale": np.float32(0.5)}
+    tensors = drawn(*Q), drawn(*K), drawn(*V)
+    right = attention(*tensors, mask=five, query_start=4, key_start=1, scale=0.5)
+    assert torch.equal(attention(*tensors, mask=five, **others), right)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_arrays_are_no_tensors(which):
+    tensors = dict(query=drawn(*Q), key=drawn(*K), value=drawn(*V))
+    tensors[which] = tensors[which].numpy()
+    with pytest.raises(RegardError, match=f"{which} is a ndarray; give a torch tensor"):
+        attention(**tensors)
+
+
+def test_a_scale_that_needs_a_gradient_is_not_dropped():
+    """By the drop-in, too; torch's own function refuses a tensor."""
+    scale = torch.tensor(0.3, requires_grad=True)
+    tensors = drawn(2, 4, 7, 8), drawn(*K), drawn(*K)
+    for call in (scaled_dot_product_attention, linear_attention):
+        more = {"enable_gqa": True} if call is scaled_dot_product_attention else {}
+        more |= {"feature_map": None} if call is linear_attention else {}
+        with pytest.raises(RegardError, match="multiply the query by it"):
+            call(*tensors, scale=scale, **more)
 
 
 def test_the_lse_of_a_second_pass():

@@ -1,6 +1,8 @@
 """Masks, element by element against plain Python, and the tile classes that engines skip by."""
 
 import itertools
+import sys
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -8,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from regard import (
+    BigBird,
     BlockSparse,
     Causal,
     Chunks,
@@ -25,6 +28,7 @@ from regard import (
     Predicate,
     RegardError,
     Strided,
+    TopBlocks,
     Window,
     attention,
 )
@@ -384,6 +388,71 @@ def test_wrong_sizes_are_said(mask, said, combined):
 def test_wrong_numbers_are_said(wrong):
     with pytest.raises(RegardError, match="give n ≥"):
         wrong()
+
+
+@pytest.mark.parametrize(
+    "join",
+    [lambda: Causal() and Window(3), lambda: Causal() or Window(3), lambda: not Causal()],
+    ids=["and", "or", "not"],
+)
+def test_words_do_not_join_masks(join):
+    """`Causal() and Window(3)` would be Window(3)."""
+    with pytest.raises(RegardError, match=r"Causal\(\) is neither true nor false: .* & \| ~"):
+        join()
+
+
+HUGE: dict[str, tuple[Callable[[int], Mask], Mask]] = {
+    "window": (lambda n: Window(n), Window(500)),
+    "ahead": (lambda n: Window(3, ahead=n), Window(3, ahead=500)),
+    "first": (lambda n: First(n), Full()),
+    "dilated": (lambda n: Dilated(n, 3), Dilated(500, 3)),
+    "dilated by": (lambda n: Dilated(3, n), Dilated(1, 1)),
+    "strided": (lambda n: Strided(n), Strided(500)),
+    "fixed": (lambda n: Fixed(n, 1), Fixed(500, 1)),
+    "summary": (lambda n: Fixed(n, n), Full()),
+    "chunks": (lambda n: Chunks(n), Chunks(500)),
+    "chunks that overlap": (lambda n: Chunks(n, n // 2), Full()),
+    "block": (lambda n: BlockSparse(torch.ones(1, 1).bool(), n), Full()),
+    "longformer": (lambda n: Longformer(n, 2), Full()),
+    "global": (lambda n: Longformer(3, n), Full()),
+    "big bird": (lambda n: BigBird(16, n, 0, 0), Full()),
+    "global blocks": (lambda n: BigBird(16, 1, n, 0), Full()),
+    "random blocks": (lambda n: BigBird(16, 1, 0, n), Full()),
+    "top blocks": (lambda n: TopBlocks(n, 16), Full()),
+    "one top block": (lambda n: TopBlocks(1, n), Full()),
+}
+
+
+@pytest.mark.parametrize("engine", ["cpu", "sdpa", "tiled", "reference"])
+@pytest.mark.parametrize("n", [2**31, 2**32 + 1, sys.maxsize, 2**63, 2**64], ids=hex)
+@pytest.mark.parametrize("huge, same", HUGE.values(), ids=HUGE)
+def test_a_number_beyond_every_position(huge, same, n, engine):
+    """It is what people write for "no limit", and must not wrap in an engine's integers."""
+    rng = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 150, 16, generator=rng) for _ in range(3))
+    request = {"engine": engine, "return_lse": True}
+    answers = attention(query, key, value, mask=Causal() & huge(n), **request)
+    right = attention(query, key, value, mask=Causal() & same, **request)
+    for ours, theirs in zip(answers, right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "tiled", "reference"])
+def test_documents_of_any_ids(engine):
+    """Ids are names: those beyond 32 bits are not those that they would wrap to."""
+    rng = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 40, 16, generator=rng) for _ in range(3))
+    small = torch.randint(-1, 4, (2, 40), generator=rng)
+    names = torch.tensor([0, 2**32, 2**33, 2**62, -(2**40)])
+    right = attention(query, key, value, mask=Documents(small), engine="reference")
+    given = attention(query, key, value, mask=Documents(names[small]), engine=engine)
+    torch.testing.assert_close(given, right, rtol=0, atol=1e-5)
+
+
+def test_documents_of_floats_are_refused():
+    q = torch.zeros(1, 1, 3, 8)
+    with pytest.raises(RegardError, match=r"query_ids is torch\.float32; give integers"):
+        attention(q, q, q, mask=Documents(torch.tensor([0.2, 0.7, 1.0])))
 
 
 def test_masks_say_what_they_are():

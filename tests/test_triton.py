@@ -173,7 +173,7 @@ def test_says_what_it_cannot_read():
         (call_of(dim=300), "dim is 300; it takes at most 256"),
         (call_of(dim=0), "the call is empty; it needs at least one of everything"),
         (call_of(bias=[flat] * 3), "3 biases are tensors; it takes 2, so add some up before"),
-        (call_of(query_start=2**31), "positions are beyond 2³⁰; it counts them in int32"),
+        (call_of(query_start=2**30), "positions are beyond 2³⁰; it counts them in int32"),
     ):
         assert [r for r in reading.why_not(call) if "triton" not in r] == [reason]
     mask = Causal()

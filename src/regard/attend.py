@@ -37,6 +37,7 @@ def attention(
     observe: Sequence[Observer] | None = None,
     return_lse: bool = False,
     engine: str = "auto",
+    **unknown: Any,
 ) -> Any:
     """softmax(softcap(scale · q kᵀ) + bias, over the keys that mask shows) v. Vaswani et al. 2017.
 
@@ -60,17 +61,17 @@ def attention(
     key is 0. Gradients flow through out and lse. RegardError if the request does not fit together;
     NoEngine if the named engine, or none of them, can run it: a named engine never falls back.
     """
+    # The one list of what is asked for: whoever passes it on passes all of it
+    request: dict[str, Any] = dict(
+        mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout,
+        query_start=query_start, key_start=key_start, pages=pages, observe=observe,
+        return_lse=return_lse,
+    )  # fmt: skip
     if has_torch_function_variadic(query, key, value):  # as torch's own: `watch` sees the call
         return handle_torch_function(
-            attention, (query, key, value), query, key, value, mask=mask, bias=bias, scale=scale,
-            softcap=softcap, sinks=sinks, dropout=dropout, query_start=query_start,
-            key_start=key_start, observe=observe, return_lse=return_lse, engine=engine,
-        )  # fmt: skip
-    call = Call.checked(
-        query, key, value, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks,
-        dropout=dropout, query_start=query_start, key_start=key_start, observe=observe,
-        return_lse=return_lse, pages=pages,
-    )  # fmt: skip
+            attention, (query, key, value), query, key, value, **request, **unknown, engine=engine
+        )
+    call = Call.checked(query, key, value, **request, **unknown)
     out, lse, seen = run(call, engine)
     if observe is None:
         return (out, lse) if return_lse else out

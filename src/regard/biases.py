@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .checks import FARTHEST, whole_fields
 from .errors import RegardError
 from .lowered import Span
 from .masks import Place
@@ -60,8 +61,8 @@ class Added:
     def offsets(self, span: Span) -> Tensor:
         """key − query in a span: (q1 − q0, k1 − k0) int64."""
         device = self.tensor.device
-        query = torch.arange(span.q0, span.q1, device=device) + self.query_start
-        key = torch.arange(span.k0, span.k1, device=device) + self.key_start
+        query = torch.arange(span.q0, span.q1, device=device, dtype=torch.int64) + self.query_start
+        key = torch.arange(span.k0, span.k1, device=device, dtype=torch.int64) + self.key_start
         return key[None, :] - query[:, None]
 
     def buckets(self, span: Span) -> Tensor:
@@ -156,12 +157,21 @@ class RelativeBias(Bias):
     bidirectional: bool = True
     max_distance: int = 128
 
+    def __post_init__(self) -> None:
+        whole_fields(self, "max_distance")
+
     def lower(self, place: Place) -> Added:
         if self.table.dim() != 2 or self.table.shape[0] < 4:
             raise RegardError(
                 f"RelativeBias: table is {tuple(self.table.shape)}; give (buckets ≥ 4, heads)"
             )
         _check(self.table, (self.table.shape[0], place.heads), place, "RelativeBias: table")
+        exact = self.table.shape[0] // (4 if self.bidirectional else 2)
+        if not exact < self.max_distance <= FARTHEST:
+            raise RegardError(
+                f"RelativeBias: max_distance is {self.max_distance}; {self.table.shape[0]} buckets "
+                f"are exact up to {exact}: give a larger one"
+            )
         args = (int(self.bidirectional), self.max_distance)
         return Added(Kind.RELATIVE, self.table.mT, args, place.query_start, place.key_start)
 

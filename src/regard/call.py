@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .biases import Added, Bias, DenseBias
+from .checks import FARTHEST, real, whole
 from .chosen import by_content
 from .dropout import Dropout
 from .errors import RegardError
 from .lowered import Program
-from .masks import Full, Mask, Padding, Place
+from .masks import Full, Mask, Padding, Place, given_tensor
 from .observers import Observer
 from .ops import Op
 from .pages import Pages, check
@@ -63,8 +65,11 @@ class Call:
         observe: Sequence[Observer] | None = None,
         return_lse: bool = False,
         pages: Pages | None = None,
+        **unknown: Any,
     ) -> Call:
         """The call, or a RegardError that shows the shapes and says what to do."""
+        if unknown:
+            raise RegardError(_unknown(next(iter(unknown))))
         place = _placed(query, key, value, query_start, key_start, pages)
         mask = Full() if mask is None else mask
         if not isinstance(mask, Mask):
@@ -72,17 +77,25 @@ class Call:
                 f"mask is a {type(mask).__name__}; give a regard mask, such as Causal() or "
                 "Dense(tensor)"
             )
-        if softcap is not None and not softcap > 0:
-            raise RegardError(f"softcap is {softcap}; give a number above 0, or None")
+        if softcap is not None:
+            softcap = real(softcap, "softcap")
+            if not softcap > 0:
+                raise RegardError(f"softcap is {softcap}; give a number above 0, or None")
         if scale is None:
             scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+        else:
+            scale = real(scale, "scale")
+        if sinks is not None:
+            given_tensor(sinks, "sinks")
         if sinks is not None and (sinks.shape != (place.heads,) or sinks.device != place.device):
             raise RegardError(
                 f"sinks is {tuple(sinks.shape)} on {sinks.device}; this call needs one logit a "
                 f"head, ({place.heads},) on {place.device}"
             )
-        if isinstance(observe, Observer):
+        if isinstance(observe, Observer | type):
             raise RegardError(f"observe is {observe!r} alone; give a list, such as [TopK(8)]")
+        if observe is not None and not isinstance(observe, list | tuple):
+            raise RegardError(f"observe is {observe!r}; give a list, such as [TopK(8)]")
         observers = tuple(observe or ())
         for observer in observers:
             if not isinstance(observer, Observer):
@@ -94,8 +107,8 @@ class Call:
             value,
             _lowered(mask, place, query, key, pages),
             tuple(b.lower(place) for b in _biases(bias)),
-            float(scale),
-            None if softcap is None else float(softcap),
+            scale,
+            softcap,
             sinks,
             Dropout.given(dropout),
             place,
@@ -163,6 +176,32 @@ class Call:
         return ", ".join(parts)
 
 
+# What others call what is said here in another way
+ELSEWHERE = {
+    "causal": "mask=Causal()",
+    "is_causal": "mask=Causal()",
+    "attn_mask": "mask=Dense(tensor) where it is bool, bias=tensor where it is added",
+    "attention_mask": "mask=Padding(keep), or mask=Dense(tensor)",
+    "key_padding_mask": "mask=Padding(~key_padding_mask)",
+    "window_size": "mask=Causal() & Window(n)",
+    "dropout_p": "dropout=p",
+    "softmax_scale": "scale=…",
+    "enable_gqa": "keys of fewer heads as they are",
+    "alibi_slopes": "bias=ALiBi(slopes)",
+    "need_weights": "observe=[TopK(8)], or another observer",
+    "output_attentions": "observe=[TopK(8)], or another observer",
+}
+
+
+def _unknown(name: str) -> str:
+    """What to give instead of an argument that is none."""
+    if name in ELSEWHERE:
+        return f"no argument is named {name}; give {ELSEWHERE[name]}"
+    known = ("mask", "bias", "scale", "softcap", "sinks", "dropout", "query_start", "key_start",
+             "pages", "observe", "return_lse", "engine")  # fmt: skip
+    return f"no argument is named {name}; there are {', '.join(known)}"
+
+
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
@@ -197,9 +236,11 @@ def _placed(
     pages: Pages | None,
 ) -> Place:  # fmt: skip
     """Check shapes, dtypes and devices against each other; say where the call stands."""
+    named = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, given in named.items():
+        given_tensor(given, name)
     wrong = _misfit(query, key, value, pages is not None)
     if wrong:
-        named = {"query": query, "key": key} | ({} if value is None else {"value": value})
         said = ", ".join(f"{n} {_shape(t)} {_dtype(t)} on {t.device}" for n, t in named.items())
         raise RegardError(f"{said}: {wrong}")
     batch, heads, q_len, _ = query.shape
@@ -207,10 +248,17 @@ def _placed(
     if pages is not None:
         check(query, key, pages)
         k_len = pages.k_len
+    key_start = whole(key_start, "key_start")
     if key_start < 0:
         raise RegardError(f"key_start is {key_start}; positions of keys count from 0")
     if query_start is None:
         query_start = key_start + k_len - q_len
+    query_start = whole(query_start, "query_start")
+    if key_start + k_len > FARTHEST or not -FARTHEST <= query_start <= FARTHEST - q_len:
+        raise RegardError(
+            f"queries stand from {query_start} on, keys from {key_start} on; give positions within "
+            "± 2³¹, which results count in int32"
+        )
     return Place(batch, heads, kv_heads, q_len, k_len, query_start, key_start, query.device)
 
 

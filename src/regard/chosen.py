@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import FARTHEST, whole_fields
 from .errors import RegardError
 from .lowered import Program
 from .masks import Full, Lowering, Mask, Place
@@ -45,6 +46,7 @@ class TopBlocks(Mask):
     block: int
 
     def __post_init__(self) -> None:
+        whole_fields(self, "k", "block")
         if self.k < 1 or self.block < 1:
             raise RegardError(f"{self}: give k ≥ 1 and block ≥ 1")
 
@@ -57,8 +59,8 @@ class TopBlocks(Mask):
         if to.query is None or to.key is None:
             raise RegardError(f"{self} chooses by query and key; here there is only their place")
         layout = self._chosen(_undecided(to), to.query, to.key)
-        starts = (to.place.query_start, to.place.key_start)
-        to.write(Op.BLOCKS, layout, self.block, *(s // self.block for s in starts))
+        starts, block = (to.place.query_start, to.place.key_start), self._block(to.place)
+        to.write(Op.BLOCKS, layout, block, *(s // block for s in starts))
 
     def choose(
         self,
@@ -84,13 +86,20 @@ class TopBlocks(Mask):
         start = key_start + k_len - q_len if query_start is None else query_start
         place = Place(batch, heads, kv_heads, q_len, k_len, start, key_start, query.device)
         layout = self._chosen(_undecided(Lowering(among & self, place)), query, key)
-        return BlockSparse(layout, self.block, (start // self.block, key_start // self.block))
+        block = self._block(place)
+        return BlockSparse(layout, block, (start // block, key_start // block))
+
+    def _block(self, place: Place | Program) -> int:
+        """The block's size; of one that all positions stand in, as little as holds them."""
+        ends = place.query_start + place.q_len, place.key_start + place.k_len
+        return min(self.block, max(*ends, -place.query_start, 1))
 
     def _chosen(self, where: Program, query: Tensor, key: Tensor) -> Tensor:
         """The layout (batch, heads, rows, cols), where pairs hang on the choice."""
         layout: Tensor = torch.ops.regard.top_blocks(
-            query.detach(), key.detach(), list(where.tensors), list(where.code), self.k, self.block,
-            where.query_start, where.key_start,
+            query.detach(), key.detach(), list(where.tensors), list(where.code),
+            min(self.k, FARTHEST), self._block(where), where.query_start,
+            where.key_start,
         )  # fmt: skip
         return layout
 
@@ -139,8 +148,14 @@ def _top_blocks(
     competes, asking, asked = concerned(program, block)
     rows = _means(query, asking, query_start, block)
     cols = _means(key, asked, key_start, block)
-    own = torch.arange(rows.shape[2], device=query.device)[:, None] + query_start // block
-    own = own == torch.arange(cols.shape[2], device=query.device) + key_start // block
+    own = (
+        torch.arange(rows.shape[2], device=query.device, dtype=torch.int64)[:, None]
+        + query_start // block
+    )
+    own = (
+        own
+        == torch.arange(cols.shape[2], device=query.device, dtype=torch.int64) + key_start // block
+    )
     scores = (rows.unflatten(1, (cols.shape[1], -1)) @ cols[:, :, None].mT).flatten(1, 2)
     competes, own = competes.expand_as(scores), own.expand_as(scores)
     # Two stable sorts: by score, then those that compete before the others, the own block first

@@ -70,7 +70,11 @@ class Reading:
     @property
     def tops(self) -> list[int]:
         """The word that each head reads most, special tokens and itself apart; −1 if none."""
-        aside = torch.tensor([w.special or i == self.word for i, w in enumerate(self.words)])
+        aside = torch.tensor(
+            [w.special or i == self.word for i, w in enumerate(self.words)],
+            dtype=torch.bool,
+            device="cpu",
+        )
         best = self.weights.masked_fill(aside, -1).max(1)
         return best.indices.where(best.values > 0, -1).tolist()
 
@@ -112,7 +116,10 @@ class Versus:
             return []
         change = (self.after - self.before).abs()
         if not special:
-            change = change.masked_fill(torch.tensor([self.special(p) for p in self.pairs]), -1)
+            change = change.masked_fill(
+                torch.tensor([self.special(p) for p in self.pairs], dtype=torch.bool, device="cpu"),
+                -1,
+            )
         places = change if per_head else change.flatten()[None]
         found = []
         for row, cells in enumerate(places.topk(min(top, places.shape[1])).indices.tolist()):
@@ -179,6 +186,8 @@ def compare(one: Reading, two: Reading, name: str) -> Versus:
     pairs = align(one.words, two.words)
     sides = []
     for reading, numbers in ((one, [p.one for p in pairs]), (two, [p.two for p in pairs])):
-        columns = torch.tensor([-1 if n is None else n for n in numbers])
+        columns = torch.tensor(
+            [-1 if n is None else n for n in numbers], dtype=torch.int64, device="cpu"
+        )
         sides.append(reading.weights[:, columns.clamp(min=0)] * (columns >= 0))
     return Versus(one, two, tuple(pairs), one.heads == two.heads, sides[0], sides[1], name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import real, whole
 from .errors import RegardError
 from .lowered import Span
 from .masks import Place
@@ -32,6 +33,8 @@ class Dropout:
     seed: int | Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.p, float):
+            object.__setattr__(self, "p", real(self.p, "dropout"))
         if not 0 <= self.p < 1:
             raise RegardError(f"dropout is {self.p}; give 0 ≤ p < 1")
 
@@ -41,24 +44,30 @@ class Dropout:
         if dropout is None:
             return None
         if not isinstance(dropout, Dropout):
-            dropout = Dropout(float(dropout))
+            dropout = Dropout(real(dropout, "dropout"))
         if dropout.p == 0:
             return None
         seed = dropout.seed
         if seed is None:
-            seed = torch.randint(2**62, (), dtype=torch.int64)
+            seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu")
         elif not isinstance(seed, Tensor):
-            seed = torch.tensor(seed, dtype=torch.int64)
+            seed = whole(seed, "seed")
+            if not -(2**63) <= seed < 2**63:
+                raise RegardError(f"seed is {seed}; give a number of 64 bits")
+            seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
         return Dropout(dropout.p, seed)
 
     def factor(self, span: Span, place: Place, dtype: torch.dtype) -> Tensor:
         """0 or 1 / (1 − p) for each weight of a span: (batch, heads, q1 − q0, k1 − k0)."""
-        batch = torch.arange(place.batch, device=place.device)[span.batch]
-        head = torch.arange(place.heads, device=place.device)[span.heads]
-        query = torch.arange(span.q0, span.q1, device=place.device) + place.query_start
+        batch = torch.arange(place.batch, device=place.device, dtype=torch.int64)[span.batch]
+        head = torch.arange(place.heads, device=place.device, dtype=torch.int64)[span.heads]
+        query = (
+            torch.arange(span.q0, span.q1, device=place.device, dtype=torch.int64)
+            + place.query_start
+        )
         first = (span.k0 + place.key_start) // 4
         last = (span.k1 - 1 + place.key_start) // 4
-        group = torch.arange(first, last + 1, device=place.device)
+        group = torch.arange(first, last + 1, device=place.device, dtype=torch.int64)
         seed = int(self.seed) if self.seed is not None else 0
         rows = batch[:, None, None, None] * place.heads + head[None, :, None, None]
         counter = (group & _LOW, (query & _LOW)[:, None], rows, torch.zeros_like(group))

@@ -171,7 +171,7 @@ def _directions(vector: Tensor, count: int) -> Iterator[Tensor]:
     """Orthonormal directions, ``count`` in all, as many at a time as copies; the rest are 0."""
     copies, width = vector.shape
     rng = torch.Generator().manual_seed(_SEED)
-    drawn = torch.randn(width, count, generator=rng, dtype=torch.float64)
+    drawn = torch.randn(width, count, generator=rng, dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr(drawn).Q.T.to(vector)
     for some in basis.split(copies):
         yield torch.cat([some, some.new_zeros(copies - len(some), width)])
@@ -210,7 +210,7 @@ def _linked(
     keys = edges.indices.long()
     source = words.of_token[:q_len, None].expand(q_len, keys.shape[-1])
     target = words.of_token[keys.clamp(min=0)]
-    head = torch.arange(heads)[:, None, None]
+    head = torch.arange(heads, dtype=torch.int64, device="cpu")[:, None, None]
     place = (head * len(words) + source) * len(words) + target
     listed = keys >= 0
     places, back = place[listed].unique(return_inverse=True)

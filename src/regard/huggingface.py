@@ -98,7 +98,7 @@ class CompactMask(Tensor):
     def dense(self) -> Tensor:
         """The elements, True: visible."""
         batch, _, q_len, k_len = self.shape
-        like = torch.empty(0, device=self.device)
+        like = torch.empty(0, device=self.device, dtype=torch.float32)
         query, key = (like.expand(batch, 1, n, 0) for n in (q_len, k_len))
         call = Call.checked(
             query, key, None, mask=self.regard, query_start=self.starts[0], key_start=self.starts[1]

@@ -81,7 +81,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            rows = torch.arange(len(self.cache.lengths))
+            rows = torch.arange(len(self.cache.lengths), dtype=torch.int64, device="cpu")
             self.cache.select(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -106,7 +106,7 @@ class Reader:
 
         encoded = self.encode(text)
         self._fits(len(encoded.ids), generate)
-        ids = torch.tensor([encoded.ids])
+        ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
         extra: dict[str, Any] = {}
         with quiet(), torch.no_grad():
             written = self._generate(ids, generate, step) if generate else []
@@ -114,11 +114,13 @@ class Reader:
             if self.family == "causal" and generate:
                 extra["generated"] = len(encoded.ids)
                 encoded = self._continued(encoded, written)
-                inputs = {"input_ids": torch.tensor([encoded.ids])}
+                inputs = {"input_ids": torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")}
             elif self.family == "encoder-decoder" and generate:
                 said = self._continued(Encoded("", []), written)
                 extra["decoder"] = said.about()
-                inputs["decoder_input_ids"] = torch.tensor([said.ids])
+                inputs["decoder_input_ids"] = torch.tensor(
+                    [said.ids], dtype=torch.int64, device="cpu"
+                )
             elif self.family == "encoder-decoder":
                 model = self.model.get_encoder()
             with watch(model, observe=[], keep_qk=True) as seen:

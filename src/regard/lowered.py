@@ -100,8 +100,14 @@ class Program:
 
     def visible(self, span: Span) -> Tensor:
         """Who sees whom: bool, broadcastable to (batch, heads, q1 − q0, k1 − k0) of the span."""
-        query = torch.arange(span.q0, span.q1, device=self.device)[:, None] + self.query_start
-        key = torch.arange(span.k0, span.k1, device=self.device)[None, :] + self.key_start
+        query = (
+            torch.arange(span.q0, span.q1, device=self.device, dtype=torch.int64)[:, None]
+            + self.query_start
+        )
+        key = (
+            torch.arange(span.k0, span.k1, device=self.device, dtype=torch.int64)[None, :]
+            + self.key_start
+        )
         stack: list[Tensor] = []
         for op, args in self.instructions():
             if op == Op.NOT:

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import FARTHEST, whole_fields, wholes
 from .errors import RegardError
 from .lowered import Program, pack
 from .ops import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
@@ -70,7 +72,8 @@ class Lowering:
                 self.code.append(len(self.tensors))
                 self.tensors.append(operand)
             else:
-                self.code.append(operand)
+                # No position is as far: beyond, a number says no more, and might overflow
+                self.code.append(min(max(operand, -2 * FARTHEST), 2 * FARTHEST))
 
     def program(self) -> Program:
         """What has been written, for the call."""
@@ -97,6 +100,11 @@ class Mask:
 
     def __invert__(self) -> Mask:
         return Not(self)
+
+    def __bool__(self) -> bool:
+        raise RegardError(
+            f"{self} is neither true nor false: join masks with & | ~, not with and, or, not"
+        )
 
     def lower(
         self, place: Place, query: Tensor | None = None, key: Tensor | None = None
@@ -183,6 +191,7 @@ class Window(Mask):
     ahead: int = 0
 
     def __post_init__(self) -> None:
+        whole_fields(self, "n", "ahead")
         if self.n < 1 or self.ahead < 0:
             raise RegardError(f"{self}: give n ≥ 1 and ahead ≥ 0")
 
@@ -200,6 +209,7 @@ class First(Mask):
     n: int
 
     def __post_init__(self) -> None:
+        whole_fields(self, "n")
         if self.n < 0:
             raise RegardError(f"{self}: give n ≥ 0")
 
@@ -208,6 +218,12 @@ class First(Mask):
 
     def __str__(self) -> str:
         return f"First({self.n})"
+
+
+def given_tensor(given: Any, what: str) -> None:
+    """RegardError for what is no tensor: an array, a list."""
+    if not isinstance(given, Tensor):
+        raise RegardError(f"{what} is a {type(given).__name__}; give a torch tensor")
 
 
 def _fits(tensor: Tensor, shape: Sequence[int], place: Place, mask: Mask, name: str) -> Tensor:
@@ -241,6 +257,11 @@ class Documents(Mask):
     query_ids: Tensor
     key_ids: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        given_tensor(self.query_ids, "Documents: query_ids")
+        if self.key_ids is not None:
+            given_tensor(self.key_ids, "Documents: key_ids")
+
     @classmethod
     def from_cu_seqlens(cls, query: Tensor, key: Tensor | None = None) -> Documents:
         """From cumulative lengths (documents + 1,), 0 first: flash-attention's varlen form."""
@@ -251,7 +272,9 @@ class Documents(Mask):
                 raise RegardError(
                     f"cu_seqlens {cu.tolist()} must be one row that starts at 0 and does not fall"
                 )
-            return torch.repeat_interleave(torch.arange(len(lengths), device=cu.device), lengths)
+            return torch.repeat_interleave(
+                torch.arange(len(lengths), device=cu.device, dtype=torch.int64), lengths
+            )
 
         return cls(ids(query), None if key is None else ids(key))
 
@@ -263,6 +286,8 @@ class Documents(Mask):
         ):
             rows = ids[None] if ids.dim() == 1 else ids
             tensors.append(_fits(rows, (place.batch, n), place, self, name))
+            if ids.is_floating_point():
+                raise RegardError(f"{self}: {name} is {ids.dtype}; give integers")
         to.write(Op.DOCUMENTS, *tensors)
 
     def __str__(self) -> str:
@@ -274,6 +299,9 @@ class Padding(Mask):
     """Keys where keep is True are visible. keep bool (batch, k_len) or (k_len,)."""
 
     keep: Tensor
+
+    def __post_init__(self) -> None:
+        given_tensor(self.keep, "Padding: keep")
 
     def _write(self, to: Lowering) -> None:
         keep = self.keep[None] if self.keep.dim() == 1 else self.keep
@@ -299,7 +327,8 @@ class Edges(Mask):
 
     def __init__(self, pairs: Iterable[tuple[int, int]] | Tensor) -> None:
         given = pairs if isinstance(pairs, Tensor) else list(pairs)
-        held = torch.as_tensor(given, dtype=torch.int64)
+        device = pairs.device if isinstance(pairs, Tensor) else "cpu"
+        held = torch.as_tensor(given, dtype=torch.int64, device=device)
         if held.numel() and (held.dim() != 2 or held.shape[1] != 2):
             raise RegardError(f"Edges: pairs are {tuple(held.shape)}; give (query, key) pairs")
         object.__setattr__(self, "pairs", torch.unique(held.reshape(-1, 2), dim=0))
@@ -318,7 +347,7 @@ class Heads(Mask):
     heads: tuple[int, ...]
 
     def __init__(self, heads: Iterable[int]) -> None:
-        object.__setattr__(self, "heads", tuple(int(h) for h in heads))
+        object.__setattr__(self, "heads", wholes(heads, "Heads: heads"))
 
     def _write(self, to: Lowering) -> None:
         place = to.place
@@ -337,6 +366,9 @@ class Dense(Mask):
     """A bool tensor broadcastable to (batch, heads, q_len, k_len); True: visible."""
 
     visible: Tensor
+
+    def __post_init__(self) -> None:
+        given_tensor(self.visible, "Dense: visible")
 
     def _write(self, to: Lowering) -> None:
         visible, place = self.visible, to.place
@@ -379,16 +411,17 @@ class Predicate(Mask):
     def _evaluate(self, place: Place) -> list[Tensor]:
         """Row by row of cells, so that only O(k_len) elements exist at a time."""
         device, side = place.device, TILE_SIDE
-        batch = torch.arange(place.batch, device=device).view(-1, 1, 1, 1)
-        head = torch.arange(place.heads, device=device).view(1, -1, 1, 1)
-        key = torch.arange(place.k_len, device=device) + place.key_start
+        batch = torch.arange(place.batch, device=device, dtype=torch.int64).view(-1, 1, 1, 1)
+        head = torch.arange(place.heads, device=device, dtype=torch.int64).view(1, -1, 1, 1)
+        key = torch.arange(place.k_len, device=device, dtype=torch.int64) + place.key_start
         rows, bits, count = [], [], 0
         for q0 in range(0, place.q_len, side):
-            query = torch.arange(q0, min(q0 + side, place.q_len), device=device)
+            query = torch.arange(q0, min(q0 + side, place.q_len), device=device, dtype=torch.int64)
             query = (query + place.query_start).view(1, 1, -1, 1)
-            shown = torch.as_tensor(self.fn(batch, head, query, key.view(1, 1, 1, -1)))
+            shown = self.fn(batch, head, query, key.view(1, 1, 1, -1))
+            shown = torch.as_tensor(shown, dtype=torch.bool, device=device)
             try:
-                shown = shown.to(device, torch.bool).expand(
+                shown = shown.expand(
                     *(shown.shape[:-2] if shown.dim() == 4 else (1, 1)), query.shape[2], len(key)
                 )
             except RuntimeError as error:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .checks import FARTHEST, whole_fields, wholes
 from .errors import RegardError
 from .masks import Place
 from .results import (
@@ -31,6 +32,7 @@ from .results import (
     TopKSeen,
 )
 
+MOST_UNUSED = 2**16  # a k may exceed the keys of a call by: those of a cache are yet to come
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -60,8 +62,12 @@ class TopK(Observer):
     k: int
 
     def __post_init__(self) -> None:
+        whole_fields(self, "k")
         if self.k < 1:
             raise RegardError(f"{self}: give k ≥ 1")
+
+    def check(self, place: Place) -> None:
+        _check_k(self, self.k, place)
 
     def written(self) -> list[str]:
         return [str(self.k)]
@@ -88,6 +94,11 @@ class Received(Observer):
     def __post_init__(self) -> None:
         if self.heads not in ("each", "sum", "mean", "group_sum", "group_mean"):
             raise RegardError(f"{self}: heads is each, sum, mean, group_sum or group_mean")
+        if self.queries is not None:
+            queries = wholes(self.queries, "Received: queries")
+            object.__setattr__(self, "queries", queries)
+            if len(queries) != 2:
+                raise RegardError(f"{self}: queries is a range (start, stop) of positions")
         if self.queries is not None and not 0 <= self.queries[0] <= self.queries[1]:
             raise RegardError(f"{self}: queries is a range (start, stop) of positions")
 
@@ -169,7 +180,7 @@ class Rows(Observer):
     indices: tuple[int, ...]
 
     def __init__(self, indices: Iterable[int]) -> None:
-        object.__setattr__(self, "indices", tuple(int(i) for i in indices))
+        object.__setattr__(self, "indices", wholes(indices, "Rows: indices"))
 
     def local(self, place: Place) -> list[tuple[int, int]]:
         """(position, row of the call) of each index that this call computes."""
@@ -201,6 +212,7 @@ class Map(Observer):
     reduce: Literal["sum", "max"] = "sum"
 
     def __post_init__(self) -> None:
+        whole_fields(self, "rows", "cols")
         if self.rows < 1 or self.cols < 1 or self.reduce not in ("sum", "max"):
             raise RegardError(f"{self}: give rows ≥ 1, cols ≥ 1 and reduce sum or max")
 
@@ -233,9 +245,13 @@ class Distances(Observer):
     bins: int | tuple[int, ...] = 16
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bins, int):
+            object.__setattr__(self, "bins", wholes(self.bins, "Distances: bins"))
         edges = self.edges
         if not edges or list(edges) != sorted(set(edges)) or edges[0] != 0:
             raise RegardError(f"{self}: give bins ≥ 1, or edges that rise from 0")
+        if edges[-1] > 2 * FARTHEST:
+            raise RegardError(f"{self}: give edges up to 2³², beyond every distance")
 
     @property
     def edges(self) -> tuple[int, ...]:
@@ -266,8 +282,12 @@ class NormTopK(Observer):
     projection: Tensor | None = None
 
     def __post_init__(self) -> None:
+        whole_fields(self, "k")
         if self.k < 1:
             raise RegardError(f"NormTopK({self.k}): give k ≥ 1")
+
+    def check(self, place: Place) -> None:
+        _check_k(self, self.k, place)
 
     def norms(self, value: Tensor, heads: int) -> Tensor:
         """‖W_O v‖ (batch, heads, k_len) of value (batch, kv_heads, k_len, v_dim)."""
@@ -313,11 +333,23 @@ class Effect(Observer):
     norm: bool = False
 
     def __post_init__(self) -> None:
+        whole_fields(self, "k")
         if self.k < 1:
             raise RegardError(f"{self}: give k ≥ 1")
 
+    def check(self, place: Place) -> None:
+        _check_k(self, self.k, place)
+
     def shapes(self, place: Place, dtype: torch.dtype) -> list[Shape]:
         return []
+
+
+def _check_k(observer: Observer, k: int, place: Place) -> None:
+    """RegardError for a k that is not meant: each row would hold as many numbers, keys or not."""
+    if k > max(place.k_len, MOST_UNUSED):
+        raise RegardError(
+            f"{type(observer).__name__}: k is {k}, and the call has {place.k_len} keys; give fewer"
+        )
 
 
 def written(observers: Sequence[Observer]) -> str:
@@ -329,7 +361,7 @@ def written(observers: Sequence[Observer]) -> str:
     return f"[{', '.join(each)}]"
 
 
-@cache
+@lru_cache(256)  # a user may ask for ever new rows
 def parse(text: str) -> tuple[Observer, ...]:
     """The observers that `written` wrote."""
     classes = (*Observer.__subclasses__(), *_PerRow.__subclasses__())

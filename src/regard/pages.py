@@ -41,7 +41,7 @@ class Pages:
                 f"pages: lengths reach {self.k_len}, the table holds {self.table.shape[1]} pages "
                 f"of {size} tokens an item"
             )
-        used = torch.arange(self.table.shape[1], device=self.table.device) * size
+        used = torch.arange(self.table.shape[1], device=self.table.device, dtype=torch.int64) * size
         mine = self.table[used < self.lengths[:, None]]
         if mine.numel() and not 0 <= int(mine.min()) <= int(mine.max()) < key.shape[0]:
             return f"pages: the table names page {int(mine.max())}; the pool has {key.shape[0]}"
@@ -55,7 +55,10 @@ class Pages:
 
     def keep(self) -> Tensor:
         """Which keys each item has: bool (batch, k_len)."""
-        return torch.arange(self.k_len, device=self.table.device) < self.lengths[:, None]
+        return (
+            torch.arange(self.k_len, device=self.table.device, dtype=torch.int64)
+            < self.lengths[:, None]
+        )
 
 
 def check(query: Tensor, key: Tensor, pages: Pages | None) -> None:

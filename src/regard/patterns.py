@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import FARTHEST, whole, whole_fields, wholes
 from .dropout import philox
 from .errors import RegardError
-from .masks import Lowering, Mask, moved
+from .masks import Lowering, Mask, given_tensor, moved
 from .ops import Op
 
 _LOW = 0xFFFFFFFF
@@ -48,11 +49,13 @@ class BlockSparse(Mask):
     first: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        given_tensor(self.layout, "BlockSparse: layout")
         if self.layout.dtype != torch.bool or not 1 <= self.layout.dim() <= 4:
             raise RegardError(
                 f"{self}: it is {self.layout.dtype}; give bool that broadcasts to (batch, heads, "
                 "rows, cols), True: visible"
             )
+        whole_fields(self, "block")
         if self.block < 1:
             raise RegardError(f"{self}: give block ≥ 1")
 
@@ -105,6 +108,7 @@ class Dilated(Mask):
     step: int
 
     def __post_init__(self) -> None:
+        whole_fields(self, "n", "step")
         if self.n < 1 or self.step < 1:
             raise RegardError(f"{self}: give n ≥ 1 and step ≥ 1")
 
@@ -128,6 +132,7 @@ class Strided(Mask):
     n: int
 
     def __post_init__(self) -> None:
+        whole_fields(self, "n")
         if self.n < 1:
             raise RegardError(f"{self}: give n ≥ 1")
 
@@ -152,6 +157,7 @@ class Fixed(Mask):
     summary: int
 
     def __post_init__(self) -> None:
+        whole_fields(self, "n", "summary")
         if not 0 <= self.summary <= self.n or self.n < 1:
             raise RegardError(f"{self}: give n ≥ 1 and 0 ≤ summary ≤ n")
 
@@ -176,13 +182,15 @@ class Longformer(Mask):
     ranges: tuple[tuple[int, int], ...]  # of global positions: start, stop
 
     def __init__(self, window: int, global_keys: int | Iterable[int]) -> None:
-        given = range(global_keys) if isinstance(global_keys, int) else global_keys
-        positions = sorted({int(p) for p in given})
-        object.__setattr__(self, "window", window)
-        object.__setattr__(self, "ranges", tuple(_runs(positions)))
-        if window < 0 or (isinstance(global_keys, int) and global_keys < 0):
+        object.__setattr__(self, "window", whole(window, "Longformer: window"))
+        if isinstance(global_keys, int):
+            ranges = [(0, global_keys)] if global_keys else []
+        else:
+            ranges = _runs(sorted(set(wholes(global_keys, "Longformer: global_keys"))))
+        object.__setattr__(self, "ranges", tuple(ranges))
+        if self.window < 0 or (isinstance(global_keys, int) and global_keys < 0):
             raise RegardError(f"Longformer({window}, {global_keys}): give numbers ≥ 0")
-        if positions and positions[0] < 0:
+        if ranges and ranges[0][0] < 0:
             raise RegardError(f"{self}: positions count from 0")
 
     def _write(self, to: Lowering) -> None:
@@ -235,6 +243,7 @@ class BigBird(Mask):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        whole_fields(self, "block", "window_blocks", "global_blocks", "random_blocks", "seed")
         if self.block < 1 or min(self.window_blocks, self.global_blocks, self.random_blocks) < 0:
             raise RegardError(f"{self}: give block ≥ 1 and numbers of blocks ≥ 0")
 
@@ -247,19 +256,26 @@ class BigBird(Mask):
 
     def layout(self, rows: range, cols: range, device: torch.device | str = "cpu") -> Tensor:
         """Which blocks of queries see which blocks of keys: bool (rows, cols)."""
-        row = torch.arange(rows.start, rows.stop, device=device)[:, None]
-        col = torch.arange(cols.start, cols.stop, device=device)
-        seen = (row - col).abs() <= self.window_blocks // 2
-        seen = seen | (col < self.global_blocks)
-        seen = seen | ((row >= 0) & (row < self.global_blocks))
+        row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)[:, None]
+        col = torch.arange(cols.start, cols.stop, device=device, dtype=torch.int64)
+        beside, first = (
+            min(n, 2 * FARTHEST) for n in (self.window_blocks // 2, self.global_blocks)
+        )
+        seen = (row - col).abs() <= beside
+        seen = seen | (col < first)
+        seen = seen | ((row >= 0) & (row < first))
         if self.random_blocks == 0 or not len(cols):
             return seen
-        group = torch.arange(cols.start // 4, (cols.stop - 1) // 4 + 1, device=device)
+        group = torch.arange(
+            cols.start // 4, (cols.stop - 1) // 4 + 1, device=device, dtype=torch.int64
+        )
         counter = (group & _LOW, row & _LOW, torch.zeros_like(group), torch.ones_like(group))
         words = torch.stack(philox(counter, (self.seed & _LOW, self.seed >> 32 & _LOW)), -1)
         words = words.flatten(-2)[:, cols.start % 4 :][:, : len(cols)]
         # The columns among themselves never tie
-        rank = (words << 31 | torch.arange(len(cols), device=device)).masked_fill(seen, -1)
+        rank = (
+            words << 31 | torch.arange(len(cols), device=device, dtype=torch.int64)
+        ).masked_fill(seen, -1)
         best = rank.topk(min(self.random_blocks, len(cols)), -1).indices
         return seen.scatter(-1, best, True)
 
@@ -282,6 +298,7 @@ class Chunks(Mask):
     overlap: int = 0
 
     def __post_init__(self) -> None:
+        whole_fields(self, "size", "overlap")
         if not 0 <= self.overlap < self.size:
             raise RegardError(f"{self}: give size ≥ 1 and 0 ≤ overlap < size")
 
@@ -300,20 +317,27 @@ class Chunks(Mask):
             to.write(Op.CHUNK, self.size)
             return
         place = to.place
-        query = torch.arange(place.q_len, device=place.device) + place.query_start
-        key = torch.arange(place.k_len, device=place.device) + place.key_start
+        query = (
+            torch.arange(place.q_len, device=place.device, dtype=torch.int64) + place.query_start
+        )
+        key = torch.arange(place.k_len, device=place.device, dtype=torch.int64) + place.key_start
         # Of every `groups` chunks at most one holds a position: each group is a Documents
-        groups = -(-self.size // self.step)
+        size, step = min(self.size, FARTHEST), min(self.step, FARTHEST)
+        if size == FARTHEST:  # the first chunk holds every position
+            step = size
+        groups = -(-size // step)
         for group in range(groups):
-            to.write(Op.DOCUMENTS, *(self._ids(p, group, groups)[None] for p in (query, key)))
+            chunks = (_chunk(p, size, step, group, groups)[None] for p in (query, key))
+            to.write(Op.DOCUMENTS, *chunks)
             if group:
                 to.write(Op.OR)
 
-    def _ids(self, position: Tensor, group: int, groups: int) -> Tensor:
-        """The chunk of a group that holds each position; −1 where none does."""
-        chunk = (position // self.step - group) // groups * groups + group
-        inside = (chunk >= 0) & (position < chunk * self.step + self.size)
-        return chunk.where(inside, -1)
-
     def __str__(self) -> str:
         return f"Chunks({self.size}{f', overlap={self.overlap}' if self.overlap else ''})"
+
+
+def _chunk(position: Tensor, size: int, step: int, group: int, groups: int) -> Tensor:
+    """The chunk of a group, every `groups`-th, that holds each position; −1 where none does."""
+    chunk = (position // step - group) // groups * groups + group
+    inside = (chunk >= 0) & (position < chunk * step + size)
+    return chunk.where(inside, -1)

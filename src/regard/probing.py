@@ -74,7 +74,9 @@ class Probe:
         """Run the model on ``copies`` of the text; gradients flow where they are enabled."""
         finals: list[Tensor] = []
         took = inspect.signature(self.model.forward).parameters
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([self.encoded.ids] * copies)}
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([self.encoded.ids] * copies, dtype=torch.int64, device="cpu")
+        }
         if getattr(self.model.config, "use_cache", None) and "use_cache" in took:
             inputs["use_cache"] = False
         if self.writes and "logits_to_keep" in took:

@@ -138,7 +138,7 @@ class RecordedLayer:
                 parts.append(torch.nn.functional.pad(part, (left, right)))
             at += n
         if not parts:
-            return torch.zeros(self.heads, 0, self.k_len)
+            return torch.zeros(self.heads, 0, self.k_len, dtype=torch.float32, device="cpu")
         return torch.cat(parts, 1).float()
 
 
@@ -193,7 +193,11 @@ class Recording:
             if any(not -n <= r < n for r in rows):
                 raise RegardError(f"rows {list(rows)}: layer {found.name} has {n} queries")
             ones = [found.weights(slice(r % n, r % n + 1), batch) for r in rows]
-            out = torch.cat(ones, 1) if ones else torch.zeros(found.heads, 0, found.k_len)
+            out = (
+                torch.cat(ones, 1)
+                if ones
+                else torch.zeros(found.heads, 0, found.k_len, dtype=torch.float32, device="cpu")
+            )
         if cols is not None:
             n = found.k_len
             if not isinstance(cols, slice) and any(not -n <= c < n for c in cols):

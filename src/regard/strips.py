@@ -76,7 +76,10 @@ class Strip:
 
     def keys(self) -> Tensor:
         """The key index of each col: (cols,) int64."""
-        parts = [torch.arange(k0, k1, device=self.scores.device) for k0, k1 in self.runs]
+        parts = [
+            torch.arange(k0, k1, device=self.scores.device, dtype=torch.int64)
+            for k0, k1 in self.runs
+        ]
         return torch.cat(parts)
 
 

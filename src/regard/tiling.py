@@ -29,14 +29,17 @@ class Side:
         self.length, self.block, self.start = length, block, start
         self.lead = lead if length else 0
         self.count = -(-(length + self.lead) // block)
-        edges = torch.arange(self.count, device=device) * block - self.lead
+        edges = torch.arange(self.count, device=device, dtype=torch.int64) * block - self.lead
         self.first, self.last = edges.clamp(min=0), (edges + block).clamp(max=length) - 1
         self.low, self.high = self.first + start, self.last + start
 
     def split(self, tensor: Tensor, dim: int) -> Tensor:
         """(…, length, …) → (…, blocks, block, …); the ends repeat, which min and max ignore."""
         if self.lead or self.length % self.block:
-            index = torch.arange(self.count * self.block, device=tensor.device) - self.lead
+            index = (
+                torch.arange(self.count * self.block, device=tensor.device, dtype=torch.int64)
+                - self.lead
+            )
             tensor = tensor.index_select(dim, index.clamp(0, self.length - 1))
         return tensor.unflatten(dim, (self.count, self.block))
 

@@ -17,14 +17,18 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = rows.shape[-1]
     whole = n // GROUP * GROUP
     if n <= 4 * GROUP or k * GROUP * 2 >= n:
-        return _ranked(rows, torch.arange(n, device=rows.device).expand(rows.shape), k)
+        return _ranked(
+            rows, torch.arange(n, device=rows.device, dtype=torch.int64).expand(rows.shape), k
+        )
     tops = rows[..., :whole].unflatten(-1, (-1, GROUP)).amax(-1)
-    number = torch.arange(tops.shape[-1], device=rows.device).expand(tops.shape)
+    number = torch.arange(tops.shape[-1], device=rows.device, dtype=torch.int64).expand(tops.shape)
     _, groups = _ranked(tops, number, k)
-    inside = torch.arange(GROUP, device=rows.device)
+    inside = torch.arange(GROUP, device=rows.device, dtype=torch.int64)
     index = (groups[..., None] * GROUP + inside).flatten(-2)
     if whole < n:
-        tail = torch.arange(whole, n, device=rows.device).expand(*rows.shape[:-1], -1)
+        tail = torch.arange(whole, n, device=rows.device, dtype=torch.int64).expand(
+            *rows.shape[:-1], -1
+        )
         index = torch.cat([index, tail], -1)
     return _ranked(rows.gather(-1, index), index, k)
 

@@ -111,7 +111,7 @@ def _prepared(
         raise RegardError("give a target, or let the model generate: not both")
     encoded = reader.encode(text)
     reader._fits(len(encoded.ids), generate)
-    ids = torch.tensor([encoded.ids])
+    ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
     with quiet(), torch.no_grad():
         new = reader._generate(ids, generate, step) if generate else []
     model, texts = reader.model.base_model, [encoded]
@@ -124,9 +124,11 @@ def _prepared(
         reader._fits(len(texts[1].ids), 0)
     elif reader.family == "encoder-decoder":
         model = reader.model.get_encoder()
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([texts[0].ids])}
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([texts[0].ids], dtype=torch.int64, device="cpu")
+    }
     if len(texts) > 1:
-        inputs["decoder_input_ids"] = torch.tensor([texts[1].ids])
+        inputs["decoder_input_ids"] = torch.tensor([texts[1].ids], dtype=torch.int64, device="cpu")
     return model, inputs | _without_cache(model), texts
 
 
@@ -221,7 +223,7 @@ def _strongest(
         keys = sides[0] if kind in ("encoder", "cross") else side
         links = keys.words.sum_tokens(recording.weights(i, rows=[at])[:, 0])
         apart = columns(recording, i, keys.words).sinks
-        apart |= torch.tensor([word.special for word in keys.words])
+        apart |= torch.tensor([word.special for word in keys.words], dtype=torch.bool, device="cpu")
         if keys is side:
             apart[:, number - side.first] = True
         # What is left apart still ranks, for a word that reads nothing else
@@ -322,7 +324,11 @@ def _weighed(call: Call, at: int) -> tuple[Callable[[int], Weighing], Tensor, Te
     plain = (top >= low) & (top <= high) | (top == -torch.inf)
     shift = top.masked_fill(plain, 0)
     exps = (scores - shift[:, None]).exp()
-    sink_exps = torch.zeros(place.heads).double() if logits is None else (logits - shift).exp()
+    sink_exps = (
+        torch.zeros(place.heads, dtype=torch.float64, device="cpu")
+        if logits is None
+        else (logits - shift).exp()
+    )
     total = exps.sum(-1) + sink_exps
     weights = exps / total.masked_fill(total == 0, 1)[:, None]
     mixed = (weights[:, None] @ value.repeat_interleave(group, 0))[:, 0]

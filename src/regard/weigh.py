@@ -131,7 +131,10 @@ class ReceivedReader(Reader):
             seen.strip.add(total[here], given, 2)
             return
         size = self.place.heads // self.pooled
-        owner = torch.arange(self.place.heads, device=given.device)[part.heads] // size
+        owner = (
+            torch.arange(self.place.heads, device=given.device, dtype=torch.int64)[part.heads]
+            // size
+        )
         summed = given.new_zeros(given.shape[0], self.pooled, given.shape[-1])
         summed.index_add_(1, owner, given)
         seen.strip.add(total[part.batch], summed, 2)
@@ -232,7 +235,7 @@ class DistancesReader(Reader):
     """Shears each run of a strip so that every distance stands in one column, then adds up."""
 
     def start(self) -> None:
-        self.edges = torch.tensor(self.observer.edges, device=self.place.device)
+        self.edges = torch.tensor(self.observer.edges, device=self.place.device, dtype=torch.int64)
 
     def read(self, seen: Weighed) -> None:
         for at, span in seen.strip.spans():
@@ -245,7 +248,7 @@ class DistancesReader(Reader):
             sheared.as_strided(p.shape, (stride[0], stride[1], length - 1, 1), rows - 1).copy_(p)
             by_distance = sheared.view(items, heads, rows, length).sum(2)
             most = self.place.query_start - self.place.key_start + span.q0 - span.k0 + rows - 1
-            distance = most - torch.arange(length, device=p.device)
+            distance = most - torch.arange(length, device=p.device, dtype=torch.int64)
             bins = torch.bucketize(distance.abs(), self.edges, right=True) - 1
             behind = distance >= 0
             for tensor, side in zip(self.tensors, (behind, ~behind), strict=True):

@@ -53,8 +53,12 @@ class Words(Sequence[Word]):
 
     def __init__(self, words: Sequence[Word]) -> None:
         self._words = tuple(words)
-        self.sizes = torch.tensor([len(word.tokens) for word in self._words], dtype=torch.int64)
-        self.of_token = torch.repeat_interleave(torch.arange(len(self._words)), self.sizes)
+        self.sizes = torch.tensor(
+            [len(word.tokens) for word in self._words], dtype=torch.int64, device="cpu"
+        )
+        self.of_token = torch.repeat_interleave(
+            torch.arange(len(self._words), dtype=torch.int64, device="cpu"), self.sizes
+        )
 
     @overload
     def __getitem__(self, index: int) -> Word: ...
@@ -215,8 +219,8 @@ def columns(
     """
     recorded = recording.layers[layer]
     count = recorded.heads if heads is None else len(heads)
-    sums = torch.zeros(count, recorded.k_len, dtype=torch.float64)
-    sees = torch.zeros(recorded.k_len)
+    sums = torch.zeros(count, recorded.k_len, dtype=torch.float64, device="cpu")
+    sees = torch.zeros(recorded.k_len, dtype=torch.float32, device="cpu")
     for rows, weights in _by_rows(recording, layer, range(recorded.q_len), keys, heads):
         sums += weights.sum(1)
         sees += (weights.amax(0) > 0).sum(0)
@@ -225,7 +229,7 @@ def columns(
     means = (sums / sees.clamp(min=1)).float()
     firm = means * (sees >= min(8, (recorded.q_len + 1) // 2))
     where = keys.of_token.expand_as(means)
-    none = torch.zeros(count, len(keys))
+    none = torch.zeros(count, len(keys), dtype=torch.float32, device="cpu")
     return Columns(
         none.scatter_reduce(1, where, means, "amax"),
         keys.sum_tokens(sums.float()) / max(1, recorded.q_len),
@@ -272,21 +276,28 @@ def strongest(
     best = Strongest([], [])
     for block in _blocks(len(readers), len(numbers) * len(keys)):
         tokens = range(readers[block[0]].tokens.start, readers[block[-1]].tokens.stop)
-        table = torch.zeros(len(numbers), len(block), len(keys))
+        table = torch.zeros(len(numbers), len(block), len(keys), dtype=torch.float32, device="cpu")
         for rows, weights in _by_rows(recording, layer, tokens, keys, heads):
             of = readers.of_token[rows.start : rows.stop] - block.start
             table.index_add_(1, of, keys.sum_tokens(weights))
             if step:
                 step(len(rows))
         table /= readers.sizes[block.start : block.stop, None]
-        table[:, torch.tensor([readers[i].special for i in block])] = 0
+        table[
+            :, torch.tensor([readers[i].special for i in block], dtype=torch.bool, device="cpu")
+        ] = 0
         if skip is not None:
             table.masked_fill_(skip[:, None], 0)
         near = torch.zeros_like(table[:, :, :0])
         if readers is keys:
-            rows_, own = torch.arange(len(block)), torch.arange(block.start, block.stop)
+            rows_, own = (
+                torch.arange(len(block), dtype=torch.int64, device="cpu"),
+                torch.arange(block.start, block.stop, dtype=torch.int64, device="cpu"),
+            )
             table[:, rows_, own] = 0
-            beside = (own[:, None] + torch.tensor([-1, 1])).clamp(0, len(keys) - 1)
+            beside = (own[:, None] + torch.tensor([-1, 1], dtype=torch.int64, device="cpu")).clamp(
+                0, len(keys) - 1
+            )
             near = table[:, rows_[:, None], beside]
             table[:, rows_[:, None], beside] = 0
         for found, values in zip(best, (near, table), strict=True):

@@ -140,7 +140,7 @@ class Truth:
         shape = torch.Size((p.q_len, p.k_len))
         rows, cols = sides(maps[0], shape) if maps else (1, 1)
         step = max(STRIP // p.k_len // rows, 1) * rows
-        received, cells = torch.zeros(1, 1, p.k_len, dtype=torch.float64), []
+        received, cells = torch.zeros(1, 1, p.k_len, dtype=torch.float64, device="cpu"), []
         for start in range(0, p.q_len, step):
             part = Part(p.batch - 1, p.heads - 1, start, min(start + step, p.q_len))
             _, weights = attend(*self._given(part, dtype))

@@ -13,17 +13,23 @@ from .problems import Problem
 
 
 def _retention(p: Problem, rng: Generator) -> dict[str, Any]:
-    decay = torch.log1p(-(2.0 ** (-5 - torch.arange(p.kv_heads, dtype=torch.float32))))
+    decay = torch.log1p(
+        -(2.0 ** (-5 - torch.arange(p.kv_heads, dtype=torch.float32, device="cpu")))
+    )
     return {"feature_map": None, "decay": decay}
 
 
 def _gla(p: Problem, rng: Generator) -> dict[str, Any]:
-    gate = torch.randn(p.batch, p.kv_heads, p.k_len, p.dim, generator=rng)
+    gate = torch.randn(
+        p.batch, p.kv_heads, p.k_len, p.dim, generator=rng, dtype=torch.float32, device="cpu"
+    )
     return {"feature_map": None, "decay": logsigmoid(gate) / 16}
 
 
 def _delta(p: Problem, rng: Generator) -> dict[str, Any]:
-    gate, beta = torch.randn(2, p.batch, p.kv_heads, p.k_len, generator=rng)
+    gate, beta = torch.randn(
+        2, p.batch, p.kv_heads, p.k_len, generator=rng, dtype=torch.float32, device="cpu"
+    )
     return {"feature_map": None, "decay": logsigmoid(gate) / 16, "beta": beta.sigmoid()}
 
 

@@ -26,7 +26,9 @@ class Inputs:
         rng = torch.Generator().manual_seed(0)
 
         def drawn(heads: int, length: int) -> Tensor:
-            return torch.randn(p.batch, heads, length, p.dim, generator=rng).to(p.dtype)
+            return torch.randn(
+                p.batch, heads, length, p.dim, generator=rng, dtype=torch.float32, device="cpu"
+            ).to(p.dtype)
 
         self.query = drawn(p.heads, p.q_len).requires_grad_(p.backward)
         self.key = drawn(p.kv_heads, p.k_len).requires_grad_(p.backward)

@@ -64,7 +64,7 @@ def cores() -> frozenset[int]:
 
     The binding pins the main thread, at the import of torch, to one core.
     """
-    torch.ones(2**20).add_(1)  # starts torch's threads
+    torch.ones(2**20, dtype=torch.float32, device="cpu").add_(1)  # starts torch's threads
     found: set[int] = set()
     for task in (PROC / "self/task").iterdir():
         found |= os.sched_getaffinity(int(task.name))

@@ -123,12 +123,12 @@ def _packed(total: int) -> Tensor:
     ends = [0]
     while ends[-1] < total:
         ends.append(min(ends[-1] + 64 * 2 ** ((len(ends) - 1) % 5), total))
-    return torch.tensor(ends)
+    return torch.tensor(ends, dtype=torch.int64, device="cpu")
 
 
 def blocks(n: int) -> BlockSparse:
     """A tenth of the blocks, scattered, and the diagonal."""
-    at = torch.arange(n // BLOCK)
+    at = torch.arange(n // BLOCK, dtype=torch.int64, device="cpu")
     row, col = at[:, None], at[None, :]
     return BlockSparse(((row * 7 + col * 13) % 10 == 0) | (row == col), BLOCK)
 

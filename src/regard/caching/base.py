@@ -279,13 +279,13 @@ class Cache:
 
         For beam search, for several answers to one prompt, and to drop what is finished.
         """
-        given = torch.as_tensor(rows).flatten()
+        given = rows.flatten().tolist() if isinstance(rows, Tensor) else list(rows)
         batch = len(self._lengths)
-        if any(not isinstance(r, int) or not 0 <= r < batch for r in given.tolist()):
-            raise RegardError(f"select: rows {given.tolist()}; the batch has items 0 … {batch - 1}")
+        if any(not isinstance(r, int) or not 0 <= r < batch for r in given):
+            raise RegardError(f"select: rows {given}; the batch has items 0 … {batch - 1}")
         self._must_be_settled("select")
-        self._pick(given.long())
-        self._lengths = [self._lengths[r] for r in given.tolist()]
+        self._pick(torch.tensor(given, dtype=torch.int64, device="cpu"))
+        self._lengths = [self._lengths[r] for r in given]
         self._layout = None
 
     def crop(self, count: int) -> None:

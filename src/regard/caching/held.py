@@ -80,7 +80,7 @@ class KVCache(Cache):
     def positions(self) -> Tensor:
         """The position of each key held: int32 (batch, kv_heads, slots); −1 in an empty slot."""
         key = self.key
-        fills = torch.tensor(self._fills, device=key.device)[:, None, None]
+        fills = torch.tensor(self._fills, device=key.device, dtype=torch.int64)[:, None, None]
         slot = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
         held = slot[None, None] if self._positions is None else self._positions
         return held.where(slot < fills, -1).expand(key.shape[:3])
@@ -169,7 +169,7 @@ class KVCache(Cache):
             return out
         out = F.pad(held, (0, slots - held.shape[2]))
         item, token, slot = _real(fills, new, out.device)
-        starts = torch.tensor(self._lengths, device=out.device)
+        starts = torch.tensor(self._lengths, device=out.device, dtype=torch.int64)
         out[item, :, slot] = (starts[item] + token).to(out.dtype)[:, None]
         return out
 
@@ -329,7 +329,10 @@ class KVCache(Cache):
         if layout.full and layout.together:
             return positions >= layout.length - count
         ends = [s + n - count for s, n in zip(layout.starts, layout.new, strict=True)]
-        last = positions >= torch.tensor(ends, device=positions.device)[:, None, None]
+        last = (
+            positions
+            >= torch.tensor(ends, device=positions.device, dtype=torch.int64)[:, None, None]
+        )
         return last & layout.filled(positions.device)[:, None]
 
     def _where(self, layout: Layout) -> Tensor:
@@ -356,8 +359,10 @@ class KVCache(Cache):
             if not layout.full:
                 worth = worth.masked_fill(~layout.filled(worth.device)[:, None], -torch.inf)
             kept = first_to_go(worth, self._positions, layout.slots)[..., excess:]
-            least = most - torch.tensor(counts, device=kept.device)[:, None, None]
-            self._gather(kept, torch.arange(most, device=kept.device) >= least)
+            least = (
+                most - torch.tensor(counts, device=kept.device, dtype=torch.int64)[:, None, None]
+            )
+            self._gather(kept, torch.arange(most, device=kept.device, dtype=torch.int64) >= least)
         self._fills = counts
 
     def _fill_holes(self, victims: Tensor, budget: int) -> None:
@@ -368,7 +373,7 @@ class KVCache(Cache):
         targets, sources = victims, None
         if excess > 1:
             targets = victims.sort(-1).values
-            last = torch.arange(budget, slots, device=victims.device)[:, None]
+            last = torch.arange(budget, slots, device=victims.device, dtype=torch.int64)[:, None]
             gone = (victims[:, :, None] == last).any(-1)
             sources = gone.to(torch.int8).argsort(dim=-1, stable=True) + budget
         for tensor in (*self._buffers(), self._positions, self._worth):
@@ -406,7 +411,9 @@ class KVCache(Cache):
     def _in_order(self) -> None:
         if not self._ordered and self._positions is not None and self.settled:
             # Slots lose their order only where all items fill the same number of them
-            everything = torch.arange(self._positions.shape[2], device=self._positions.device)
+            everything = torch.arange(
+                self._positions.shape[2], device=self._positions.device, dtype=torch.int64
+            )
             everything = everything.expand(self._positions.shape)
             self._gather(everything, torch.ones_like(everything, dtype=torch.bool))
 

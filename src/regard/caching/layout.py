@@ -86,13 +86,15 @@ class Layout(NamedTuple):
 
     def filled(self, device: torch.device) -> Tensor:
         """Which slots hold a key: bool (batch, slots)."""
-        ends = torch.tensor(self.fills, device=device) + torch.tensor(self.new, device=device)
-        return torch.arange(self.slots, device=device) < ends[:, None]
+        ends = torch.tensor(self.fills, device=device, dtype=torch.int64) + torch.tensor(
+            self.new, device=device, dtype=torch.int64
+        )
+        return torch.arange(self.slots, device=device, dtype=torch.int64) < ends[:, None]
 
     def real(self, device: torch.device) -> Tensor:
         """Which queries are not padding: bool (batch, q_len)."""
-        new = torch.tensor(self.new, device=device)
-        return torch.arange(self.q_len, device=device) < new[:, None]
+        new = torch.tensor(self.new, device=device, dtype=torch.int64)
+        return torch.arange(self.q_len, device=device, dtype=torch.int64) < new[:, None]
 
     def request(self, query: Tensor, mask: Mask, bias: Biases) -> dict[str, Any]:
         """mask, bias and query_start of the call in slots. query (batch, heads, q_len, dim)."""
@@ -150,7 +152,7 @@ class InSlots:
         """Positions of the slots, int64 (batch or 1, heads or 1, 1, slots); any in empty ones."""
         layout, device = self.layout, self.place.device
         if layout.positions is None:
-            return torch.arange(layout.slots, device=device)[None, None, None]
+            return torch.arange(layout.slots, device=device, dtype=torch.int64)[None, None, None]
         positions = layout.positions
         if positions.shape[1] > 1:
             positions = positions.repeat_interleave(self.heads // layout.kv_heads, 1)
@@ -159,10 +161,10 @@ class InSlots:
     @cached_property
     def query(self) -> Tensor:
         """Positions of the queries, int64 (batch, 1, q_len, 1)."""
-        starts = torch.tensor(self.layout.starts, device=self.place.device)
+        starts = torch.tensor(self.layout.starts, device=self.place.device, dtype=torch.int64)
         return (
             starts[:, None, None, None]
-            + torch.arange(self.place.q_len, device=self.place.device)[:, None]
+            + torch.arange(self.place.q_len, device=self.place.device, dtype=torch.int64)[:, None]
         )
 
     def mask(self, mask: Mask) -> Mask:
@@ -205,7 +207,9 @@ class InSlots:
             buckets = relative_bucket(
                 self.key - self.query, bool(both), added.tensor.shape[1], longest
             )
-            head = torch.arange(self.heads, device=self.place.device)[:, None, None]
+            head = torch.arange(self.heads, device=self.place.device, dtype=torch.int64)[
+                :, None, None
+            ]
             return DenseBias(added.tensor[head, buckets])
         if isinstance(bias, Tensor):
             bias = DenseBias(bias)

@@ -161,9 +161,9 @@ class PagedCache(Cache):
         if key.shape[2] == 1:
             self._write_one(key, value, starts, new)
             return layout
-        at = torch.arange(key.shape[2], device=key.device)
-        position = torch.tensor(starts, device=key.device)[:, None] + at
-        real = at < torch.tensor(new, device=key.device)[:, None]
+        at = torch.arange(key.shape[2], device=key.device, dtype=torch.int64)
+        position = torch.tensor(starts, device=key.device, dtype=torch.int64)[:, None] + at
+        real = at < torch.tensor(new, device=key.device, dtype=torch.int64)[:, None]
         table = self.tables().blocks.long()
         number = (position // self.block).clamp(max=max(table.shape[1] - 1, 0))
         block, offset = table.gather(1, number)[real], (position % self.block)[real]
@@ -176,7 +176,7 @@ class PagedCache(Cache):
         rows = [row for row, n in enumerate(new) if n]
         blocks = [self._tables[row][starts[row] // self.block] for row in rows]
         offsets = [starts[row] % self.block for row in rows]
-        block, offset = torch.tensor([blocks, offsets], device=key.device).long()
+        block, offset = torch.tensor([blocks, offsets], device=key.device, dtype=torch.int64).long()
         for pool, tensor in zip(self._buffers(), (key, value), strict=True):
             token = tensor[:, :, 0]
             pool[block, :, offset] = token if len(rows) == len(new) else token[rows]

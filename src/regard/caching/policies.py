@@ -10,13 +10,14 @@ are still held, as in the papers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import whole_fields
 from ..errors import RegardError
 from ..observers import Received
 
@@ -64,6 +65,8 @@ class Eviction:
         raise NotImplementedError
 
     def _check(self) -> None:
+        numbers = (f.name for f in fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
+        whole_fields(self, *(name for name in numbers if name != "pool"))
         if self.budget < 1 or not 0 <= self.exempt <= self.budget:
             raise RegardError(
                 f"{self}: the budget is {self.budget} keys, of which the last {self.exempt} are "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checks import FARTHEST, whole
 from ..errors import RegardError
 from ..masks import First, Mask, Window
 from .held import KVCache
@@ -29,6 +30,10 @@ class WindowCache(KVCache):
     """
 
     def __init__(self, window: int, *, first: int = 0, capacity: int = 0) -> None:
+        window, first = (
+            min(whole(n, f"WindowCache: {name}"), FARTHEST)
+            for n, name in ((window, "window"), (first, "first"))
+        )
         if window < 1 or first < 0:
             raise RegardError(f"WindowCache({window}, first={first}): give window ≥ 1, first ≥ 0")
         super().__init__(capacity=capacity)

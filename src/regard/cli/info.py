@@ -80,7 +80,7 @@ def _reasons(devices: list[str]) -> dict[str, list[str]]:
 
     reasons: dict[str, list[str]] = {}
     for device in devices:
-        plain = torch.zeros(1, 1, 2, 16, device=device)
+        plain = torch.zeros(1, 1, 2, 16, device=device, dtype=torch.float32)
         for name, against in explain(plain, plain, plain).items():
             reasons[name] = against and reasons.get(name, against)
     return reasons

@@ -131,7 +131,7 @@ class _Attention(torch.autograd.Function):
 
 def _emptied(call: Call) -> Call:
     """The call without the tensors that autograd keeps."""
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     biases = tuple(replace(b, tensor=nothing) for b in call.biases)
     return replace(
         call, query=nothing, key=nothing, value=nothing, sinks=None, biases=biases, observers=()

@@ -253,7 +253,9 @@ def _bias(bias: Added, call: Call) -> Shown:
         by = [int(size > 1) for size in dense.shape]
         return lambda b, h, q, k: dense[b * by[0], h * by[1], q * by[2], k * by[3]].float()
     least = bias.key_start - bias.query_start - call.place.q_len + 1
-    offsets = torch.arange(call.place.q_len + call.place.k_len - 1, device=call.place.device)
+    offsets = torch.arange(
+        call.place.q_len + call.place.k_len - 1, device=call.place.device, dtype=torch.int64
+    )
     along = bias.along(offsets + least).detach().float()  # a number a head and distance
     back = call.place.q_len - 1
     return lambda b, h, q, k: along[h, k - q + back]

@@ -140,7 +140,7 @@ def offsets(call: Call) -> Tensor:
     place = call.place
     count = max(place.q_len + place.k_len - 1, 0)
     first = place.key_start - place.query_start + place.k_len - 1
-    return first - torch.arange(count)
+    return first - torch.arange(count, dtype=torch.int64, device="cpu")
 
 
 def _float(tensor: Tensor) -> Tensor:
@@ -152,11 +152,29 @@ def _mask_tensors(call: Call) -> list[Tensor]:
     tensors = list(call.program.tensors)
     for op, args in call.program.instructions():
         for i in args[: len(op.form.tensors)]:
-            if op == Op.DOCUMENTS:
-                tensors[i] = tensors[i].to(torch.int32).contiguous()
-            elif op != Op.DENSE:
+            if op not in (Op.DENSE, Op.DOCUMENTS):
                 tensors[i] = tensors[i].contiguous()
+        if op == Op.DOCUMENTS:
+            mine, theirs = args
+            tensors[mine], tensors[theirs] = _in_int32(tensors[mine], tensors[theirs])
     return tensors
+
+
+def _in_int32(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids of queries and of keys as int32; numbered anew where they do not fit."""
+    most = torch.iinfo(torch.int32).max
+    wide = [t for t in (mine, theirs) if t.dtype == torch.int64 and t.numel()]
+    if any(int(t.max()) > most or int(t.min()) < -most for t in wide):
+        both = torch.cat([mine.long().flatten(), theirs.long().flatten()])
+        # Those below 0, of no document, stay there
+        numbers = both.unique(return_inverse=True)[1].where(both >= 0, -1)
+        mine, theirs = (
+            n.view(t.shape)
+            for n, t in zip(
+                numbers.split([mine.numel(), theirs.numel()]), (mine, theirs), strict=True
+            )
+        )
+    return mine.to(torch.int32).contiguous(), theirs.to(torch.int32).contiguous()
 
 
 def received_alone(kept: Buffers, total: Tensor) -> int:
@@ -186,12 +204,18 @@ class Watching:
         self.filled = [self._tensors(o) for o in observers]
         shape = (*self.row[:2], len(self.wanted), place.k_len)
         rows = any(isinstance(o, Rows) for o in observers)
-        self.rows = torch.full(shape, -torch.inf) if rows else None
+        self.rows = (
+            torch.full(shape, -torch.inf, dtype=torch.float32, device="cpu") if rows else None
+        )
 
     def _top(self) -> list[Tensor]:
         row = self.row
-        listed = torch.zeros(*row, self.k)
-        return [torch.full((*row, self.k), -1, dtype=torch.int32), listed, *torch.zeros(2, *row)]
+        listed = torch.zeros(*row, self.k, dtype=torch.float32, device="cpu")
+        return [
+            torch.full((*row, self.k), -1, dtype=torch.int32, device="cpu"),
+            listed,
+            *torch.zeros(2, *row, dtype=torch.float32, device="cpu"),
+        ]
 
     def _tensors(self, observer: Observer) -> list[Tensor]:
         if isinstance(observer, TopK | Rows | LogSumExp):
@@ -199,9 +223,12 @@ class Watching:
         place = self.call.place
         if isinstance(observer, Received):  # pooled over heads in the end
             shape = (place.batch, place.heads, place.k_len)
-            return [torch.zeros(shape), torch.zeros(shape, dtype=torch.int32)]
+            return [
+                torch.zeros(shape, dtype=torch.float32, device="cpu"),
+                torch.zeros(shape, dtype=torch.int32, device="cpu"),
+            ]
         shapes = observer.shapes(place, torch.float32)
-        return [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
+        return [torch.zeros(shape, dtype=dtype, device="cpu") for shape, dtype in shapes]
 
     def packed(self, kept: Buffers) -> int:
         """A RegardObserve (kernels/cpu/abi.h)."""

@@ -16,7 +16,7 @@ from ..observers import Observer
 from . import native
 from .described import TYPES, Buffers, Watching, Word, offsets, parts_of, words_of
 
-NONE = torch.empty(0)
+NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
 
 
@@ -28,10 +28,10 @@ def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -
     place, query, value = call.place, call.query, call.value
     assert value is not None
     rows = (place.batch, place.heads, place.q_len)
-    out = torch.empty(*rows, value.shape[-1], dtype=query.dtype)
-    lse = torch.empty(rows)
+    out = torch.empty(*rows, value.shape[-1], dtype=query.dtype, device="cpu")
+    lse = torch.empty(rows, dtype=torch.float32, device="cpu")
     kept = Buffers()
-    saved = torch.empty(*rows, 2) if stats else NONE
+    saved = torch.empty(*rows, 2, dtype=torch.float32, device="cpu") if stats else NONE
     watching = Watching(call, observers, lse) if observers else None
     if lse.numel():
         observe = watching.packed(kept) if watching else 0
@@ -70,7 +70,9 @@ class Again:
         return out, lse
 
     def _made(self) -> tuple[Tensor, Tensor]:
-        return torch.empty(self._out, dtype=self.dtype), torch.empty(self.shape[:3])
+        return torch.empty(self._out, dtype=self.dtype, device="cpu"), torch.empty(
+            self.shape[:3], dtype=torch.float32, device="cpu"
+        )
 
 
 def run_backward(
@@ -84,12 +86,21 @@ def run_backward(
     if grad_lse is not None:
         delta = delta - grad_lse.float()
     delta = delta.contiguous()
-    grads = [torch.zeros(t.shape) for t in (call.query, call.key, value)]
-    dense = [torch.zeros(b.tensor.shape) if w and b.kind == Kind.DENSE else None
-             for b, w in zip(call.biases, wanted, strict=True)]  # fmt: skip
+    grads = [
+        torch.zeros(t.shape, dtype=torch.float32, device="cpu")
+        for t in (call.query, call.key, value)
+    ]
+    dense = [
+        torch.zeros(b.tensor.shape, dtype=torch.float32, device="cpu")
+        if w and b.kind == Kind.DENSE
+        else None
+        for b, w in zip(call.biases, wanted, strict=True)
+    ]
     along = None
     if any(w and b.kind != Kind.DENSE for b, w in zip(call.biases, wanted, strict=True)):
-        along = torch.zeros(place.heads, max(place.q_len + place.k_len - 1, 0))
+        along = torch.zeros(
+            place.heads, max(place.q_len + place.k_len - 1, 0), dtype=torch.float32, device="cpu"
+        )
     if delta.numel() and place.k_len:
         kept = Buffers()
         views = [
@@ -130,8 +141,11 @@ def effect(
     """
     place = call.place
     rows = (place.batch, place.heads, place.q_len, k)
-    indices = torch.full(rows, -1, dtype=torch.int32)
-    sizes, weights = torch.zeros(rows), torch.zeros(rows)
+    indices = torch.full(rows, -1, dtype=torch.int32, device="cpu")
+    sizes, weights = (
+        torch.zeros(rows, dtype=torch.float32, device="cpu"),
+        torch.zeros(rows, dtype=torch.float32, device="cpu"),
+    )
     delta = (grad.float() * out.float()).sum(-1).contiguous()
     if delta.numel():
         kept = Buffers()

@@ -188,6 +188,6 @@ def fit(grad: Tensor, width: int) -> Tensor:
 
 
 def _later(size: int, group: int, own: bool, device: torch.device) -> Tensor:
-    token = torch.arange(size, device=device)
+    token = torch.arange(size, device=device, dtype=torch.int64)
     row = token.repeat_interleave(group)[:, None]
     return token > row if own else token >= row

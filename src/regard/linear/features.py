@@ -52,11 +52,13 @@ def _directions(features: int, seed: int, dim: int) -> Tensor:
     """(features, dim) float64: orthogonal within each block of dim rows."""
     rng = torch.Generator().manual_seed(seed)
     blocks = -(-features // dim)
-    drawn = torch.randn(blocks, dim, dim, generator=rng, dtype=torch.float64)
+    drawn = torch.randn(blocks, dim, dim, generator=rng, dtype=torch.float64, device="cpu")
     turned, upper = torch.linalg.qr(drawn)
     # Without the signs of R's diagonal, Q would not be uniform over the rotations
     turned = turned * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
-    lengths = torch.randn(blocks, dim, dim, generator=rng, dtype=torch.float64).norm(dim=-1)
+    lengths = torch.randn(blocks, dim, dim, generator=rng, dtype=torch.float64, device="cpu").norm(
+        dim=-1
+    )
     return (turned * lengths[..., None]).flatten(0, 1)[:features]
 
 

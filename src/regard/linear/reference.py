@@ -51,7 +51,11 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
         memory, total = memory + kept.mT @ value, total + kept.sum(2)
     else:
         rows, row_sums = [], []
-        opened = torch.full((batch,), -1, device=query.device) if document is None else document
+        opened = (
+            torch.full((batch,), -1, device=query.device, dtype=torch.int64)
+            if document is None
+            else document
+        )
         if request.key_ids is None:
             opened = torch.zeros_like(opened)
         for t in range(k_len):

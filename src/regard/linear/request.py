@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call import FLOATS, Call
+from ..checks import real
 from ..errors import RegardError
 from ..lowered import Op
 from . import features
@@ -73,7 +74,7 @@ class Request:
             raise RegardError(f"state is a {type(state).__name__}; give the LinearState of a call")
         request = cls(
             call, feature_map, decay, beta, causal, normalise,
-            1.0 if scale is None else float(scale), state, *ids, keep, state_heads,
+            1.0 if scale is None else real(scale, "scale"), state, *ids, keep, state_heads,
         )  # fmt: skip
         if ids[0] is not None and ids[1] is not None:
             request._check_documents(ids[0])
@@ -159,7 +160,7 @@ def filled_ids(ids: Tensor, before: Tensor | None) -> Tensor:
     """(batch, n + 1): the document that is open before each token, and after the last; −1: none."""
     start = ids.new_full((len(ids), 1), -1) if before is None else before.to(ids)[:, None]
     both = torch.cat([start, ids], 1)
-    at = torch.arange(both.shape[1], device=ids.device).expand_as(both)
+    at = torch.arange(both.shape[1], device=ids.device, dtype=torch.int64).expand_as(both)
     return both.gather(1, at.masked_fill(both < 0, 0).cummax(1).values)
 
 

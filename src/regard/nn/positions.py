@@ -26,7 +26,7 @@ def positions_of(x: Tensor, positions: Positions) -> Tensor:
     """
     length = x.shape[-2]
     if not isinstance(positions, Tensor):
-        return torch.arange(length, device=x.device) + positions
+        return torch.arange(length, device=x.device, dtype=torch.int64) + positions
     if positions.dim() not in (1, 2) or positions.shape[-1] != length:
         raise RegardError(
             f"positions is {tuple(positions.shape)} for {length} rows of {tuple(x.shape)}; give "

@@ -288,11 +288,17 @@ def _packed(part: Part, recording: Recording, step: Callable[[int], object]) -> 
     series = heads + len(part.layers) + 1
     listed = 0 if whole else min(keys, max(1, LINKS // (series * readers)))
     measured = _Measured(part)
-    weights = torch.zeros(heads if whole else series, readers, keys if whole else listed).short()
-    places = torch.zeros(0 if whole else series, readers, listed, dtype=torch.int32)
-    sums = torch.zeros(0 if whole else series, readers, dtype=torch.int16)
+    weights = torch.zeros(
+        heads if whole else series,
+        readers,
+        keys if whole else listed,
+        dtype=torch.int16,
+        device="cpu",
+    )
+    places = torch.zeros(0 if whole else series, readers, listed, dtype=torch.int32, device="cpu")
+    sums = torch.zeros(0 if whole else series, readers, dtype=torch.int16, device="cpu")
     for rows, tables in _tables(part, recording):
-        mean = torch.zeros(len(rows), keys)
+        mean = torch.zeros(len(rows), keys, dtype=torch.float32, device="cpu")
         at = 0
         for number, table in enumerate(tables):
             span = slice(at, at + len(table))
@@ -328,7 +334,7 @@ def _tables(part: Part, recording: Recording) -> Iterator[tuple[range, Iterator[
 
 def _table(part: Part, recording: Recording, layer: int, rows: range) -> Tensor:
     words, keys, heads = part.readers.words, part.keys.words, part.layers[layer]
-    table = torch.zeros(len(heads), len(rows), len(keys))
+    table = torch.zeros(len(heads), len(rows), len(keys), dtype=torch.float32, device="cpu")
     stop = words[rows[-1]].tokens.stop
     size = max(1, _TILE // max(1, recording.layers[layer].heads * len(keys.of_token)))
     for first in range(words[rows[0]].tokens.start, stop, size):
@@ -370,27 +376,31 @@ class _Measured:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.special = torch.tensor([word.special for word in part.readers.words])
+        self.special = torch.tensor(
+            [word.special for word in part.readers.words], dtype=torch.bool, device="cpu"
+        )
         self.apart = part.special | part.sinks
         names = ["entropy"]
         if part.readers is part.keys:
             names += ["before", "after", "itself", "distance"]
-        self.sums = {name: torch.zeros(len(part.heads)) for name in names}
+        self.sums = {
+            name: torch.zeros(len(part.heads), dtype=torch.float32, device="cpu") for name in names
+        }
 
     def add(self, heads: slice, rows: range, table: Tensor) -> None:
         """Add a table (heads, rows, keys)."""
-        at = torch.arange(rows.start, rows.stop)
+        at = torch.arange(rows.start, rows.stop, dtype=torch.int64, device="cpu")
         counts = ~self.special[at]
         table, at = table[:, counts], at[counts]
         self.sums["entropy"][heads] -= torch.xlogy(table, table).sum((1, 2))
         if "before" not in self.sums:
             return
-        here = torch.arange(len(at))
+        here = torch.arange(len(at), dtype=torch.int64, device="cpu")
         for name, by in (("before", -1), ("itself", 0), ("after", 1)):
             inside = (at + by >= 0) & (at + by < table.shape[2])
             self.sums[name][heads] += table[:, here[inside], at[inside] + by].sum(1)
         rest = table.masked_fill(self.apart[heads, None], 0)
-        away = (torch.arange(table.shape[2]) - at[:, None]).abs()
+        away = (torch.arange(table.shape[2], dtype=torch.int64, device="cpu") - at[:, None]).abs()
         self.sums["distance"][heads] += (rest * away).sum(2).div(rest.sum(2) + 1e-9).sum(1)
 
     def means(self) -> dict[str, Tensor]:

@@ -72,7 +72,9 @@ class Part:
     @property
     def special(self) -> Tensor:
         """Which words of ``keys`` are special tokens: bool (words,)."""
-        return torch.tensor([word.special for word in self.keys.words])
+        return torch.tensor(
+            [word.special for word in self.keys.words], dtype=torch.bool, device="cpu"
+        )
 
     @property
     def sink(self) -> Tensor:

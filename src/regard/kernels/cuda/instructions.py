@@ -65,7 +65,9 @@ def instructions(program: Program) -> Instructions:
         record += [min(max(n, -LONGEST), LONGEST) for n in args[count:]]
         records.append([*record, *[0] * (WORDS - len(record))])
         kinds |= 1 << op
-    table = torch.tensor(records, dtype=torch.int64).to(program.device, non_blocking=True)
+    table = torch.tensor(records, dtype=torch.int64, device="cpu").to(
+        program.device, non_blocking=True
+    )
     return Instructions(table, integers.joined(), octets.joined(), kinds)
 
 

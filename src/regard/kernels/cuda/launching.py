@@ -86,7 +86,7 @@ class Shared:
                 self.slopes = self.slopes + slopes if self.alibi else slopes.contiguous()
                 self.alibi = True
             else:
-                offsets = torch.arange(self.width, device=device) + least
+                offsets = torch.arange(self.width, device=device, dtype=torch.int64) + least
                 along = bias.along(offsets).to(torch.float32).contiguous()
                 self.relative = self.relative + along if self.has_relative else along
                 self.has_relative = True
@@ -130,7 +130,7 @@ def ends(edges: Sequence[int], device: torch.device) -> Tensor:
     """Where each bin of distances begins, and the last one ends: int32."""
     most = 2**31 - 1
     given = [min(e, most) for e in (*edges, most)]
-    return torch.tensor(given, dtype=torch.int32).to(device, non_blocking=True)
+    return torch.tensor(given, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 def wide(dim: int) -> int:

@@ -56,7 +56,7 @@ def effect(
     seed, kept = names, 1.0
     if call.dropout is not None:
         drawn = 0 if call.dropout.seed is None else int(call.dropout.seed)
-        seed = torch.tensor([drawn, round(call.dropout.p * 2**32)], dtype=torch.int64)
+        seed = torch.tensor([drawn, round(call.dropout.p * 2**32)], dtype=torch.int64, device="cpu")
         seed, kept = seed.to(device, non_blocking=True), 1 / (1 - call.dropout.p)
     with on_device(device):
         remove[(place.batch * place.heads * counts[0],)](

@@ -434,7 +434,9 @@ def _rows(observer: Rows, shared: Shared, shard: bool) -> Tensor:
     )
     if not local:
         return out
-    wanted = torch.tensor(local, dtype=torch.int32).to(place.device, non_blocking=True)
+    wanted = torch.tensor(local, dtype=torch.int32, device="cpu").to(
+        place.device, non_blocking=True
+    )
     block_q, block_k = 16, 64
     row_blocks, k_blocks = -(-len(local) // block_q), -(-place.k_len // block_k)
     with on_device(place.device):

@@ -1,0 +1,55 @@
+"""What a number given by a caller must be, said in one RegardError."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from .errors import RegardError
+
+# Positions of queries and keys lie within ± this: engines and results count them in int32
+FARTHEST = 2**31
+
+
+def whole(number: Any, what: str) -> int:
+    """A whole number, of whatever type counts as one (NumPy's, a tensor of one integer)."""
+    if isinstance(number, int):
+        return number
+    try:
+        return operator.index(number)
+    except (TypeError, ValueError, RuntimeError):
+        raise RegardError(f"{what} is {number!r}; give a whole number") from None
+
+
+def whole_fields(value: Any, *names: str) -> None:
+    """Make these fields of a frozen dataclass whole numbers, where they are not."""
+    for name in names:
+        given = getattr(value, name)
+        if not isinstance(given, int):
+            made = whole(given, f"{type(value).__name__}: {name}")
+            object.__setattr__(value, name, made)
+
+
+def wholes(given: Any, what: str) -> tuple[int, ...]:
+    """Several whole numbers: of a list, a tuple, a range, an array or a tensor."""
+    try:
+        each = tuple(given)
+    except TypeError:
+        raise RegardError(f"{what} is {given!r}; give a list of whole numbers") from None
+    return tuple(whole(number, what) for number in each)
+
+
+def real(number: Any, what: str) -> float:
+    """A finite number. A tensor that needs a gradient is refused: as a number it would lose it."""
+    if getattr(number, "requires_grad", False):
+        raise RegardError(
+            f"{what} is a tensor that needs a gradient, which a number has none of; multiply the "
+            "query by it and give a number"
+        )
+    try:
+        made = float(number)
+    except (TypeError, ValueError, RuntimeError):
+        raise RegardError(f"{what} is {number!r}; give a number") from None
+    if not abs(made) < float("inf"):
+        raise RegardError(f"{what} is {made}; give a finite number")
+    return made
