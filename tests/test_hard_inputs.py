@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cases import plain
-from regard import attention
+from cases import assert_within, plain
+from regard import Received, TopK, attention
 from regard.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
@@ -110,12 +110,20 @@ def offset_values(rng: Generator) -> tuple[list[Tensor], float | None]:
     return [q, k, v + 1e4], None
 
 
+def rising(rng: Generator) -> tuple[list[Tensor], float | None]:
+    """Each key scores higher than the one before, from 0 to 75."""
+    q, k, v = qkv(rng)
+    q[..., 0], k[..., 0] = 8, torch.arange(K_LEN) / 4
+    return [q, k, v], None
+
+
 HARD: dict[str, Draw] = {
     "normal": scaled(),
     "one dim": scaled(dim=1),
     "256 dims": scaled(dim=256),
     "large scores": scaled(query=30),
     "huge scores": scaled(query=1000),
+    "rising scores": rising,
     "cancellation": cancelling(1e3, 1e-6),
     "cancellation of large numbers": cancelling(1e4, 1e-5),
     "nearly tied": tied(1, 1e-6),
@@ -161,3 +169,15 @@ def test_the_worst_error_is_at_most_twice_pytorchs(draw):
             sizes[n] = max(sizes[n], float(truth.abs().max()))
     for mine, other, size in zip(ours, theirs, sizes, strict=True):
         assert mine <= 2 * other + torch.finfo(torch.float32).eps * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_that_rise_within_a_tile(dtype):
+    """What was weighed before a row's top rises is rescaled: in out, and in what keys receive."""
+    tensors = [t.to(dtype) for t in rising(Generator().manual_seed(0))[0]]
+    ours, (received, top) = attention(*tensors, engine="cpu", observe=[Received(), TopK(3)])
+    query, key, value = (t.double() for t in tensors)
+    weights = (query @ key.mT * DIM**-0.5).softmax(-1)
+    assert_within(ours, plain(*tensors)[0], weights @ value)
+    assert torch.allclose(received.sum.double(), weights.sum(-2), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(top.weights.double(), weights.topk(3).values, rtol=1e-4, atol=1e-5)

@@ -116,8 +116,13 @@ def outcome(
     return [out.detach(), *(t.grad for t in [*leaves, *parameters])]
 
 
-def compare(module: MultiHeadAttention, inputs: list[Tensor], dtype: torch.dtype, **request: Any):
-    """The module at dtype, its twin at dtype, and its twin in float64 from the same numbers."""
+Triples = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def outcomes(
+    module: MultiHeadAttention, inputs: list[Tensor], dtype: torch.dtype, **request: Any
+) -> Triples:
+    """What comes out of the module, of its twin at dtype, and of its twin in float64."""
     start = request.pop("positions", 0)
     at_q = torch.arange(inputs[0].shape[1]) + start
 
@@ -147,9 +152,17 @@ def compare(module: MultiHeadAttention, inputs: list[Tensor], dtype: torch.dtype
     )  # fmt: skip
     mine = outcome(ours, module.to(dtype), inputs, **request)
     assert mine[0].dtype == dtype
-    assert len(mine) == len(simple) == len(exact)
-    largest = max(float(t.abs().max()) for t in exact if t.numel())
-    for a, b, c in zip(mine, simple, exact, strict=True):
+    return list(zip(mine, simple, exact, strict=True))
+
+
+def compare(module: MultiHeadAttention, inputs: list[Tensor], dtype: torch.dtype, **request: Any):
+    """The module's error against float64 stays within the bar, which its twin's error sets."""
+    assert_all_within(outcomes(module, inputs, dtype, **request), dtype)
+
+
+def assert_all_within(found: Triples, dtype: torch.dtype) -> None:
+    largest = max(float(c.abs().max()) for _, _, c in found if c.numel())
+    for a, b, c in found:
         if c.numel() and float(c.abs().max()) < 1e-12 * largest:
             # What all keys share cancels in the softmax: its gradient is 0, and ours rounding
             assert float(a.abs().max()) < 20 * torch.finfo(dtype).eps * largest
@@ -207,11 +220,17 @@ def fits(case: Case) -> bool:
 
 
 SHARED = [c for c in CASES if fits(c)]
+FEW_PAIRS = 64  # of a query and a key
 
 
 @pytest.mark.parametrize("case", SHARED, ids=str)
 def test_the_shared_cases(case):
-    """Every mask and bias, with grouped heads, a norm and rotary, forward and gradients."""
+    """Every mask and bias, with grouped heads, a norm and rotary, forward and gradients.
+
+    Of a call of few tokens, some gradients are 8 numbers, nearly 0, whose error in one draw is
+    chance: in one draw the twin's is several times smaller, in the next larger. The bar is held
+    over several draws together, on which both errors are measured alike.
+    """
     s, request = case.sizes, case.request(torch.float32)
     config = {name: request.pop(name) for name in ("softcap", "scale") if name in request}
     sinks = request.pop("sinks", None)
@@ -219,9 +238,17 @@ def test_the_shared_cases(case):
         s.heads, s.dim, kv_heads=s.kv_heads, qk_norm=True, rotary=Rotary(s.dim),
         sinks=sinks is not None, **config,
     )  # fmt: skip
-    query = drawn(s.batch, s.q_len, MODEL)
-    key, value = drawn(s.batch, s.k_len, MODEL, seed=1), drawn(s.batch, s.k_len, MODEL, seed=2)
-    compare(module, [query, key, value], torch.float32, **request)
+    draws = []
+    for first in range(0, 48 if s.q_len * s.k_len <= FEW_PAIRS else 3, 3):
+        query, key, value = (
+            drawn(s.batch, n, MODEL, seed=first + i)
+            for i, n in enumerate((s.q_len, s.k_len, s.k_len))
+        )
+        draws.append(outcomes(module, [query, key, value], torch.float32, **request))
+    joined = [
+        tuple(torch.cat(of) for of in zip(*same, strict=True)) for same in zip(*draws, strict=True)
+    ]
+    assert_all_within(joined, torch.float32)
 
 
 def test_the_shared_cases_are_many():

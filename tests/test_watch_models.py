@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import regard
 import regard.huggingface  # makes attn_implementation="regard" valid
 import zoo
+from cases import assert_within
 from regard.errors import RegardError
 from zoo import FAMILIES, HYBRIDS, dense, eager_attentions
 
@@ -299,19 +300,29 @@ def test_layers_without_softmax_have_no_pattern(hybrid):
 
 @pytest.mark.parametrize("family", zoo.UNUSUAL, ids=str)
 def test_unusual_ways_to_attention(family):
+    """Weights as near to float64's as eager's own in float32 are, by the usual rule."""
     model, inputs = family.build(), family.inputs()
     eager = family.build(attn_implementation="eager")
     theirs = unwatched(eager, inputs | {"output_attentions": True})
-    if "attentions" in theirs:
-        expected = theirs["attentions"]
-    else:
-        pairs = zip(theirs["decoder_attentions"], theirs["cross_attentions"], strict=True)
-        expected = [*theirs["encoder_attentions"], *(w for pair in pairs for w in pair)]
+    exact = in_order(unwatched(eager.double(), as_double(inputs) | {"output_attentions": True}))
     output, seen = watched(model, inputs)
     assert_output(output[0], theirs[0])
-    assert len({layer.name for layer in seen}) == len(seen) == len(expected)
-    for layer, weights in zip(seen, expected, strict=True):
-        torch.testing.assert_close(dense(layer.seen[0], layer.k_len), weights, rtol=0, atol=2e-5)
+    plain = in_order(theirs)
+    assert len({layer.name for layer in seen}) == len(seen) == len(plain)
+    for layer, weights, truth in zip(seen, plain, exact, strict=True):
+        assert_within(dense(layer.seen[0], layer.k_len), weights, truth)
+
+
+def in_order(output) -> list[Tensor]:
+    """The weights that a model gives, in the order in which its layers compute them."""
+    if "attentions" in output:
+        return list(output["attentions"])
+    pairs = zip(output["decoder_attentions"], output["cross_attentions"], strict=True)
+    return [*output["encoder_attentions"], *(w for pair in pairs for w in pair)]
+
+
+def as_double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def test_layers_that_compute_by_themselves_are_named():

@@ -23,7 +23,8 @@ Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
 def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -> list[Tensor]:
     """Call the kernel: out, lse, stats, and the tensors that the observers' `shapes` name.
 
-    stats (batch, heads, q_len, 2), empty unless asked for: each row's largest score and sum.
+    stats (batch, heads, q_len, 2), empty unless asked for: each row's top, which is near its
+    largest score, and the sum of exp(score − top).
     """
     place, query, value = call.place, call.query, call.value
     assert value is not None
@@ -86,10 +87,9 @@ def run_backward(
     if grad_lse is not None:
         delta = delta - grad_lse.float()
     delta = delta.contiguous()
-    grads = [
-        torch.zeros(t.shape, dtype=torch.float32, device="cpu")
-        for t in (call.query, call.key, value)
-    ]
+    tensors = (call.query, call.key, value)
+    made = torch.empty if delta.numel() and place.k_len else torch.zeros
+    grads = [made(t.shape, dtype=t.dtype, device="cpu") for t in tensors]
     dense = [
         torch.zeros(b.tensor.shape, dtype=torch.float32, device="cpu")
         if w and b.kind == Kind.DENSE
@@ -111,8 +111,8 @@ def run_backward(
         kind = TYPES[grad_out.dtype]
         sizes = [b.tensor.numel() for b in call.biases if b.kind == Kind.DENSE]
         words = struct.pack(
-            "6q8q",
-            *kept.view(grad_out, kind), stats.data_ptr(), delta.data_ptr(),
+            "6q9q",
+            *kept.view(grad_out, kind), stats.data_ptr(), delta.data_ptr(), TYPES[call.query.dtype],
             *(g.data_ptr() for g in grads), kept.tensor(along),
             kept.integers([n for v in views for n in v]), kept.integers(sizes),
         )  # fmt: skip
@@ -128,8 +128,7 @@ def run_backward(
     if call.sinks is not None:
         share = (call.sinks.float()[:, None] - stats[..., 0]).exp() / stats[..., 1]
         d_sinks = -(share * delta).sum((0, 2)).to(call.sinks.dtype)
-    tensors = (call.query, call.key, value)
-    return [g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)], d_biases, d_sinks
+    return grads, d_biases, d_sinks
 
 
 def effect(

@@ -62,7 +62,8 @@ struct RegardCall {
     int64_t parts;                   // level amx: bf16 numbers that stand for one (parts.h); 0: none do
     RegardView query, key, value, out;
     float* lse;              // (batch, heads, q_len)
-    float* stats;            // (batch, heads, q_len, 2) or null: each row's largest score and sum
+    float* stats;            // (batch, heads, q_len, 2) or null: each row's top, and the sum of
+                             // exp(score − top); no score is above it by more than 8
     const float* sinks;      // (heads) or null
     const float* by_offset;  // (heads, q_len + k_len − 1): the bias at query − key + k_len − 1
     int64_t bias_count, code_count;
@@ -74,12 +75,14 @@ struct RegardCall {
     const RegardObserve* observe;  // or null
 };
 
-// Gradients of one call, from what its forward left. All are float32 and contiguous.
+// Gradients of one call, from what its forward left. All are contiguous, and float32 but for those of
+// query, key and value.
 struct RegardBackward {
     RegardView grad_out;
     const float* stats;    // of the forward
     const float* delta;    // (batch, heads, q_len): grad_out · out − grad_lse
-    float *d_query, *d_key, *d_value;
+    int64_t type;          // of these three, a RegardType
+    void *d_query, *d_key, *d_value;
     float* d_by_offset;    // (heads, q_len + k_len − 1) or null; zeroed
     const RegardView* d_bias;  // one a dense bias, zeroed; data null where not wanted
     const int64_t* bias_floats;  // how many numbers each of them holds

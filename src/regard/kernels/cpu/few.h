@@ -1,7 +1,7 @@
 // Few rows, as in decoding: then lanes are dims in the products, and keys in the softmax. A tile's keys
 // and values are read once, where they lie and in their own type.
 #pragma once
-#include "rows.h"
+#include "state.h"
 
 namespace regard::LEVEL {
 
@@ -10,12 +10,48 @@ constexpr int FEW = 4;  // rows: more are cheaper as lanes
 // Scores and weights of few rows stand as [row][key]; past the last key, up to a whole vector, −inf.
 INLINE long whole_vectors(long n) { return (n + W - 1) / W * W; }
 
-// s[r · KEYS + j] = query r · key j. query: [row][dim]; dim is a multiple of W. The values of a key, of
-// so many bytes, are called for meanwhile: their turn is next.
+// A number that is known when compiled.
+template <int n>
+struct Count {
+    static constexpr int count = n;
+};
+
+// Two vectors of a row, 2 W numbers from the d-th. In bfloat16 they are taken apart as those of even and
+// of odd index, which is half the work of widening one vector after another. So what queries and mixed
+// values hold between `apart` and `together` is in that order.
+template <int type>
+INLINE void two(const char* row, long d, V* v) {
+    if constexpr (type == BF16) {
+        N both;
+        memcpy(&both, row + 2 * d, sizeof both);
+        v[0] = (V)(both << 16);
+        v[1] = (V)(both & 0xffff0000u);
+    } else {
+        v[0] = wide<type>(row, d);
+        v[1] = wide<type>(row, d + W);
+    }
+}
+static void apart(int64_t type, long dim, float* row) {
+    for (long d = 0; d + 2 * W <= dim && type == BF16; d += 2 * W) {
+        float was[2 * W];
+        memcpy(was, row + d, sizeof was);
+        for (int i = 0; i < 2 * W; i++) row[d + i % 2 * W + i / 2] = was[i];
+    }
+}
+static void together(int64_t type, long dim, float* row) {
+    for (long d = 0; d + 2 * W <= dim && type == BF16; d += 2 * W) {
+        float was[2 * W];
+        memcpy(was, row + d, sizeof was);
+        for (int i = 0; i < 2 * W; i++) row[d + i] = was[i % 2 * W + i / 2];
+    }
+}
+
+// s[r · KEYS + j] = query r · key j. query: [row][dim], taken apart; dim is a multiple of W. The values
+// of a key, of so many bytes, are called for meanwhile: their turn is next.
 template <int R, int type>
 static void few_scores_of(long n, long dim, const char* const* key, const char* const* value, long bytes,
                           const float* query, float* s) {
-    constexpr int many = R == 1 ? 8 : R == 2 ? 4 : 2, B = many < W ? many : W;  // keys at a time
+    constexpr int B = 2;  // keys at a time: of more, the processor would not foresee what it reads next
     for (long j = 0; j < n; j += W) {
         V part[R][W];
         #pragma GCC unroll 8
@@ -27,22 +63,31 @@ static void few_scores_of(long n, long dim, const char* const* key, const char* 
                 at[b] = key[mine];
                 for (long ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(value[mine] + ahead);
             }
-            V dot[B][R] = {};
-            for (long d = 0; d < dim; d += W) {
-                V x[B];
+            V dot[B][R][2] = {};
+            auto add = [&](long d, auto count) __attribute__((always_inline)) {
+                V x[B][2];
                 #pragma GCC unroll 8
-                for (int b = 0; b < B; b++) x[b] = wide<type>(at[b], d);
+                for (int b = 0; b < B; b++)
+                    if constexpr (count.count == 2)
+                        two<type>(at[b], d, x[b]);
+                    else
+                        x[b][0] = wide<type>(at[b], d);
                 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    V q = load(query + r * dim + d);
-                    #pragma GCC unroll 8
-                    for (int b = 0; b < B; b++) dot[b][r] += x[b] * q;
-                }
-            }
+                for (int r = 0; r < R; r++)
+                    #pragma GCC unroll 2
+                    for (int h = 0; h < count.count; h++) {
+                        V q = load(query + r * dim + d + h * W);
+                        #pragma GCC unroll 8
+                        for (int b = 0; b < B; b++) dot[b][r][h] += x[b][h] * q;
+                    }
+            };
+            long d = 0;
+            for (; d + 2 * W <= dim; d += 2 * W) add(d, Count<2>{});
+            if (d < dim) add(d, Count<1>{});
             #pragma GCC unroll 8
             for (int b = 0; b < B; b++)
                 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) part[r][i + b] = dot[b][r];
+                for (int r = 0; r < R; r++) part[r][i + b] = dot[b][r][0] + dot[b][r][1];
         }
         #pragma GCC unroll 4
         for (int r = 0; r < R; r++) store(s + r * KEYS + j, sums(part[r]));
@@ -51,38 +96,50 @@ static void few_scores_of(long n, long dim, const char* const* key, const char* 
         for (long j = n; j < whole_vectors(n); j++) s[r * KEYS + j] = -INFINITY;
 }
 
-// mixed[d · PW + r] += Σⱼ s[r · KEYS + j] · v[j][d].
+// mixed[r · ld + d] += Σⱼ s[r · KEYS + j] · v[j][d], taken apart.
 template <int R, int type>
-static void few_mix_of(long n, long dim, const char* const* value, const float* s, float* mixed) {
-    constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;  // vectors of dims at a time
-    for (long d = 0; d < dim; d += C * W) {
-        int vectors = (int)(dim - d < C * W ? (dim - d) / W : C);
-        V total[R][C] = {};
-        auto add = [&](int count) __attribute__((always_inline)) {
-            for (long j = 0; j < n; j++) {
-                #pragma GCC unroll 8
-                for (int c = 0; c < count; c++) {
-                    V x = wide<type>(value[j], d + c * W);
-                    #pragma GCC unroll 4
-                    for (int r = 0; r < R; r++) total[r][c] += x * all(s[r * KEYS + j]);
-                }
-            }
-        };
-        if (vectors == C)
-            add(C);
-        else
-            add(vectors);
+static void few_mix_of(long n, long dim, const char* const* value, const float* s, float* mixed, long ld) {
+    auto add = [&](long d, auto count) __attribute__((always_inline)) {
+        constexpr int C = count.count;  // vectors of dims at a time
+        V total[R][C];
+        #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < vectors; c++)
-                for (int i = 0; i < W; i++) mixed[(d + c * W + i) * PW + r] += total[r][c][i];
+            #pragma GCC unroll 8
+            for (int c = 0; c < C; c++) total[r][c] = load(mixed + r * ld + d + c * W);
+        for (long j = 0; j < n; j++) {
+            #pragma GCC unroll 8
+            for (int c = 0; c < C; c += 2) {
+                V x[2];
+                if constexpr (C == 1)
+                    x[0] = wide<type>(value[j], d);
+                else
+                    two<type>(value[j], d + c * W, x);
+                #pragma GCC unroll 4
+                for (int r = 0; r < R; r++)
+                    #pragma GCC unroll 2
+                    for (int h = 0; h < 2 && h < C; h++) total[r][c + h] += x[h] * all(s[r * KEYS + j]);
+            }
+        }
+        #pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+            #pragma GCC unroll 8
+            for (int c = 0; c < C; c++) store(mixed + r * ld + d + c * W, total[r][c]);
+        return C * W;
+    };
+    for (long d = 0; d < dim;) {
+        long left = (dim - d) / W;
+        if (R == 1 && left >= 8)
+            d += add(d, Count<8>{});
+        else if (R <= 2 && left >= 4)
+            d += add(d, Count<4>{});
+        else if (left >= 2)
+            d += add(d, Count<2>{});
+        else
+            d += add(d, Count<1>{});
     }
 }
 
 // then(Count<rows>{}, Count<type>{})
-template <int n>
-struct Count {
-    static constexpr int count = n;
-};
 template <class Then>
 INLINE void with_rows(int rows, int64_t type, Then then) {
     auto typed = [&](auto r) __attribute__((always_inline)) {
@@ -110,9 +167,9 @@ struct FewKeys {
             few_scores_of<r.count, type.count>(n, c.dim, key, value, bytes, query, s);
         });
     }
-    void mix(const RegardCall& c, int rows, int n, const float* s, float* mixed) const {
-        with_rows(rows, c.value.type, [&](auto r, auto type) {
-            few_mix_of<r.count, type.count>(n, c.v_dim, value, s, mixed);
+    void mix(const RegardCall& c, int n, const float* s, State& state) const {
+        with_rows(state.few, c.value.type, [&](auto r, auto type) {
+            few_mix_of<r.count, type.count>(n, c.v_dim, value, s, state.mixed, state.v_dim);
         });
     }
 };

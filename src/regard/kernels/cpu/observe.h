@@ -58,21 +58,51 @@ struct Columns {
         distances = maps + map_floats(o);
     }
 
+    // then(first, last): the cells, counted from `maps`, that the blocks of a stripe touch: those of
+    // their own rows, which are few of a large map.
+    template <class Then>
+    static void touched(const RegardCall& c, const RegardObserve& o, long stripe, long stripes,
+                        Then then) {
+        long cells = 0;
+        for (long m = 0; m < o.map_count; m++) {
+            const RegardMap& map = o.map[m];
+            auto row_of = [&](long query) {
+                return floor_div(query + c.query_start, map.row_size) - map.row_first;
+            };
+            long done = 0;  // rows in front of it were visited
+            long blocks = (c.q_len + LANES - 1) / LANES;  // dealt from the last one on
+            for (long q0 = (blocks - 1 - stripe) % stripes * LANES; q0 < c.q_len; q0 += stripes * LANES) {
+                long first = most(done, row_of(q0)), last = row_of(least(q0 + LANES, c.q_len) - 1) + 1;
+                if (first < last) then(cells + first * map.cols, cells + last * map.cols);
+                done = most(done, last);
+            }
+            cells += map.rows * map.cols;
+        }
+    }
+    // Zeroes what the blocks of one stripe are added to.
+    void clear(const RegardCall& c, const RegardObserve& o, long stripe, long stripes) {
+        memset(received, 0, 2 * o.received_count * c.k_len * sizeof(float));
+        touched(c, o, stripe, stripes, [&](long first, long last) {
+            memset(maps + first, 0, (last - first) * sizeof(float));
+        });
+        memset(distances, 0, distance_floats(o) * sizeof(float));
+    }
+
     // Adds another stripe's.
-    void add(const Columns& other, const RegardCall& c, const RegardObserve& o) {
+    void add(const Columns& other, const RegardCall& c, const RegardObserve& o, long stripe,
+             long stripes) {
         for (long i = 0; i < o.received_count * c.k_len; i++) {
             received[i] += other.received[i];
             count[i] += other.count[i];
         }
-        float *to = maps, *from = other.maps;
-        for (long m = 0; m < o.map_count; m++) {
-            long n = o.map[m].rows * o.map[m].cols;
-            for (long i = 0; i < n; i++)
+        touched(c, o, stripe, stripes, [&](long first, long last) {
+            long m = 0, end = o.map[0].rows * o.map[0].cols;
+            while (first >= end) m++, end += o.map[m].rows * o.map[m].cols;
+            float *to = maps, *from = other.maps;
+            for (long i = first; i < last; i++)
                 to[i] = !o.map[m].is_max   ? to[i] + from[i]
                         : from[i] <= to[i] ? to[i] : from[i];
-            to += n;
-            from += n;
-        }
+        });
         for (long i = 0; i < distance_floats(o); i++) distances[i] += other.distances[i];
     }
 
@@ -131,6 +161,8 @@ class Weighing {
     // What the rows of one segment give the keys in front of `end`.
     void segment(const Segment& s, long end, const Columns& to) {
         memset(cells, 0, (floats(o) - LANES - KEYS) * sizeof(float));
+        summing = o.received_count || o.distances_count;
+        for (long m = 0; m < o.map_count; m++) summing |= in_one_row(o.map[m], s);
         for_tiles(s, 0, s.count, end, [&](long k0, int n) {
             // So few keys at a time that their weights stay in the nearest cache for all observers
             for (int j = 0; j < n; j += FEW_KEYS) few_keys(s, k0 + j, (int)least(FEW_KEYS, n - j), to);
@@ -157,10 +189,11 @@ class Weighing {
     const float* scale;
     int lanes;
     float *factor, *sum, *cells;
-    bool clean = false;  // every lane of the strip counts
+    bool clean = false;    // every lane of the strip counts
+    bool summing = false;  // someone asks for the sums over all lanes
 
     void few_keys(const Segment& s, long k0, int n, const Columns& to) {
-        add_up(k0, n);
+        if (summing) add_up(k0, n);
         receive(s, k0, n, to);
         float *cell = cells, *map = to.maps, *bins = to.distances;
         for (long m = 0; m < o.map_count; m++) {
@@ -286,12 +319,31 @@ class Weighing {
     // Deals the cells of each lane to the rows of the map.
     void deal(const RegardMap& map, const Segment& s, const float* cell, float* to) const {
         if (in_one_row(map, s)) return;
-        for (int r = 0; r < s.count; r++) {
-            float* row = row_of(map, s.q0 + r, to);
-            for (long k = 0; k < map.cols; k++) {
-                float x = cell[k * LANES + s.lane + r];
-                row[k] = !map.is_max ? row[k] + x : x <= row[k] ? row[k] : x;
+        for (int lane = s.lane / W * W; lane < s.lane + s.count; lane += W) {
+            float* row[W];  // null: a lane that holds none
+            for (int i = 0; i < W; i++) {
+                int r = lane + i - s.lane;
+                row[i] = r < 0 || r >= s.count ? nullptr : row_of(map, s.q0 + r, to);
             }
+            long k = 0;
+            for (; k + W <= map.cols; k += W) {
+                V v[W];
+                #pragma GCC unroll 16
+                for (int i = 0; i < W; i++) v[i] = load(cell + (k + i) * LANES + lane);
+                transpose(v);
+                #pragma GCC unroll 16
+                for (int i = 0; i < W; i++) {
+                    if (!row[i]) continue;
+                    V x = load(row[i] + k);
+                    store(row[i] + k, !map.is_max ? x + v[i] : v[i] <= x ? x : v[i]);
+                }
+            }
+            for (; k < map.cols; k++)
+                for (int i = 0; i < W; i++) {
+                    if (!row[i]) continue;
+                    float &x = row[i][k], y = cell[k * LANES + lane + i];
+                    x = !map.is_max ? x + y : y <= x ? x : y;
+                }
         }
     }
 

@@ -33,12 +33,6 @@ struct Unseen {  // of weights, which always fit: at most 1
     bool fits() const { return true; }
 };
 
-// The bf16 nearest to each number (ties to even), as the upper half of its float.
-INLINE N nearest(V x) {
-    N bits = (N)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    return (x != x ? bits | 0x400000u : rounded) & 0xffff0000u;
-}
-
 // The bf16 nearest to two vectors, side by side: those of `low` in the lower halves.
 INLINE N pair(V low, V high) {
 #if defined(__AVX512BF16__) && WIDTH == 16
@@ -50,14 +44,6 @@ INLINE N pair(V low, V high) {
 #else
     return nearest(low) >> 16 | nearest(high);
 #endif
-}
-
-// The first n of W numbers, the others 0.
-INLINE V load_some(const float* p, long n) {
-    if (n >= W) return load(p);
-    V v = {};
-    if (n > 0) memcpy(&v, p, n * sizeof(float));
-    return v;
 }
 
 // Tiles of a matrix: those of one part stand `step` numbers from the next part's, those of one row of
@@ -135,8 +121,8 @@ INLINE auto with_parts(int parts, Then then) {
 }
 
 // One block: R × NV tiles of C, `depth` tiles of A and B deep.
-template <bool add, int R, int NV>
-INLINE void tile_block(int parts, bool whole, long depth, const Tiles& a, long row, const Tiles& b,
+template <int parts, bool add, int R, int NV>
+INLINE void tile_block(bool whole, long depth, const Tiles& a, long row, const Tiles& b,
                        float* c, long ldc) {
     long bytes = ldc * 4;
     float* below = c + SIDE * ldc;
@@ -156,10 +142,10 @@ INLINE void tile_block(int parts, bool whole, long depth, const Tiles& a, long r
         for (int i = (int)most(0, both - parts + 1); i <= both && i < parts; i++) {
             const uint16_t *x = a.at(row, 0) + i * a.step, *y = b.data + (both - i) * b.step;
             for (long k = 0; k < depth; k++, x += TILE, y += b.wide * TILE) {
-                tile_load<4>(x, 64);
+                tile_pass<4>(x, 64);
                 tile_load<6>(y, 64);
                 tile_dot<0, 0>();
-                if (R > 1) tile_load<5>(x + a.wide * TILE, 64);
+                if (R > 1) tile_pass<5>(x + a.wide * TILE, 64);
                 if (NV > 1) tile_load<7>(y + TILE, 64);
                 if (R > 1) tile_dot<1, 0>();
                 if (NV > 1) tile_dot<0, 1>();
@@ -178,10 +164,13 @@ template <bool add, int NV = 2>
 static void tile_product(int parts, bool whole, long rows, long depth, const Tiles& a, const Tiles& b,
                          float* c, long ldc) {
     tiles_written();
-    long row = 0, count = tiles(rows, SIDE), deep = tiles(depth, DEPTH);
-    for (; row + 1 < count; row += 2)
-        tile_block<add, 2, NV>(parts, whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
-    if (row < count) tile_block<add, 1, NV>(parts, whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+    with_parts(parts, [&](auto of) {
+        long row = 0, count = tiles(rows, SIDE), deep = tiles(depth, DEPTH);
+        for (; row + 1 < count; row += 2)
+            tile_block<of.count, add, 2, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+        if (row < count)
+            tile_block<of.count, add, 1, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+    });
 }
 
 // By what scores are multiplied after their product. Queries of 16 bits are exact in their parts, and
@@ -207,7 +196,9 @@ struct KeyTiles {
         : parts(HAS_TILES ? (int)c.parts : 0), dim(tiles(c.dim, DEPTH)), v_dim(tiles(c.v_dim, SIDE)) {}
 
     // Whether a block's products are on tiles: then in the backward, too, so that weights are the same.
+    // Three parts are so much work to make that several blocks must share them.
     bool serve(const Plan& plan, const Block& block) const {
+        if (parts == 3) return plan.sharing() > 2;
         return parts && (plan.shared_keys() || block.count > parts * W);
     }
     long key_size() const { return parts * dim * DEPTH * KEYS; }

@@ -70,10 +70,9 @@ struct Plan {
     long owners;        // a head of an item of the batch; flat: a kv head of one
     long blocks;        // of each owner
     long stripes;       // into which these are dealt
+    long chunk;         // keys of one
     long chunks;        // into which a flat block's keys are cut
     bool columns;       // whether column statistics are gathered
-    static constexpr long CHUNK = 4 * KEYS;
-
     Plan() = default;
     Plan(const RegardCall& c, const RegardObserve* o) {
         group = c.heads / c.kv_heads;
@@ -84,12 +83,15 @@ struct Plan {
                       : (c.q_len + LANES - 1) / LANES;
         columns = o && (o->received_count || o->map_count || o->distances_count);
         stripes = columns && !flat ? least(blocks, most(1, 64 / c.heads)) : blocks;
-        chunks = flat && c.k_len > 2 * CHUNK ? (c.k_len + CHUNK - 1) / CHUNK : 1;
+        // Many heads are work enough for many threads, so that theirs may be longer
+        chunk = 4 * KEYS * most(1, least(4, c.kv_heads * blocks / 8));
+        chunks = flat && c.k_len > 2 * chunk ? (c.k_len + chunk - 1) / chunk : 1;
     }
     long items() const { return owners * stripes * chunks; }
     // Whether what is made of keys and values for one block serves others.
-    bool shared_keys() const { return blocks * (flat ? 1 : group) > 1; }
-    long chunk_keys(const RegardCall& c) const { return chunks == 1 ? c.k_len : CHUNK; }
+    bool shared_keys() const { return sharing() > 1; }
+    long sharing() const { return blocks * (flat ? 1 : group); }  // how many blocks read the same keys
+    long chunk_keys(const RegardCall& c) const { return chunks == 1 ? c.k_len : chunk; }
 
     Block block(const RegardCall& c, long owner, long index) const {
         Block b;
@@ -132,18 +134,25 @@ static void turn_rows(const RegardView& view, const Block& block, long dim, floa
                 }
                 break;
             }
+            if (row[i]) continue;
+            memset(line + i * dim, 0, dim * sizeof(float));
+            row[i] = line + i * dim;
         }
         float* panel = to + lane / PW * dim * PW + lane % PW;
         for (long d = 0; d < dim; d += W) {
             V v[W];
             long n = least(W, dim - d);
-            for (int i = 0; i < W; i++) {
-                v[i] = V{};
-                if (row[i] && n == W) v[i] = load(row[i] + d);
-                if (row[i] && n < W) memcpy(&v[i], row[i] + d, n * sizeof(float));
+            if (n < W) {
+                for (int i = 0; i < W; i++) v[i] = load_some(row[i] + d, n);
+                transpose(v);
+                for (int i = 0; i < n; i++) store(panel + (d + i) * PW, v[i] * by);
+                continue;
             }
+            #pragma GCC unroll 16
+            for (int i = 0; i < W; i++) v[i] = load(row[i] + d);
             transpose(v);
-            for (int i = 0; i < n; i++) store(panel + (d + i) * PW, v[i] * by);
+            #pragma GCC unroll 16
+            for (int i = 0; i < W; i++) store(panel + (d + i) * PW, v[i] * by);
         }
     }
 }

@@ -51,48 +51,6 @@ INLINE uint16_t to_brain(float x) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
 }
 
-// n numbers at `from` (elements `step` apart) to float32.
-static void widen(int64_t type, const void* from, long step, long n, float* to) {
-    if (type == F32) {
-        const float* x = (const float*)from;
-        for (long i = 0; i < n; i++) to[i] = x[i * step];
-    } else if (type == BF16) {
-        const uint16_t* x = (const uint16_t*)from;
-        if (step == 1)
-            for (long i = 0; i < n; i++) to[i] = from_brain(x[i]);
-        else
-            for (long i = 0; i < n; i++) to[i] = from_brain(x[i * step]);
-    } else {
-        const uint16_t* x = (const uint16_t*)from;
-        long i = 0;
-#if defined(__F16C__)
-        if (step == 1)
-            for (; i + 8 <= n; i += 8)
-                _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
-#endif
-        for (; i < n; i++) to[i] = from_half(x[i * step]);
-    }
-}
-
-// n floats to a row of `type`.
-static void narrow(int64_t type, const float* from, long n, void* to) {
-    if (type == F32) {
-        memcpy(to, from, n * sizeof(float));
-    } else if (type == BF16) {
-        uint16_t* x = (uint16_t*)to;
-        for (long i = 0; i < n; i++) x[i] = to_brain(from[i]);
-    } else {
-        uint16_t* x = (uint16_t*)to;
-        long i = 0;
-#if defined(__F16C__)
-        for (; i + 8 <= n; i += 8)
-            _mm_storeu_si128((__m128i*)(x + i),
-                             _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-        for (; i < n; i++) x[i] = to_half(from[i]);
-    }
-}
-
 // W numbers of a row, from the d-th.
 template <int type>
 INLINE V wide(const char* row, long d) {
@@ -110,10 +68,58 @@ INLINE V wide(const char* row, long d) {
         if constexpr (type == F16) return (V)_mm256_cvtph_ps(halves);
         return (V)((N)_mm256_cvtepu16_epi32(halves) << 16);
 #else
-        alignas(64) float y[W];
-        widen(type, x, 1, W, y);
-        return load(y);
+        V y;
+        for (int i = 0; i < W; i++) y[i] = type == F16 ? from_half(x[i]) : from_brain(x[i]);
+        return y;
 #endif
+    }
+}
+
+// n numbers at `from` (elements `step` apart) to float32.
+template <int type>
+static void widen_of(const void* from, long step, long n, float* to) {
+    const uint16_t* x = (const uint16_t*)from;
+    long i = 0;
+    for (; step == 1 && i + W <= n; i += W) store(to + i, wide<type>((const char*)from, i));
+    for (; i < n; i++) to[i] = type == F16 ? from_half(x[i * step]) : from_brain(x[i * step]);
+}
+static void widen(int64_t type, const void* from, long step, long n, float* to) {
+    if (type == BF16) return widen_of<BF16>(from, step, n, to);
+    if (type == F16) return widen_of<F16>(from, step, n, to);
+    const float* x = (const float*)from;
+    for (long i = 0; i < n; i++) to[i] = x[i * step];
+}
+
+// The bf16 nearest to each number (ties to even), as the upper half of its float.
+INLINE N nearest(V x) {
+    N bits = (N)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return (x != x ? bits | 0x400000u : rounded) & 0xffff0000u;
+}
+
+// n floats to a row of `type`.
+static void narrow(int64_t type, const float* from, long n, void* to) {
+    if (type == F32) {
+        memcpy(to, from, n * sizeof(float));
+    } else if (type == BF16) {
+        uint16_t* x = (uint16_t*)to;
+        long i = 0;
+#if defined(__AVX512F__) && WIDTH == 16
+        for (; i + W <= n; i += W) {
+            N bits = nearest(load(from + i)) >> 16;
+            _mm256_storeu_si256((__m256i*)(x + i),
+                                _mm512_maskz_cvtepi32_epi16((__mmask16)-1, (__m512i)bits));
+        }
+#endif
+        for (; i < n; i++) x[i] = to_brain(from[i]);
+    } else {
+        uint16_t* x = (uint16_t*)to;
+        long i = 0;
+#if defined(__F16C__)
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128((__m128i*)(x + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+        for (; i < n; i++) x[i] = to_half(from[i]);
     }
 }
 

@@ -98,8 +98,9 @@ class Shaping {
         }
     }
 
-    // tile[j · 64 + lane]: 0, or 1 / (1 − p).
+    // tile[j · 64 + lane]: 0, or 1 / (1 − p); 0 where there is no row or no key.
     void dropout(const Block& block, long k0, int n, float* tile) const {
+        memset(tile, 0, KEYS * LANES * sizeof(float));
         uint64_t bar = (uint64_t)llrint(call->dropout * 4294967296.0);
         float keep = (float)(1 / (1 - call->dropout));
         long first = k0 + call->key_start;

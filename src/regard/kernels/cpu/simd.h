@@ -40,8 +40,22 @@ constexpr float LOWEST = -3.402823466e38f;
 INLINE V all(float x) { return x - V{}; }
 INLINE V load(const float* p) { return *(const Loose*)p; }
 INLINE void store(float* p, V v) { *(Loose*)p = v; }
-// Of a NaN and a number, the second operand
-INLINE V max(V a, V b) { return a > b ? a : b; }
+// The first n of W numbers, the others 0.
+INLINE V load_some(const float* p, long n) {
+    if (n >= W) return load(p);
+    V v = {};
+    if (n > 0) memcpy(&v, p, n * sizeof(float));
+    return v;
+}
+
+// Of a NaN and a number, the second operand. The compiler would compare, then blend.
+INLINE V max(V a, V b) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (V)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 // Whether any lane of a comparison is true. The compiler would test lane by lane.
 INLINE bool any(I mask) {
 #if defined(__AVX512F__) && WIDTH == 16
@@ -54,6 +68,14 @@ INLINE bool any(I mask) {
     uint32_t some = 0;
     for (int i = 0; i < W; i++) some |= (uint32_t)mask[i];
     return some != 0;
+#endif
+}
+// Whether any lane of x is larger than that of y, or NaN.
+INLINE bool beats(V x, V y) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLE_UQ) != 0;
+#else
+    return any(~(x <= y));
 #endif
 }
 INLINE float sum(V v) {
@@ -84,6 +106,52 @@ INLINE V exp(V x) {
     return p * (V)((I)whole << 23);
 }
 
+// 2ʸ for y ≤ 127; of −inf it is exactly 0, and NaN stays NaN. degree: of a minimax fit of 2ˣ on [0, 1):
+// 6 errs by 2e-9, 5 by 8e-8.
+template <int degree>
+INLINE V exp2(V y) {
+#if defined(__AVX512DQ__) && WIDTH == 16
+    constexpr int FLOOR = 1;
+    V part = (V)_mm512_maskz_reduce_ps((__mmask16)-1, (__m512)y, FLOOR), p;  // of −inf it is 0
+    if constexpr (degree == 6) {
+        p = all(2.161292662e-4f);
+        p = p * part + 1.246784323e-3f;
+        p = p * part + 9.675451898e-3f;
+        p = p * part + 5.548528046e-2f;
+        p = p * part + 2.402293056e-1f;
+        p = p * part + 6.931470444e-1f;
+    } else {
+        p = all(1.867131253e-3f);
+        p = p * part + 9.017027663e-3f;
+        p = p * part + 5.579991518e-2f;
+        p = p * part + 2.401644495e-1f;
+        p = p * part + 6.931513119e-1f;
+    }
+    p = p * part + 1.f;
+    return (V)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)p, (__m512)y);
+#else
+    return exp(y * (1 / LOG2E));
+#endif
+}
+
+// While this lives, what would be a denormal is 0: it would weigh nothing, and take 150 cycles.
+struct NoDenormals {
+#if defined(__SSE2__)
+    unsigned was = _mm_getcsr();
+    NoDenormals() { _mm_setcsr(was | 0x8000); }
+    ~NoDenormals() { _mm_setcsr(was); }
+#endif
+};
+
+// eˣ as `exp` has it, in fewer instructions where there are some for it; while `NoDenormals` lives.
+INLINE V exp_flushed(V x) {
+#if defined(__AVX512DQ__) && WIDTH == 16
+    return exp2<6>(x * LOG2E);
+#else
+    return exp(x);
+#endif
+}
+
 // tanh to the last bits: a polynomial near 0 (Cephes), exponentials elsewhere.
 INLINE V tanh(V x) {
     V size = x < 0.f ? -x : x;
@@ -98,6 +166,13 @@ INLINE V tanh(V x) {
     V far = 1.f - 2.f / (e + 1.f);
     far = x < 0.f ? -far : far;
     return size < .625f ? near : far;
+}
+
+// x / y as rounded, but for the rarest; inverse: 1 / y, or 0 where all is to be 0. A division would take
+// as long as sixteen products.
+INLINE V divided(V x, V y, V inverse) {
+    V about = x * inverse, rest = x - about * y;
+    return rest - rest == 0.f ? about + rest * inverse : about;  // ∞ and NaN correct nothing
 }
 
 // All ones in the lanes whose bit is set in the W lowest bits.

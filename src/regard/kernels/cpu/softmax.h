@@ -6,24 +6,26 @@
 
 namespace regard::LEVEL {
 
-// Raises the tops of the W lanes at `at` to the scores `a`, where those are larger. Whether any was;
-// high: the tops now, fall: what sums so far are multiplied by. Those of the state are.
-INLINE bool rise(State& state, int at, V a, bool entropy, V& high, V& fall) {
+// Raises the tops of the W lanes at `at` to the scores `a`, where those are larger by more than `slack`.
+// Whether any was; high: the tops now, fall: what sums so far are multiplied by. Those of the state are.
+INLINE bool rise(State& state, int at, V a, bool entropy, V& high, V& fall, float slack = 0) {
     store(state.visible + at, max(a, load(state.visible + at)));
     V was = load(state.top + at);
-    high = max(a, was);
+    high = a > was + slack ? a : was;
+    fall = all(1);
+    if (!any(high != was)) return false;
     store(state.top + at, high);
     fall = exp(was - high);
     V total = load(state.total + at);
     if (entropy)
         store(state.spread + at, fall * (load(state.spread + at) + State::shift(was - high, total)));
     store(state.total + at, fall * total);
-    return any(high != was);
+    return true;
 }
 
 // Of panel p, NV vectors of lanes: s[key][PW], scores and then weights.
 template <int NV, bool entropy>
-static void softmax_of(State& state, int p, float* s, long k0, int n, long v_dim) {
+static void softmax_of(State& state, int p, float* s, long k0, int n) {
     V high[NV], fall[NV];
     bool moved = false;
     #pragma GCC unroll 2
@@ -39,12 +41,9 @@ static void softmax_of(State& state, int p, float* s, long k0, int n, long v_dim
         if (state.k) state.offer_all(at, s + i * W, n, k0, a);
         moved |= rise(state, at, a, entropy, high[i], fall[i]);
     }
-    float* mixed = state.mixed + p * state.v_dim * PW;
-    if (moved)
-        for (long d = 0; d < v_dim; d++)
-            for (int i = 0; i < NV; i++)
-                store(mixed + d * PW + i * W, fall[i] * load(mixed + d * PW + i * W));
+    if (moved) state.fade<NV>(p, fall);
     V total[NV] = {}, spread[NV] = {};
+    NoDenormals flush;
     for (int from = 0; from < n; from += 16) {  // in short sums, which round less
         V part[NV] = {};
         int to = (int)least(n, from + 16);
@@ -53,7 +52,7 @@ static void softmax_of(State& state, int p, float* s, long k0, int n, long v_dim
             #pragma GCC unroll 2
             for (int i = 0; i < NV; i++) {
                 V t = load(s + j * PW + i * W) - high[i];
-                V e = exp(t);
+                V e = exp_flushed(t);
                 if (entropy) spread[i] += e * max(all(-200.f), t);
                 part[i] += e;
                 store(s + j * PW + i * W, e);
@@ -69,15 +68,15 @@ static void softmax_of(State& state, int p, float* s, long k0, int n, long v_dim
 }
 
 template <int NV>
-static void softmax(State& state, int p, float* s, long k0, int n, long v_dim, bool entropy) {
+static void softmax(State& state, int p, float* s, long k0, int n, bool entropy) {
     if (entropy)
-        softmax_of<NV, true>(state, p, s, k0, n, v_dim);
+        softmax_of<NV, true>(state, p, s, k0, n);
     else
-        softmax_of<NV, false>(state, p, s, k0, n, v_dim);
+        softmax_of<NV, false>(state, p, s, k0, n);
 }
 
 // Of few rows: s[row][KEYS]. lanes: the same as [key][PW], for the k largest; unread if none are kept.
-static void few_softmax(State& state, int rows, float* s, const float* lanes, long k0, int n, long v_dim,
+static void few_softmax(State& state, int rows, float* s, const float* lanes, long k0, int n,
                         bool entropy) {
     V a = all(-INFINITY);
     for (int r = 0; r < rows; r++) {
@@ -89,9 +88,7 @@ static void few_softmax(State& state, int rows, float* s, const float* lanes, lo
     }
     if (state.k) state.offer_all(0, lanes, n, k0, a);
     V high, fall;
-    if (rise(state, 0, a, entropy, high, fall))
-        for (long d = 0; d < v_dim; d++)
-            store(state.mixed + d * PW, fall * load(state.mixed + d * PW));
+    if (rise(state, 0, a, entropy, high, fall)) state.fade<1>(0, &fall);
     V total = {}, spread = {};
     for (int r = 0; r < rows; r++) {
         V part = {}, part_spread = {}, top = all(high[r]);

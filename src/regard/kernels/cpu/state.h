@@ -6,20 +6,24 @@
 namespace regard::LEVEL {
 
 struct State {
-    int lanes, k;
+    int lanes, k, few;
     long v_dim;
-    float *top;      // the largest score so far; a sink counts
+    float *top;      // what weights are relative to: the largest score so far, a sink included, or less
+                     // than it by at most the SLACK of weights.h
     float *total;    // Σ exp(score − top), the sink's share included
     float *spread;   // Σ p · ln p of the same p, for the entropy
     float *visible;  // the largest score of a key
     float *value;    // [k][lanes] the largest scores, descending
     int32_t *index;  // [k][lanes] their keys; −1 none
-    float *mixed;    // [panel][v_dim][PW] Σ p · v
+    float *mixed;    // [panel][v_dim][PW] Σ p · v; of few rows, as many as that, [row][v_dim]
 
-    static long floats(int lanes, long v_dim, int k) { return lanes * (4 + 2l * k + v_dim); }
+    static long floats(int lanes, long v_dim, int k, int few = 0) {
+        return lanes * (4 + 2l * k) + (few ? few : lanes) * v_dim;
+    }
 
     State() = default;
-    State(float* at, int lanes, long v_dim, int k) : lanes(lanes), k(k), v_dim(v_dim) {
+    State(float* at, int lanes, long v_dim, int k, int few = 0)
+        : lanes(lanes), k(k), few(few), v_dim(v_dim) {
         top = at;
         total = top + lanes;
         spread = total + lanes;
@@ -39,7 +43,16 @@ struct State {
             value[i] = -INFINITY;
             index[i] = -1;
         }
-        memset(mixed, 0, (size_t)lanes * v_dim * sizeof(float));
+        memset(mixed, 0, (few ? few : lanes) * v_dim * sizeof(float));
+    }
+
+    // Multiplies what is mixed in panel p, NV vectors of lanes.
+    template <int NV>
+    void fade(int p, const V* by) {
+        for (int r = 0; r < few; r++) fade_row(r, by[0][r]);
+        float* x = mixed + p * v_dim * PW;
+        for (long d = 0; d < v_dim && !few; d++)
+            for (int i = 0; i < NV; i++) store(x + d * PW + i * W, by[i] * load(x + d * PW + i * W));
     }
 
     // The lane starts from its head's sink: a score without a key.
@@ -48,37 +61,23 @@ struct State {
         total[lane] = logit == -INFINITY ? 0.f : 1.f;
     }
 
-    // Offers score s of a key to the lanes' k largest. Ties stay with the lower key, which came
-    // first; NaN stands above all, so that it surfaces.
-    void offer(int c, V s, int32_t key) {
-        I id = I{} + key;
-        for (int t = 0; t < k; t++) {
-            float* v = value + (long)t * lanes + c;
-            float* i = (float*)index + (long)t * lanes + c;
-            V other = load(v);
-            I held = (I)load(i), behind = s <= other;
-            store(v, behind ? other : s);
-            store(i, (V)(behind ? held : id));
-            s = behind ? s : other;
-            id = behind ? id : held;
-        }
-    }
-
-    // Offers the scores s[j · PW] of n keys to one vector of lanes: only those that beat the k-th.
+    // Offers the scores s[j · PW] of n ≤ KEYS keys to one vector of lanes: only those that beat the k-th.
     void offer_all(int c, const float* s, int n, long k0, V largest) {
         V last = load(value + (long)(k - 1) * lanes + c);
         if (!any((I)(largest > last) | (largest != largest))) return;
-        for (int j = 0; j < n; j += 4) {
-            int m = n - j < 4 ? n - j : 4;
-            I some = I{};
-            for (int u = 0; u < m; u++) some |= ~(load(s + (j + u) * PW) <= last);
-            if (!any(some)) continue;
-            for (int u = 0; u < m; u++) {
-                V x = load(s + (j + u) * PW);
-                if (!any(~(x <= last))) continue;
-                offer(c, x, (int32_t)(k0 + j + u));
-                last = load(value + (long)(k - 1) * lanes + c);
-            }
+        uint64_t better[KEYS / 64];
+        for (int word = 0; word < KEYS / 64; word++) {
+            uint64_t bits = 0;
+            const float* from = s + word * 64 * PW;
+            int m = n - word * 64 < 64 ? n - word * 64 : 64;
+            for (int j = 0; j < m; j++) bits |= (uint64_t)beats(load(from + j * PW), last) << j;
+            better[word] = bits;
+        }
+        switch (k) {  // a list of these lengths is held in registers meanwhile
+            case 1: return offer_some<1>(c, s, k0, better);
+            case 4: return offer_some<4>(c, s, k0, better);
+            case 8: return offer_some<8>(c, s, k0, better);
+            default: return offer_some<0>(c, s, k0, better);
         }
     }
 
@@ -97,7 +96,12 @@ struct State {
             store(top + c, high);
             store(visible + c, max(load(visible + c), load(later.visible + c)));
             int p = c / PW, half = c % PW;
-            for (long d = 0; d < v_dim; d++) {
+            for (int r = 0; r < few && c == 0; r++) {
+                float* x = mixed + r * v_dim;
+                const float* y = later.mixed + r * v_dim;
+                for (long d = 0; d < v_dim; d += W) store(x + d, load(x + d) * a[r] + load(y + d) * b[r]);
+            }
+            for (long d = 0; d < v_dim && !few; d++) {
                 float* x = mixed + (p * v_dim + d) * PW + half;
                 store(x, a * load(x) + b * load(later.mixed + (p * v_dim + d) * PW + half));
             }
@@ -116,6 +120,54 @@ struct State {
     }
 
   private:
+    void fade_row(int r, float by) {
+        for (long d = 0; d < v_dim && by != 1.f; d += W)
+            store(mixed + r * v_dim + d, load(mixed + r * v_dim + d) * by);
+    }
+
+    // The scores of a lane go down its list: ties stay with the lower key, which came first; NaN stands
+    // above all, so that it surfaces. K: the list's length; 0: k, in memory.
+    template <int K>
+    void offer_some(int c, const float* s, long k0, const uint64_t* better) {
+        constexpr int held = K ? K : 1;
+        V score[held];
+        I key[held];
+        auto at = [&](auto* list, int t) { return (float*)list + (long)t * lanes + c; };
+        #pragma GCC unroll 8
+        for (int t = 0; t < K; t++) {
+            score[t] = load(at(value, t));
+            key[t] = (I)load(at(index, t));
+        }
+        for (int word = 0; word < KEYS / 64; word++)
+            for (uint64_t left = better[word]; left; left &= left - 1) {
+                int j = word * 64 + __builtin_ctzll(left);
+                V x = load(s + j * PW);
+                I id = I{} + (int32_t)(k0 + j);
+                auto offer = [&](V& other, I& its) __attribute__((always_inline)) {
+                    I behind = x <= other;
+                    V gone = behind ? x : other;
+                    I goes = behind ? id : its;
+                    other = behind ? other : x;
+                    its = behind ? its : id;
+                    x = gone;
+                    id = goes;
+                };
+                #pragma GCC unroll 8
+                for (int t = 0; t < K; t++) offer(score[t], key[t]);
+                for (int t = 0; K == 0 && t < k; t++) {
+                    V other = load(at(value, t));
+                    I its = (I)load(at(index, t));
+                    offer(other, its);
+                    store(at(value, t), other);
+                    store(at(index, t), (V)its);
+                }
+            }
+        #pragma GCC unroll 8
+        for (int t = 0; t < K; t++) {
+            store(at(value, t), score[t]);
+            store(at(index, t), (V)key[t]);
+        }
+    }
     void insert(int lane, float s, int32_t key) {
         for (int t = 0; t < k; t++) {
             float& v = value[(long)t * lanes + lane];

@@ -22,6 +22,10 @@ static_assert(!HAS_TILES || W == SIDE);
 
 template <int t> inline void tile_zero();
 template <int t> inline void tile_load(const void* from, long bytes);
+// The same of what is not soon read again, by `tileloaddt1`: it is kept out of the nearest cache. Keys
+// and values that pass through there drive out the scores and the mix, and a store to a line that has
+// gone takes as long as several vectors of softmax.
+template <int t> inline void tile_pass(const void* from, long bytes);
 template <int t> inline void tile_store(void* to, long bytes);
 template <int row, int column> inline void tile_dot();
 
@@ -30,6 +34,9 @@ template <int row, int column> inline void tile_dot();
     template <> INLINE_MEMBER void tile_zero<t>() { _tile_zero(t); }                                \
     template <> INLINE_MEMBER void tile_load<t>(const void* from, long bytes) {                     \
         _tile_loadd(t, from, bytes);                                                                \
+    }                                                                                               \
+    template <> INLINE_MEMBER void tile_pass<t>(const void* from, long bytes) {                     \
+        _tile_stream_loadd(t, from, bytes);                                                         \
     }                                                                                               \
     template <> INLINE_MEMBER void tile_store<t>(void* to, long bytes) { _tile_stored(t, to, bytes); }
 REGISTER(0)
@@ -79,6 +86,8 @@ template <int t>
 static void tile_load(const void* from, long bytes) {
     for (int r = 0; r < SIDE; r++) memcpy(&tile_register[t][r], (const char*)from + r * bytes, 64);
 }
+template <int t>
+static void tile_pass(const void* from, long bytes) { tile_load<t>(from, bytes); }
 template <int t>
 static void tile_store(void* to, long bytes) {
     for (int r = 0; r < SIDE; r++) memcpy((char*)to + r * bytes, &tile_register[t][r], 64);

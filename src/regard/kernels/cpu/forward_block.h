@@ -1,0 +1,380 @@
+// A block of rows on its way over the keys: tiles of 64 rows × 128 keys, an online softmax over them
+// (Dao et al. 2022), observers beside it. Lanes are queries: scores stand as [key][lane], so that
+// maxima, sums, top-k and entropy are vertical, and keys and values are read by broadcast where they lie.
+#pragma once
+#include "few.h"
+#include "matmul.h"
+#include "observe.h"
+#include "parts.h"
+#include "plan.h"
+#include "softmax.h"
+#include "weights.h"
+
+namespace regard::LEVEL {
+
+// What the items of one call share.
+struct Shared {
+    RegardCall call;
+    RegardObserve observe;
+    bool observing;
+    Plan plan;
+    Shaping shaping;
+    KeyTiles tiles;
+    uint16_t* packed;           // keys and values as tiles, once for all; or null: each block's own
+    long v_dim;                 // of mixed values: filled up to whole tiles
+    float* columns;             // [item of the batch][head][stripe]
+    long column_floats;
+    float *partial, *strips;    // of blocks whose keys are cut into chunks
+    long partial_floats, strip_floats;
+    std::atomic<int>* left;     // chunks of a block that are not done
+    Queue* queue;
+
+    Columns column(long b, long h, long stripe) const {
+        long stripes = plan.flat ? 1 : plan.stripes;
+        long at = ((b * call.heads + h) * stripes + (plan.flat ? 0 : stripe)) * column_floats;
+        return Columns(columns + at, call, observe);
+    }
+    // How many rows a block has, if they are few and not on tiles; else 0.
+    int few(const Block& block) const {
+        bool whole = call.dim % W == 0 && call.v_dim % W == 0 && call.key.stride[3] == 1 &&
+                     call.value.stride[3] == 1;
+        return whole && block.count <= FEW && !tiles.serve(plan, block) ? block.count : 0;
+    }
+    uint16_t* packed_tile(long b, long kv, long tile) const {
+        return packed + ((b * call.kv_heads + kv) * ((call.k_len + KEYS - 1) / KEYS) + tile) * tiles.size();
+    }
+};
+
+class Forward {
+  public:
+    explicit Forward(Shared& shared)
+        : sh(shared), c(shared.call), o(shared.observe), plan(shared.plan), shaping(shared.shaping) {
+        Cutter measure{nullptr};
+        lay_out(measure);
+        Cutter cutter{arena().take(measure.used)};
+        ready = cutter.data != nullptr;
+        lay_out(cutter);
+    }
+    ~Forward() { arena().trim(); }
+
+    void run() {
+        TileSession session(sh.tiles.parts);
+        for (long item; ready && sh.queue->take(item);) {
+            long chunk = item % plan.chunks, stripe = item / plan.chunks % plan.stripes;
+            long owner = item / plan.chunks / plan.stripes;
+            if (plan.chunks > 1) {
+                part(owner, stripe, chunk);
+                continue;
+            }
+            // Later queries see more keys under a causal mask: longest first
+            for (long index = plan.blocks - 1 - stripe; index >= 0; index -= plan.stripes) {
+                Block block = plan.block(c, owner, index);
+                State state(own_state, block.lanes(), sh.v_dim, (int)o.k, sh.few(block));
+                Strip strip(own_strip, c.k_len, block.lanes());
+                start(block, state, 0);
+                walk(block, state, strip, 0, c.k_len, stripe);
+                finish(block, state, strip, stripe);
+            }
+        }
+    }
+
+  private:
+    static Arena& arena() {
+        static thread_local Arena own;
+        return own;
+    }
+
+    Shared& sh;
+    bool ready = false;
+    const RegardCall& c;
+    const RegardObserve& o;
+    const Plan& plan;
+    const Shaping& shaping;
+    float *query, *query_rows, *few_scores, *line, *scores, *dropped, *biases, *factors, *keys, *values;
+    float *own_state, *own_strip;
+    float *scale, *weighing, *turned;
+    uint64_t *visible, *stack;
+    const uint64_t* seen;  // of the keys at hand, which rows see them; null: all
+    uint16_t *query_parts, *weight_parts, *own_keys;
+    FewKeys few_keys;
+    bool few, on_tiles, query_fits;  // of the block at hand
+    float after;                // by which its scores are multiplied yet
+
+    void lay_out(Cutter& cut) {
+        long dim = most(c.dim, c.v_dim);
+        query = cut.cut(LANES * c.dim);
+        query_rows = cut.cut(FEW * c.dim);
+        few_scores = cut.cut(FEW * KEYS);
+        line = cut.cut(W * (dim + W));
+        turned = cut.cut(W * (dim + W));
+        scores = cut.cut(KEYS * PW);
+        dropped = cut.cut(KEYS * PW);
+        biases = cut.cut(KEYS * LANES);
+        factors = cut.cut(c.dropout ? KEYS * LANES : 0);
+        keys = cut.cut(KEYS * c.dim);
+        values = cut.cut(KEYS * c.v_dim);
+        own_state = cut.cut(State::floats(LANES, sh.v_dim, (int)o.k));
+        own_strip = cut.cut(plan.columns && plan.chunks == 1 ? Strip::floats(c.k_len, LANES) : 0);
+        scale = cut.cut(LANES);
+        weighing = cut.cut(plan.columns ? Weighing::floats(o) : 0);
+        visible = (uint64_t*)cut.cut(2 * KEYS);
+        stack = (uint64_t*)cut.cut(2 * Shaping::words(c));
+        auto halves = [&](long count) { return (uint16_t*)cut.cut((count + 1) / 2); };
+        query_parts = halves(sh.tiles.parts * sh.tiles.dim * DEPTH * LANES);
+        weight_parts = halves(sh.tiles.parts * KEYS * PW);
+        own_keys = halves(sh.packed ? 0 : sh.tiles.size());
+    }
+
+    // One chunk of a block's keys; whoever does the last of them joins them all, in order.
+    void part(long owner, long index, long chunk) {
+        Block block = plan.block(c, owner, index);
+        long id = owner * plan.blocks + index;
+        float* mine = sh.partial + id * plan.chunks * sh.partial_floats;
+        auto state = [&](long i) {
+            return State(mine + i * sh.partial_floats, block.lanes(), sh.v_dim, (int)o.k, sh.few(block));
+        };
+        Strip strip(sh.strips + id * sh.strip_floats, c.k_len, block.lanes());
+        State own = state(chunk);
+        start(block, own, chunk);
+        long k0 = chunk * plan.chunk;
+        walk(block, own, strip, k0, least(k0 + plan.chunk, c.k_len), 0);
+        if (sh.left[id].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+        State whole = state(0);
+        for (long i = 1; i < plan.chunks; i++) whole.join(state(i));
+        finish(block, whole, strip, 0);
+    }
+
+    void start(const Block& block, State& state, long chunk) {
+        state.clear();
+        if (c.sinks && chunk == 0)
+            for (int i = 0; i < block.segments; i++)
+                for (int r = 0; r < block.segment[i].count; r++)
+                    state.sink(block.segment[i].lane + r, c.sinks[block.segment[i].h]);
+        on_tiles = sh.tiles.serve(plan, block);
+        after = scale_after(c, on_tiles ? sh.tiles.parts : 0, shaping.query_scale());
+        few = state.few > 0;
+        if (few) return few_queries(block);
+        turn_rows(c.query, block, c.dim, after != 1.f ? 1.f : shaping.query_scale(), line, query);
+        if (on_tiles)
+            query_fits = with_parts(sh.tiles.parts, [&](auto of) {
+                bool all_fit = true;
+                for (int p = 0; p < block.panels; p++)
+                    all_fit &= pack_columns<of.count, false>(query + p * c.dim * PW, PW, c.dim, PW,
+                                                             query_tiles(p));
+                return all_fit;
+            });
+    }
+    void few_queries(const Block& block) {
+        for (int i = 0; i < block.segments; i++) {
+            const Segment& s = block.segment[i];
+            for (int r = 0; r < s.count; r++) {
+                float* row = query_rows + (s.lane + r) * c.dim;
+                widen(c.query.type, address(c.query, s.b, s.h, s.q0 + r), c.query.stride[3], c.dim, row);
+                for (long d = 0; d < c.dim; d++) row[d] *= shaping.query_scale();
+                apart(c.key.type, c.dim, row);
+            }
+        }
+    }
+
+    Tiles query_tiles(int p) const {
+        long step = sh.tiles.dim * DEPTH * PW;
+        return {query_parts + p * sh.tiles.parts * step, PW / SIDE, step};
+    }
+    Tiles weight_tiles() const { return {weight_parts, PW / SIDE, KEYS * PW}; }
+
+    // The keys that an item of the batch has.
+    long keys_of(long b) const { return c.pages.table ? c.pages.lengths[b] : c.k_len; }
+
+    // All tiles between two keys. Sixteen at a time are asked first whether any shows something.
+    void walk(const Block& block, State& state, Strip& strip, long from, long to, long stripe) {
+        if (plan.columns)
+            for (long t = from / KEYS; t * KEYS < to; t++) strip.held[t] = 0;
+        to = least(to, keys_of(block.segment[0].b));
+        for (long far = from; far < to; far += 16 * KEYS) {
+            long end = least(far + 16 * KEYS, to);
+            Answer several = {true, true};
+            if (!shaping.sees_all()) several = shaping.classify(block, far, end);
+            if (!several.some) continue;
+            for (long k0 = far; k0 < end; k0 += KEYS) {
+                int n = (int)least(KEYS, end - k0);
+                Answer a = several;
+                if (!a.every) a = shaping.classify(block, k0, k0 + n);
+                if (a.some) tile(block, state, strip, k0, n, a.every, stripe);
+            }
+        }
+    }
+
+    void tile(const Block& block, State& state, Strip& strip, long k0, int n, bool every, long stripe) {
+        const Segment& first = block.segment[0];
+        long kv = first.h / plan.group;
+        long t = k0 / KEYS;
+        int from = 0, whole = n;
+        if (!every) {
+            shaping.look(block, k0, n, visible, stack);
+            if (!on_tiles) n = trim(visible, from, n);
+            if (!n) return;
+            k0 += from;
+        }
+        seen = every ? nullptr : visible + from;
+        if (o.received_count)
+            for (int i = 0; i < block.segments; i++) {
+                const Segment& s = block.segment[i];
+                sh.column(s.b, s.h, stripe).count_tile(c, o, s, k0, n, seen);
+            }
+        if (shaping.biased) shaping.bias(block, k0, n, biases);
+        if (c.dropout) shaping.dropout(block, k0, n, factors);
+        Sides of = sides(first.b, kv, k0, n);
+        float* held = plan.columns ? strip.tile(t) : nullptr;
+        for (int p = 0; p < block.panels; p++) {
+            float* keep = held ? held + (long)p * KEYS * PW : nullptr;
+            float* s = held ? keep + from * PW : scores;
+            if (of.keys.data && of.values.data) {
+                if (block.panel_rows(p) > W)
+                    tile_panel<2>(block, state, p, of, keep, k0, n);
+                else
+                    tile_panel<1>(block, state, p, of, keep, k0, n);
+            } else if (block.panel_rows(p) > W)
+                panel<2>(block, state, p, of, s, k0, n, every);
+            else
+                panel<1>(block, state, p, of, s, k0, n, every);
+            if (held && n < whole) {
+                memset(keep, 0, from * PW * sizeof(float));
+                memset(s + n * PW, 0, (whole - from - n) * PW * sizeof(float));
+            }
+        }
+        if (held) {
+            memcpy(strip.top + t * block.lanes(), state.top, block.lanes() * sizeof(float));
+            strip.held[t] = 1;
+        }
+    }
+
+    // Leaves out the keys at both ends of a tile that no row sees, by vectors. from: the first that is
+    // left; how many are.
+    static int trim(const uint64_t* words, int& from, int n) {
+        int to = n;
+        while (from < to && !words[from]) from++;
+        while (to > from && !words[to - 1]) to--;
+        from = from / W * W;
+        return to - from;
+    }
+
+    // Keys and values as the products read them: as tiles where there are some, else as rows.
+    struct Sides {
+        Rows k, v;
+        Tiles keys, values;
+    };
+    Sides sides(long b, long kv, long k0, int n) {
+        Sides of{};
+        auto k = [&] { return rows_of(c.key, c.pages, b, kv, k0, n, c.dim, keys); };
+        auto v = [&] { return rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, values); };
+        if (on_tiles) {
+            uint16_t* at = sh.packed ? sh.packed_tile(b, kv, k0 / KEYS) : own_keys;
+            if (!sh.packed) sh.tiles.pack(c, k(), v(), n, at);
+            if (query_fits && sh.tiles.fits(at)[0]) of.keys = sh.tiles.keys(at);
+            if (sh.tiles.fits(at)[1]) of.values = sh.tiles.values(at);
+        }
+        if (few) {
+            few_keys.find(c, b, kv, k0, n);
+            return of;
+        }
+        if (!of.keys.data) of.k = k();
+        if (!of.values.data) of.v = v();
+        return of;
+    }
+
+    // Panels that are wholly on tiles (forward_tiles.h)
+    template <int NV>
+    void tile_panel(const Block& block, State& state, int p, const Sides& of, float* keep, long k0,
+                    int n);
+    template <int NV>
+    void score_bite(int p, const Tiles& keys, int n, int bite);
+    template <int NV>
+    void weigh_bite(State& state, int p, const Weigh& weigh, const V* largest, bool kept);
+    template <int NV>
+    void lower_kept(const State& state, int p, const V* top, float* from, float* to) const;
+    Weigh weigh_of(int p, float* keep, long k0, int bite) const;
+    void shown(int p, int n, int& first, int& last) const;
+    float* scores_of(int bite) const { return scores + (bite & 1) * BITE * PW; }
+    bool folded() const { return after > 0 && !shaping.shaped(); }  // `after` is multiplied in later
+
+    // Scores, softmax and mix of one panel: NV vectors of rows against n keys.
+    template <int NV>
+    void panel(const Block& block, State& state, int p, const Sides& of, float* s, long k0, int n,
+               bool every) {
+        if (few) return few_rows(block, state, s, k0, n, every);
+        if (of.keys.data)
+            tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, n, c.dim, of.keys,
+                                    query_tiles(p), s, PW);
+        else
+            product<false, NV>(n, c.dim, of.k.data, of.k.ld, 1, query + p * c.dim * PW, PW, s, PW);
+        if (after != 1.f) multiply<NV>(n, s, PW, after);
+        if (!every || shaping.shaped())
+            shaping.finish<NV>(p, n, s, PW, seen, shaping.biased ? biases : nullptr);
+        if (o.row_count) keep_rows(block, p, s, k0, n);
+        float* mixed = state.mixed + p * sh.v_dim * PW;
+        softmax<NV>(state, p, s, k0, n, o.entropy);
+        const float* weights = c.dropout ? drop(p, n, s) : s;
+        if (of.values.data) {
+            with_parts(sh.tiles.parts, [&](auto split) {
+                pack_columns<split.count, false, Unseen>(weights, PW, n, NV * W, weight_tiles());
+            });
+            tile_product<true, NV>(sh.tiles.parts, false, c.v_dim, n, of.values, weight_tiles(), mixed, PW);
+        } else {
+            product<true, NV>(c.v_dim, n, of.v.data, 1, of.v.ld, weights, PW, mixed, PW);
+        }
+    }
+
+    const float* drop(int p, int n, const float* s) {
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < PW; i++)
+                dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
+        return dropped;
+    }
+
+    // The same of few rows. Their scores leave [row][key] only where something looks at lanes: what
+    // shapes scores, and observers.
+    void few_rows(const Block& block, State& state, float* s, long k0, int n, bool every) {
+        bool plain = every && !shaping.shaped() && !c.dropout;
+        few_keys.scores(c, block.count, n, query_rows, few_scores);
+        if (!plain || o.k || o.row_count) to_lanes(block.count, n, few_scores, s);
+        if (!every || shaping.shaped())
+            shaping.finish<1>(0, n, s, PW, seen, shaping.biased ? biases : nullptr);
+        if (o.row_count) keep_rows(block, 0, s, k0, n);
+        if (plain)
+            few_softmax(state, block.count, few_scores, s, k0, n, o.entropy);
+        else
+            softmax<1>(state, 0, s, k0, n, o.entropy);
+        if (!plain)
+            from_lanes(block.count, n, c.dropout ? drop(0, n, s) : s, few_scores);
+        else if (plan.columns)
+            to_lanes(block.count, n, few_scores, s);
+        few_keys.mix(c, n, few_scores, state);
+    }
+
+    // The scores of the rows that are kept whole; `finish` makes weights of them.
+    void keep_rows(const Block& block, int p, const float* s, long k0, int n) {
+        each_kept(block, [&](const Segment&, int lane, float* to) {
+            if (lane / PW != p) return;
+            for (int j = 0; j < n; j++) to[k0 + j] = s[j * PW + lane % PW];
+        });
+    }
+
+    template <class Then>
+    void each_kept(const Block& block, Then then) {
+        for (int i = 0; i < block.segments; i++) {
+            const Segment& s = block.segment[i];
+            for (long r = 0; r < o.row_count; r++)
+                if (o.row[r] >= s.q0 && o.row[r] < s.q0 + s.count)
+                    then(s, s.lane + (int)(o.row[r] - s.q0),
+                         o.rows + ((s.b * c.heads + s.h) * o.row_count + r) * c.k_len);
+        }
+    }
+
+    // What is left of a block whose keys are done (forward_rows.h)
+    void finish(const Block& block, State& state, Strip& strip, long stripe);
+    void write(const Segment& s, const State& state);
+    void keep_top(const State& state, int lane, long row, float mass, float taken);
+    void write_mixed(const Segment& s, const State& state);
+};
+
+}  // namespace regard::LEVEL
