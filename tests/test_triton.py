@@ -29,7 +29,8 @@ from regard import (
     explain,
 )
 from regard.call import Call
-from regard.kernels.cuda import instructions, reading
+from regard.kernels.cuda import geometry, instructions, reading
+from regard.kernels.cuda.launching import Shared
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"
@@ -90,7 +91,7 @@ from triton.compiler import ASTSource
 
 from regard import *
 from regard.call import Call
-from regard.kernels.cuda import chunks, listing, measuring, reading, removing, weighing
+from regard.kernels.cuda import chunks, listing, measuring, reading, removing, rows, weighing
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
          torch.uint8: "u8"}
@@ -114,8 +115,8 @@ class Compiled:
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(self.kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
-for module, *names in ((weighing, "sum_rows", "weigh", "weigh_rows"), (listing, "list_keys"),
-                       (removing, "remove"), (chunks, "weigh_few", "join_few")):
+for module, *names in ((rows, "sum_rows", "weigh_rows"), (weighing, "weigh"),
+                       (listing, "list_keys"), (removing, "remove"), (chunks, "weigh_few", "join_few")):
     for name in names:
         setattr(module, name, Compiled(getattr(module, name)))
 query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
@@ -220,15 +221,15 @@ def test_bands_need_no_list():
         (Causal() & Padding(torch.ones(1, 50, dtype=torch.bool)), None),
     ):
         call = Call.checked(query, key, None, mask=mask, query_start=11, key_start=2)
-        shared = reading.Shared(call, lse)
-        assert reading._band(shared) == band, mask
+        shared = Shared(call, lse)
+        assert geometry.band_of(shared) == band, mask
         if band is not None:
             shown = _dense(mask)
             for span in ((0, 37), (5, 20)):
-                counts = reading._counts(shared, span, band)
+                counts = geometry.counts_of(shared, span, band)
                 assert torch.equal(counts[0, 0], shown[slice(*span)].sum(0).int()), (mask, span)
     far = Call.checked(query, key, None, mask=Causal(), query_start=2**28)
-    assert reading._band(reading.Shared(far, lse)) is None
+    assert geometry.band_of(Shared(far, lse)) is None
 
 
 def _dense(mask):

@@ -11,8 +11,9 @@ the length of the neighbours in the batch.
 import triton
 import triton.language as tl
 
+from .rows import LARGE
 from .tiles import keys_of, scores
-from .weighing import HIDDEN, LARGE, LEAST, MOST, insert, ordered, pool, unordered
+from .weighing import HIDDEN, LEAST, MOST, insert, ordered, pool, unordered
 
 _PART = tl.constexpr(64)  # chunks, or listed keys, that are joined at once
 

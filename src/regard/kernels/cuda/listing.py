@@ -114,7 +114,8 @@ def list_keys(
     names_out, listed_out, listed,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
     MASKED: tl.constexpr, KINDS: tl.constexpr, BAND: tl.constexpr, PAGED: tl.constexpr,
-    TOP: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr,
+    TOP: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
+    DEPTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The largest weights of R rows from the keys of their chosen leaves, TOP leaves at a time.

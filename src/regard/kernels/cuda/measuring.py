@@ -8,7 +8,7 @@ from torch import Tensor
 from ...call import Call
 from ...errors import RegardError
 from ...observers import Effect
-from . import reading
+from . import geometry, reading
 from .launching import Shared, on_device, power, wide
 from .reading import MOST_DIM, MOST_LISTED
 
@@ -48,8 +48,8 @@ def effect(
     place, value, device = call.place, call.value, call.place.device
     blocks = blocks or _blocks(call, k)
     shared = Shared(call, lse.to(torch.float32).contiguous())
-    lead, counts = reading.aligned(call, blocks)
-    tiles = reading.listed_tiles(shared, blocks, lead)
+    lead, counts = geometry.aligned(call, blocks)
+    tiles = geometry.listed_tiles(shared, blocks, lead)
     rows = (place.batch, place.heads, place.q_len, k)
     names = torch.empty(rows, dtype=torch.int32, device=device)
     effects, weights = torch.empty(2, *rows, dtype=torch.float32, device=device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from ...biases import Kind
 from ...call import Call
 from ...errors import RegardError
-from ...lowered import Op
 from ...observers import (
     Distances,
     Entropy,
@@ -30,6 +28,7 @@ from ...observers import (
     TopK,
 )
 from . import few
+from .geometry import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
 from .instructions import DEEPEST, LONGEST, depth
 from .launching import MOST_DENSE, Launch, Shared, ends, launches, on_device, power
 
@@ -38,13 +37,9 @@ MOST_LISTED = 64  # a row's list stands in registers
 MOST_DIM = 256
 PROGRAMS = 512  # of all heads together, where columns are gathered: each has a buffer of its own
 MOST_SUMS = 2**26  # numbers in those buffers, where more programs than that fill the GPU better
-MOST_LEAVES = 2048  # of a row: what the pass keeps of it for its list, see `listing`
-LEAST_LEAF = 8  # keys
-FAN = 16  # leaves
 PROGRAMS_AT_ONCE = 3  # on a multiprocessor, where each keeps leaves
 CHOSEN_AT_ONCE = 4096  # maxima in registers, of a few rows
 PRODUCTS_AT_ONCE = 2048  # in a warp's registers
-_MOST_INT = 2**31 - 1
 
 
 def installed() -> bool:
@@ -160,33 +155,6 @@ def _options(call: Call, plan: Launch) -> dict[str, Any]:
     return options
 
 
-@dataclass(frozen=True)
-class _Leaves:
-    """The groups of keys that a TopK is found by: see `listing`."""
-
-    width: int  # leaves of a row in one line
-    tiles: int  # of a line
-    lines: int
-    fans: int  # a power of two that holds the fans of a row
-    kept: int  # leaves a row chooses at most
-
-    @classmethod
-    def of(cls, listed: int, k_blocks: int, block_k: int) -> _Leaves:
-        lane = block_k // 4  # keys of a row that a thread holds
-        # as small as keeps a row's leaves within MOST_LEAVES: fewer keys to compute again
-        size = max(power(-(-k_blocks * block_k // MOST_LEAVES)), LEAST_LEAF)
-        size = max(size, min(lane, LEAST_LEAF))
-        width = max(block_k // size, 4)
-        tiles = max(size // lane, 1)
-        lines = -(-k_blocks // tiles)
-        fans = power(max(-(-lines // FAN), 1) * width)
-        return cls(width, tiles, lines, max(fans, width), listed + width - 1)
-
-    def size(self, block_k: int) -> int:
-        """Keys of a leaf."""
-        return block_k // self.width * self.tiles
-
-
 def _warps(scores: int, dim: int) -> tuple[int, int]:
     """Warps of a program that computes the scores of a row again, and dims at a time."""
     warps = min(max(scores * 32 // PRODUCTS_AT_ONCE, 1), 8)
@@ -202,56 +170,17 @@ def _programs(call: Call, items: int) -> int:
     return min(items, PROGRAMS_AT_ONCE * held)
 
 
-FAR = 2**28  # positions of a band stay within it, so that int32 holds their sums
-
-
-def _band(shared: Shared) -> tuple[int, int] | None:
-    """(behind, ahead) of a mask that shows the keys from query − behind to query + ahead only.
-
-    Its tiles need no list, and who sees whom no program.
-    """
-    place = shared.call.place
-    starts = (place.query_start, place.key_start)
-    ends = (place.query_start + place.q_len, place.key_start + place.k_len)
-    if not shared.masked or any(abs(n) > FAR for n in (*starts, *ends)):
-        return None
-    behind = ahead = 2 * FAR
-    for op, args in shared.call.program.instructions():
-        if op == Op.CAUSAL:
-            ahead = min(ahead, 0)
-        elif op == Op.WINDOW:
-            behind, ahead = min(behind, args[0] - 1), min(ahead, args[1])
-        elif op not in (Op.FULL, Op.AND):
-            return None
-    return behind, ahead
-
-
-def _counts(
-    shared: Shared, span: tuple[int, int], band: tuple[int, int] | None
-) -> Tensor | None:  # fmt: skip
-    """How many queries of the span see each key, (1, 1, k_len) int32, where the mask is a band."""
-    place = shared.call.place
-    if shared.paged or (shared.masked and band is None):
-        return None
-    first, last = max(span[0], 0), min(span[1], place.q_len)
-    behind, ahead = band or (2 * FAR, 2 * FAR)
-    # of a key, the first query that sees it, and the last one
-    keys = torch.arange(place.k_len, dtype=torch.int32, device=place.device)
-    keys += place.key_start - place.query_start
-    seen = (keys + (behind + 1)).clamp_(max=last) - (keys - ahead).clamp_(min=first)
-    return seen.clamp_(min=0).view(1, 1, -1)
-
-
 def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) -> None:
     """Launch the kernels once and put what they gathered into plan.found."""
     from .listing import list_keys  # triton
-    from .weighing import sum_rows, weigh
+    from .rows import sum_rows
+    from .weighing import weigh
 
     call, place = shared.call, shared.call.place
     block_q, block_k = blocks
     device = place.device
     lead, (q_blocks, k_blocks) = aligned(call, blocks)
-    band = _band(shared)
+    band = band_of(shared)
     programs = max(PROGRAMS, MOST_SUMS // place.k_len) if plan.columns else q_blocks * place.heads
     splits = min(q_blocks, -(-programs // place.heads))
 
@@ -269,15 +198,15 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     if plan.received is not None:
         lines = (place.batch, place.heads, splits, place.k_len)
         columns = new(*lines, zero=True)
-        counts = _counts(shared, plan.received, band)
+        counts = counts_of(shared, plan.received, band)
         if counts is None:
             spread = call.program.spread()
             if shared.paged:  # an item sees its own keys
                 spread = (place.batch, spread[1])
             seen = new(*spread, *lines[2:], dtype=torch.int32, zero=True)
-    cells, grid = unused, _Grid(1, 1, 1, 0, 1)
+    cells, grid = unused, Grid(1, 1, 1, 0, 1)
     if plan.map is not None:
-        grid = _Grid.of(plan.map, call, blocks)
+        grid = Grid.of(plan.map, call, blocks)
         lines = (place.batch, place.heads, q_blocks * grid.rows, grid.width)
         cells = new(*lines, zero=True)
     past, future, edges, bins = unused, unused, unused, 0
@@ -288,11 +217,11 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     items = splits * place.heads * place.batch
     queue = new(1, dtype=torch.int32, zero=True)
     grid_size, kept, top = items, 0, 0
-    leaves = _Leaves(4, 1, 1, 4, 0)
+    leaves = Leaves(4, 1, 1, 4, 0)
     maxima = fans = chosen = totals = unused
     if plan.listed:
         grid_size = _programs(call, items)
-        leaves = _Leaves.of(plan.listed, k_blocks, block_k)
+        leaves = Leaves.of(plan.listed, k_blocks, block_k)
         kept, top = leaves.kept, power(leaves.kept)
         line = block_q * leaves.width
         maxima = new(grid_size, leaves.lines, line)
@@ -305,8 +234,8 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     front, flags = shared.front(), shared.flags(block_q, block_k)
     flags["BAND"] = band is not None
     none = shared.mask.records
-    listed = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
-    listed = (*listed, *(band or (0, 0)))
+    tiles = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
+    listed = (*tiles, *(band or (0, 0)))
     before = unused
     with on_device(device):
         if plan.columns and not shard:
@@ -340,8 +269,8 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
             list_keys[(parts * place.heads * place.batch,)](
                 call.query, call.key, shared.lse, totals, chosen, kept, *front, *listed, *lead,
                 k_blocks, parts, found["names"], found["listed"], plan.listed,
-                TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles, R=turn_rows, DEPTH=depth, **flags,
-                num_warps=warps, enable_fp_fusion=True,
+                TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles, R=turn_rows, DEPTH=depth,
+                **flags, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     if plan.received is not None:
         found["columns"] = columns.sum(2)
@@ -356,76 +285,9 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
         )
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The cells of a map in a tile: rows × cols of them, of `size` keys; `width` in all."""
-
-    rows: int
-    cols: int
-    size: int
-    first: int
-    width: int
-
-    @classmethod
-    def of(cls, wanted: Map, call: Call, blocks: tuple[int, int]) -> _Grid:
-        rows, cols = wanted.cells(call.place)
-        per_tile = max(blocks[1] // cols.size, 1)
-        # The kernel numbers a tile's cells from that of its first key
-        return cls(max(blocks[0] // rows.size, 1), per_tile, cols.size, cols.first, cols.count)
-
-    def whole(self, cells: Tensor, wanted: Map, call: Call, block_q: int) -> Tensor:
-        """The map, of cells (batch, heads, blocks · rows, cols) no higher than a block."""
-        place = call.place
-        rows, _ = wanted.cells(place)
-        height = block_q // self.rows
-        begin = (place.query_start - place.query_start % block_q) // height
-        per = rows.size // height  # of them in a cell
-        ahead = begin % per
-        cells = torch.nn.functional.pad(cells, (0, 0, ahead, -(cells.shape[2] + ahead) % per))
-        cells = cells.unflatten(2, (-1, per))
-        pooled = cells.amax(3) if wanted.reduce == "max" else cells.sum(3)
-        skip = rows.first - (begin - ahead) // per
-        return pooled[:, :, skip : skip + rows.count].contiguous()
-
-
-def aligned(
-    call: Call, blocks: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:  # fmt: skip
-    """How far tiles begin before the call's queries and keys, and how many there are of each.
-
-    They begin at multiples of their size in the sequence, so that cells of a map cut none, and
-    dropout's groups of four keys neither.
-    """
-    place = call.place
-    lead = (place.query_start % blocks[0], place.key_start % blocks[1])
-    lengths = (place.q_len + lead[0], place.k_len + lead[1])
-    return lead, (-(-lengths[0] // blocks[0]), -(-lengths[1] // blocks[1]))
-
-
-def listed_tiles(
-    shared: Shared, blocks: tuple[int, int], lead: tuple[int, int]
-) -> tuple[Tensor, Tensor, int, int]:
-    """Each block's tiles that are not empty, ascending, and how many: (…, q blocks, k blocks).
-
-    An entry is 2 · the tile's number, + 1 where the mask shows it whole. Then how many blocks of
-    queries lie between two batch items and two heads (0 where all share theirs). Of a mask that is
-    full there is no list.
-    """
-    if not shared.masked:
-        return shared.mask.records, shared.mask.records, 0, 0
-    table = shared.call.program.tiles(*blocks, lead)
-    number = torch.arange(table.some.shape[-1], dtype=torch.int32, device=table.some.device)
-    entry = torch.where(table.some, 2 * number + table.every.to(torch.int32), _MOST_INT)
-    batch, heads, q_blocks, _ = entry.shape
-    by_head = q_blocks if heads > 1 else 0
-    by_item = heads * q_blocks if batch > 1 else 0
-    counts = table.some.sum(-1, dtype=torch.int32).contiguous()
-    return entry.sort(-1).values.contiguous(), counts, by_item, by_head
-
-
 def _rows(observer: Rows, shared: Shared, shard: bool) -> Tensor:
     """(batch, heads, n, k_len): the whole rows, normalised like all others."""
-    from .weighing import weigh_rows  # triton
+    from .rows import weigh_rows  # triton
 
     call, place = shared.call, shared.call.place
     local = [row for _, row in observer.local(place)]

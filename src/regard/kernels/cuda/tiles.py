@@ -229,7 +229,7 @@ def changed(
     bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """What a cap and biases make of a tile's scaled scores; rows and cols as `visible` takes them."""
+    """What a cap and biases make of scaled scores; rows and cols as `visible` takes them."""
     if SOFTCAP:
         # tanh x = 1 − 2 / (e^2x + 1), off by float32's rounding at 1
         s = softcap * (1 - 2 / (tl.exp(2 * (s / softcap)) + 1))
