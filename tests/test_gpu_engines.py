@@ -156,7 +156,8 @@ def test_flex_chooses_tiles_that_fit(dtype, dim):
         call = sized(dtype, mask=Causal(), bias=[ALiBi()] * biases, **wide)
         chosen = flex.options(call, limit)
         assert chosen["num_stages"] == 2
-        assert not flex.BLOCK % chosen["BLOCK_M"] and not flex.BLOCK % chosen["BLOCK_N"]
+        assert not flex.BLOCK % chosen["BLOCK_M"]
+        assert not flex.BLOCK % chosen["BLOCK_N"]
         pairs = chosen["BLOCK_M"] * chosen["BLOCK_N"]
         held = (chosen["BLOCK_M"] + 4 * chosen["BLOCK_N"]) * dim * call.query.element_size()
         assert held + 4 * biases * pairs < limit

@@ -39,7 +39,9 @@ from .weigh import whole_rows
 
 NAME = "regard"
 _FOREVER = 2**31  # a window that ends nowhere
-_SKIPPED = threading.local()  # of masks that transformers left out: (q_len, k_len) → starts
+_SKIPPED = (
+    threading.local()
+)  # of masks that are left out, or copied on the way: (q_len, k_len) → starts
 
 
 class Watching(str):
@@ -150,9 +152,9 @@ def mask(
             use_vmap=use_vmap, device=device, **rest,
         )  # fmt: skip
         starts, skipped = (int(q_offset), kv_offset), vars(_SKIPPED).setdefault("starts", {})
+        if mask_function is not hf.bidirectional_mask_function:
+            skipped[q_length, kv_length] = starts
         if own is None:
-            if mask_function is not hf.bidirectional_mask_function:
-                skipped[q_length, kv_length] = starts
             return None
         own.regard_mask = _compact(
             batch_size, q_length, kv_length, starts, mask_function, attention_mask, use_vmap, device
@@ -407,9 +409,9 @@ def _shown(
             f"the model's mask is {tuple(given.shape)}, its query {tuple(query.shape)}, of {k_len} "
             f"keys; the last two sizes of the mask must be ({q_len}, {k_len}), or 1"
         )
-    start = k_len - q_len
+    start, key_start = vars(_SKIPPED).get("starts", {}).get((q_len, k_len), (k_len - q_len, 0))
     if given.dtype == torch.bool:
-        return Dense(given), [], start, 0
+        return Dense(given), [], start, key_start
     if not given.is_floating_point():
         raise RegardError(
             f"the mask is {given.dtype}; give bool (True: visible) or floats to add to the scores"
@@ -417,7 +419,7 @@ def _shown(
     # Additive masks hide by the dtype's lowest number, which is no score
     visible = given > torch.finfo(given.dtype).min / 2
     added = given.masked_fill(~visible, 0)
-    return Dense(visible), ([DenseBias(added)] if bool(added.any()) else []), start, 0
+    return Dense(visible), ([DenseBias(added)] if bool(added.any()) else []), start, key_start
 
 
 def _kind(module: nn.Module, name: str) -> str:
