@@ -116,7 +116,8 @@ class Compiled:
         print(self.kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
 for module, *names in ((rows, "sum_rows", "weigh_rows"), (weighing, "weigh"),
-                       (listing, "list_keys"), (removing, "remove"), (chunks, "weigh_few", "join_few")):
+                       (listing, "list_keys"), (removing, "remove"),
+                       (chunks, "weigh_few", "join_few")):
     for name in names:
         setattr(module, name, Compiled(getattr(module, name)))
 query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
