@@ -33,7 +33,7 @@ class _Commands(click.Group):
         module = importlib.import_module(f".{cmd_name}", __name__)
         return getattr(module, cmd_name)
 
-    def main(self, *args: Any, **more: Any) -> Any:  # type: ignore[override]
+    def main(self, *args: Any, **more: Any) -> Any:
         """What the command refuses, a signal or a full disk: one line at most, no traceback."""
         clicks: Any = super().main
         run = partial(clicks, *args, **more | {"standalone_mode": False})
