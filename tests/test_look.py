@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers  #
 import regard  # noqa: E402
 from regard.cli import main  # noqa: E402
 from regard.loading import Encoded, Reader, load  # noqa: E402
-from regard.report import look  # noqa: E402
+from regard.report import look, terminal  # noqa: E402
 from regard.report.as_json import as_dict, as_json  # noqa: E402
 from regard.report.screen import Bit, bar, clean, fit, grid, wrapped  # noqa: E402
 
@@ -582,3 +582,18 @@ def test_json_escapes_what_a_terminal_obeys(minilm):
     assert json.loads(line) == as_dict(found)
     assert "é" in line
     assert as_json(found, ascii_only=True).isascii()
+
+
+@pytest.mark.parametrize("width", [60, 76, 80, 100])
+@pytest.mark.parametrize("asked", [["--from", "it"], []], ids=["a word", "the whole"])
+def test_labels_of_layers_and_heads_from_10_on_stand_apart(monkeypatch, asked, width):
+    short = terminal._pair
+
+    def long(head):
+        layer, number = short(head).split(".")
+        return f"{int(layer) + 10}.{int(number) + 10}"
+
+    monkeypatch.setattr(terminal, "_pair", long)
+    shown = printed(CAT, *asked, width=width)
+    assert re.search(r"\b1\d\.1\d\b", shown)
+    assert not re.search(r"\b1\d\.1\d\d", shown)

@@ -137,6 +137,24 @@ def test_the_function_compiles_whole(request_):
     torch.testing.assert_close(answers[1], answers[0])
 
 
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("request_", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+def test_the_function_compiles_for_any_length(request_, marked):
+    """At the second length torch leaves sizes open, with mark_dynamic at the first."""
+
+    def run(*t: Tensor) -> Tensor:
+        return scaled_dot_product_attention(*t, **request_)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for length in (5, 9, 30):
+        tensors = [drawn(2, 4, length, 8, seed=n) for n in range(3)]
+        if marked:
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, 2)
+        torch.testing.assert_close(compiled(*tensors), run(*tensors))
+
+
 def test_dropout_compiles():
     """The seed is drawn within the graph: another at each call."""
     module = attend(dropout=0.5)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
+from functools import partial
+from typing import Any
 
 from .. import __version__
 from ..errors import RegardError
@@ -28,6 +32,36 @@ class _Commands(click.Group):
             return None
         module = importlib.import_module(f".{cmd_name}", __name__)
         return getattr(module, cmd_name)
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """What the command refuses, a signal or a full disk: one line at most, no traceback."""
+        clicks: Any = super().main
+        run = partial(clicks, *args, **more | {"standalone_mode": False})
+        if not more.get("standalone_mode", True):
+            return run()
+        try:
+            code = run()
+            sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "regard"
+            said = error.format_message().rstrip(".")
+            _Refused(f"{' '.join(said.split())}; see {path} --help").show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(130)  # as shells say of Ctrl-C
+        except OSError as error:
+            # What could not be written would be tried again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if error.errno != errno.EPIPE:
+                _Refused(f"cannot write: {error.strerror or error}").show()
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> object:
         try:

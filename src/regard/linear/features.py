@@ -26,6 +26,10 @@ class Favor:
     exp(q · k / √dim): normalised, it approaches softmax attention at the default scale as features
     grow. The w_i are rows of random orthogonal matrices with the lengths of Gaussian vectors, drawn
     from the seed alone: the same on every device. Another seed draws others.
+
+    The features of long keys, exp(−‖x‖² / (2 √dim)), leave the dtype: in float32 at a length of
+    some 40 for dim 64. Where weights are normalised that is a RegardError (but under a compiler or
+    a transform, which see no numbers).
     """
 
     features: int = 256
@@ -98,6 +102,27 @@ def _above_and_below(x: Tensor, exponent: Tensor) -> Tensor:
     """max(x, 0) + exp(exponent), with one tensor less than written plainly."""
     above = torch.nn.functional.threshold(x, 0.0, 0.0)  # as relu, but its result is not kept
     return above.add_(exponent.exp())
+
+
+def check_lengths(feature_map: object, key: Tensor, hidden: Tensor | None) -> None:
+    """RegardError where a key is so long that its features leave the dtype: rows would be wrong.
+
+    key: its features (batch, kv_heads, k_len, features); hidden bool (batch, k_len) or None. A
+    factor of the keys does not cancel as one of a query does: a later key may be far larger, and
+    earlier rows must not vanish beside it.
+    """
+    if not isinstance(feature_map, Favor) or not key.numel():
+        return
+    # What is 1e-12 of the largest is still a normal number
+    vanished = key.detach().amax(-1) < torch.finfo(key.dtype).tiny * 1e12
+    if hidden is not None:
+        vanished = vanished & ~hidden[:, None]
+    if bool(vanished.any()):
+        raise RegardError(
+            f"{feature_map}: the random features of {int(vanished.sum())} keys vanish in "
+            f"{str(key.dtype).removeprefix('torch.')}, for they are too long; scale query and key "
+            "down, or compute in float64"
+        )
 
 
 def mapped(

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..errors import RegardError
-from .features import mapped
+from .features import check_lengths, mapped
 from .request import Request, filled_ids
 from .state import LinearState
 
@@ -123,6 +124,8 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     decay, beta = _decay(request, key.shape[-1]), request.beta
     beta = None if beta is None else _headed(beta.to(working), request)
     hidden = _hidden(request)
+    if request.normalise and not (torch.compiler.is_compiling() or transforms.active()):
+        check_lengths(request.feature_map, key, hidden)
     if hidden is not None:
         key = key.masked_fill(hidden[:, None, :, None], 0)
         value = value.masked_fill(hidden[:, None, :, None], 0)

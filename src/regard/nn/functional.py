@@ -123,10 +123,14 @@ def _check(
 def _batched(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[tuple[int, ...], list[Tensor]]:
-    """The sizes before the last two, and the tensors as `regard.attention` takes them."""
-    tensors, said = [query, key, value], _said(query, key, value)
+    """The sizes before the last two, and the tensors as `regard.attention` takes them.
+
+    An error's text is made where it is raised: torch.compile cannot write sizes that are open.
+    """
+    given = tensors = [query, key, value]
     rank = max(t.dim() for t in tensors)
     if enable_gqa and min(t.dim() for t in tensors) < 3:
+        said = _said(*given)
         raise RefusedError(f"{said}: enable_gqa needs (heads, length, dim), 3 dimensions or more")
     tensors = [t if t.dim() > 2 else t[None] for t in tensors]
     try:
@@ -136,7 +140,7 @@ def _batched(
         why = "kv_heads must divide heads, and what stands before them must broadcast"
         if not enable_gqa:
             why = "what stands before the last two must broadcast; enable_gqa groups the heads"
-        raise RefusedError(f"{said}: {why}") from error
+        raise RefusedError(f"{_said(*given)}: {why}") from error
     if enable_gqa:
         tensors = [
             t.repeat_interleave(h // t.shape[-3], -3) if t.shape[-3] != h else t

@@ -218,7 +218,9 @@ class Page:
         line = Text(f"{fit(self.names[row.word], wide)}  ", style="")
         line.append(fit("  ".join(said), self.width - wide - 30) + "  ")
         for link in row.links(1, hidden):
-            line.append(f"{_pair(link):<6}{fit(self.names[link.target], 14)} {link.weight:.2f}")
+            line.append(
+                f"{_pair(link) + ' ':<6}{fit(self.names[link.target], 14)} {link.weight:.2f}"
+            )
         line.rstrip()
         return line
 
@@ -306,11 +308,13 @@ class Page:
     def _heads(self, line: Text, row: Row, place: int) -> Text:
         """The line with the heads that read the word most; ° where it is the head's sink."""
         part = row.part
-        for value, i in _top(row.weights[:, place], 3 if self.width >= 76 else 2):
+        wide = max(5, 1 + max(len(_pair(head)) for head in part.heads))
+        count = 3 if self.width >= 76 + 3 * (wide - 5) else 2
+        for value, i in _top(row.weights[:, place], count):
             if value >= 0.005:
                 mark = "°" if part.sinks[i, place] else ""
                 style = "bold" if value >= 0.3 else ""
-                line.append(f"{_pair(part.heads[i]):<5}").append(f"{value:.2f}", style=style)
+                line.append(f"{_pair(part.heads[i]):<{wide}}").append(f"{value:.2f}", style=style)
                 line.append(fit(mark, 3))
         line.rstrip()
         return line

@@ -1,0 +1,61 @@
+"""The command as a whole: whatever goes wrong is one line at most, and never a traceback."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "regard.cli"]
+USAGE = {
+    "no text": (["look"], "regard: Missing argument 'TEXT'; see regard look --help"),
+    "no such option": (["look", "x", "--nope"], "regard: No such option"),
+    "no such command": (["looks"], "regard: No such command 'looks'; see regard --help"),
+    "out of range": (["look", "x", "--top", "0"], "regard: Invalid value for '--top'"),
+    "no number": (["look", "x", "--layer", "first"], "regard: Invalid value for '--layer'"),
+}
+
+
+@pytest.mark.parametrize("arguments, said", USAGE.values(), ids=USAGE)
+def test_a_usage_error_is_one_line(arguments, said):
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"]], ids=" ".join)
+def test_a_full_disk_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["regard: cannot write: No space left on device"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"]], ids=" ".join)
+def test_a_closed_pipe_is_silent(arguments):
+    running = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    running.stdout.close()
+    with running.stderr:
+        assert running.stderr.read() == ""
+    assert running.wait() == 1
+
+
+def test_an_interrupt_has_no_traceback():
+    """While it waits for its text."""
+    running = subprocess.Popen(
+        [*COMMAND, "look", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(3)  # the command reads by then; before, Python itself would be interrupted
+    running.send_signal(signal.SIGINT)
+    with running.stderr:
+        assert "Traceback" not in running.stderr.read()
+    assert running.wait() == 130
+    running.stdin.close()
