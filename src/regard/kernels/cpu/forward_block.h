@@ -319,7 +319,7 @@ class Forward {
             softmax<NV>(state, p, s, k0, n, o.entropy);
             if (c.dropout) weights = drop(p, n, s);
         }
-        mix_panel<NV>(p, of, weights, n, state.mixed + p * sh.v_dim * PW);
+        mix_panel<NV>(of, weights, n, state.mixed + p * sh.v_dim * PW);
     }
     template <int NV>
     void scores_of_panel(int p, const Sides& of, float* s, int n, bool every) {
@@ -334,7 +334,7 @@ class Forward {
             shaping.finish<NV>(p, n, s, PW, seen, shaping.biased ? biases : nullptr);
     }
     template <int NV>
-    void mix_panel(int p, const Sides& of, const float* weights, int n, float* mixed) {
+    void mix_panel(const Sides& of, const float* weights, int n, float* mixed) {
         Timed mixing(clock, MIX);
         if (!of.values.data)
             return product<true, NV>(c.v_dim, n, of.v.data, 1, of.v.ld, weights, PW, mixed, PW);
