@@ -27,10 +27,14 @@ Told = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run: the engine of ours, and how many quiet rounds an entry needs."""
+    """How to run: the engine of ours, and how many quiet rounds an entry needs.
+
+    within: seconds after which no entry is begun; None: all are.
+    """
 
     engine: str = "auto"
     rounds: int = 7
+    within: float | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ("auto", *ENGINES):
@@ -81,8 +85,10 @@ def run(
     entries: Sequence[Entry], settings: Settings, clock: Clock, told: Told = lambda what: None
 ) -> Iterator[Outcome]:
     """What comes of each entry. NeverQuiet if there was no quiet for the first that was timed."""
-    quiet = False
+    quiet, start = False, clock.now()
     for number, entry in enumerate(entries, 1):
+        if settings.within is not None and clock.now() - start > settings.within:
+            return
         told_of = partial(_told, told, f"{number} of {len(entries)}: {entry.name}")
         outcome = measure(entry, settings, clock, told_of)
         if outcome.busy and not quiet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import product
 
@@ -18,6 +18,7 @@ from .problems import TYPES, Problem
 
 HALVES = ("fp32", "bf16", "fp16")
 ALL_PEERS = ("sdpa", "eager", "flex", "onnxruntime")
+SLOW = ("eager", "flex", "onnxruntime", "materialised")  # left out of --quick
 BLOCK = 64  # side of the blocks of the block-sparse mask
 
 
@@ -205,8 +206,14 @@ SUITES: dict[str, Callable[[], Iterator[Entry]]] = {
 }
 
 
+def _quick(peers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(peer for peer in peers if peer not in SLOW)
+
+
 def chosen(suites: Sequence[str] = (), only: str | None = None, quick: bool = False) -> list[Entry]:
     """The entries of the named suites (all without), those that match a pattern, or the quick ones.
+
+    quick: without the peers that compile, or that take long.
 
     only: a glob over suite/shape, such as "causal/*/d64*"; without * ? [ a part of the name.
     RegardError where a name is unknown or nothing is left.
@@ -219,7 +226,7 @@ def chosen(suites: Sequence[str] = (), only: str | None = None, quick: bool = Fa
         pattern = only if set(only) & set("*?[") else f"*{only}*"
         found = [e for e in found if fnmatchcase(e.name, pattern)]
     if quick:
-        found = [e for e in found if e.quick]
+        found = [replace(e, peers=_quick(e.peers)) for e in found if e.quick]
     if not found:
         raise RegardError(
             f"no shape{' of --quick' * quick} matches {only!r}; regard bench --list shows all"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from . import saved
 from .running import OURS, Outcome, Settings
 from .suites import SUITES, Entry
 from .timing import Ratio
@@ -151,6 +152,43 @@ def as_dict(
         "entries": [_entry(outcome) for outcome in outcomes],
         "overtaken": overtaken(outcomes),
     }
+
+
+def below(
+    outcomes: Sequence[Outcome], machine: Mapping[str, Any], before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What has fallen below the last saved run, fit for JSON; null if there is none of here."""
+    if before is None or saved.other(before, machine):
+        return {"below": None}
+    _, found = saved.compared(outcomes, before)
+    return {
+        "below": [b._asdict() | {"now": _ratio(b.now), "was": _ratio(b.was)} for b in found],
+    }
+
+
+def fallen(
+    outcomes: Sequence[Outcome],
+    machine: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    wanted: int,
+) -> Iterator[str]:
+    """The same in sentences, after those that say what was left out."""
+    if left := wanted - len(outcomes):
+        yield f"{_count(left, 'shape')} left out, as the minute is over: name suites to time them."
+    if before is None:
+        yield "There is no saved run to compare with: --save keeps one."
+        return
+    if differs := saved.other(before, machine):
+        yield f"Not compared with the saved run, which had {', '.join(differs)}."
+        return
+    count, found = saved.compared(outcomes, before)
+    yield (
+        f"{len(found)} of {_count(count, 'figure')} below the last saved run, of "
+        f"{before['machine']['date']}{':' if found else '.'}"
+    )
+    for b in found:
+        was = f"{number(b.was.median)} ({span(b.was)})"
+        yield f"  {b.name} {b.peer} {number(b.now.median)} ({span(b.now)}), was {was}"
 
 
 def _entry(outcome: Outcome) -> dict[str, Any]:

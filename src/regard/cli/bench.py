@@ -32,12 +32,18 @@ _JSON = """\b
               why there is no time, discarded: rounds, peers: [{name,
               seconds, rounds, wrong, refused, ratio: {median, low, high} of
               its time over ours in each round}]}]
+  below       [{name, peer, now, was: ratios}]: what has fallen below the last
+              saved run; null: there is none of this machine
   overtaken   {form: tokens}: from where linear attention is faster than
               exact, of the lengths timed; null: nowhere
 """
 _ARGUMENTS = "regard.bench.arguments"
 
 _ENGINE = "Our engine; auto takes the first that can.  [default: auto]"
+_QUICK = "A few shapes of each suite against SDPA, within a minute."
+_SAVE = "Keep the figures: later runs tell what is below them."
+_PARTS = "Print where the cycles of ours go, a tile, instead of times."
+_WITHIN = 45.0  # seconds after which --quick begins no shape, to end within a minute
 _ROUNDS = "Quiet rounds for each shape.  [default: 7; 3 with --quick]"
 _THREADS = "torch's threads.  [default: one a core]"
 _ONLY = 'Only shapes whose name matches, such as "causal/bf16/*" or d64.'
@@ -54,12 +60,14 @@ class _Bench(click.Command):
 @click.command(cls=_Bench, epilog=_JSON)
 @click.argument("suites", metavar="[SUITE]...", nargs=-1)
 @click.option("--only", metavar="PATTERN", help=_ONLY)
-@click.option("--quick", is_flag=True, help="A few shapes of each suite.")
+@click.option("--quick", is_flag=True, help=_QUICK)
 @click.option("--rounds", metavar="N", type=click.IntRange(1), help=_ROUNDS)
 @click.option("--threads", metavar="N", type=click.IntRange(1), help=_THREADS)
 @click.option("--engine", metavar="NAME", default="auto", help=_ENGINE)
 @click.option("--json", "as_object", is_flag=True, help="Print one JSON object, as below.")
 @click.option("--out", metavar="FILE", type=Path, help="Write a page of Markdown tables too.")
+@click.option("--save", is_flag=True, help=_SAVE)
+@click.option("--parts", is_flag=True, help=_PARTS)
 @click.option("--list", "listed", is_flag=True, help="List suites, shapes and peers; run nothing.")
 @click.pass_context
 def bench(
@@ -72,6 +80,8 @@ def bench(
     engine: str,
     as_object: bool,
     out: Path | None,
+    save: bool,
+    parts: bool,
     listed: bool,
 ) -> None:
     """Time our attention against its peers on this machine: all suites, or those named.
@@ -82,13 +92,13 @@ def bench(
     """
     import torch
 
-    from ..bench import Settings, chosen, machine, run, written
+    from ..bench import Settings, chosen, cycles, machine, run, saved, written
 
     if threads is not None:  # the suite `threads` goes up to it
         ctx.call_on_close(partial(torch.set_num_threads, torch.get_num_threads()))
         torch.set_num_threads(threads)
     entries = chosen(suites, only, quick)
-    settings = Settings(engine, rounds or (3 if quick else 7))
+    settings = Settings(engine, rounds or (3 if quick else 7), _WITHIN if quick else None)
     if out is not None and not os.access(out.parent, os.W_OK):
         raise RegardError(f"cannot write {out}: {out.parent} is not a folder to write to")
     if isinstance(sys.stdout, TextIOWrapper):
@@ -103,6 +113,12 @@ def bench(
     if threads is not None and threads > clock.cores:
         raise RegardError(f"--threads {threads}: this process may use {clock.cores} cores")
     about = machine.describe()
+    if parts:
+        cycles.check()
+        for line in cycles.table(entries):
+            click.echo(line)
+        return
+    before = saved.last()
     table = None if as_object else _table(about)
     outcomes = []
     for outcome in run(entries, settings, clock, _progress):
@@ -110,10 +126,15 @@ def bench(
         outcomes.append(outcome)
         if table is not None:
             table.add(outcome)
+    found = written.as_dict(outcomes, about, settings) | written.below(outcomes, about, before)
     if table is None:
-        click.echo(json.dumps(written.as_dict(outcomes, about, settings), indent=1))
+        click.echo(json.dumps(found, indent=1))
     else:
         table.foot(outcomes, settings)
+        for line in written.fallen(outcomes, about, before, len(entries)):
+            click.echo(line)
+    if save:
+        saved.save(found)
     if out is not None:
         command = shlex.join(["regard", "bench", *arguments])
         out.write_text(written.markdown(outcomes, about, settings, command), "utf-8")

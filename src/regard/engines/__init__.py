@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..errors import NoEngine, RegardError
+from ..kernels import measured
 from . import cpu, flex, reference, sdpa, tiled
 
 
@@ -36,7 +37,13 @@ ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
 
 def preference(call: Call) -> tuple[Any, ...]:
     """The engines that `auto` tries for a call, in their order."""
-    return YIELDING if cpu.yields(call) else PREFERENCE
+    return PREFERENCE if measured.faster(call) is None else YIELDING
+
+
+def order(call: Call) -> str:
+    """Why `auto` tries PyTorch's kernel before ours; empty where it does not."""
+    row = measured.faster(call)
+    return "" if row is None else measured.explained(row, call.query.dtype)
 
 
 def refusals(call: Call) -> dict[str, list[str]]:

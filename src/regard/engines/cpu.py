@@ -28,7 +28,6 @@ from ..packed import SCHEMA, pack, unpack
 name = "cpu"
 
 MOST_CODE = 1024  # integers of a mask's program (kernels/cpu/mask.h)
-DECODE = 16  # queries: as few leave memory the limit
 
 
 def why_not(call: Call) -> list[str]:
@@ -48,18 +47,6 @@ def why_not(call: Call) -> list[str]:
     if len(call.program.code) > MOST_CODE:
         reasons.append(f"the mask has {len(call.program.code)} integers, more than {MOST_CODE}")
     return reasons
-
-
-def yields(call: Call) -> bool:
-    """Whether PyTorch's kernel is faster, where both can; `regard bench` shows it.
-
-    Without vector instructions beyond the baseline it is, but for decoding; so too in bfloat16,
-    where the processor has AMX and these kernels may not use it.
-    """
-    slower = native.LEVEL == 0 or (call.query.dtype == torch.bfloat16 and native.WITHOUT_AMX)
-    if not slower or not native.AVAILABLE:
-        return False
-    return not call.observers and call.place.q_len > DECODE
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -112,13 +112,16 @@ def _pages(call: Call, kept: Buffers) -> tuple[int, ...]:
 
 
 def parts_of(dtype: torch.dtype) -> int:
-    """How many bf16 numbers stand for one where products are AMX's (kernels/cpu/parts.h).
+    """How many bf16 numbers stand for one in products (kernels/cpu/parts.h); 0: none do.
 
-    float32: as `torch.set_float32_matmul_precision` asks; "highest" keeps all 24 bits.
+    float32: as `torch.set_float32_matmul_precision` asks; "highest" keeps all 24 bits. Without AMX
+    only one part is faster than float32's own product (kernels/cpu/pairs.h).
     """
     if dtype == torch.float32:
-        return PARTS[torch.get_float32_matmul_precision()]
-    return 1 if dtype == torch.bfloat16 else 2
+        parts = PARTS[torch.get_float32_matmul_precision()]
+    else:
+        parts = 1 if dtype == torch.bfloat16 else 2
+    return parts if parts == 1 or native.LEVELS[native.level()] == "amx" else 0
 
 
 def by_offset(call: Call) -> Tensor | None:

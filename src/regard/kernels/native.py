@@ -1,8 +1,8 @@
 """The compiled CPU kernels: where the library lies, and which instruction sets it may use here.
 
 The library speaks plain C (kernels/cpu/abi.h) and is loaded by ctypes: one build serves every
-Python. `REGARD_ISA` names the highest instruction set to use: portable, avx2, avx512 or amx;
-`REGARD_KERNELS` another build of the library, as tests make it.
+Python. `REGARD_ISA` names the highest instruction set to use (`LEVELS`); `REGARD_KERNELS` another
+build of the library, as tests make it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from ..errors import RegardError
 
-LEVELS = ("portable", "avx2", "avx512", "amx")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @cache
@@ -41,6 +41,7 @@ def library() -> ctypes.CDLL | None:
     loaded.regard_forward.argtypes = [ctypes.c_void_p]  # bytes, or an address
     loaded.regard_evict.argtypes = [ctypes.c_char_p]
     loaded.regard_use_openmp.argtypes = [ctypes.c_void_p]
+    loaded.regard_parts.argtypes = [ctypes.c_void_p]
     loaded.regard_error.argtypes = [ctypes.c_int]
     loaded.regard_error.restype = ctypes.c_char_p
     loaded.regard_use_openmp(_torch_threads())
@@ -69,6 +70,20 @@ def levels() -> tuple[str, ...]:
     """The instruction sets that library, processor and system have, the best last."""
     loaded = library()
     return _named(0 if loaded is None else loaded.regard_levels())
+
+
+PARTS = ("packing", "scores", "softmax", "mix", "observers", "rest")
+
+
+def cycles() -> tuple[int, dict[str, int]] | None:
+    """Since the last call: how many tiles forwards went over, and their cycles by `PARTS`.
+
+    None if the library was not built to count them: CMake's option REGARD_PARTS.
+    """
+    loaded, counts = library(), (ctypes.c_int64 * (1 + len(PARTS)))()
+    if loaded is None or not loaded.regard_parts(ctypes.addressof(counts)):
+        return None
+    return counts[0], dict(zip(PARTS, counts[1:], strict=True))
 
 
 def _named(bits: int) -> tuple[str, ...]:

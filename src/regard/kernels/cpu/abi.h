@@ -127,6 +127,9 @@ int regard_forward(const RegardCall*);                     // 0, or an error of 
 int regard_backward(const RegardCall*, const RegardBackward*);
 int regard_effect(const RegardCall*, const RegardEffect*);
 int regard_evict(const RegardEvict*);
+// Since the last call: the tiles that forwards went over, and the cycles of packing, scores, softmax, mix,
+// observers, and the rest, of all threads. 0: the library was not built to count them (timed.h).
+int regard_parts(int64_t* seven);
 void regard_use_openmp(void* gomp_parallel);
 const char* regard_error(int);
 #pragma GCC visibility pop

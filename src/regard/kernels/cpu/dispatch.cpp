@@ -1,6 +1,8 @@
 // The C interface: picks the instruction set.
 #include "kernels.h"
+#include "timed.h"
 
+#include <cstring>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -11,6 +13,9 @@
 
 namespace regard {
 
+#if defined(REGARD_PARTS)
+std::atomic<int64_t> part_cycles[PART_COUNT];
+#endif
 void use_openmp(void*);
 #if defined(REGARD_X86)
 // Linux keeps the 8 KB of a thread's tiles for those processes alone that have asked.
@@ -21,6 +26,12 @@ static bool tiles_permitted() {
 #else
     return false;
 #endif
+}
+
+static bool of_amd() {
+    unsigned a, name[3];
+    if (!__get_cpuid(0, &a, &name[0], &name[2], &name[1])) return false;
+    return !memcmp(name, "AuthenticAMD", 12) || !memcmp(name, "HygonGenuine", 12);
 }
 
 // What the processor has, and what the system saves when it switches threads.
@@ -35,17 +46,19 @@ static int detect() {
     if ((low & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return levels;
     if (b >> 5 & 1) levels |= 2;  // AVX2
 #if defined(REGARD_PLAIN_TILES)
-    return levels & 2 ? 8 : 0;
+    return levels & 2 ? 16 : 0;
 #endif
     // AVX-512 F, DQ, BW, VL
     if ((levels & 2) && (low & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) &&
         (b >> 31 & 1))
         levels |= 4;
-    // AMX-BF16 and AMX-TILE, their state, and AVX512_BF16
-    bool tiles = (levels & 4) && (d >> 22 & 1) && (d >> 24 & 1) && (low >> 17 & 3) == 3;
-    if ((regard_built() & 8) && tiles && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
-        (a >> 5 & 1) && tiles_permitted())
-        levels |= 8;
+    unsigned more;
+    if (!(levels & 4) || !__get_cpuid_count(7, 1, &more, &b, &c, &a) || !(more >> 5 & 1)) return levels;
+    // AVX512_BF16, where it gains (pairs.h)
+    if ((regard_built() & 8) && of_amd()) levels |= 8;
+    // AMX-BF16 and AMX-TILE, and their state
+    bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (low >> 17 & 3) == 3;
+    if ((regard_built() & 16) && tiles && tiles_permitted()) levels |= 16;
     return levels;
 }
 #else
@@ -58,7 +71,10 @@ static const Kernels& at(int64_t level) {
     return kernels_amx;
 #elif defined(REGARD_X86)
 #if defined(REGARD_AMX)
-    if (level == 3) return kernels_amx;
+    if (level == 4) return kernels_amx;
+#endif
+#if defined(REGARD_BF16)
+    if (level == 3) return kernels_avx512bf16;
 #endif
     if (level == 2) return kernels_avx512;
     if (level == 1) return kernels_avx2;
@@ -75,8 +91,10 @@ extern "C" {
 
 int regard_built(void) {
 #if defined(REGARD_PLAIN_TILES)
-    return 8;  // a library for tests, of this level alone, compiled for AVX2 (tests/cpp)
+    return 16;  // a library for tests, of this level alone, compiled for AVX2 (tests/cpp)
 #elif defined(REGARD_AMX)
+    return 31;
+#elif defined(REGARD_BF16)
     return 15;
 #elif defined(REGARD_X86)
     return 7;
@@ -98,6 +116,16 @@ int regard_backward(const RegardCall* call, const RegardBackward* back) {
 
 int regard_effect(const RegardCall* call, const RegardEffect* wanted) {
     return regard::at(call->level).effect(*call, *wanted);
+}
+
+int regard_parts(int64_t* seven) {
+#if defined(REGARD_PARTS)
+    for (int i = 0; i < regard::PART_COUNT; i++) seven[i] = regard::part_cycles[i].exchange(0);
+    return 1;
+#else
+    (void)seven;
+    return 0;
+#endif
 }
 
 void regard_use_openmp(void* gomp_parallel) { regard::use_openmp(gomp_parallel); }

@@ -8,6 +8,7 @@
 #include "parts.h"
 #include "plan.h"
 #include "softmax.h"
+#include "timed.h"
 #include "weights.h"
 
 namespace regard::LEVEL {
@@ -99,6 +100,7 @@ class Forward {
     FewKeys few_keys;
     bool few, on_tiles, query_fits;  // of the block at hand
     float after;                // by which its scores are multiplied yet
+    PartClock clock;
 
     void lay_out(Cutter& cut) {
         long dim = most(c.dim, c.v_dim);
@@ -145,6 +147,7 @@ class Forward {
     }
 
     void start(const Block& block, State& state, long chunk) {
+        Timed packing(clock, PACKING);
         state.clear();
         if (c.sinks && chunk == 0)
             for (int i = 0; i < block.segments; i++)
@@ -205,6 +208,7 @@ class Forward {
     }
 
     void tile(const Block& block, State& state, Strip& strip, long k0, int n, bool every, long stripe) {
+        Timed::tile(clock);
         const Segment& first = block.segment[0];
         long kv = first.h / plan.group;
         long t = k0 / KEYS;
@@ -216,11 +220,7 @@ class Forward {
             k0 += from;
         }
         seen = every ? nullptr : visible + from;
-        if (o.received_count)
-            for (int i = 0; i < block.segments; i++) {
-                const Segment& s = block.segment[i];
-                sh.column(s.b, s.h, stripe).count_tile(c, o, s, k0, n, seen);
-            }
+        if (o.received_count) count_rows(block, k0, n, stripe);
         if (shaping.biased) shaping.bias(block, k0, n, biases);
         if (c.dropout) shaping.dropout(block, k0, n, factors);
         Sides of = sides(first.b, kv, k0, n);
@@ -248,6 +248,14 @@ class Forward {
         }
     }
 
+    void count_rows(const Block& block, long k0, int n, long stripe) {
+        Timed observing(clock, OBSERVERS);
+        for (int i = 0; i < block.segments; i++) {
+            const Segment& s = block.segment[i];
+            sh.column(s.b, s.h, stripe).count_tile(c, o, s, k0, n, seen);
+        }
+    }
+
     // Leaves out the keys at both ends of a tile that no row sees, by vectors. from: the first that is
     // left; how many are.
     static int trim(const uint64_t* words, int& from, int n) {
@@ -264,6 +272,7 @@ class Forward {
         Tiles keys, values;
     };
     Sides sides(long b, long kv, long k0, int n) {
+        Timed packing(clock, PACKING);
         Sides of{};
         auto k = [&] { return rows_of(c.key, c.pages, b, kv, k0, n, c.dim, keys); };
         auto v = [&] { return rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, values); };
@@ -302,6 +311,19 @@ class Forward {
     void panel(const Block& block, State& state, int p, const Sides& of, float* s, long k0, int n,
                bool every) {
         if (few) return few_rows(block, state, s, k0, n, every);
+        scores_of_panel<NV>(p, of, s, n, every);
+        if (o.row_count) keep_rows(block, p, s, k0, n);
+        const float* weights = s;
+        {
+            Timed weighing(clock, SOFTMAX);
+            softmax<NV>(state, p, s, k0, n, o.entropy);
+            if (c.dropout) weights = drop(p, n, s);
+        }
+        mix_panel<NV>(of, weights, n, state.mixed + p * sh.v_dim * PW);
+    }
+    template <int NV>
+    void scores_of_panel(int p, const Sides& of, float* s, int n, bool every) {
+        Timed scoring(clock, SCORES);
         if (of.keys.data)
             tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, n, c.dim, of.keys,
                                     query_tiles(p), s, PW);
@@ -310,18 +332,16 @@ class Forward {
         if (after != 1.f) multiply<NV>(n, s, PW, after);
         if (!every || shaping.shaped())
             shaping.finish<NV>(p, n, s, PW, seen, shaping.biased ? biases : nullptr);
-        if (o.row_count) keep_rows(block, p, s, k0, n);
-        float* mixed = state.mixed + p * sh.v_dim * PW;
-        softmax<NV>(state, p, s, k0, n, o.entropy);
-        const float* weights = c.dropout ? drop(p, n, s) : s;
-        if (of.values.data) {
-            with_parts(sh.tiles.parts, [&](auto split) {
-                pack_columns<split.count, false, Unseen>(weights, PW, n, NV * W, weight_tiles());
-            });
-            tile_product<true, NV>(sh.tiles.parts, false, c.v_dim, n, of.values, weight_tiles(), mixed, PW);
-        } else {
-            product<true, NV>(c.v_dim, n, of.v.data, 1, of.v.ld, weights, PW, mixed, PW);
-        }
+    }
+    template <int NV>
+    void mix_panel(const Sides& of, const float* weights, int n, float* mixed) {
+        Timed mixing(clock, MIX);
+        if (!of.values.data)
+            return product<true, NV>(c.v_dim, n, of.v.data, 1, of.v.ld, weights, PW, mixed, PW);
+        with_parts(sh.tiles.parts, [&](auto split) {
+            pack_columns<split.count, false, Unseen>(weights, PW, n, NV * W, weight_tiles());
+        });
+        tile_product<true, NV>(sh.tiles.parts, false, c.v_dim, n, of.values, weight_tiles(), mixed, PW);
     }
 
     const float* drop(int p, int n, const float* s) {
@@ -335,24 +355,32 @@ class Forward {
     // shapes scores, and observers.
     void few_rows(const Block& block, State& state, float* s, long k0, int n, bool every) {
         bool plain = every && !shaping.shaped() && !c.dropout;
-        few_keys.scores(c, block.count, n, query_rows, few_scores);
+        {
+            Timed scoring(clock, SCORES);
+            few_keys.scores(c, block.count, n, query_rows, few_scores);
+        }
         if (!plain || o.k || o.row_count) to_lanes(block.count, n, few_scores, s);
         if (!every || shaping.shaped())
             shaping.finish<1>(0, n, s, PW, seen, shaping.biased ? biases : nullptr);
         if (o.row_count) keep_rows(block, 0, s, k0, n);
-        if (plain)
-            few_softmax(state, block.count, few_scores, s, k0, n, o.entropy);
-        else
-            softmax<1>(state, 0, s, k0, n, o.entropy);
+        {
+            Timed weighing(clock, SOFTMAX);
+            if (plain)
+                few_softmax(state, block.count, few_scores, s, k0, n, o.entropy);
+            else
+                softmax<1>(state, 0, s, k0, n, o.entropy);
+        }
         if (!plain)
             from_lanes(block.count, n, c.dropout ? drop(0, n, s) : s, few_scores);
         else if (plan.columns)
             to_lanes(block.count, n, few_scores, s);
+        Timed mixing(clock, MIX);
         few_keys.mix(c, n, few_scores, state);
     }
 
     // The scores of the rows that are kept whole; `finish` makes weights of them.
     void keep_rows(const Block& block, int p, const float* s, long k0, int n) {
+        Timed observing(clock, OBSERVERS);
         each_kept(block, [&](const Segment&, int lane, float* to) {
             if (lane / PW != p) return;
             for (int j = 0; j < n; j++) to[k0 + j] = s[j * PW + lane % PW];

@@ -19,6 +19,7 @@ inline void Forward::finish(const Block& block, State& state, Strip& strip, long
                 memcpy(row + j, &x, n * sizeof(float));
             }
         });
+    Timed observing(clock, OBSERVERS);
     if (plan.columns)
         for (int i = 0; i < block.segments; i++) {
             const Segment& s = block.segment[i];

@@ -22,6 +22,7 @@ void Forward::tile_panel(const Block& block, State& state, int p, const Sides& o
         // Weights wait in `weight_parts` until they are mixed; when a top rises they are mixed first,
         // since what is mixed is multiplied by e to the power of the fall, and they stand by the old top
         auto mix = [&](int until) {
+            Timed mixing(clock, MIX);
             Tiles v = of.values;
             v.data = v.at(0, unmixed);
             if (until > unmixed)
@@ -49,6 +50,7 @@ void Forward::tile_panel(const Block& block, State& state, int p, const Sides& o
 // The scores of one bite of a tile's n keys; −inf stands for those that there are not.
 template <int NV>
 void Forward::score_bite(int p, const Tiles& keys, int n, int bite) {
+    Timed scoring(clock, SCORES);
     int from = bite * BITE, count = (int)least(n - from, BITE);
     float* s = scores_of(bite);
     Tiles k = keys;
@@ -70,6 +72,7 @@ inline Weigh Forward::weigh_of(int p, float* keep, long k0, int bite) const {
 }
 template <int NV>
 void Forward::weigh_bite(State& state, int p, const Weigh& weigh, const V* largest, bool kept) {
+    Timed weighing(clock, SOFTMAX);
     bool watched = kept || c.dropout || o.entropy || o.k || o.row_count;
     with_parts(sh.tiles.parts, [&](auto split) {
         if (watched)

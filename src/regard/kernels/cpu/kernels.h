@@ -10,6 +10,7 @@ struct Kernels {
     int (*effect)(const RegardCall&, const RegardEffect&);
 };
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_amx;
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16,
+    kernels_amx;
 
 }  // namespace regard

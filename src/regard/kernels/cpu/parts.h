@@ -7,6 +7,7 @@
 // A tile of A holds 16 rows × 32 of the depth, a tile of B 32 of the depth × 16 columns; in both the
 // numbers i and i + 16 of the depth stand side by side.
 #pragma once
+#include "pairs.h"
 #include "plan.h"
 #include "rows.h"
 #include "tile.h"
@@ -120,6 +121,35 @@ INLINE auto with_parts(int parts, Then then) {
     return parts == 1 ? then(Parts<1>{}) : parts == 2 ? then(Parts<2>{}) : then(Parts<3>{});
 }
 
+// then(x, y): the tiles of A and B of each product of two parts, from the row of tiles `row` on; the
+// smallest products first, which rounds least. whole: no product is left out.
+template <int parts, class Then>
+INLINE void each_product(bool whole, const Tiles& a, long row, const Tiles& b, Then then) {
+    for (int both = whole ? 2 * parts - 2 : parts - 1; both >= 0; both--)
+        for (int i = (int)most(0, both - parts + 1); i <= both && i < parts; i++)
+            then(a.at(row, 0) + i * a.step, b.data + (both - i) * b.step);
+}
+
+// One row of tiles of C, as `tile_block`, by vectors.
+template <int parts, bool add, int NV>
+INLINE void pair_block(bool whole, long depth, const Tiles& a, long row, const Tiles& b, float* c,
+                       long ldc) {
+    constexpr int R = SIDE / 2;  // with two vectors each, enough to wait for none of them
+    for (int half = 0; half < 2; half++, c += R * ldc) {
+        V sum[R][NV] = {};
+        each_product<parts>(whole, a, row, b, [&](const uint16_t* x, const uint16_t* y) INLINE_LAMBDA {
+            pair_rows<R, NV>(depth, x + half * R * DEPTH, y, b.wide * TILE, sum);
+        });
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            #pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) {
+                float* at = c + r * ldc + v * W;
+                store(at, add ? load(at) + sum[r][v] : sum[r][v]);
+            }
+    }
+}
+
 // One block: R × NV tiles of C, `depth` tiles of A and B deep.
 template <int parts, bool add, int R, int NV>
 INLINE void tile_block(bool whole, long depth, const Tiles& a, long row, const Tiles& b,
@@ -137,21 +167,18 @@ INLINE void tile_block(bool whole, long depth, const Tiles& a, long row, const T
         if (R > 1) tile_zero<2>();
         if (R > 1 && NV > 1) tile_zero<3>();
     }
-    // The smallest products first, which rounds least
-    for (int both = whole ? 2 * parts - 2 : parts - 1; both >= 0; both--)
-        for (int i = (int)most(0, both - parts + 1); i <= both && i < parts; i++) {
-            const uint16_t *x = a.at(row, 0) + i * a.step, *y = b.data + (both - i) * b.step;
-            for (long k = 0; k < depth; k++, x += TILE, y += b.wide * TILE) {
-                tile_pass<4>(x, 64);
-                tile_load<6>(y, 64);
-                tile_dot<0, 0>();
-                if (R > 1) tile_pass<5>(x + a.wide * TILE, 64);
-                if (NV > 1) tile_load<7>(y + TILE, 64);
-                if (R > 1) tile_dot<1, 0>();
-                if (NV > 1) tile_dot<0, 1>();
-                if (R > 1 && NV > 1) tile_dot<1, 1>();
-            }
+    each_product<parts>(whole, a, row, b, [&](const uint16_t* x, const uint16_t* y) INLINE_LAMBDA {
+        for (long k = 0; k < depth; k++, x += TILE, y += b.wide * TILE) {
+            tile_pass<4>(x, 64);
+            tile_load<6>(y, 64);
+            tile_dot<0, 0>();
+            if (R > 1) tile_pass<5>(x + a.wide * TILE, 64);
+            if (NV > 1) tile_load<7>(y + TILE, 64);
+            if (R > 1) tile_dot<1, 0>();
+            if (NV > 1) tile_dot<0, 1>();
+            if (R > 1 && NV > 1) tile_dot<1, 1>();
         }
+    });
     tile_store<0>(c, bytes);
     if (NV > 1) tile_store<1>(c + SIDE, bytes);
     if (R > 1) tile_store<2>(below, bytes);
@@ -166,10 +193,15 @@ static void tile_product(int parts, bool whole, long rows, long depth, const Til
     tiles_written();
     with_parts(parts, [&](auto of) {
         long row = 0, count = tiles(rows, SIDE), deep = tiles(depth, DEPTH);
-        for (; row + 1 < count; row += 2)
-            tile_block<of.count, add, 2, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
-        if (row < count)
-            tile_block<of.count, add, 1, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+        if constexpr (BY_PAIRS) {
+            for (; row < count; row++)
+                pair_block<of.count, add, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+        } else {
+            for (; row + 1 < count; row += 2)
+                tile_block<of.count, add, 2, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+            if (row < count)
+                tile_block<of.count, add, 1, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
+        }
     });
 }
 

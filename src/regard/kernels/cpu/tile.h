@@ -8,10 +8,13 @@
 
 namespace regard::LEVEL {
 
+// Whether this level multiplies bf16 that is laid out as tiles: on their registers, or by vectors (pairs.h).
 #if defined(__AMX_BF16__) || defined(REGARD_PLAIN_TILES)
-constexpr bool HAS_TILES = true;  // whether this level multiplies on tiles
+constexpr bool HAS_TILES = true, BY_PAIRS = false;
+#elif defined(REGARD_PAIRS)
+constexpr bool HAS_TILES = true, BY_PAIRS = true;
 #else
-constexpr bool HAS_TILES = false;
+constexpr bool HAS_TILES = false, BY_PAIRS = false;
 #endif
 constexpr int SIDE = 16;             // rows of a tile, and columns of one of float32
 constexpr int DEPTH = 2 * SIDE;      // bf16 numbers in a row of a tile

@@ -1,0 +1,133 @@
+"""`regard bench`: --save and what is below the saved run, --quick's minute, --parts; no times."""
+
+import json
+
+import pytest
+
+for package in ("click", "rich"):
+    pytest.importorskip(package, reason='needs pip install "regard[bench]"')
+
+from regard import Causal, Received, attention  # noqa: E402
+from regard.bench import chosen, cycles, run, saved, suites, written  # noqa: E402
+from regard.bench.running import Outcome, Settings  # noqa: E402
+from regard.bench.timing import Clock, Timing  # noqa: E402
+from regard.kernels import native  # noqa: E402
+from test_bench import bench, quick_turns, refused, small_suites, tiny  # noqa: E402, F401
+from test_bench_peers import problem  # noqa: E402
+
+HERE = {"processor": "p", "cores": 2, "threads": 2, "bound": "true", "kernels": "avx2",
+        "torch": "2", "date": "2026-01-01"}  # fmt: skip
+NAME = "short/fp32/n96"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "regard" / "bench.json"
+
+
+def outcome(*sdpa: float, name: str = "fp32/n96") -> Outcome:
+    """Ours takes a second, SDPA so many in each round."""
+    timing = Timing({"ours": [1.0] * len(sdpa), "sdpa": list(sdpa)}, 0)
+    return Outcome(tiny("short", name, "sdpa"), "cpu", timing)
+
+
+def kept(*outcomes: Outcome) -> dict:
+    return json.loads(json.dumps(written.as_dict(outcomes, HERE, Settings())))
+
+
+@pytest.mark.parametrize(
+    "now, found", [((0.9, 1.0), 1), ((0.9, 1.3), 0), ((1.3, 1.4), 0), ((2.0, 2.1), 0)]
+)
+def test_below_is_beyond_the_spread_of_both(now, found):
+    before = kept(outcome(1.2, 1.5))
+    count, below = saved.compared([outcome(*now), outcome(0.1, name="fp32/n64")], before)
+    assert (count, len(below)) == (1, found)
+
+
+def test_what_is_below_is_told():
+    before = kept(outcome(1.2, 1.5))
+    assert list(written.fallen([outcome(0.9, 1.0)], HERE, before, 3)) == [
+        "2 shapes left out, as the minute is over: name suites to time them.",
+        "1 of 1 figure below the last saved run, of 2026-01-01:",
+        f"  {NAME} sdpa 0.95 (0.90–1.00), was 1.35 (1.20–1.50)",
+    ]
+    (below,) = written.below([outcome(0.9, 1.0)], HERE, before)["below"]
+    assert (below["name"], below["peer"]) == (NAME, "sdpa")
+    assert below["now"] == {"median": 0.95, "low": 0.9, "high": 1.0}
+    (said,) = written.fallen([outcome(1.6)], HERE, before, 1)
+    assert said == "0 of 1 figure below the last saved run, of 2026-01-01."
+
+
+def test_another_machine_is_not_compared():
+    before, here = kept(outcome(1.2)), HERE | {"kernels": "amx"}
+    (said,) = written.fallen([outcome(0.9)], here, before, 1)
+    assert said == "Not compared with the saved run, which had kernels avx2."
+    assert written.below([outcome(0.9)], here, before) == {"below": None}
+
+
+def test_a_saved_run_is_compared_with_the_next(small_suites, cache):  # noqa: F811
+    first = bench("short", "--rounds", 1, "--save")
+    assert first.exit_code == 0
+    assert "There is no saved run to compare with: --save keeps one." in first.stdout
+    run = json.loads(cache.read_text("utf-8"))
+    assert [entry["name"] for entry in run["entries"]] == [NAME, "short/bf16/n96"]
+    for peer in run["entries"][0]["peers"]:  # as if it had been a thousand times better
+        peer["ratio"] = {key: 1000 * value for key, value in peer["ratio"].items()}
+    cache.write_text(json.dumps(run), "utf-8")
+    found = json.loads(bench("short", "--rounds", 1, "--json").stdout)
+    assert {(b["name"], b["peer"]) for b in found["below"]} == {(NAME, "sdpa"), (NAME, "eager")}
+    assert json.loads(cache.read_text("utf-8")) == run  # only --save writes
+
+
+def test_what_is_no_saved_run_is_one_sentence(small_suites, cache):  # noqa: F811
+    cache.parent.mkdir()
+    cache.write_text("{", "utf-8")
+    assert refused("short").startswith(f"{cache} is no saved run: ")
+
+
+def test_quick_has_no_slow_peers_and_ends():
+    for entry in chosen(quick=True):
+        assert entry.peers
+        assert not set(entry.peers) & set(suites.SLOW)
+    times = iter([0.0, 1.0, 50.0])
+    clock = Clock(lambda: 0.0, 2, lambda: next(times))
+    entries = [tiny("short", name, "flex") for name in ("fp32/a", "fp32/b")]
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regard.bench.running.measure", lambda e, *_: ran.append(e) or Outcome(e))
+        found = list(run(entries, Settings(within=45.0), clock))
+    assert [o.entry for o in found] == ran == entries[:1]
+
+
+def test_parts_need_kernels_that_count(small_suites, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(native, "cycles", lambda: None)
+    assert refused("--parts") == (
+        "these kernels count no cycles, which would cost time; build some that do: pip install "
+        "--no-deps -C cmake.define.REGARD_PARTS=ON -e ."
+    )
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
+def test_the_parts_of_each_shape(small_suites, monkeypatch):  # noqa: F811
+    counts = dict.fromkeys(native.PARTS, 0) | {"scores": 300, "mix": 200}
+    monkeypatch.setattr(native, "cycles", lambda: (2, counts))
+    result = bench("--parts")
+    assert result.exit_code == 0
+    head, *lines = (line.split() for line in result.stdout.splitlines())
+    assert head[3:] == ["packing", "scores", "softmax", "mix", "observers", "rest"]
+    assert [line[0] for line in lines] == [NAME, "short/bf16/n96", "observed/fp32/all/n96"]
+    assert lines[0][1:] == ["0", "150", "0", "100", "0", "0"]
+
+
+@pytest.mark.skipif(
+    not native.AVAILABLE or native.cycles() is None, reason="built without REGARD_PARTS"
+)
+def test_what_is_counted():
+    tensors = [t.float() for t in cycles.Inputs(problem()).tensors]
+    native.cycles()
+    attention(*tensors, mask=Causal(), observe=[Received()], engine="cpu")
+    tiles, spent = native.cycles()
+    assert tiles > 0
+    assert all(spent[part] > 0 for part in ("packing", "scores", "softmax", "mix", "observers"))
+    assert native.cycles() == (0, dict.fromkeys(native.PARTS, 0))
