@@ -24,17 +24,17 @@ class Tile(NamedTuple):
 # of features and columns: at most 64, 128 or 256. What smaller heads do not need is cut off.
 TILES: dict[str, dict[int, Tile]] = {
     "sums": {d: Tile(64, 0, 4, 1) for d in (64, 128, 256)},
-    "pairs": {d: Tile(32, 0, 8, 1) for d in (64, 128, 256)},
-    "pairs delta": {d: Tile(16, 0, 8, 1) for d in (64, 128, 256)},
+    "pairs": {d: Tile(64, 0, 8, 1) for d in (64, 128, 256)},
+    "pairs delta": {d: Tile(64, 0, 8, 1) for d in (64, 128, 256)},
     "solve": {d: Tile(64, 64, 4, 2) for d in (64, 128, 256)},
-    "scan": {64: Tile(32, 32, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 3)},
-    "scan channel": {64: Tile(32, 32, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 4, 2)},
-    "scan delta": {64: Tile(64, 16, 4, 3), 128: Tile(128, 32, 4, 2), 256: Tile(256, 32, 8, 1)},
+    "scan": {64: Tile(32, 32, 4, 3), 128: Tile(64, 64, 4, 4), 256: Tile(64, 64, 4, 4)},
+    "scan channel": {64: Tile(32, 32, 4, 2), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 4, 3)},
+    "scan delta": {64: Tile(64, 16, 4, 3), 128: Tile(128, 16, 4, 3), 256: Tile(256, 16, 8, 2)},
     "scan channel delta": {
-        64: Tile(64, 16, 4, 2), 128: Tile(128, 32, 4, 2), 256: Tile(256, 16, 8, 1),
+        64: Tile(64, 16, 4, 2), 128: Tile(128, 16, 4, 3), 256: Tile(256, 16, 8, 2),
     },
-    "read": {64: Tile(64, 64, 4, 3), 128: Tile(64, 128, 4, 2), 256: Tile(64, 128, 4, 2)},
-    "read channel": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 4, 2), 256: Tile(64, 128, 4, 2)},
+    "read": {64: Tile(64, 64, 4, 3), 128: Tile(64, 128, 4, 3), 256: Tile(64, 128, 4, 3)},
+    "read channel": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 128, 8, 2)},
 }  # fmt: skip
 
 
