@@ -61,6 +61,20 @@ def test_flex_skips_the_tiles_that_a_mask_empties():
     assert blocks.kv_indices[0, 0, 3, :3].tolist() == [0, 1, 3]
 
 
+def test_flex_compiles_more_forms_than_eight(monkeypatch):
+    """Each mask is a form to compile, and torch gives up at the ninth of one function."""
+    asked = []
+
+    def compile(function, **options):
+        return lambda *_: asked.append((options, torch._dynamo.config.recompile_limit))
+
+    monkeypatch.setattr(torch, "compile", compile)
+    before = torch._dynamo.config.recompile_limit
+    flex._compiled.__wrapped__()()
+    assert asked == [({"fullgraph": True}, flex.MOST_FORMS)]
+    assert torch._dynamo.config.recompile_limit == before < flex.MOST_FORMS
+
+
 def test_flex_by_name_is_for_cuda():
     query = torch.zeros(1, 1, 4, 16)
     with pytest.raises(NoEngine, match="flex: query is on cpu; this engine runs on cuda"):

@@ -22,6 +22,7 @@ name = "flex"
 
 BLOCK = 128  # of the block mask, in queries and in keys
 SHARED = 166912  # bytes of shared memory a block may take, where no device says so (A100)
+MOST_FORMS = 256  # of masks, biases and shapes that one process compiles
 DECODING = 128  # fewer queries go to another kernel, which chooses by itself
 PAIRWISE = (Op.TILES, Op.BLOCKS, Op.DENSE)  # leaves that read a tensor at each pair
 Shown = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query, key
@@ -101,7 +102,14 @@ def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # fullgraph: where it cannot be compiled it says so, rather than materialise the scores
-    return torch.compile(flex_attention, fullgraph=True)
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        # torch's own limit, 8 forms of one function, is 8 masks or head sizes of a whole process
+        with torch._dynamo.config.patch(recompile_limit=MOST_FORMS):
+            return compiled(*arguments, **named)
+
+    return run
 
 
 def attend(call: Call, by: Callable[..., Any]) -> tuple[Tensor, Tensor]:
