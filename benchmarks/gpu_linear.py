@@ -24,7 +24,7 @@ def request(form: str, batch: int, heads: int, tokens: int, dim: int) -> dict[st
     if form == "elu":
         asked = {}
     if form == "retention":
-        asked["decay"] = torch.log1p(-(2.0 ** (-5 - torch.arange(heads))))
+        asked["decay"] = torch.log1p(-(2.0 ** (-5 - torch.arange(heads) % 24)))
     if form in ("scalar gate", "gated delta"):
         asked["decay"] = logsigmoid(4 * torch.randn(batch, heads, tokens) + 4)
     if form in ("gla", "channel delta"):
@@ -86,13 +86,16 @@ def peer(form: str) -> Callable[..., Any] | None:
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
+    from fla.ops.kda import chunk_kda
     from fla.ops.simple_gla import chunk_simple_gla
 
     kernels: dict[str, Callable[..., Any]] = {
+        "retention": lambda q, k, v, g, b: chunk_simple_gla(q, k, v, g_gamma=g)[0],
         "scalar gate": lambda q, k, v, g, b: chunk_simple_gla(q, k, v, g=g)[0],
         "gla": lambda q, k, v, g, b: chunk_gla(q, k, v, g)[0],
         "delta": lambda q, k, v, g, b: chunk_delta_rule(q, k, v, b)[0],
         "gated delta": lambda q, k, v, g, b: chunk_gated_delta_rule(q, k, v, g, b)[0],
+        "channel delta": lambda q, k, v, g, b: chunk_kda(q, k, v, g, b)[0],
     }
     return kernels.get(form)
 
@@ -117,7 +120,7 @@ def row(form: str, n: int, dim: int, timed: Callable[..., float]) -> str:
         asked = request(form, 1, HEADS, n, dim)
     decay, beta = asked.get("decay"), asked.get("beta")
     theirs = [tuple(t.transpose(1, 2).contiguous() for t in each) for each in given]
-    gate = None if decay is None or decay.dim() == 1 else decay.transpose(1, 2).contiguous()
+    gate = decay if decay is None or decay.dim() == 1 else decay.transpose(1, 2).contiguous()
     strength = None if beta is None else beta.mT.contiguous().bfloat16()
     kernel = peer(form)
 
