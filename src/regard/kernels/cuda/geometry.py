@@ -33,7 +33,6 @@ class Leaves:
         lane = block_k // 4  # keys of a row that a thread holds
         # as small as keeps a row's leaves within MOST_LEAVES: fewer keys to compute again
         size = max(power(-(-k_blocks * block_k // MOST_LEAVES)), LEAST_LEAF)
-        size = max(size, min(lane, LEAST_LEAF))
         width = max(block_k // size, 4)
         tiles = max(size // lane, 1)
         lines = -(-k_blocks // tiles)

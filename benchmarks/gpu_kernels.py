@@ -1,0 +1,164 @@
+"""What the compiler makes of the second pass, without a GPU: a table of its kernels for Hopper.
+
+    python benchmarks/gpu_kernels.py [--tokens 16384] [--dims 64 128] [--write FILE]
+
+Registers, spilled numbers, shared memory, and instructions: of the whole kernel, and of its loop
+over tiles of keys (what a thread executes for one tile). A change that spills, or lengthens the
+loop, is seen here. It needs triton (extra `cuda`), whose own tools read the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from regard import Causal, Entropy, Full, Map, Received, TopK
+from regard.call import Call
+from regard.kernels.cuda import listing, reading, rows, weighing
+
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8",
+}  # fmt: skip
+ASKED = {
+    "entropy": [Entropy()],
+    "received": [Received()],
+    "map": [Map(256, 256)],
+    "top": [TopK(8)],
+    "all four": [TopK(8), Received(), Entropy(), Map(256, 256)],
+}
+HEADINGS = (
+    "| kernel | gathers | dim | mask | registers | spilled | shared, KiB | all | loop | HGMMA |"
+)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Compiled:
+    """Stands in a kernel's place: compiles what would be launched, and reports a line."""
+
+    def __init__(self, kernel: Any, report: Callable[[str], None]) -> None:
+        self.kernel, self.report = kernel, report
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(
+        self,
+        *given: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        maxnreg: int | None = None,
+        enable_fp_fusion: bool = True,
+        **constants: Any,
+    ) -> None:
+        names = self.kernel.arg_names
+        types, divisible = {}, {}
+        for n, value in enumerate(given):
+            types[names[n]] = _type(value)
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                divisible[(n,)] = [["tt.divisibility", 16]]
+            if isinstance(value, int) and value == 1:  # as Triton does at a launch
+                constants[names[n]] = 1
+        source = ASTSource(
+            self.kernel,
+            types | dict.fromkeys(constants, "constexpr"),
+            {(names.index(n),): value for n, value in constants.items()},
+            divisible,
+        )
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+        made = triton.compile(
+            source,
+            target=GPUTarget("cuda", 90, 32),
+            options=options | {"enable_fp_fusion": enable_fp_fusion},
+        )
+        registers, code = _read(made.asm["cubin"])
+        loop = _loop(code)
+        spilled = sum(text.startswith("STL") for _, text in code)
+        self.report(
+            f"{registers} | {spilled} | {made.metadata.shared / 1024:.0f} | {len(code)} | "
+            f"{len(loop) or '–'} | {Counter(text.split('.')[0] for text in loop)['HGMMA'] or '–'} |"
+        )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _read(cubin: bytes) -> tuple[int, list[tuple[int, str]]]:
+    """Registers of a thread, and the code: (address, instruction without its predicate)."""
+
+    def ask(flag: str, path: str) -> str:
+        return subprocess.run(
+            [TOOLS / "cuobjdump", flag, path], capture_output=True, text=True, check=True
+        ).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, text = ask("-res-usage", file.name), ask("-sass", file.name)
+    found = re.search(r"REG:(\d+)", usage)
+    assert found is not None, usage
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", text, re.MULTILINE)
+    return int(found[1]), [(int(address, 16), line) for address, line in lines]
+
+
+def _loop(code: list[tuple[int, str]]) -> list[str]:
+    """The shortest stretch that a branch repeats and that multiplies matrices; empty if none."""
+    loops = []
+    for at, text in code:
+        to = re.search(r"^BRA.* 0x([0-9a-f]+)", text)
+        if to and int(to[1], 16) < at:
+            body = [t for address, t in code if int(to[1], 16) <= address <= at]
+            if any(t.startswith("HGMMA") for t in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--write", type=Path, help="write the table to this Markdown file, too")
+    asked = parser.parse_args()
+    lines = [HEADINGS, "|---" * HEADINGS[1:].count("|") + "|"]
+    where = ""
+
+    def report(kernel: str) -> Callable[[str], None]:
+        def add(text: str) -> None:
+            lines.append(f"| {kernel} | {where} | {text}")
+            print(lines[-1], flush=True)
+
+        return add
+
+    for module, name in ((weighing, "weigh"), (rows, "sum_rows"), (listing, "list_keys")):
+        setattr(module, name, Compiled(getattr(module, name), report(name)))
+    print("\n".join(lines), flush=True)
+    for dim in asked.dims:
+        query = torch.zeros(1, 1, asked.tokens, dim, dtype=torch.bfloat16)
+        lse = torch.zeros(1, 1, asked.tokens)
+        for mask in (Full(), Causal()):
+            for name, observers in ASKED.items():
+                where = f"{name} | {dim} | {mask}"
+                reading.read(Call.checked(query, query, None, mask=mask), observers, lse, False)
+    if asked.write:
+        head = f"Triton {triton.__version__}, sm_90, bfloat16, {asked.tokens} tokens\n\n"
+        asked.write.write_text(head + "\n".join(lines) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
