@@ -174,6 +174,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     """Launch the kernels once and put what they gathered into plan.found."""
     from .listing import list_keys  # triton
     from .rows import sum_rows
+    from .tiles import WIDEN
     from .weighing import weigh
 
     call, place = shared.call, shared.call.place
@@ -264,7 +265,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
             found["listed"] = new(*rows, plan.listed)
             at_once = power(plan.listed)  # leaves
             warps, depth = _warps(at_once * leaves.size(block_k), flags["D"])
-            turn_rows = 1 if device.type == "cuda" else 32  # the interpreter takes many at once
+            turn_rows = 32 if WIDEN.value else 1  # the interpreter takes many at once
             parts = -(-place.q_len // turn_rows)
             list_keys[(parts * place.heads * place.batch,)](
                 call.query, call.key, shared.lse, totals, chosen, kept, *front, *listed, *lead,
