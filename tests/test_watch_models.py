@@ -157,6 +157,9 @@ def whole(model: nn.Module, prompt: dict[str, Tensor], tokens: Tensor) -> dict[s
         (["*.encoder_attn"], r"encoder_attn"),
         (["model.encoder.*", 0], r"encoder\.layers|\.0\."),
         ([], r"^$"),
+        (1, r"\.layers\.1\."),
+        ([-1], r"\.layers\.1\."),
+        ("*.encoder_attn", r"encoder_attn"),
     ],
 )
 def test_only_some_layers(layers, chosen):
@@ -165,6 +168,20 @@ def test_only_some_layers(layers, chosen):
     output, seen = watched(model, inputs, layers=layers)
     assert_seen(seen, {name: e for name, e in eager.items() if re.search(chosen, name)})
     assert_output(output[0], unwatched(model, inputs)[0])
+
+
+@pytest.mark.parametrize("layers", [[0, 99], ["*foo"], "3", [-9], 7])
+def test_layers_that_match_nothing_are_named(layers):
+    """Rather than give an empty result; and the layers that there are."""
+    model, inputs = BY_NAME["Llama"].build(), BY_NAME["Llama"].inputs()
+    wrong = layers[-1] if isinstance(layers, list) else layers
+    with pytest.raises(
+        RegardError, match=rf"^layers: {re.escape(repr(wrong))} is none of the .*self_attn"
+    ):
+        watched(model, inputs, layers=layers)
+    for unfit in ([1.5], [True], [None]):
+        with pytest.raises(RegardError, match="layers takes numbers of layers, and names"):
+            watched(model, inputs, layers=unfit)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

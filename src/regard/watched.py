@@ -136,7 +136,7 @@ class Watched:
         self,
         model: nn.Module,
         observe: Sequence[Observer],
-        layers: Sequence[int | str] | None,
+        layers: Sequence[int | str] | int | str | None,
         keep_qk: bool,
         cut: Sequence[Cut] = (),
         verify: bool = False,
@@ -145,7 +145,7 @@ class Watched:
         self.observe, self.keep_qk = tuple(observe), keep_qk
         self._cuts, self._done = tuple(cut), set[int]()
         self.modules = dict(model.named_modules())
-        self._wanted = None if layers is None else list(layers)
+        self._wanted = _several(layers)
         self._model = type(model).__name__
         self.tracker = Tracker(model)
         self._order = {n: i for i, n in enumerate(self.tracker.names.values())}
@@ -212,7 +212,7 @@ class Watched:
         """What stays visible in a call of this module, where something is cut."""
         shown: Mask | None = None
         for number, cut in enumerate(self._cuts):
-            if _matches(cut.layer, Layer(name)):
+            if self._matches(cut.layer, Layer(name)):
                 self._done.add(number)
                 shown = ~cut.mask if shown is None else shown & ~cut.mask
         return shown
@@ -237,19 +237,47 @@ class Watched:
     @property
     def layers(self) -> list[Layer]:
         """The layers in the model's order, those without softmax attention among them."""
+        found = [*self._layers.values(), *filter(self._asked, self._silent())]
+        return sorted(found, key=lambda layer: self._place(layer.name))
+
+    def _silent(self) -> list[Layer]:
+        """The layers that ran without softmax attention."""
         silent = []
         for container, blocks in self._blocks.items():
-            spoken = {n for n in self._touched if n.startswith(container + ".")}
+            spoken = {n for n in self._touched if _inside(n, container)}
             for block in blocks:
                 ran = block.name in self.tracker.ran
-                heard = any(n == block.name or n.startswith(block.name + ".") for n in spoken)
+                heard = any(n == block.name or _inside(n, block.name) for n in spoken)
                 if ran and not heard and (spoken or block.has_attention):
                     silent.append(Layer(block.name, pattern=False, reason=block.reason))
-        found = [*self._layers.values(), *filter(self._asked, silent)]
-        return sorted(found, key=lambda layer: self._order.get(module_of(layer.name), 0))
+        return silent
 
     def _asked(self, layer: Layer) -> bool:
-        return self._wanted is None or any(_matches(w, layer) for w in self._wanted)
+        return self._wanted is None or any(self._matches(w, layer) for w in self._wanted)
+
+    def _matches(self, which: int | str, layer: Layer) -> bool:
+        """Whether a layer's number (below 0: from the end of its list), or a pattern, means it."""
+        if isinstance(which, str):
+            return fnmatch.fnmatch(layer.name, which)
+        if which >= 0:
+            return which == layer.index
+        counts = (len(blocks) for at, blocks in self._blocks.items() if _inside(layer.name, at))
+        return layer.index - next(counts, 0) == which
+
+    def check_wanted(self) -> None:
+        """RegardError where `layers` asked for one that did not run."""
+        ran = [*map(Layer, sorted(self._touched, key=self._place)), *self._silent()]
+        for which in self._wanted or ():
+            if not any(self._matches(which, layer) for layer in ran):
+                names = [layer.name for layer in ran]
+                if len(names) > 12:
+                    names = [*names[:4], "…", *names[-2:]]
+                raise RegardError(
+                    f"layers: {which!r} is none of the {len(ran)} that ran: {', '.join(names)}"
+                )
+
+    def _place(self, name: str) -> int:
+        return self._order.get(module_of(name), 0)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -278,11 +306,21 @@ class Watched:
         return Recording(layers, {"model": self._model} | about)
 
 
-def _matches(which: int | str, layer: Layer) -> bool:
-    """Whether a layer's number, its name, or a pattern of names means this layer."""
-    if isinstance(which, int):
-        return which == layer.index
-    return fnmatch.fnmatch(layer.name, which)
+def _several(layers: Sequence[int | str] | int | str | None) -> list[int | str] | None:
+    """What `layers` asks for, one of a kind alone too; RegardError where it is neither."""
+    if layers is None:
+        return None
+    wanted: list[Any] = [layers] if isinstance(layers, int | str) else list(layers)
+    for which in wanted:
+        if not isinstance(which, int | str) or isinstance(which, bool):
+            raise RegardError(
+                f"layers takes numbers of layers, and names or patterns of modules, not {which!r}"
+            )
+    return wanted
+
+
+def _inside(name: str, container: str) -> bool:
+    return name.startswith(container + ".")
 
 
 @dataclass(frozen=True)

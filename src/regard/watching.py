@@ -29,7 +29,7 @@ _REGARD = re.compile(r"^\s*(?:import|from)\s+regard\b", re.MULTILINE)
 def watch(
     model: nn.Module,
     observe: Sequence[Observer] = (),
-    layers: Sequence[int | str] | None = None,
+    layers: Sequence[int | str] | int | str | None = None,
     keep_qk: bool = False,
     cut: Sequence[Cut] = (),
     verify: bool | None = None,
@@ -43,9 +43,10 @@ def watch(
     model: a Hugging Face model that goes through `AttentionInterface`, or any torch model that
         calls `F.scaled_dot_product_attention` or `regard.attention`, or has `nn.MultiheadAttention`
         or modules of `regard.nn`.
-    observe: what to keep of every layer's weights. layers: only these: numbers of layers (3), or
-        modules' names and patterns ("decoder.*"). keep_qk: also keep q, k and lse, O(N) a layer,
-        for `seen.recording()`. cut: edges or whole heads to remove; the rest of the model runs on.
+    observe: what to keep of every layer's weights. layers: only these: numbers of layers (3; −1
+        is the last), or modules' names and patterns ("decoder.*"). keep_qk: also keep q, k and lse,
+        O(N) a layer, for `seen.recording()`. cut: edges or whole heads to remove; the rest of the
+        model runs on.
     verify: check on some rows of each call that the weights as read give the model's output; by
         default only the first time that a class of models is watched, in its first block.
 
@@ -53,7 +54,7 @@ def watch(
     The model's own attention computes its outputs, which equal the unwatched ones to the bit, but
     where edges are cut or an `Effect` is asked for. Other threads that run the model compute as
     ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
-    it ran without computing attention where it could be seen.
+    it ran without computing attention where it could be seen, or without a layer asked for.
     """
     hugging = _hugging_face(model)
     _check(model, hugging)
@@ -86,6 +87,8 @@ def watch(
             f"{type(model).__name__} ran, but computed no attention where it can be watched: it "
             "computes attention by itself, or has none"
         )
+    if watched.tracker.ran:
+        watched.check_wanted()
 
 
 def _hugging_face(model: nn.Module) -> bool:
