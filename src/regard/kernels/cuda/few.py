@@ -99,7 +99,7 @@ class _Few:
         """uint8 (batch or 1, kv heads or 1, k blocks): 0 empty, 1 mixed, 3 whole; its strides."""
         shared, place = self.shared, self.call.place
         if not shared.masked:
-            return shared.mask.records, 0, 0
+            return shared.none, 0, 0
         table = self.call.program.tiles(MOST_QUERIES, self.block_k, (0, self.lead))
         some, every = table.some[:, :, 0], table.every[:, :, 0]
         if some.shape[1] > 1:

@@ -100,7 +100,7 @@ def listed_tiles(
     full there is no list.
     """
     if not shared.masked:
-        return shared.mask.records, shared.mask.records, 0, 0
+        return shared.none, shared.none, 0, 0
     table = shared.call.program.tiles(*blocks, lead)
     number = torch.arange(table.some.shape[-1], dtype=torch.int32, device=table.some.device)
     entry = torch.where(table.some, 2 * number + table.every.to(torch.int32), _MOST_INT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,9 +70,10 @@ class Shared:
         self.call, self.lse = call, lse
         place = call.place
         self.masked = not call.program.full
-        self.mask: Instructions = instructions(call.program)
         device = place.device
-        nothing = torch.zeros(1, dtype=torch.float32, device=device)
+        # In the place of what a kernel is compiled not to read
+        nothing = torch.empty(1, dtype=torch.float32, device=device)
+        self.none = torch.empty(1, dtype=torch.int64, device=device)
         self.sinks = nothing if call.sinks is None else call.sinks.to(torch.float32)
         self.slopes = self.relative = nothing
         self.alibi = self.has_relative = False
@@ -97,32 +99,41 @@ class Shared:
             strides = (0 if tensor.shape[d] == 1 else tensor.stride(d) for d in range(4))
             self.biases += [tensor, *strides]
         self.relative_zero = -least
-        self.table = self.lengths = nothing.to(torch.int32)
+        self.table = self.lengths = torch.empty(1, dtype=torch.int32, device=device)
         self.paged, self.page_size = call.pages is not None, 1
         if call.pages is not None:
             self.table = call.pages.table.to(torch.int32).contiguous()
             self.lengths = call.pages.lengths.to(torch.int32).contiguous()
             self.page_size = call.key.shape[2]
 
-    def front(self) -> list[Any]:
-        """Strides and sizes, after the tensors."""
+    @cached_property
+    def mask(self) -> Instructions:
+        """The mask's program: its records are copied to the device, where a kernel reads them."""
+        return instructions(self.call.program)
+
+    def front(self, by_program: bool = True) -> list[Any]:
+        """Strides and sizes, after the tensors. by_program: kernels ask the mask's program."""
         call, place = self.call, self.call.place
+        mask, length = [self.none, self.none, self.none], 0
+        if self.masked and by_program:
+            mask = [self.mask.records, self.mask.integers, self.mask.octets]
+            length = len(self.mask.records)
         return [
             *call.query.stride(), *call.key.stride(), call.query.shape[-1], place.heads,
             place.heads // place.kv_heads, place.q_len, place.k_len, call.scale,
             call.softcap or 1.0, place.query_start, place.key_start, self.slopes, self.relative,
-            self.width, self.relative_zero, *self.biases, self.mask.records,
-            len(self.mask.records), self.mask.integers, self.mask.octets, self.table,
-            self.table.stride(0), self.page_size, self.lengths,
+            self.width, self.relative_zero, *self.biases, mask[0], length, mask[1], mask[2],
+            self.table, self.table.stride(0), self.page_size, self.lengths,
         ]  # fmt: skip
 
-    def flags(self, block_q: int, block_k: int) -> dict[str, Any]:
+    def flags(self, block_q: int, block_k: int, by_program: bool = True) -> dict[str, Any]:
         """What the kernels are compiled for."""
         dim = wide(self.call.query.shape[-1])
         return {
             "SOFTCAP": self.call.softcap is not None, "ALIBI": self.alibi,
             "RELATIVE": self.has_relative, "DENSE": self.dense, "MASKED": self.masked,
-            "KINDS": self.mask.kinds, "PAGED": self.paged, "M": block_q, "N": block_k, "D": dim,
+            "KINDS": self.mask.kinds if self.masked and by_program else 0, "PAGED": self.paged,
+            "M": block_q, "N": block_k, "D": dim,
         }  # fmt: skip
 
 

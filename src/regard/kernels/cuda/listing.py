@@ -187,7 +187,10 @@ def list_keys(
                 b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, SOFTCAP, ALIBI, RELATIVE, DENSE,
             )  # fmt: skip
             shown = row_in[:, None] & col_in
-            if MASKED:
+            if BAND:
+                offset = (cols + key_start) - (rows + query_start)[:, None]
+                shown = shown & (offset <= ahead) & (offset >= -behind)
+            elif MASKED:
                 shown = shown & visible(
                     records, length, integers, octets, rows[:, None], cols, row_in[:, None],
                     col_in, b, h, query_start, key_start, KINDS, R, TOP * LEAF,

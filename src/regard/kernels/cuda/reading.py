@@ -232,9 +232,10 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     first, last = plan.received or (0, 0)
     even = not shared.paged and not lead[1] and place.k_len % block_k == 0
     options = _options(call, plan)
-    front, flags = shared.front(), shared.flags(block_q, block_k)
+    front = shared.front(by_program=band is None)
+    flags = shared.flags(block_q, block_k, by_program=band is None)
     flags["BAND"] = band is not None
-    none = shared.mask.records
+    none = shared.none
     tiles = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
     listed = (*tiles, *(band or (0, 0)))
     before = unused

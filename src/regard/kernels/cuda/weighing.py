@@ -165,8 +165,8 @@ def weigh(
             if COLUMNS:
                 if not SHARD:
                     divisor = tl.load(before + bh * q_len + rows, mask=row_in, other=1.0)
-                    shift += tl.log2(divisor)
-                    taken = taken / divisor
+            factor = 1.0 / divisor
+            rounded = tl.max((divisor != 1.0).to(tl.int32), 0) > 0
             shift = tl.where(blind, -FLOOR, shift)
 
             mass = tl.zeros([M, 4], tl.float32)
@@ -270,6 +270,10 @@ def weigh(
                         if mixed:
                             scaled = tl.where(s == float("-inf"), s, scaled)
                     highest = tl.maximum(highest, tl.max(lanes(scaled, True, 1), 1))
+                # Not in the exponent: beside a large shift it would be rounded
+                if COLUMNS:
+                    if rounded:
+                        e = e * factor[:, None]
                 if RECEIVED:
                     to = (bh * splits + split) * k_len + cols
                     if ALL_ROWS:
@@ -283,7 +287,8 @@ def weigh(
                         e_bits = e.to(tl.int32, bitcast=True) & 0x7FFFFFFF
                         pooled = pool(e_bits, MAX, NR, M // NR, NC, N // NC)
                     elif CELLS:
-                        pooled = pool(tl.sum(parts, 2), MAX, NR, M // NR, NC, 1)
+                        own_cells = tl.sum(parts, 2) * factor[:, None]
+                        pooled = pool(own_cells, MAX, NR, M // NR, NC, 1)
                     else:
                         pooled = pool(e, MAX, NR, M // NR, NC, N // NC)
                     cell = (start + key_start) // cell_size
@@ -332,7 +337,7 @@ def weigh(
                 high_in = tl.where(row_mass == row_mass, row_high, row_mass)
                 tl.store(score_out + at, high_in, row_in)
             if TOP > 0:
-                tl.store(totals + at, own_sum * divisor, row_in)
+                tl.store(totals + at, own_sum, row_in)
                 tl.debug_barrier()  # `choose` reads what other threads have stored
                 choose(
                     leaves, fans, (count + TILES - 1) // TILES, chosen + bh * q_len * kept,
