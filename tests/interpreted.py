@@ -18,6 +18,8 @@ from cases import CASES, Case
 from regard import (
     Causal,
     Entropy,
+    First,
+    Full,
     LogSumExp,
     Map,
     MaxScore,
@@ -155,11 +157,14 @@ def given_inaccurate() -> None:
         _, lse = attention(query.double(), key.double(), key.double(), return_lse=True)
         asked = [Received(), Map(2, 2), Map(8, 8), Entropy()]
         off = lse.float() * (1 + 3e-5)
-        seen = reading.read(Call.checked(query, key, None), asked, off, False)
-        forty = torch.full((1, 2), 40.0)
-        torch.testing.assert_close(seen[0][0].sum(-1), forty)
-        for cells in (seen[1][0], seen[2][0]):
-            torch.testing.assert_close(cells.sum((-1, -2)), forty)
+        # Every row sees a key, whatever the mask is read from: a band, a program, a list of tiles
+        for mask in (Full(), Window(60, 60), Causal() | First(50)):
+            call = Call.checked(query, key, None, mask=mask)
+            seen = reading.read(call, asked, off, False)
+            forty = torch.full((1, 2), 40.0)
+            torch.testing.assert_close(seen[0][0].sum(-1), forty)
+            for cells in (seen[1][0], seen[2][0]):
+                torch.testing.assert_close(cells.sum((-1, -2)), forty)
 
 
 def inside_attention() -> None:

@@ -350,12 +350,15 @@ def test_a_predicate_keeps_bits_of_mixed_cells_only():
 
 
 WRONG = {
-    "documents": (Documents(torch.zeros(5)), "query_ids is (1, 5), this call needs (2, 66)"),
+    "documents": (
+        Documents(torch.zeros(5, dtype=torch.long)),
+        "query_ids is (1, 5), this call needs (2, 66)",
+    ),
     "keys of documents": (
-        Documents(torch.zeros(66), torch.zeros(3, 133)),
+        Documents(torch.zeros(66, dtype=torch.long), torch.zeros(3, 133, dtype=torch.long)),
         "key_ids is (3, 133), this call needs (2, 133)",
     ),
-    "documents of one side": (Documents(torch.zeros(66)), "key_ids is (1, 66)"),
+    "documents of one side": (Documents(torch.zeros(66, dtype=torch.long)), "key_ids is (1, 66)"),
     "padding": (Padding(torch.ones(2, 66)), "keep is (2, 66), this call needs (2, 133)"),
     "padding of a batch": (Padding(torch.ones(3, 133)), "keep is (3, 133)"),
     "padding of 3 dims": (Padding(torch.ones(2, 1, 133)), "keep is (2, 1, 133)"),

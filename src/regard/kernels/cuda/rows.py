@@ -71,7 +71,10 @@ def sum_rows(
                     SOFTCAP, ALIBI, RELATIVE, DENSE,
                 )  # fmt: skip
             shown = row_in[:, None] & col_in[None, :]
-            if MASKED:
+            if BAND:
+                offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
+                shown = shown & (offset <= ahead) & (offset >= -behind)
+            elif MASKED:
                 if (entry & 1) == 0:
                     shown = shown & visible(
                         records, length, integers, octets, rows[:, None], cols[None, :],
