@@ -17,7 +17,7 @@ leaves or more come surely before any that is left out.
 import triton
 import triton.language as tl
 
-from .tiles import band_tiles, changed, keys_of, places, visible
+from .tiles import band_tiles, changed, in_band, keys_of, places, visible
 
 MOST = tl.constexpr(2**31 - 1)
 FLOOR = tl.constexpr(-1e30)  # the power of a hidden weight: finite, so that 0 · FLOOR is 0
@@ -188,8 +188,7 @@ def list_keys(
             )  # fmt: skip
             shown = row_in[:, None] & col_in
             if BAND:
-                offset = (cols + key_start) - (rows + query_start)[:, None]
-                shown = shown & (offset <= ahead) & (offset >= -behind)
+                shown = shown & in_band(rows[:, None], cols, behind, ahead, query_start, key_start)
             elif MASKED:
                 shown = shown & visible(
                     records, length, integers, octets, rows[:, None], cols, row_in[:, None],

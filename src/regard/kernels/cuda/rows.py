@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .listing import LOG2E
-from .tiles import band_entry, band_tiles, changed, dots, keys_of, scores, visible
+from .tiles import band_entry, band_tiles, changed, dots, in_band, keys_of, scores, visible
 
 LARGE = tl.constexpr(32.0)
 
@@ -72,8 +72,9 @@ def sum_rows(
                 )  # fmt: skip
             shown = row_in[:, None] & col_in[None, :]
             if BAND:
-                offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
-                shown = shown & (offset <= ahead) & (offset >= -behind)
+                shown = shown & in_band(
+                    rows[:, None], cols[None, :], behind, ahead, query_start, key_start
+                )
             elif MASKED:
                 if (entry & 1) == 0:
                     shown = shown & visible(

@@ -169,6 +169,13 @@ def band_tiles(
 
 
 @triton.jit
+def in_band(rows, cols, behind, ahead, query_start, key_start):
+    """What such a mask shows; rows and cols as `visible` takes them."""
+    offset = (cols + key_start) - (rows + query_start)
+    return (offset <= ahead) & (offset >= -behind)
+
+
+@triton.jit
 def band_entry(tile, low, high, behind, ahead, k_lead, key_start, N: tl.constexpr):
     """As in a list of tiles: 2 · its number, + 1 where the block's queries see all of it."""
     first = tile * N + key_start - k_lead

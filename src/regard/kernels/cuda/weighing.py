@@ -1,8 +1,9 @@
 """Triton: one pass over the tiles of the weights, for all observers at once.
 
 A program takes every n-th block of queries of one head and, for each, the tiles of keys that the
-mask does not empty, in ascending order. Rows (top k, entropy, maximum) live in registers: sums and
-maxima by lane, so that nothing passes between threads until a block ends. Columns are added to a
+mask does not empty, in ascending order. Rows (entropy, maximum) live in registers: sums and maxima
+by lane, so that nothing passes between threads until a block ends; the k largest are found by
+groups of keys (`listing`). Columns are added to a
 buffer of the program's own, so that no two programs add to one number: the buffers are summed
 afterwards, in a fixed order. The same input gives the same bits. What a tile does to hide pairs
 stands behind a branch that whole tiles do not take, and nothing in the loop keeps Triton from
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .listing import FLOOR, LOG2E, choose, lanes
-from .tiles import band_entry, band_tiles, changed, dots, keys_of, visible
+from .tiles import band_entry, band_tiles, changed, dots, in_band, keys_of, visible
 
 HIDDEN = tl.constexpr(-2139095041)  # ordered(−inf)
 LEAST = tl.constexpr(-(2**31))
@@ -216,8 +217,10 @@ def weigh(
                     if MASKED:
                         if (entry & 1) == 0:
                             if BAND:
-                                offset = (cols + key_start)[None, :] - (rows + query_start)[:, None]
-                                shown = (offset <= ahead) & (offset >= -behind)
+                                shown = in_band(
+                                    rows[:, None], cols[None, :], behind, ahead, query_start,
+                                    key_start,
+                                )  # fmt: skip
                             else:
                                 shown = visible(
                                     records, length, integers, octets, rows[:, None],
