@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -20,6 +20,50 @@ from .pages import Pages
 from .weigh import explained, weigh
 
 
+class Request(TypedDict, total=False):
+    """What `attention` takes by name that says nothing of what it returns, for type checkers."""
+
+    mask: Mask
+    bias: Bias | Tensor | Sequence[Bias | Tensor] | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: Dropout | float | None
+    query_start: int | None
+    key_start: int
+    pages: Pages | None
+    engine: str
+
+
+Given = Sequence[Observer]
+Results = tuple[Any, ...]
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: None = None,
+    return_lse: Literal[False] = False, **request: Unpack[Request],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: None = None,
+    return_lse: Literal[True], **request: Unpack[Request],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Given,
+    return_lse: Literal[False] = False, **request: Unpack[Request],
+) -> tuple[Tensor, Results]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Given,
+    return_lse: Literal[True], **request: Unpack[Request],
+) -> tuple[Tensor, Tensor, Results]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Given | None = None,
+    return_lse: bool = False, **request: Unpack[Request],
+) -> Any: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,
@@ -68,8 +112,9 @@ def attention(
         return_lse=return_lse,
     )  # fmt: skip
     if has_torch_function_variadic(query, key, value):  # as torch's own: `watch` sees the call
+        door: Any = attention
         return handle_torch_function(
-            attention, (query, key, value), query, key, value, **request, **unknown, engine=engine
+            door, (query, key, value), query, key, value, **request, **unknown, engine=engine
         )
     call = Call.checked(query, key, value, **request, **unknown)
     out, lse, seen = run(call, engine)
