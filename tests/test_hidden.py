@@ -141,6 +141,8 @@ def test_what_no_row_sees_changes_no_bit(engine, dtype, kind, rows, part):
     call = Call.checked(*tensors, **request)
     if reasons := ENGINES[engine].why_not(call):
         pytest.skip(f"{engine}: {'; '.join(reasons)}")
+    if "bias" in request and part == "key":
+        pytest.skip("a bias of −∞ hides no score that is NaN")
     hidden = ~by_kv_head(seen(q_len, request)).any(2)
     assert hidden.any()
     right = results(spoiled(tensors, part, hidden, 0.5), engine, request)
@@ -150,3 +152,41 @@ def test_what_no_row_sees_changes_no_bit(engine, dtype, kind, rows, part):
             if n == len(right) - 2 and part == "key":
                 assert not a[hidden].any()
             torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m: f"{bad}, {n}: {m}")
+
+
+@pytest.mark.parametrize("part", ["key", "value"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", HIDING)
+@every_run
+def test_what_a_row_sees_is_as_plain_attention_has_it(engine, dtype, kind, rows, part):
+    """Of some keys, which some rows see and others do not: those to the bit, these as IEEE says."""
+    q_len = ROWS[rows]
+    request, tensors = HIDING[kind](q_len), drawn(q_len, dtype)
+    call = Call.checked(*tensors, **request)
+    if reasons := ENGINES[engine].why_not(call):
+        pytest.skip(f"{engine}: {'; '.join(reasons)}")
+    shown = seen(q_len, request)
+    where = torch.zeros(BATCH, KV_HEADS, K_LEN, dtype=torch.bool)
+    where[0, :, [1, 60, 140, 195]] = True
+    sees = (shown & where.repeat_interleave(HEADS // KV_HEADS, 1)[:, :, None]).any(-1)
+    right = attention(*spoiled(tensors, part, where, 0.5), **request, engine=engine)
+    for bad in BAD:
+        dirty = spoiled(tensors, part, where, bad)
+        out = attention(*dirty, **request, engine=engine)
+        assert torch.equal(out[~sees], right[~sees])
+        for b, h, i in sees.nonzero()[:: max(1, int(sees.sum()) // 20)].tolist():
+            alone = plain_row(dirty, call, b, h, i, shown[b, h, i])
+            assert torch.equal(alone.isnan(), out[b, h, i].isnan()), (bad, b, h, i)
+            assert torch.equal(alone.isinf(), out[b, h, i].isinf()), (bad, b, h, i)
+            torch.testing.assert_close(out[b, h, i].double(), alone, rtol=0.02, atol=0.02, equal_nan=True)
+
+
+def plain_row(tensors: list[Tensor], call: Call, b: int, h: int, i: int, shown: Tensor) -> Tensor:
+    """One row from the keys that it sees alone, in float64."""
+    query, key, value = (t.double() for t in tensors)
+    kv = h // (HEADS // KV_HEADS)
+    scores = call.scale * key[b, kv, shown] @ query[b, h, i]
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores[scores != -torch.inf] if (kept := scores != -torch.inf).any() else scores
+    return scores.softmax(-1) @ value[b, kv, shown][kept]

@@ -11,12 +11,19 @@ ever turns finite again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import transforms
+from .call import Call
+from .lowered import Span
+
+ROWS = 256  # queries whose mask is looked at together
+Forward = Callable[[Call], tuple[Tensor, Tensor]]  # (out, lse)
 
 
 def finite(*tensors: Tensor | None) -> bool:
@@ -37,14 +44,17 @@ def filled(tensor: Tensor) -> Tensor:
     return _Filled.apply(tensor)
 
 
-def dot(query: Tensor, key: Tensor) -> Tensor:
-    """query @ keyᵀ: of pairs whose slope is 0, nothing reaches the other's gradient."""
-    if finite(query, key):
+def dot(query: Tensor, key: Tensor, shown: Callable[[], Tensor]) -> Tensor:
+    """query @ keyᵀ: of pairs whose slope is 0, nothing reaches the other's gradient.
+
+    shown: who sees whom, bool that broadcasts to the result; what is hidden may be any finite number.
+    """
+    if not query.numel() or not key.numel() or finite(query, key):
         return query @ key.mT
     clean = filled(query) @ filled(key).mT
     rows, cols = (~torch.isfinite(t.detach()).all(-1) for t in (query, key))
     rest = query.detach() @ key.detach().mT - clean.detach()
-    return clean + rest.where(rows[..., None] | cols[..., None, :], 0)
+    return clean + rest.where((rows[..., None] | cols[..., None, :]) & shown(), 0)
 
 
 def mix(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
@@ -75,6 +85,55 @@ def visible_rest(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     rest = torch.zeros(lost.shape, dtype=weights.dtype, device=weights.device)
     rest = rest.masked_fill(up, torch.inf).masked_fill(down, -torch.inf)
     return rest.masked_fill(lost, torch.nan)
+
+
+def plus(log: Tensor, more: Tensor) -> Tensor:
+    """log + more, −inf where log is, whatever more is."""
+    total = log + more
+    return total if finite(more) else total.masked_fill_(log == -torch.inf, -torch.inf)
+
+
+def spread_by(call: Call, out: Tensor) -> bool:
+    """Whether a kernel that multiplies what is hidden by 0 may have spoiled rows, or will gradients."""
+    hides = not call.program.full or call.biases or call.pages is not None
+    tensors = (call.query, call.key, call.value)
+    if not hides or call.place.device.type != "cpu" or not transforms.unwatched(*tensors):
+        return False
+    return not finite(*(tensors if call.needs_grad else (out,)))
+
+
+def apart(call: Call, by: Forward, exactly: Forward) -> tuple[Tensor, Tensor]:
+    """(out, lse): `by` a kernel that sees 0 for what is not finite; of rows that see it `exactly`."""
+    call = call.gathered()
+    assert call.value is not None
+    tensors = {"query": call.query, "key": call.key, "value": call.value}
+    out, lse = by(replace(call, **{name: filled(t) for name, t in tensors.items()}))
+    odd = _rows_that_see(call)
+    if not odd.any():
+        return out, lse
+    exact, exact_lse = exactly(call)
+    return exact.where(odd[..., None], out), exact_lse.to(lse.dtype).where(odd, lse)
+
+
+def _rows_that_see(call: Call) -> Tensor:
+    """Which rows hold or see a number that is not finite: bool (batch, heads, q_len)."""
+    assert call.value is not None
+    place = call.place
+    rows, keys, values = (
+        ~torch.isfinite(t.detach()).all(-1) for t in (call.query, call.key, call.value)
+    )
+    group = place.heads // place.kv_heads
+    keys, values = (t.repeat_interleave(group, 1)[:, :, None] for t in (keys, values))
+    for q0 in range(0, place.q_len, ROWS):
+        q1 = min(q0 + ROWS, place.q_len)
+        span = Span(q0, q1, 0, place.k_len)
+        shown = call.program.visible(span)
+        odd = shown & keys
+        for bias in call.biases:  # −∞ hides, but NaN − ∞ is NaN
+            shown = shown & (bias.tile(span, call.working) != -torch.inf)
+        rows[:, :, q0:q1] &= shown.any(-1)
+        rows[:, :, q0:q1] |= (odd | shown & values).any(-1)
+    return rows
 
 
 class _Filled(torch.autograd.Function):

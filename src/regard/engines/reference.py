@@ -32,7 +32,8 @@ def scores(call: Call) -> Tensor:
     """
     group = call.place.heads // call.place.kv_heads
     key = call.key.repeat_interleave(group, 1).to(call.working)
-    out = call.scale * hidden.dot(call.query.to(call.working), key)
+    query = call.query.to(call.working)
+    out = call.scale * hidden.dot(query, key, lambda: call.program.visible(whole(call)))
     if call.softcap is not None:
         out = call.softcap * torch.tanh(out / call.softcap)
     for bias in call.biases:
