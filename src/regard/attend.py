@@ -12,7 +12,7 @@ from .biases import Bias
 from .call import Call
 from .chosen import by_content
 from .dropout import Dropout
-from .engines import cpu, order, refusals, run, tiled
+from .engines import cpu, order, refusals, run, spreading, tiled
 from .errors import RegardError
 from .masks import Full, Mask
 from .observers import Observer
@@ -169,13 +169,16 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[s
 
     With `observe`, last, as "second pass by triton": what of it the Triton kernel does not read; it
     is read in plain torch then. With `pages`, as "pages": who copies keys and values out of them,
-    and how much. As "order", where PyTorch's kernel is tried before ours: what was measured. Takes
+    and how much. As "hidden", who multiplies what the mask hides by 0, and so lets a NaN there
+    spoil rows. As "order", where PyTorch's kernel is tried before ours: what was measured. Takes
     what `attention` takes, but `engine`.
     """
     call = Call.checked(query, key, value, **request)
     said = refusals(call)
     if first := order(call):
         said["order"] = [first]
+    if spread := spreading(call):
+        said["hidden"] = spread
     if call.pages is not None:
         place = call.place
         dims = query.shape[-1] + value.shape[-1]
