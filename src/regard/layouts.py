@@ -151,6 +151,38 @@ def _block_local(scores: Tensor, local: list[Local], held: Held) -> Iterator[Sco
         yield Scores(part, -torch.inf, r0, n > 0)
 
 
+def _pegasus_x(scores: Tensor, local: list[Local], held: Held) -> Iterator[Scores]:
+    """PEGASUS-X: (batch, heads, blocks, block, global tokens and the block); before, their own rows.
+
+    Global tokens are learned: as keys they count after the text's. Every other layer shifts its
+    blocks by half of one. The rows of the global tokens are a call of their own.
+    """
+    inner, layer = _with(local, "dim"), _with(local[1:], "residual")["self"]
+    length, size = _with(local, "embed_pos")["seq_len"], layer.block_size
+    if scores.dim() == 4:
+        held[id(inner["self"])] = scores
+        return
+    shift = size // 2 if layer.stagger_blocks_this_layer else 0
+    extra = scores.shape[-1] - size
+    floor = float(torch.finfo(scores.dtype).min) / 2
+    learned = torch.arange(length, length + extra, dtype=torch.int64, device=scores.device)
+
+    def positions(start: int, stop: int) -> Tensor:
+        near = torch.arange(start - shift, stop - shift, dtype=torch.int64, device=scores.device)
+        return torch.cat([learned, near.masked_fill(near >= length, -1)])
+
+    for n in range(scores.shape[2]):
+        r0, r1 = (min(max(r * size - shift, 0), length) for r in (n, n + 1))
+        if r0 < r1:
+            first = r0 + shift - n * size
+            part = scores[:, :, n, first : first + r1 - r0]
+            spread = _spread(part, positions(n * size, (n + 1) * size), length + extra, floor)
+            yield Scores(spread, -torch.inf, r0, r0 > 0)
+    own = held.pop(id(inner["self"]))
+    keys = positions(0, own.shape[-1] - extra)
+    yield Scores(_spread(own, keys, length + extra, floor), -torch.inf, 0)
+
+
 def _big_bird(scores: Tensor, local: list[Local], held: Held) -> Iterator[Scores]:
     """BigBird: five softmaxes, over the first, second, middle, last but one and last blocks.
 
@@ -176,8 +208,9 @@ def _big_bird(scores: Tensor, local: list[Local], held: Held) -> Iterator[Scores
     elif scores is inner.get("second_last_product"):
         parts = [(last - 1, scores, keys([0, last - 2, last - 1, last], -1))]
     else:
-        end = scores[..., -size:], scores[..., :-size]  # the last block's stand after the random ones
-        scores = torch.cat([scores[..., :size], *end], -1)
+        # The last block's columns stand after the random ones: they are put behind the first's
+        first, between, end = scores.split([size, scores.shape[-1] - 2 * size, size], -1)
+        scores = torch.cat([first, end, between], -1)
         parts = [
             (n, scores[:, :, n - 2], keys([0, last, n - 1, n, n + 1], n - 1))
             for n in range(2, last - 1)
@@ -198,6 +231,7 @@ _LOCAL: dict[str, Callable[[Tensor, list[Local], Held], Iterator[Scores]]] = {
     "LEDEncoderSelf": _longformer,
     "LongT5Local": _block_local,
     "LongT5TransientGlobal": _block_local,
+    "PegasusXGlobalLocal": _pegasus_x,
     "BlockSparseAttention": _big_bird,
 }
 

@@ -56,9 +56,9 @@ def _has_softmax(kind: type) -> bool:
 class Softmaxes(TorchFunctionMode):
     """While active, each softmax over keys in one of the modules named is recorded."""
 
-    def __init__(self, watched: Watched, names: set[str]) -> None:
+    def __init__(self, watched: Watched, model: nn.Module, names: set[str]) -> None:
         super().__init__()
-        self.watched, self._names = watched, names
+        self.watched, self._model, self._names = watched, model, names
         self._calls: dict[str, str] = {}  # the last call's name, of each module
         self._held: dict[int, Tensor] = {}
         self._unproved: list[tuple[str, str, Tensor]] = []
@@ -84,6 +84,17 @@ class Softmaxes(TorchFunctionMode):
         super().__exit__(kind, value, traceback)
         if kind is None:
             self._demand_proof()
+            self._check_replaced()
+
+    def _check_replaced(self) -> None:
+        """RegardError where the model has put other modules in place (BigBird on short texts)."""
+        known = self.watched.tracker.names
+        new = [n for n, m in self._model.named_modules() if n in self._names and id(m) not in known]
+        if new:
+            raise RegardError(
+                f"{new[0]} was replaced while the model ran, and its weights were not seen; run the "
+                "model once before watching it"
+            )
 
     def _owner(self) -> str | None:
         """The attention module that runs now; its softmax may be a module of its own."""
@@ -96,7 +107,8 @@ class Softmaxes(TorchFunctionMode):
         self, owner: str, func: Callable[..., Tensor], input: Tensor, *rest: Any, **given: Any
     ) -> Tensor:
         module = self.watched.modules[owner]
-        found = laid_out(module, input, lambda: _running(module), self._held)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            found = laid_out(module, input, lambda: _running(module), self._held)
         if not found:
             return func(input, *rest, **given)
         self._demand_proof(owner)

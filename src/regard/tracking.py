@@ -74,8 +74,9 @@ def module_of(call: str) -> str:
 def kind_of(module: nn.Module, name: str) -> str:
     """"self" or "cross", by what an attention module says of itself, or is called."""
     parts = [p for p in module_of(name).split(".") if not p.isdigit()]
-    parts = parts[-2:] if parts[-1:] == ["self"] else parts[-1:]  # BERT's way
-    said = f"{' '.join(parts)} {type(module).__name__}".lower()
+    while len(parts) > 1 and parts[-1] in ("self", "attention"):  # what holds it may say more
+        parts.pop()
+    said = f"{parts[-1]} {type(module).__name__}".lower()
     cross = getattr(module, "is_cross_attention", False) or any(
         part in said for part in ("cross", "encdec", "encoder_attn", "encoder_decoder_att")
     )

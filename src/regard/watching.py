@@ -77,7 +77,7 @@ def watch(
         if not interface or _calls_torch(model, sources):
             stack.enter_context(Intercept(watched))
         if by_itself := attention_modules(model):
-            stack.enter_context(Softmaxes(watched, by_itself))
+            stack.enter_context(Softmaxes(watched, model, by_itself))
         stack.enter_context(watched)
         yield watched
     if watched.tracker.ran and verify:
