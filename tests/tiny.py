@@ -28,9 +28,9 @@ SIZES: list[tuple[Any, str]] = [
         "num_key_value_heads mamba_n_heads num_cross_attention_heads "
         "num_self_attention_heads decoder_num_heads encoder_num_heads"),
     (2, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth "
-        "num_decoder_layers num_encoder_layers decoder_num_hidden_layers l_layers r_layers x_layers "
-        "encoder_num_hidden_layers speech_decoder_prenet_layers num_local_experts num_experts "
-        "n_routed_experts num_experts_per_tok moe_num_experts num_self_attends_per_block "
+        "num_decoder_layers num_encoder_layers decoder_num_hidden_layers l_layers r_layers "
+        "x_layers encoder_num_hidden_layers speech_decoder_prenet_layers num_local_experts "
+        "num_experts n_routed_experts num_experts_per_tok moe_num_experts num_self_attends_per_block "
         "num_speech_encoder_layers decoder_depth encoder_depth num_blocks_per_stage"),
     (48, "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner "
          "dim_feedforward decoder_intermediate_size encoder_intermediate_size mlp_dim "
@@ -200,7 +200,9 @@ def inputs(model: nn.Module, padded: bool = False, image: bool = False) -> dict[
             shape = (2, getattr(config, "max_length", 64), config.num_mel_bins)
         given = {"input_values": torch.randn(*shape, generator=generator)}
     if main == "input_features":
-        mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
+        mels = getattr(config, "num_mel_bins", None) or getattr(
+            config, "input_feat_per_channel", 80
+        )
         shape = (2, 64, mels) if "2" in type(model).__name__ else (2, mels, 64)
         given = {"input_features": torch.randn(*shape, generator=generator)}
     if config.is_encoder_decoder or "decoder_input_ids" in takes:

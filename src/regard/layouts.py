@@ -99,7 +99,6 @@ def _longformer(scores: Tensor, local: list[Local], held: Held) -> Iterator[Scor
     yield from _sliding(scores, instead, outer, _padding(local))
 
 
-
 def _sliding(
     scores: Tensor, instead: Tensor | None, outer: Local, padding: int
 ) -> Iterator[Scores]:
@@ -117,9 +116,9 @@ def _sliding(
         rows = torch.arange(r0, r1, dtype=torch.int64, device=scores.device)[:, None]
         near = rows + torch.arange(-wide, wide + 1, dtype=torch.int64, device=scores.device)
         near = near.masked_fill((near < 0) | (near >= length), -1)
-        keys = torch.cat(
-            [which[:, None].expand(-1, r1 - r0, -1), near.expand(batch, -1, -1)], -1
-        )[:, None]
+        keys = torch.cat([which[:, None].expand(-1, r1 - r0, -1), near.expand(batch, -1, -1)], -1)[
+            :, None
+        ]
         part = _spread(scores[:, :, r0:r1], keys, length - padding, floor)
         if instead is not None:
             for item, row in everywhere[:, r0:r1].nonzero().tolist():
@@ -136,7 +135,7 @@ def _block_local(scores: Tensor, local: list[Local], held: Held) -> Iterator[Sco
     attention, the summaries of all blocks, which count as keys after the tokens'.
     """
     length = _with(local, "seq_length")["seq_length"]
-    batch, blocks, heads, size, width = scores.shape
+    blocks, size, width = scores.shape[1], *scores.shape[3:]
     extra = width - 3 * size
     for n in range(blocks):
         r0, r1 = n * size, min((n + 1) * size, length)
@@ -152,7 +151,7 @@ def _block_local(scores: Tensor, local: list[Local], held: Held) -> Iterator[Sco
 
 
 def _pegasus_x(scores: Tensor, local: list[Local], held: Held) -> Iterator[Scores]:
-    """PEGASUS-X: (batch, heads, blocks, block, global tokens and the block); before, their own rows.
+    """PEGASUS-X: (batch, heads, blocks, block, global tokens and a block); before, their own rows.
 
     Global tokens are learned: as keys they count after the text's. Every other layer shifts its
     blocks by half of one. The rows of the global tokens are a call of their own.
@@ -200,6 +199,7 @@ def _big_bird(scores: Tensor, local: list[Local], held: Held) -> Iterator[Scores
         inside = torch.arange(size, dtype=torch.int64, device=scores.device)
         return (blocks[..., None] * size + inside).flatten(2)[:, :, None]
 
+    parts: list[tuple[int, Tensor, Tensor | None]]
     if scores is inner.get("first_product") or scores is inner.get("last_product"):
         begin = 0 if scores is inner.get("first_product") else last
         parts = [(begin, scores, None)]
@@ -217,11 +217,10 @@ def _big_bird(scores: Tensor, local: list[Local], held: Held) -> Iterator[Scores
         ]
     for n, part, which in parts:
         rows = min((n + 1) * size, shown) - n * size
-        if rows > 0 and which is None:
-            yield Scores(part[:, :, :rows, :shown], -5e3, n * size, n > 0)
-        elif rows > 0:
-            spread = _spread(part[:, :, :rows], which, shown, -torch.inf)
-            yield Scores(spread, -torch.inf, n * size, n > 0)
+        if rows > 0:
+            part = part[:, :, :rows]
+            part = part[..., :shown] if which is None else _spread(part, which, shown, -torch.inf)
+            yield Scores(part, -torch.inf, n * size, n > 0)
 
 
 _LOCAL: dict[str, Callable[[Tensor, list[Local], Held], Iterator[Scores]]] = {

@@ -92,8 +92,8 @@ class Softmaxes(TorchFunctionMode):
         new = [n for n, m in self._model.named_modules() if n in self._names and id(m) not in known]
         if new:
             raise RegardError(
-                f"{new[0]} was replaced while the model ran, and its weights were not seen; run the "
-                "model once before watching it"
+                f"{new[0]} was replaced while the model ran, and its weights were not seen; "
+                "run the model once before watching it"
             )
 
     def _owner(self) -> str | None:
@@ -117,7 +117,7 @@ class Softmaxes(TorchFunctionMode):
         kept = self.watched.cut_of(names[0])
         if kept is not None:
             if whole is None:
-                raise RegardError(f"cut: {names[0]} attends in blocks of its own; cut another layer")
+                raise RegardError(f"cut: {names[0]} attends in blocks of its own; cut elsewhere")
             whole = self._hiding(names[0], module, whole, kept)
             input, found = whole.scores.reshape(input.shape), [whole]
         weights = func(input, *rest, **given)
@@ -184,9 +184,7 @@ class Softmaxes(TorchFunctionMode):
         query, key = (scores.new_zeros(*scores.shape[:2], n, 0) for n in scores.shape[2:])
         shown: Mask = Dense(~hidden) if bool(hidden.any()) else Full()
         scores = scores.masked_fill(hidden, 0)
-        call = Call.checked(
-            query, key, None, mask=shown, bias=scores, scale=1.0, query_start=start
-        )
+        call = Call.checked(query, key, None, mask=shown, bias=scores, scale=1.0, query_start=start)
         return call, lse
 
     def _start(self, name: str, kind: str, part: Scores, hidden: Tensor) -> int:

@@ -72,7 +72,7 @@ def module_of(call: str) -> str:
 
 
 def kind_of(module: nn.Module, name: str) -> str:
-    """"self" or "cross", by what an attention module says of itself, or is called."""
+    """ "self" or "cross", by what an attention module says of itself, or is called."""
     parts = [p for p in module_of(name).split(".") if not p.isdigit()]
     while len(parts) > 1 and parts[-1] in ("self", "attention"):  # what holds it may say more
         parts.pop()
