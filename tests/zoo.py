@@ -103,6 +103,14 @@ def audio() -> dict[str, Tensor]:
     return {"input_features": random(BATCH, 8, 20)} | target()
 
 
+def series() -> dict[str, Tensor]:
+    return {
+        "past_values": random(BATCH, 9), "past_time_features": random(BATCH, 9, 1),
+        "past_observed_mask": torch.ones(BATCH, 9), "future_values": random(BATCH, 4),
+        "future_time_features": random(BATCH, 4, 1),
+    }  # fmt: skip
+
+
 def image() -> dict[str, Tensor]:
     return {"pixel_values": random(BATCH, 3, 12, 12)}
 
@@ -147,8 +155,11 @@ UNUSUAL = [
     Family("Switch", hf.SwitchTransformersForConditionalGeneration, hf.SwitchTransformersConfig,
            T5_LIKE | dict(num_experts=2), seq2seq),
 ]
-# Its encoder's attention, local to blocks, goes through no interface; its decoder's does.
-PARTLY = Family("LongT5", hf.LongT5ForConditionalGeneration, hf.LongT5Config, T5_LIKE, seq2seq)
+# Its own attention is of chosen queries, through no interface; between encoder and decoder it does.
+PARTLY = Family("Informer", hf.InformerModel, hf.InformerConfig, dict(
+    prediction_length=4, context_length=8, lags_sequence=[1], num_time_features=1, d_model=32,
+    encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=48, distil=False), series)
 # fmt: on
 
 
@@ -248,9 +259,10 @@ def mamba() -> nn.Module:
     return seeded(lambda: hf.MambaForCausalLM(config))
 
 
-def deberta() -> nn.Module:
-    config = hf.DebertaV2Config(**ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"])
-    return seeded(lambda: hf.DebertaV2Model(config))
+def nystromformer() -> nn.Module:
+    """Attention by landmarks: it has no weights of single keys."""
+    config = hf.NystromformerConfig(**ENCODER, num_landmarks=2, segment_means_seq_len=11)
+    return seeded(lambda: hf.NystromformerModel(config))
 
 
 def linear() -> nn.Module:

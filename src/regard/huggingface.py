@@ -34,6 +34,7 @@ from .errors import RegardError
 from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from .observers import Effect
+from .tracking import kind_of
 from .watched import Watched, active
 from .weigh import whole_rows
 
@@ -367,7 +368,7 @@ def _request(
     """
     if cache is not None:
         raise RegardError("regard cannot read a paged cache yet; use the default cache")
-    kind = _kind(module, where[1] if where else "")
+    kind = kind_of(module, where[1] if where else "")
     is_causal = False if eager else is_causal
     shown, biases, start, key_start = _shown(module, query, k_len, attention_mask, is_causal)
     if position_bias is not None:
@@ -420,14 +421,6 @@ def _shown(
     visible = given > torch.finfo(given.dtype).min / 2
     added = given.masked_fill(~visible, 0)
     return Dense(visible), ([DenseBias(added)] if bool(added.any()) else []), start, key_start
-
-
-def _kind(module: nn.Module, name: str) -> str:
-    said = f"{name.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
-    cross = getattr(module, "is_cross_attention", False) or any(
-        part in said for part in ("cross", "encdec", "encoder_attn")
-    )
-    return "cross" if cross else "self"
 
 
 def _asked_for_weights(rest: dict[str, Any]) -> bool:

@@ -69,3 +69,15 @@ class Tracker:
 def module_of(call: str) -> str:
     """The module's name in the name of a call."""
     return call.split("#")[0].split("~")[0]
+
+
+def kind_of(module: nn.Module, name: str) -> str:
+    """ "self" or "cross", by what an attention module says of itself, or is called."""
+    parts = [p for p in module_of(name).split(".") if not p.isdigit()]
+    while len(parts) > 1 and parts[-1] in ("self", "attention"):  # what holds it may say more
+        parts.pop()
+    said = f"{parts[-1]} {type(module).__name__}".lower()
+    cross = getattr(module, "is_cross_attention", False) or any(
+        part in said for part in ("cross", "encdec", "encoder_attn", "encoder_decoder_att")
+    )
+    return "cross" if cross else "self"

@@ -106,8 +106,9 @@ class Layer:
         self.heads, self.kv_heads = place.heads, place.kv_heads
         self.q_len, self.k_len = self.q_len + place.q_len, place.k_len
         self._end = place.query_start + place.q_len
-        if place.k_len and place.q_len:
-            self._last_key = call.key[:, :, self._own(call, self._end - 1)].detach().clone()
+        last = self._own(call, self._end - 1)
+        if place.q_len and 0 <= last < place.k_len:  # there may be fewer keys than queries
+            self._last_key = call.key[:, :, last].detach().clone()
 
     def _own(self, call: Call, position: int) -> int:
         """The index of the key at a query's position; a cross layer's keys never change."""

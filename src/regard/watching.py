@@ -15,6 +15,7 @@ from torch import nn
 from .errors import RegardError
 from .intercept import Intercept
 from .observers import Observer
+from .softmaxes import Softmaxes, attention_modules
 from .watched import Cut, Watched
 
 _LOCK = threading.Lock()
@@ -75,6 +76,8 @@ def watch(
             stack.enter_context(using_regard(model))
         if not interface or _calls_torch(model, sources):
             stack.enter_context(Intercept(watched))
+        if by_itself := attention_modules(model):
+            stack.enter_context(Softmaxes(watched, model, by_itself))
         stack.enter_context(watched)
         yield watched
     if watched.tracker.ran and verify:
@@ -85,7 +88,7 @@ def watch(
     if watched.tracker.ran and not watched.touched:
         raise RegardError(
             f"{type(model).__name__} ran, but computed no attention where it can be watched: it "
-            "computes attention by itself, or has none"
+            "takes no softmax over keys, or not inside a module of attention"
         )
     if watched.tracker.ran:
         watched.check_wanted()
@@ -106,12 +109,14 @@ def _check(model: nn.Module, hugging: bool) -> None:
     sources = _sources(model)
     if _has_attention(model) or any(map(_REGARD.search, sources or ())):
         return
+    if attention_modules(model):
+        return
     ways = (*_INTERFACE, *_TORCH_CALLS) if hugging else _TORCH_CALLS
     if sources is not None and not any(way in s for s in sources for way in ways):
         raise RegardError(
             f"{type(model).__name__} cannot be watched: none of its modules goes through "
             "transformers' AttentionInterface, F.scaled_dot_product_attention or "
-            "nn.MultiheadAttention; it computes attention by itself, or has none"
+            "nn.MultiheadAttention, or takes a softmax over keys"
         )
 
 

@@ -1,0 +1,231 @@
+"""Every architecture of transformers, tiny and random: can it be watched, is what is seen right?
+
+    python benchmarks/models.py RESULTS.jsonl [--only NAME …] [--seconds 60]
+    python benchmarks/models.py RESULTS.jsonl --write docs/models.md
+
+Each is made from its configuration with small sizes, in a process of its own with a time limit, and
+run twice: unwatched and watched, verified. Architectures that RESULTS holds already are left out,
+so a run can be taken up again. --write makes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import regard
+import tiny
+from regard import RegardError, Rows
+
+NEAR = 1e-4  # weights may differ by the rounding of float32
+STEPS = 5
+# Tried one after the other: hybrids have attention in later layers only, rotary sections are wide
+SIZES: list[dict[str, int]] = [
+    {}, {"num_hidden_layers": 8}, {"head_dim": 64}, {"image_size": 64, "patch_size": 16},
+    {"head_dim": 128, "hidden_size": 128},
+]  # fmt: skip
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors of a model's output."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [t for part in output for t in tensors(part)] if isinstance(output, list | tuple) else []
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Equal to the bit."""
+    pairs = list(zip(tensors(ours), tensors(theirs), strict=True))
+    return bool(pairs) and all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+
+
+def eager_weights(
+    kind: str, given: dict[str, Tensor], sizes: dict[str, int] | None = None
+) -> list[Tensor]:
+    """What the model gives itself, where it can: eager, with output_attentions=True."""
+    try:
+        model = tiny.build(kind, sizes, attn_implementation="eager")
+    except (ValueError, TypeError):
+        model = tiny.build(kind, sizes)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model(**given, output_attentions=True)
+    if not hasattr(output, "items"):
+        return []
+    return [t for name, part in output.items() if "attentions" in name for t in tensors(part)]
+
+
+def near(ours: Tensor, theirs: Tensor) -> bool:
+    return float((ours - theirs).abs().nan_to_num(0).max()) < NEAR
+
+
+def compared(seen: Any, given: list[Tensor]) -> str:
+    """How many layers' weights are among those that the model gives; some give scores instead."""
+    layers = [layer for layer in seen if layer.pattern]
+    left, equal, others = list(given), 0, []
+    for layer in layers:
+        ours = layer.seen[0].weights
+        shaped = [t for t in left if t.shape == ours.shape]
+        found = [t for t in shaped if near(t, ours) or near(t.softmax(-1), ours)]
+        rows = ours.sum(-1, keepdim=True)  # less than 1 under learned sinks, which some leave out
+        found = found or [t for t in shaped if near(t, ours / rows)]
+        if found:
+            equal += 1
+            left = [t for t in left if t is not found[0]]
+        elif any(near(t.sort().values, ours.sort().values) for t in shaped):
+            continue  # the same keys in another order
+        elif shaped:
+            others.append(layer.name)
+    if others and left:
+        return f"OTHERS in {', '.join(others)}"
+    if not equal:
+        return "gives none" if not given else "gives them in another layout"
+    return "equal" if equal == len(layers) else f"equal in {equal} of {len(layers)} layers"
+
+
+def kinds(seen: Any, model: nn.Module) -> str:
+    """How its layers attend, and whether any has no pattern."""
+    from regard.softmaxes import attention_modules
+
+    own = {
+        n for n in attention_modules(model)
+        if "ALL_ATTENTION_FUNCTIONS" not in type(model.get_submodule(n)).forward.__code__.co_names
+    }  # fmt: skip
+    layers = [layer for layer in seen if layer.pattern]
+    ways = Counter(
+        ("own softmax" if layer.name.split("#")[0].split("~")[0] in own else "interface or torch")
+        for layer in layers
+    )
+    said = " and ".join(ways)
+    if any(layer.kind == "cross" for layer in layers):
+        said += ", cross"
+    silent = sum(not layer.pattern for layer in seen)
+    return said + (f"; {silent} layers without a pattern" if silent else "")
+
+
+def generated(model: nn.Module, given: dict[str, Tensor]) -> str:
+    """Whether a watched model writes the same tokens."""
+    if not model.can_generate():
+        return "—"
+    prompt = {n: t for n, t in given.items() if not n.startswith("decoder_")}
+    settings = dict(max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1)
+    try:
+        alone = model.generate(**prompt, **settings)
+        if not same(model.generate(**prompt, **settings), alone):
+            return "two unwatched runs differ"
+    except Exception as error:
+        return f"not unwatched either ({type(error).__name__})"
+    try:
+        with regard.watch(model, observe=[Rows(range(64))], verify=True):
+            ours = model.generate(**prompt, **settings)
+    except RegardError as error:
+        return f"refused: {error}"
+    return "same" if same(ours, alone) else "OTHERS"
+
+
+def tried(model: nn.Module) -> tuple[dict[str, Tensor], Any]:
+    """Inputs that it takes, and its output: text, or text with an image."""
+    for image in (False, True):
+        given = tiny.inputs(model, image=image)
+        try:
+            torch.manual_seed(0)  # some draw noise
+            with torch.no_grad():
+                return given, model(**given)
+        except Exception:
+            if image or "input_ids" not in given:
+                raise
+    raise AssertionError
+
+
+def made(kind: str) -> tuple[nn.Module, dict[str, Tensor], Any, dict[str, int]]:
+    """A model that runs, its inputs and output, and the sizes that fit each other."""
+    first: Exception | None = None
+    for sizes in SIZES:
+        try:
+            model = tiny.build(kind, sizes)
+            return (model, *tried(model), sizes)
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def examined(kind: str) -> dict[str, str]:
+    """What one architecture gave."""
+    torch.manual_seed(0)
+    if tiny.model_class(kind) is None:
+        return {"part": "of another model, or without a class in AutoModel"}
+    try:
+        model, given, alone, sizes = made(kind)
+    except Exception as error:
+        return {"unbuilt": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+                if str(error).strip() else type(error).__name__}  # fmt: skip
+    found = {"model": type(model).__name__}
+    try:
+        with torch.no_grad(), regard.watch(model, observe=[Rows(range(64))], verify=True) as seen:
+            torch.manual_seed(0)
+            ours = model(**given)
+    except RegardError as error:
+        return found | {"refused": str(error)}
+    found |= {"attention": kinds(seen, model), "bits": "equal" if same(ours, alone) else "OTHER"}
+    try:
+        found["eager"] = compared(seen, eager_weights(kind, given, sizes))
+    except Exception as error:
+        found["eager"] = f"gives none ({type(error).__name__})"
+    return found | {"generate": generated(model, given)}
+
+
+def _work(kind: str, pipe: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        pipe.send(examined(kind))
+    except Exception:
+        pipe.send({"FAILED": traceback.format_exc().strip()[-600:]})
+
+
+def run(results: Path, only: list[str], seconds: float) -> None:
+    """Examine what is not in the results yet, each in a process of its own."""
+    done = set()
+    if results.exists():
+        done = {json.loads(line)["kind"] for line in results.read_text().splitlines()}
+    fork = multiprocessing.get_context("fork")
+    for kind in only or tiny.names():
+        if kind in done:
+            continue
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=_work, args=(kind, there))
+        process.start()
+        there.close()
+        try:
+            found = here.recv() if here.poll(seconds) else {"unbuilt": f"longer than {seconds:g} s"}
+        except EOFError:
+            found = {"FAILED": "the process ended"}
+        process.kill()
+        process.join()
+        with results.open("a") as file:
+            file.write(json.dumps({"kind": kind} | found, ensure_ascii=False) + "\n")
+        print(kind, found, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--seconds", type=float, default=60)
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    run(arguments.results, arguments.only, arguments.seconds)
