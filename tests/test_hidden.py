@@ -67,9 +67,7 @@ HIDING: dict[str, Callable[[int], dict[str, Any]]] = {
     "other documents": lambda n: {
         "mask": Documents(torch.arange(n) % 2, torch.arange(K_LEN) // 30 % 4)
     },
-    "other heads": lambda n: {
-        "mask": Padding(left_out(n)) | Heads([2, 3])
-    },
+    "other heads": lambda n: {"mask": Padding(left_out(n)) | Heads([2, 3])},
     "blocks": lambda n: {"mask": every_third_block(n), "query_start": 0},
     "predicate": lambda n: {"mask": Predicate(lambda b, h, q, k: (k % 7 != 3) & (k != q))},
     "dense": lambda n: {"mask": Dense(left_out(n)[:, None, None].expand(-1, 1, n, -1))},
@@ -128,7 +126,14 @@ def results(tensors: list[Tensor], engine: str, request: dict[str, Any]) -> list
     leaves = [t.clone().requires_grad_() for t in tensors]
     out, (effect,) = attention(*leaves, **request, engine=engine, observe=[Effect(3)])
     out.float().sin().sum().backward()
-    return [*found, out.detach(), effect.indices, effect.effect, effect.weights, *(t.grad for t in leaves)]
+    return [
+        *found,
+        out.detach(),
+        effect.indices,
+        effect.effect,
+        effect.weights,
+        *(t.grad for t in leaves),
+    ]
 
 
 @pytest.mark.parametrize("part", ["key", "value"])
@@ -178,7 +183,9 @@ def test_what_a_row_sees_is_as_plain_attention_has_it(engine, dtype, kind, rows,
             alone = plain_row(dirty, call, b, h, i, shown[b, h, i])
             assert torch.equal(alone.isnan(), out[b, h, i].isnan()), (bad, b, h, i)
             assert torch.equal(alone.isinf(), out[b, h, i].isinf()), (bad, b, h, i)
-            torch.testing.assert_close(out[b, h, i].double(), alone, rtol=0.02, atol=0.02, equal_nan=True)
+            torch.testing.assert_close(
+                out[b, h, i].double(), alone, rtol=0.02, atol=0.02, equal_nan=True
+            )
 
 
 def plain_row(tensors: list[Tensor], call: Call, b: int, h: int, i: int, shown: Tensor) -> Tensor:

@@ -344,6 +344,19 @@ class Effect(Observer):
         return []
 
 
+def listed(observe: Any) -> tuple[Observer, ...]:
+    """What `observe` asks for; RegardError where it is no list of observers."""
+    if observe is None:
+        return ()
+    alone = " alone" if isinstance(observe, Observer | type) else ""
+    if alone or not isinstance(observe, list | tuple):
+        raise RegardError(f"observe is {observe!r}{alone}; give a list, such as [TopK(8)]")
+    for observer in observe:
+        if not isinstance(observer, Observer):
+            raise RegardError(f"observe holds {observer!r}; give observers, such as TopK(8)")
+    return tuple(observe)
+
+
 def _check_k(observer: Observer, k: int, place: Place) -> None:
     """RegardError for a k that is not meant: each row would hold as many numbers, keys or not."""
     if k > max(place.k_len, MOST_UNUSED):

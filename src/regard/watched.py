@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .call import Call
+from .checks import whole
 from .errors import RegardError
 from .masks import Mask
-from .observers import NormTopK, Observer
+from .module_tree import Blocks, inside
+from .observers import NormTopK, Observer, listed
 from .projection import output_projection
 from .recording import RecordedLayer, Recording
 from .tracking import Tracker, module_of
@@ -48,13 +49,14 @@ class Cut(NamedTuple):
 class Layer:
     """One module that computes attention.
 
-    name: its qualified name (`tracking.Tracker.call`); index: its layer, the first number in the
-    name, or, where one module serves every layer, which run it is. kind: "self" or "cross".
+    name: its qualified name (`tracking.Tracker.call`); index: its layer's number
+    (`module_tree.Blocks.index`). kind: "self" or "cross".
     pattern: False for a layer without softmax attention; `reason` says why, and `seen` is empty.
     heads, kv_heads, q_len (queries so far), k_len (the last call's keys).
     """
 
     name: str
+    index: int = 0
     kind: str = "self"
     pattern: bool = True
     reason: str = ""
@@ -66,15 +68,6 @@ class Layer:
     _results: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
     _end: int = field(default=0, repr=False)
     _last_key: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def index(self) -> int:
-        """The number of the layer (encoder.layer.3.attention.self: 3)."""
-        again = re.search(r"#(\d+)", self.name)
-        if again:
-            return int(again[1]) - 1
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|~|$)", self.name)
-        return int(found[1]) if found else 0
 
     @property
     def seen(self) -> tuple[Any, ...]:
@@ -106,9 +99,9 @@ class Layer:
         self.heads, self.kv_heads = place.heads, place.kv_heads
         self.q_len, self.k_len = self.q_len + place.q_len, place.k_len
         self._end = place.query_start + place.q_len
-        last = self._own(call, self._end - 1)
-        if place.q_len and 0 <= last < place.k_len:  # there may be fewer keys than queries
-            self._last_key = call.key[:, :, last].detach().clone()
+        at, self._last_key = self._own(call, self._end - 1), None
+        if 0 <= at < place.k_len and place.q_len:  # keys may be fewer (SegFormer's, pooled)
+            self._last_key = call.key[:, :, at].detach().clone()
 
     def _own(self, call: Call, position: int) -> int:
         """The index of the key at a query's position; a cross layer's keys never change."""
@@ -136,21 +129,21 @@ class Watched:
     def __init__(
         self,
         model: nn.Module,
-        observe: Sequence[Observer],
+        observe: Sequence[Observer] | None,
         layers: Sequence[int | str] | int | str | None,
         keep_qk: bool,
-        cut: Sequence[Cut] = (),
+        cut: Sequence[Cut] | None = (),
         verify: bool = False,
     ) -> None:
         self.verifying, self.within = verify, False
-        self.observe, self.keep_qk = tuple(observe), keep_qk
-        self._cuts, self._done = tuple(cut), set[int]()
+        self.observe, self.keep_qk = listed(observe), keep_qk
+        self._cuts, self._done = _checked_cuts(cut), set[int]()
         self.modules = dict(model.named_modules())
         self._wanted = _several(layers)
         self._model = type(model).__name__
         self.tracker = Tracker(model)
         self._order = {n: i for i, n in enumerate(self.tracker.names.values())}
-        self._blocks = _blocks(model)
+        self._blocks = Blocks(model)
         self._layers: dict[str, Layer] = {}
         self._touched: set[str] = set()
         self._continuing = False
@@ -163,7 +156,7 @@ class Watched:
     def wants(self, name: str) -> bool:
         """Whether `layers` names this module, by its layer's number, its name or a pattern."""
         self._touched.add(name)
-        return self._asked(Layer(name))
+        return self._asked(self._layer(name))
 
     def position(self, name: str, kind: str, start: int | None) -> int:
         """Where a call's queries stand. A cross layer follows the self-attention beside it."""
@@ -184,6 +177,8 @@ class Watched:
 
     def asking(self, name: str, call: Call) -> Call:
         """A call of the module `name`, with the observers of this watch."""
+        for observer in self.observe:
+            observer.check(call.place)
         return replace(call, observers=tuple(self._fitted(o, name, call) for o in self.observe))
 
     def record(
@@ -199,7 +194,7 @@ class Watched:
 
         seen: results that the engine gathered already, by the number of their observer.
         """
-        layer = self._layers.setdefault(name, Layer(name, kind))
+        layer = self._layers.setdefault(name, self._layer(name, kind))
         layer.add(self.asking(name, call), lse, out, seen, self.keep_qk)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
@@ -213,7 +208,7 @@ class Watched:
         """What stays visible in a call of this module, where something is cut."""
         shown: Mask | None = None
         for number, cut in enumerate(self._cuts):
-            if self._matches(cut.layer, Layer(name)):
+            if self._matches(cut.layer, self._layer(name)):
                 self._done.add(number)
                 shown = ~cut.mask if shown is None else shown & ~cut.mask
         return shown
@@ -244,14 +239,19 @@ class Watched:
     def _silent(self) -> list[Layer]:
         """The layers that ran without softmax attention."""
         silent = []
-        for container, blocks in self._blocks.items():
-            spoken = {n for n in self._touched if _inside(n, container)}
+        for container, blocks in self._blocks.lists.items():
+            spoken = {n for n in self._touched if inside(n, container)}
             for block in blocks:
                 ran = block.name in self.tracker.ran
-                heard = any(n == block.name or _inside(n, block.name) for n in spoken)
+                heard = any(n == block.name or inside(n, block.name) for n in spoken)
                 if ran and not heard and (spoken or block.has_attention):
-                    silent.append(Layer(block.name, pattern=False, reason=block.reason))
+                    found = self._layer(block.name)
+                    found.pattern, found.reason = False, block.reason
+                    silent.append(found)
         return silent
+
+    def _layer(self, name: str, kind: str = "self") -> Layer:
+        return Layer(name, self._blocks.index(name), kind)
 
     def _asked(self, layer: Layer) -> bool:
         return self._wanted is None or any(self._matches(w, layer) for w in self._wanted)
@@ -262,12 +262,11 @@ class Watched:
             return fnmatch.fnmatch(layer.name, which)
         if which >= 0:
             return which == layer.index
-        counts = (len(blocks) for at, blocks in self._blocks.items() if _inside(layer.name, at))
-        return layer.index - next(counts, 0) == which
+        return layer.index - self._blocks.count(layer.name) == which
 
     def check_wanted(self) -> None:
         """RegardError where `layers` asked for one that did not run."""
-        ran = [*map(Layer, sorted(self._touched, key=self._place)), *self._silent()]
+        ran = [*map(self._layer, sorted(self._touched, key=self._place)), *self._silent()]
         for which in self._wanted or ():
             if not any(self._matches(which, layer) for layer in ran):
                 names = [layer.name for layer in ran]
@@ -311,42 +310,38 @@ def _several(layers: Sequence[int | str] | int | str | None) -> list[int | str] 
     """What `layers` asks for, one of a kind alone too; RegardError where it is neither."""
     if layers is None:
         return None
-    wanted: list[Any] = [layers] if isinstance(layers, int | str) else list(layers)
-    for which in wanted:
-        if not isinstance(which, int | str) or isinstance(which, bool):
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        layers = [layers]
+    return [_which(each, "layers") for each in layers]
+
+
+def _which(layer: Any, what: str) -> int | str:
+    """A layer as it can be asked for."""
+    if isinstance(layer, str):
+        return layer
+    try:
+        if not isinstance(layer, bool):
+            return whole(layer, what)
+    except RegardError:
+        pass
+    raise RegardError(
+        f"{what} takes numbers of layers, and names or patterns of modules, not {layer!r}"
+    )
+
+
+def _checked_cuts(cut: Any) -> tuple[Cut, ...]:
+    """What `cut` removes; RegardError where it is no list of cuts."""
+    if cut is None:
+        return ()
+    alone = " alone" if isinstance(cut, Cut | Mask | type) else ""
+    if alone or not isinstance(cut, list | tuple):
+        raise RegardError(f"cut is {cut!r}{alone}; give a list, such as [Cut(3, Heads([1]))]")
+    for each in cut:
+        if not isinstance(each, Cut):
+            raise RegardError(f"cut holds {each!r}; give cuts, such as Cut(3, Heads([1]))")
+        if not isinstance(each.mask, Mask):
             raise RegardError(
-                f"layers takes numbers of layers, and names or patterns of modules, not {which!r}"
+                f"Cut({each.layer!r}, …): mask is a {type(each.mask).__name__}; give a regard "
+                "mask, such as Edges([(10, 1)]) or Heads([1])"
             )
-    return wanted
-
-
-def _inside(name: str, container: str) -> bool:
-    return name.startswith(container + ".")
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One of a list of blocks: a layer of the model, whatever it computes."""
-
-    name: str
-    has_attention: bool
-    reason: str
-
-
-def _blocks(model: nn.Module) -> dict[str, list[_Block]]:
-    """The outermost lists of blocks, by the list's name."""
-    found: dict[str, list[_Block]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(
-            name.startswith(outer + ".") for outer in found
-        ):
-            found[name] = [_block(f"{name}.{n}", block) for n, block in module.named_children()]
-    return found
-
-
-def _block(name: str, block: nn.Module) -> _Block:
-    kinds = dict.fromkeys(type(part).__name__ for part in block.modules())
-    attention = any("Attention" in kind for kind in kinds)
-    why = "computes attention by itself" if attention else "computes no softmax attention"
-    parts = ", ".join(dict.fromkeys(type(part).__name__ for part in block.children()))
-    return _Block(name, attention, f"{type(block).__name__} {why}; its parts: {parts}")
+    return tuple(each._replace(layer=_which(each.layer, "Cut: layer")) for each in cut)

@@ -18,7 +18,7 @@ from ..call import Call
 from ..dropout import Dropout
 from ..errors import RegardError
 from ..masks import Causal, Mask
-from ..observers import Observer
+from ..observers import Observer, listed
 from ..weigh import weigh
 from .layout import Biases, InSlots, Layout
 from .seen import moved, moves, spread
@@ -177,10 +177,7 @@ class Cache:
         was before.
         """
         _check_query(query, key)
-        if isinstance(observe, Observer):
-            raise RegardError(f"observe is {observe!r} alone; give a list, such as [TopK(8)]")
-        asked = list(observe or ())
-        if asked:
+        if listed(observe):
             self._in_order()
         self.append(key, value, lengths)
         try:

@@ -33,7 +33,10 @@ class Engine(Protocol):
 PREFERENCE: tuple[Any, ...] = (cpu, sdpa, tiled)
 YIELDING: tuple[Any, ...] = (sdpa, cpu, tiled)  # where PyTorch's kernel is measured to be faster
 BY_NAME: tuple[Any, ...] = (flex, reference)
-SPREADING: tuple[Any, ...] = (sdpa, flex)  # PyTorch's own multiply what is hidden by 0: NaN spoils rows
+SPREADING: tuple[Any, ...] = (
+    sdpa,
+    flex,
+)  # PyTorch's own multiply what is hidden by 0: NaN spoils rows
 ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
 
 

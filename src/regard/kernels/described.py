@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..biases import Kind
 from ..call import Call
+from ..errors import RegardError
 from ..observers import (
     Distances,
     Entropy,
@@ -42,7 +43,10 @@ class Buffers:
         """A RegardView of a tensor of up to 4 dimensions; a dimension of size 1 has stride 0."""
         self.kept.append(tensor)
         strides = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-        return (tensor.data_ptr(), kind, *strides, *(0,) * (4 - len(strides)))
+        address = tensor.data_ptr()
+        if not address and tensor.numel():
+            raise RegardError(f"a {type(tensor).__name__} {tuple(tensor.shape)} holds no elements")
+        return (address, kind, *strides, *(0,) * (4 - len(strides)))
 
     def integers(self, numbers: Sequence[int]) -> int:
         """The address of int64s; 0 if there are none."""
