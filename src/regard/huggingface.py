@@ -255,7 +255,7 @@ def attend(
             where, module, query.detach(), key.detach(), value.detach(), attention_mask, **given
         )
         lse, seen = beside.gathered(
-            watched.asking(layer, call), capture.found(call.query.shape[:3])
+            watched.asking(layer, call, kind), capture.found(call.query.shape[:3])
         )
         if watched.verifying and not module.training:
             beside.verify(call, lse, answer[0].detach().transpose(1, 2), layer)
@@ -301,7 +301,7 @@ def _compute(
             where, module, query, key, value, attention_mask, dropout=dropout, **given
         )
         if where and wanted:
-            call = where[0].asking(where[1], call)
+            call = where[0].asking(where[1], call, kind)
         out, lse, seen = run(call)
     else:
         if dropout:

@@ -19,6 +19,7 @@ from .call import Call
 from .errors import RegardError
 from .masks import Mask
 from .observers import NormTopK, Observer
+from .padding import SUMMED, real_queries, summed
 from .projection import output_projection
 from .recording import RecordedLayer, Recording
 from .tracking import Tracker, module_of
@@ -84,9 +85,7 @@ class Layer:
             self._results = [tuple(merged)]
         return self._results[0] if self._results else ()
 
-    def add(
-        self, call: Call, lse: Tensor, out: Tensor | None, seen: Mapping[int, Any], keep_qk: bool
-    ) -> None:
+    def add(self, call: Call, lse: Tensor, results: tuple[Any, ...], keep_qk: bool) -> None:
         """Take in a call: it continues the last one, or begins anew."""
         place = call.place
         continues = self.q_len > 0 and place.query_start == self._end and place.query_start > 0
@@ -99,7 +98,7 @@ class Layer:
             )
         if not continues:
             self._results, self.q_len, self.qk = [], 0, None
-        self._results.append(weigh(call, lse, out, seen=seen))
+        self._results.append(results)
         if keep_qk:
             self.qk = self.qk or RecordedLayer(self.name, self.index, self.kind)
             self.qk.add(call, lse)
@@ -140,8 +139,9 @@ class Watched:
         keep_qk: bool,
         cut: Sequence[Cut] = (),
         verify: bool = False,
+        count_padding: bool = False,
     ) -> None:
-        self.verifying, self.within = verify, False
+        self.verifying, self.within, self.count_padding = verify, False, count_padding
         self.observe, self.keep_qk = tuple(observe), keep_qk
         self._cuts, self._done = tuple(cut), set[int]()
         self.modules = dict(model.named_modules())
@@ -153,6 +153,7 @@ class Watched:
         self._layers: dict[str, Layer] = {}
         self._touched: set[str] = set()
         self._continuing = False
+        self._real: dict[str, Tensor | None] = {}  # by block: bool (batch, q_len), or none padding
 
     def call_of(self, module: nn.Module) -> str | None:
         """The name of the call that a module of the watched model makes; None for a stranger."""
@@ -181,9 +182,28 @@ class Watched:
         finally:
             self.within = False
 
-    def asking(self, name: str, call: Call) -> Call:
-        """A call of the module `name`, with the observers of this watch."""
-        return replace(call, observers=tuple(self._fitted(o, name, call) for o in self.observe))
+    def asking(self, name: str, call: Call, kind: str) -> Call:
+        """A call of the module `name`, with the observers of this watch.
+
+        Those that leave out padding's queries, where there are any, wait for `record`.
+        """
+        now = [o for o in self.observe if not isinstance(o, SUMMED)]
+        if len(now) == len(self.observe) or self._padded(name, call, kind) is None:
+            now = list(self.observe)
+        return replace(call, observers=tuple(self._fitted(o, name, call) for o in now))
+
+    def _padded(self, name: str, call: Call, kind: str) -> Tensor | None:
+        """The queries that are not padding (batch, q_len); None if all are, or padding counts.
+
+        A cross layer's queries are those of the self-attention beside it.
+        """
+        if self.count_padding:
+            return None
+        block = re.sub(r"(\.\d+)\..*", r"\1", name)
+        if kind == "self":
+            self._real[block] = real_queries(call)
+        real = self._real.get(block)
+        return real if real is not None and real.shape == call.query.shape[:3:2] else None
 
     def record(
         self,
@@ -199,7 +219,20 @@ class Watched:
         seen: results that the engine gathered already, by the number of their observer.
         """
         layer = self._layers.setdefault(name, Layer(name, kind))
-        layer.add(self.asking(name, call), lse, out, seen, self.keep_qk)
+        asked = self.asking(name, call, kind)
+        results = weigh(asked, lse, out, seen=seen)
+        if len(asked.observers) < len(self.observe):
+            results = self._with_summed(name, call, kind, lse, results)
+        layer.add(call, lse, results, self.keep_qk)
+
+    def _with_summed(
+        self, name: str, call: Call, kind: str, lse: Tensor, results: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """The results of all observers, those that sum over queries without padding's."""
+        real, others = self._padded(name, call, kind), iter(results)
+        assert real is not None
+        sums = iter(summed(call, [o for o in self.observe if isinstance(o, SUMMED)], lse, real))
+        return tuple(next(sums if isinstance(o, SUMMED) else others) for o in self.observe)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
         """A NormTopK with the module's own output projection."""

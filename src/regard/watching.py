@@ -33,6 +33,7 @@ def watch(
     keep_qk: bool = False,
     cut: Sequence[Cut] = (),
     verify: bool | None = None,
+    count_padding: bool = False,
 ) -> Iterator[Watched]:
     """Watch a model's attention inside a `with` block; yields the `Watched` that fills.
 
@@ -49,6 +50,9 @@ def watch(
         model runs on.
     verify: check on some rows of each call that the weights as read give the model's output; by
         default only the first time that a class of models is watched, in its first block.
+    count_padding: by default Received, Map and Distances leave out the queries that are padding
+        (tokens that the mask hides as keys), so that an item's do not depend on its neighbours;
+        True counts them. Observers of rows keep all rows.
 
     In `generate()` each new token's row is appended; a new sequence replaces the last results.
     The model's own attention computes its outputs, which equal the unwatched ones to the bit, but
@@ -59,7 +63,7 @@ def watch(
     hugging = _hugging_face(model)
     _check(model, hugging)
     verify = type(model) not in _VERIFIED if verify is None else verify
-    watched = Watched(model, observe, layers, keep_qk, cut, verify)
+    watched = Watched(model, observe, layers, keep_qk, cut, verify, count_padding)
     with _LOCK:
         if id(model) in _WATCHING:
             raise RegardError(f"this {type(model).__name__} is being watched already")
