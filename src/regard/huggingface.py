@@ -31,13 +31,13 @@ from .caching import owner_of
 from .call import Call
 from .engines import run
 from .errors import RegardError
+from .huggingface_config import NAME
 from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from .observers import Effect
 from .watched import Watched, active
 from .weigh import whole_rows
 
-NAME = "regard"
 _FOREVER = 2**31  # a window that ends nowhere
 _SKIPPED = (
     threading.local()
