@@ -46,7 +46,7 @@ def test_a_model_returns_its_weights(name, way, tmp_path):
     for weights, expected in zip(given, right, strict=True):
         sees = weights.sum(-1) > 0  # eager spreads a row that sees no key over all
         assert sees.float().mean() > 0.5
-        torch.testing.assert_close(weights[sees], expected[sees], rtol=0, atol=1e-9)
+        torch.testing.assert_close(weights[sees], expected[sees], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
