@@ -19,8 +19,8 @@ from .call import Call
 from .errors import RegardError
 from .masks import Mask
 from .observers import NormTopK, Observer
-from .padding import SUMMED, real_queries, summed
 from .projection import output_projection
+from .real_queries import SUMMED, real_queries, summed
 from .recording import RecordedLayer, Recording
 from .tracking import Tracker, module_of
 from .weigh import weigh
