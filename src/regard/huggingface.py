@@ -35,7 +35,7 @@ from .huggingface_config import NAME
 from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from .observers import Effect
-from .watched import Watched, active
+from .watched import CROSS, Watched, active
 from .weigh import whole_rows
 
 _FOREVER = 2**31  # a window that ends nowhere
@@ -424,9 +424,7 @@ def _shown(
 
 def _kind(module: nn.Module, name: str) -> str:
     said = f"{name.rsplit('.', 1)[-1]} {type(module).__name__}".lower()
-    cross = getattr(module, "is_cross_attention", False) or any(
-        part in said for part in ("cross", "encdec", "encoder_attn")
-    )
+    cross = getattr(module, "is_cross_attention", False) or any(part in said for part in CROSS)
     return "cross" if cross else "self"
 
 

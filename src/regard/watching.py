@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -34,6 +35,7 @@ def watch(
     cut: Sequence[Cut] = (),
     verify: bool | None = None,
     count_padding: bool = False,
+    keep: Literal["last", "all"] = "last",
 ) -> Iterator[Watched]:
     """Watch a model's attention inside a `with` block; yields the `Watched` that fills.
 
@@ -53,8 +55,11 @@ def watch(
     count_padding: by default Received, Map and Distances leave out the queries that are padding
         (tokens that the mask hides as keys), so that an item's do not depend on its neighbours;
         True counts them. Observers of rows keep all rows.
+    keep: "last": a new forward replaces the last one's results; "all": they stay, the steps of a
+        diffusion or the turns of a chat, and `seen.forwards[n]` is the n-th.
 
-    In `generate()` each new token's row is appended; a new sequence replaces the last results.
+    In `generate()` each new token's row is appended; after beam search each row's history is that
+    of the beam it stands for.
     The model's own attention computes its outputs, which equal the unwatched ones to the bit, but
     where edges are cut or an `Effect` is asked for. Other threads that run the model compute as
     ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
@@ -63,7 +68,7 @@ def watch(
     hugging = _hugging_face(model)
     _check(model, hugging)
     verify = type(model) not in _VERIFIED if verify is None else verify
-    watched = Watched(model, observe, layers, keep_qk, cut, verify, count_padding)
+    watched = Watched(model, observe, layers, keep_qk, cut, verify, count_padding, keep)
     with _LOCK:
         if id(model) in _WATCHING:
             raise RegardError(f"this {type(model).__name__} is being watched already")
