@@ -54,9 +54,13 @@ class Added:
 
     def item(self, batch: int) -> Added:
         """The same bias for one item of the batch."""
+        return self.items(slice(batch, batch + 1))
+
+    def items(self, which: slice | list[int]) -> Added:
+        """The bias of these items of the batch."""
         if self.kind != Kind.DENSE or self.tensor.shape[0] == 1:
             return self
-        return replace(self, tensor=self.tensor[batch : batch + 1])
+        return replace(self, tensor=self.tensor[which])
 
     def offsets(self, span: Span) -> Tensor:
         """key − query in a span: (q1 − q0, k1 − k0) int64."""

@@ -29,11 +29,11 @@ from .caching import owner_of
 from .call import Call
 from .engines import run
 from .errors import RegardError
+from .huggingface_config import NAME as NAME
 from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from .module_tree import kind_of
 from .observers import Effect
-from .swapped_configs import NAME as NAME
 from .swapped_configs import SKIPPED, Watching, watched_name
 from .watched import Watched, active
 from .weigh import whole_rows
@@ -222,7 +222,7 @@ def attend(
             where, module, query.detach(), key.detach(), value.detach(), attention_mask, **given
         )
         lse, seen = beside.gathered(
-            watched.asking(layer, call), capture.found(call.query.shape[:3])
+            watched.asking(layer, call, kind), capture.found(call.query.shape[:3])
         )
         if watched.verifying and not module.training:
             beside.verify(call, lse, answer[0].detach().transpose(1, 2), layer)
@@ -258,7 +258,7 @@ def _compute(
             where, module, query, key, value, attention_mask, dropout=dropout, **given
         )
         if where and wanted:
-            call = where[0].asking(where[1], call)
+            call = where[0].asking(where[1], call, kind)
         with where[0].computing() if where else contextlib.nullcontext():
             out, lse, seen = run(call)
     else:

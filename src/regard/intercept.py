@@ -90,7 +90,7 @@ class Intercept(TorchFunctionMode):
             tensors = (t.detach() for t in (caught.query, caught.key, caught.value))
             call = Call.checked(*tensors, **caught.request | {"dropout": None})
             given = capture.found(call.query.shape[:3])
-            lse, seen = beside.gathered(self.watched.asking(name, call), given)
+            lse, seen = beside.gathered(self.watched.asking(name, call, caught.kind), given)
             self.watched.record(name, caught.kind, call, lse, None, seen)
         return out
 
@@ -132,7 +132,7 @@ class Intercept(TorchFunctionMode):
             out, lse, own = run(call, engine)
             self.watched.record(name, kind, moved, lse, out)
             return out, lse, own
-        out, lse, seen = run(self.watched.asking(name, moved), engine)
+        out, lse, seen = run(self.watched.asking(name, moved, kind), engine)
         self.watched.record(name, kind, moved, lse, out, seen)
         return out, lse, {}
 
@@ -153,7 +153,7 @@ class Intercept(TorchFunctionMode):
         """Ours in the place of torch's."""
         call = Call.checked(caught.query, caught.key, caught.value, **caught.request)
         if wanted:
-            call = self.watched.asking(name, call)
+            call = self.watched.asking(name, call, caught.kind)
         out, lse, seen = run(call)
         if wanted:
             self.watched.record(name, caught.kind, call, lse, out, seen)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+# In the names of modules that attend to others
+CROSS = ("cross", "encdec", "encoder_attn", "encoder_decoder_att")
+
 
 def hugging_face(module: object) -> bool:
     """Whether it is a Hugging Face model; without importing transformers for any other."""
@@ -75,9 +78,7 @@ def kind_of(module: nn.Module, name: str) -> str:
     if not own.startswith("self_"):
         own += parent
     said = f"{own} {type(module).__name__.lower()}"
-    cross = getattr(module, "is_cross_attention", False) or any(
-        part in said for part in ("cross", "encdec", "encoder_attn", "encoder_decoder_att")
-    )
+    cross = getattr(module, "is_cross_attention", False) or any(part in said for part in CROSS)
     return "cross" if cross else "self"
 
 

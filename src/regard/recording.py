@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,21 @@ class RecordedLayer:
             new = call.key[:, :, place.query_start - start :][:, :, : place.q_len]
             self.pieces.append((place.query_start, _kept(new)))
         self.chunks.append(Chunk(_kept(call.query), _kept(lse), packed, (start, stop)))
+        self.__dict__.pop("key", None)
+
+    def pick(self, rows: list[int]) -> None:
+        """Make the batch of these of its items; one may come twice, or be left out."""
+        for at, chunk in enumerate(self.chunks):
+            call = unpack(chunk.query, chunk.query, None, *chunk.packed)
+            packed = pack(
+                replace(
+                    call,
+                    program=call.program.items(rows),
+                    biases=tuple(b.items(rows) for b in call.biases),
+                )
+            )
+            self.chunks[at] = Chunk(chunk.query[rows], chunk.lse[rows], packed, chunk.keys)
+        self.pieces = [(start, piece[rows]) for start, piece in self.pieces]
         self.__dict__.pop("key", None)
 
     @property

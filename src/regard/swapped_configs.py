@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-NAME = "regard"
+from .huggingface_config import NAME
+
 # Of masks that are left out, or copied on the way: (q_len, k_len) → starts
 SKIPPED = threading.local()
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from .beams import Trail, picked
 from .call import Call
 from .checks import whole
 from .errors import RegardError
+from .layer_list import Forward, LayerList
 from .masks import Mask
-from .module_tree import Blocks, inside
+from .module_tree import CROSS, Blocks, inside
 from .observers import NormTopK, Observer, listed
 from .projection import output_projection
-from .recording import RecordedLayer, Recording
+from .real_queries import SUMMED, real_queries, summed
+from .recording import RecordedLayer
 from .tracking import Tracker, module_of
 from .weigh import weigh
 
@@ -67,7 +70,7 @@ class Layer:
     qk: RecordedLayer | None = None
     _results: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
     _end: int = field(default=0, repr=False)
-    _last_key: Tensor | None = field(default=None, repr=False)
+    _trail: Trail | None = field(default=None, repr=False)
 
     @property
     def seen(self) -> tuple[Any, ...]:
@@ -77,54 +80,55 @@ class Layer:
             self._results = [tuple(merged)]
         return self._results[0] if self._results else ()
 
-    def add(
-        self, call: Call, lse: Tensor, out: Tensor | None, seen: Mapping[int, Any], keep_qk: bool
-    ) -> None:
-        """Take in a call: it continues the last one, or begins anew."""
-        place = call.place
-        continues = self.q_len > 0 and place.query_start == self._end and place.query_start > 0
-        if continues:
-            self._check_same_batch(call)
-        elif self.q_len and 0 < place.query_start < self._end:
+    def follows(self, call: Call) -> bool:
+        """Whether a call continues the last one; else it begins anew."""
+        start = call.place.query_start
+        if self.q_len and 0 < start < self._end:
             raise RegardError(
-                f"{self.name}: queries from position {place.query_start} were computed twice "
+                f"{self.name}: queries from position {start} were computed twice "
                 "(assisted decoding?); this way of generating cannot be watched"
             )
-        if not continues:
-            self._results, self.q_len, self.qk = [], 0, None
-        self._results.append(weigh(call, lse, out, seen=seen))
+        return self.q_len > 0 and start == self._end and start > 0
+
+    def order(self, call: Call) -> list[int] | None:
+        """Which row of the last call each row of a self layer's goes on from; None: its own."""
+        if self._trail is None or not self.follows(call):
+            return None
+        return self._trail.order(call)
+
+    def add(
+        self, call: Call, lse: Tensor, results: tuple[Any, ...], keep_qk: bool,
+        order: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Take in a call: it continues the last one, its rows in this order, or begins anew."""
+        place = call.place
+        if not self.follows(call):
+            self._results, self.q_len, self.qk, self._trail, order = [], 0, None, None, None
+        if order is not None:
+            self._results = [tuple(picked(result, order) for result in self.seen)]
+            if self.qk:
+                self.qk.pick(order)
+        self._results.append(results)
         if keep_qk:
             self.qk = self.qk or RecordedLayer(self.name, self.index, self.kind)
             self.qk.add(call, lse)
         self.heads, self.kv_heads = place.heads, place.kv_heads
         self.q_len, self.k_len = self.q_len + place.q_len, place.k_len
         self._end = place.query_start + place.q_len
-        at, self._last_key = self._own(call, self._end - 1), None
-        if 0 <= at < place.k_len and place.q_len:  # keys may be fewer (SegFormer's, pooled)
-            self._last_key = call.key[:, :, at].detach().clone()
-
-    def _own(self, call: Call, position: int) -> int:
-        """The index of the key at a query's position; a cross layer's keys never change."""
-        return 0 if self.kind == "cross" else position - call.place.key_start
-
-    def _check_same_batch(self, call: Call) -> None:
-        """A cache whose batch was reordered (beam search) would append rows to the wrong item."""
-        at = self._own(call, self._end - 1)
-        if self._last_key is None or not 0 <= at < call.place.k_len:
-            return
-        now = call.key[:, :, at].detach()
-        if now.shape == self._last_key.shape:
-            # What a cache has evicted is 0 in the call
-            now = now.where((now != 0).any(-1, keepdim=True), self._last_key)
-        if now.shape != self._last_key.shape or not torch.equal(now, self._last_key):
-            raise RegardError(
-                f"{self.name}: the cache was reordered between two steps (beam search?); "
-                "generate with num_beams=1 to watch"
-            )
+        if self.kind == "cross" or not place.q_len:
+            return  # whose keys never change: its rows follow the self-attention beside it
+        if self._trail is not None:
+            self._trail.extend(call, order)
+        elif place.query_start + place.q_len - place.key_start <= place.k_len:
+            self._trail = Trail(call)
 
 
-class Watched:
-    """The layers that a watched model ran, in its order: iterate, index by place or name."""
+class Watched(LayerList[Layer]):
+    """The layers that a watched model ran, in its order: iterate, index by place or name.
+
+    They hold what the last forward gave, with the decode steps that followed it; `forwards` holds
+    that of each, where all are kept.
+    """
 
     def __init__(
         self,
@@ -134,8 +138,13 @@ class Watched:
         keep_qk: bool,
         cut: Sequence[Cut] | None = (),
         verify: bool = False,
+        count_padding: bool = False,
+        keep: Literal["last", "all"] = "last",
     ) -> None:
-        self.verifying, self.within = verify, False
+        if keep not in ("last", "all"):
+            raise RegardError(f"keep is {keep!r}; give 'last' or 'all'")
+        self._keeps_all, self._forwards = keep == "all", list[dict[str, Layer]]()
+        self.verifying, self.within, self.count_padding = verify, False, count_padding
         self.observe, self.keep_qk = listed(observe), keep_qk
         self._cuts, self._done = _checked_cuts(cut), set[int]()
         self.modules = dict(model.named_modules())
@@ -147,6 +156,9 @@ class Watched:
         self._layers: dict[str, Layer] = {}
         self._touched: set[str] = set()
         self._continuing = False
+        self._real: dict[str, Tensor | None] = {}  # by block: bool (batch, q_len), or none padding
+        self._leading: dict[str, bool] = {}
+        self._orders: dict[str, list[int] | None] = {}  # by block: of the last step's rows
 
     def call_of(self, module: nn.Module) -> str | None:
         """The name of the call that a module of the watched model makes; None for a stranger."""
@@ -156,7 +168,18 @@ class Watched:
     def wants(self, name: str) -> bool:
         """Whether `layers` names this module, by its layer's number, its name or a pattern."""
         self._touched.add(name)
-        return self._asked(self._layer(name))
+        return self._asked(self._layer(name)) or self._leads(name)
+
+    def _leads(self, name: str) -> bool:
+        """Whether a cross layer that is asked for stands beside this self layer, and follows it."""
+        block = _block_of(name)
+        if self._wanted is None:
+            return False
+        if block not in self._leading:
+            beside = (m for m in self.modules if inside(m, block))
+            cross = [m for m in beside if any(part in m.lower() for part in CROSS)]
+            self._leading[block] = any(self._asked(self._layer(m)) for m in cross)
+        return self._leading[block] and not any(part in name.lower() for part in CROSS)
 
     def position(self, name: str, kind: str, start: int | None) -> int:
         """Where a call's queries stand. A cross layer follows the self-attention beside it."""
@@ -175,11 +198,32 @@ class Watched:
         finally:
             self.within = False
 
-    def asking(self, name: str, call: Call) -> Call:
-        """A call of the module `name`, with the observers of this watch."""
+    def asking(self, name: str, call: Call, kind: str) -> Call:
+        """A call of the module `name`, with the observers of this watch.
+
+        Those that leave out padding's queries, where there are any, wait for `record`.
+        """
+        if not self._asked(self._layer(name)):  # only followed
+            return replace(call, observers=())
         for observer in self.observe:
             observer.check(call.place)
-        return replace(call, observers=tuple(self._fitted(o, name, call) for o in self.observe))
+        now = [o for o in self.observe if not isinstance(o, SUMMED)]
+        if len(now) == len(self.observe) or self._padded(name, call, kind) is None:
+            now = list(self.observe)
+        return replace(call, observers=tuple(self._fitted(o, name, call) for o in now))
+
+    def _padded(self, name: str, call: Call, kind: str) -> Tensor | None:
+        """The queries that are not padding (batch, q_len); None if all are, or padding counts.
+
+        A cross layer's queries are those of the self-attention beside it.
+        """
+        if self.count_padding:
+            return None
+        block = _block_of(name)
+        if kind == "self":
+            self._real[block] = real_queries(call)
+        real = self._real.get(block)
+        return real if real is not None and real.shape == call.query.shape[:3:2] else None
 
     def record(
         self,
@@ -194,8 +238,52 @@ class Watched:
 
         seen: results that the engine gathered already, by the number of their observer.
         """
-        layer = self._layers.setdefault(name, self._layer(name, kind))
-        layer.add(self.asking(name, call), lse, out, seen, self.keep_qk)
+        layer = self._taking(name, kind, call)
+        order = self._ordered(layer, call)
+        asked = self.asking(name, call, kind)
+        results = weigh(asked, lse, out, seen=seen)
+        if len(asked.observers) < len(self.observe) and self._asked(layer):
+            results = self._with_summed(name, call, kind, lse, results)
+        layer.add(call, lse, results, self.keep_qk and self._asked(layer), order)
+
+    def _taking(self, name: str, kind: str, call: Call) -> Layer:
+        """The layer that takes in a call: where all are kept, a new one for each sequence.
+
+        The next forward begins where a layer of the last begins again.
+        """
+        layer = self._layers.get(name)
+        if layer is None or (self._keeps_all and layer.q_len and not layer.follows(call)):
+            if not self._forwards or name in self._forwards[-1]:
+                self._forwards.append({})
+            layer = self._layers[name] = self._forwards[-1][name] = self._layer(name, kind)
+        return layer
+
+    @property
+    def forwards(self) -> list[Forward[Layer]]:
+        """What each forward gave, each with the decode steps that followed it.
+
+        All of them with `keep="all"`, else the last alone.
+        """
+        each = (filter(self._asked, layers.values()) for layers in self._forwards)
+        return [
+            Forward(sorted(e, key=lambda la: self._place(la.name)), self.keep_qk, self._model)
+            for e in each
+        ]
+
+    def _ordered(self, layer: Layer, call: Call) -> list[int] | None:
+        """Which row of its last call each of a layer's goes on from; None: its own."""
+        if layer.kind == "self":
+            self._orders[_block_of(layer.name)] = layer.order(call)
+        return self._orders.get(_block_of(layer.name))
+
+    def _with_summed(
+        self, name: str, call: Call, kind: str, lse: Tensor, results: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """The results of all observers, those that sum over queries without padding's."""
+        real, others = self._padded(name, call, kind), iter(results)
+        assert real is not None
+        sums = iter(summed(call, [o for o in self.observe if isinstance(o, SUMMED)], lse, real))
+        return tuple(next(sums if isinstance(o, SUMMED) else others) for o in self.observe)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
         """A NormTopK with the module's own output projection."""
@@ -233,7 +321,7 @@ class Watched:
     @property
     def layers(self) -> list[Layer]:
         """The layers in the model's order, those without softmax attention among them."""
-        found = [*self._layers.values(), *filter(self._asked, self._silent())]
+        found = filter(self._asked, [*self._layers.values(), *self._silent()])
         return sorted(found, key=lambda layer: self._place(layer.name))
 
     def _silent(self) -> list[Layer]:
@@ -279,32 +367,6 @@ class Watched:
     def _place(self, name: str) -> int:
         return self._order.get(module_of(name), 0)
 
-    def __iter__(self) -> Iterator[Layer]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, which: int | str) -> Layer:
-        layers = self.layers
-        if isinstance(which, int) and -len(layers) <= which < len(layers):
-            return layers[which]
-        for layer in layers:
-            if layer.name == which:
-                return layer
-        names = ", ".join(layer.name for layer in layers) or "none yet"
-        raise KeyError(f"no layer {which!r}; watched were: {names}")
-
-    def recording(self, **about: Any) -> Recording:
-        """What was kept with `keep_qk=True`, as a Recording; `about` describes the input."""
-        if not self.keep_qk:
-            raise RegardError("q and k were not kept; watch with keep_qk=True to make a recording")
-        layers = [
-            layer.qk or RecordedLayer(layer.name, layer.index, layer.kind, False, layer.reason)
-            for layer in self.layers
-        ]
-        return Recording(layers, {"model": self._model} | about)
-
 
 def _several(layers: Sequence[int | str] | int | str | None) -> list[int | str] | None:
     """What `layers` asks for, one of a kind alone too; RegardError where it is neither."""
@@ -345,3 +407,8 @@ def _checked_cuts(cut: Any) -> tuple[Cut, ...]:
                 "mask, such as Edges([(10, 1)]) or Heads([1])"
             )
     return tuple(each._replace(layer=_which(each.layer, "Cut: layer")) for each in cut)
+
+
+def _block_of(name: str) -> str:
+    """What a layer's self- and cross-attention have in common: the name up to its number."""
+    return re.sub(r"(\.\d+)\..*", r"\1", name)

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -36,6 +36,8 @@ def watch(
     keep_qk: bool = False,
     cut: Sequence[Cut] | None = (),
     verify: bool | None = None,
+    count_padding: bool = False,
+    keep: Literal["last", "all"] = "last",
 ) -> AbstractContextManager[Watched]:
     """Watch a model's attention inside a `with` block; yields the `Watched` that fills.
 
@@ -52,14 +54,22 @@ def watch(
         model runs on.
     verify: check on some rows of each call that the weights as read give the model's output; by
         default only the first time that a class of models is watched, in its first block.
+    count_padding: by default Received, Map and Distances leave out the queries that are padding
+        (tokens that the mask hides as keys), so that an item's do not depend on its neighbours;
+        True counts them. Observers of rows keep all rows.
+    keep: "last": a new forward replaces the last one's results; "all": they stay, the steps of a
+        diffusion or the turns of a chat, and `seen.forwards[n]` is the n-th.
 
-    In `generate()` each new token's row is appended; a new sequence replaces the last results.
+    In `generate()` each new token's row is appended; after beam search each row's history is that
+    of the beam it stands for.
     The model's own attention computes its outputs, which equal the unwatched ones to the bit, but
     where edges are cut or an `Effect` is asked for. Other threads that run the model compute as
     ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
     it ran without computing attention where it could be seen, or without a layer asked for.
     """
-    return _Block(lambda: _watching(model, observe, layers, keep_qk, cut, verify))
+    return _Block(
+        lambda: _watching(model, observe, layers, keep_qk, cut, verify, count_padding, keep)
+    )
 
 
 class _Block(AbstractContextManager["Watched"]):
@@ -84,6 +94,8 @@ def _watching(
     keep_qk: bool,
     cut: Sequence[Cut] | None,
     verify: bool | None,
+    count_padding: bool,
+    keep: Literal["last", "all"],
 ) -> Iterator[Watched]:
     """One block of `watch`."""
     parts = _parts(model)
@@ -92,7 +104,7 @@ def _watching(
     _check(model, hugging, sources)
     kinds = {type(part) for part in parts}
     verify = not kinds <= set(_VERIFIED) if verify is None else verify
-    watched = Watched(model, observe, layers, keep_qk, cut, verify)
+    watched = Watched(model, observe, layers, keep_qk, cut, verify, count_padding, keep)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_claimed(model, parts))
         stack.enter_context(watched.tracker.following())
