@@ -12,7 +12,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from string import punctuation
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
@@ -27,10 +27,10 @@ SINK = 0.3
 """A word is a sink of a head where its column mean is above this (Gu et al. 2025)."""
 
 _TILE = 1 << 22  # weights held at once: 16 MB in float32
-_UNSPACED = (  # Thai, Lao, Myanmar, Khmer, kana, Han: no spaces between words
-    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF)),
-    *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
-)
+# Scripts without spaces that UAX #29 joins: it parts Han, hiragana, Thai, Khmer and the like itself
+_UNSPACED = r"[\p{scx=Katakana}\p{sc=Bopomofo}\p{sc=Tibetan}\p{lb=AK}\p{lb=AS}]+"
+_SPACED = r"[[\p{L}\p{M}\p{N}]--[\p{lb=ID}\p{lb=CJ}\p{lb=NS}\p{lb=SA}]]"
+_HYPHEN = rf"(?V1)(?<={_SPACED})[-\u2010\u2011](?={_SPACED})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,13 @@ class Words(Sequence[Word]):
     ) -> Words:
         """The words of ``text``, whose token i covers the characters ``offsets[i]``.
 
-        Words stand between whitespace, and punctuation at their edges stands apart: "suitcase,"
-        is two words, "didn't" is one. In scripts written without spaces every token starts a
-        word. A special token is a word of its own, named by its token; so is a token of
-        whitespace, but for the one space that tokenizers set before a word. A token that covers
-        several words joins them, so no token is split. Words without a token are left out.
-        ``cuts``: characters at which a word starts anyhow.
+        Words end where Unicode's do (UAX #29), so punctuation and emoji stand apart: "suitcase,"
+        is two words, "didn't" is one; but hyphens join, and a run of one sign is one word. In
+        scripts written without spaces every token starts a word. A special token is a word of
+        its own, named by its token; so is a token of whitespace, but for the one space that
+        tokenizers set before a word. A token that covers several words joins them, so no token
+        is split. Words without a token are left out. ``cuts``: characters at which a word starts
+        anyhow.
         """
         if not len(tokens) == len(offsets) == len(special):
             raise RegardError(
@@ -355,42 +356,41 @@ def _pieces(
     special: Sequence[bool],
     cuts: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """The stretches of ``text`` that words are made of, in order, special tokens left out."""
-    marks = {start for start, end in spans if start < end}
-    taken = bytearray(len(text))
-    for (start, end), is_special in zip(spans, special, strict=True):
-        if is_special:
-            taken[start:end] = b"\1" * (end - start)
+    """The stretches of ``text`` that words are made of, in order; a run of one sign stays one."""
+    fixed = {*cuts, *(at for span, mark in zip(spans, special, strict=True) if mark for at in span)}
     pieces: list[tuple[int, int]] = []
-    begun = -1
-    for at, char in enumerate(text + " "):
-        outside = char.isspace() or (at < len(text) and taken[at])
-        cut = at in cuts or (at in marks and begun >= 0 and _unspaced_at(text, at))
-        if begun >= 0 and (outside or cut):
-            pieces += _edges(text, begun, at)
-            begun = -1
-        if begun < 0 and not outside:
-            begun = at
+    sign, start = "", 0
+    for stop in sorted(_bounds(text, {low for low, high in spans if low < high}) | fixed):
+        low, high = _strip(text, start, stop)
+        start = stop
+        if low == high:
+            continue
+        piece = text[low:high]
+        if piece == sign and pieces[-1][1] == low and low not in fixed:
+            pieces[-1] = pieces[-1][0], high
+        else:
+            pieces.append((low, high))
+        sign = "" if any(map(str.isalnum, piece)) else piece
     return pieces
 
 
-def _edges(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """``start:end`` with the punctuation at its edges apart; a run of one sign stays one."""
-    low, high = start, end
-    while low < high and _is_punctuation(text[low]):
-        low += 1
-    while high > low and _is_punctuation(text[high - 1]):
-        high -= 1
-    for first, last in ((start, low), (high, end)):
-        if (first, last) == (high, end) and low < high:
-            yield low, high
-        at = first
-        while at < last:
-            stop = at + 1
-            while stop < last and text[stop] == text[at]:
-                stop += 1
-            yield at, stop
-            at = stop
+def _bounds(text: str, marks: set[int]) -> set[int]:
+    """Where a word may begin or end: by UAX #29, but for hyphens, and for ``marks``, the starts of
+    tokens, in scripts without spaces."""
+    try:
+        import regex
+        from unicode_segmentation_rs import graphemes, split_word_bounds
+    except ImportError as error:
+        raise RegardError('words need an extra: pip install "regard[look]"') from error
+    bounds = set(accumulate(map(len, split_word_bounds(text))))
+    for hyphen in regex.finditer(_HYPHEN, text):
+        bounds -= {hyphen.start(), hyphen.end()}
+    if not text.isascii():
+        for run in regex.finditer(_UNSPACED, text):
+            bounds |= marks.intersection(range(run.start(), run.end() + 1))
+        bounds.intersection_update(accumulate(map(len, graphemes(text, True))))
+        bounds.update(*(gap.span() for gap in regex.finditer(r"[\s\x1c-\x1f]+", text)))
+    return bounds
 
 
 def _one_char(text: str, offsets: Sequence[Sequence[int]], special: Sequence[bool], i: int) -> bool:
@@ -407,17 +407,6 @@ def _strip(text: str, start: int, end: int) -> tuple[int, int]:
     while end > start and text[end - 1].isspace():
         end -= 1
     return start, end
-
-
-def _is_punctuation(char: str) -> bool:
-    return char in punctuation or unicodedata.category(char).startswith("P")
-
-
-def _unspaced_at(text: str, at: int) -> bool:
-    """Whether a word may start at a character without a space before it."""
-    beside = (ord(char) for char in text[at - 1 : at + 1])
-    known = any(low <= code <= high for code in beside for low, high in _UNSPACED)
-    return known and not unicodedata.category(text[at : at + 1] or " ").startswith("M")
 
 
 def _same(text: str) -> str:
