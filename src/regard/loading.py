@@ -33,13 +33,15 @@ EXTRA = 'pip install "regard[look]"'
 
 @dataclass
 class Encoded:
-    """A text as tokens: their names, the characters each covers, and which are special."""
+    """A text as tokens: their names, the characters each covers, and which are special; pieces:
+    whether each token counts as a word."""
 
     text: str
     ids: list[int]
     tokens: list[str] = field(default_factory=list)
     offsets: list[tuple[int, int]] = field(default_factory=list)
     special: list[bool] = field(default_factory=list)
+    pieces: bool = False
 
     def about(self) -> dict[str, Any]:
         """What a recording keeps of it, fit for JSON."""
@@ -48,13 +50,17 @@ class Encoded:
             "tokens": self.tokens,
             "offsets": [list(span) for span in self.offsets],
             "special": self.special,
-        }
+        } | ({"pieces": True} if self.pieces else {})
 
 
 class Reader:
-    """A loaded model with its tokenizer: what it reads in a text can be recorded."""
+    """A loaded model with its tokenizer: what it reads in a text can be recorded.
+
+    ``pieces``: whether each token counts as a word.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, family: Family) -> None:
+        self.pieces = False
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
@@ -77,7 +83,7 @@ class Reader:
         if not text.strip():
             raise RegardError("the text is empty; there is nothing to look at")
         batch = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        encoded = Encoded(text, batch["input_ids"])
+        encoded = Encoded(text, batch["input_ids"], pieces=self.pieces)
         encoded.tokens = self._names(encoded.ids)
         encoded.offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
         added = batch["special_tokens_mask"]
@@ -88,6 +94,18 @@ class Reader:
             encoded.special.append(bool(mark) or written)
         if all(encoded.special):
             raise RegardError(f"{self.name} finds no token in the text, so nothing to look at")
+        return self._decoded_where_unplaced(encoded)
+
+    def _decoded_where_unplaced(self, encoded: Encoded) -> Encoded:
+        """``encoded``; where its tokenizer does not place every token that has characters, the
+        text that the tokens decode to, with its offsets (some tokenizers give empty ones)."""
+        for id_, (start, end), special in zip(
+            encoded.ids, encoded.offsets, encoded.special, strict=True
+        ):
+            if start == end and not special and self._decoded([id_]).strip():
+                again = self._continued(Encoded("", []), encoded.ids)
+                again.special = encoded.special
+                return again
         return encoded
 
     def record(
@@ -161,7 +179,7 @@ class Reader:
         Bytes that make one character together all cover it. Only the last few tokens are decoded
         at a time, so the cost is linear.
         """
-        after = Encoded(before.text, [*before.ids, *ids])
+        after = Encoded(before.text, [*before.ids, *ids], pieces=self.pieces)
         after.tokens = self._names(after.ids)
         after.offsets, after.special = list(before.offsets), list(before.special)
         begun = max(0, len(before.ids) - 8)  # where decoding starts, for the context it needs

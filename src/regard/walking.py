@@ -147,12 +147,13 @@ def _target(reader: Reader, text: str) -> Encoded:
         [*reader._names([start]), *said.tokens[:stop]],
         [(0, 0), *said.offsets[:stop]],
         [True, *said.special[:stop]],
+        reader.pieces,
     )
 
 
 def _sides(texts: Sequence[Encoded]) -> list[Side]:
     """The texts with their words, which are numbered over all of them."""
-    split = [Words.split(t.text, t.tokens, t.offsets, t.special) for t in texts]
+    split = [Words.of(text.about()) for text in texts]
     names = label([word for words in split for word in words])
     sides: list[Side] = []
     first = 0

@@ -10,15 +10,15 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .errors import RegardError
+from .word_bounds import pieces_of, strip
 
 if TYPE_CHECKING:
     from .recording import Recording
@@ -27,10 +27,6 @@ SINK = 0.3
 """A word is a sink of a head where its column mean is above this (Gu et al. 2025)."""
 
 _TILE = 1 << 22  # weights held at once: 16 MB in float32
-# Scripts without spaces that UAX #29 joins: it parts Han, hiragana, Thai, Khmer and the like itself
-_UNSPACED = r"[\p{scx=Katakana}\p{sc=Bopomofo}\p{sc=Tibetan}\p{lb=AK}\p{lb=AS}]+"
-_SPACED = r"[[\p{L}\p{M}\p{N}]--[\p{lb=ID}\p{lb=CJ}\p{lb=NS}\p{lb=SA}]]"
-_HYPHEN = rf"(?V1)(?<={_SPACED})[-\u2010\u2011](?={_SPACED})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +97,8 @@ class Words(Sequence[Word]):
                 "tokens, offsets and special must be equally long; "
                 f"they are {len(tokens)}, {len(offsets)} and {len(special)}"
             )
-        spans = [_strip(text, int(start), int(end)) for start, end in offsets]
-        pieces = _pieces(text, spans, special, cuts)
+        spans = [strip(text, int(start), int(end)) for start, end in offsets]
+        pieces = pieces_of(text, spans, special, cuts)
         covered: list[tuple[int, int] | None] = [None] * len(spans)  # pieces; None: its own word
         following: tuple[int, int] | None = None
         for i in reversed(range(len(spans))):
@@ -133,6 +129,38 @@ class Words(Sequence[Word]):
                 name = tokens[first] if special[first] or start == end else text[start:end]
             words.append(Word(name, start, end, range(first, stop), bool(special[first])))
         return cls(words)
+
+    @classmethod
+    def single(
+        cls,
+        text: str,
+        tokens: Sequence[str],
+        offsets: Sequence[Sequence[int]],
+        special: Sequence[bool],
+    ) -> Words:
+        """Every token as a word, named by its characters: by its token where these are all told,
+        as for the later bytes of one character."""
+        words: list[Word] = []
+        reached = 0
+        for i, (token, span) in enumerate(zip(tokens, offsets, strict=True)):
+            low, high = strip(text, *map(int, span))
+            low, high = (low, high) if low < high else map(int, span)
+            low = max(low, reached)
+            high = reached = max(low, high)
+            name = token if special[i] or low == high else text[low:high]
+            words.append(Word(name, low, high, range(i, i + 1), bool(special[i])))
+        return cls(words)
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], cuts: Sequence[int] = ()) -> Words:
+        """The words of what a recording's ``about`` tells of a text; its tokens if ``pieces``."""
+        text, tokens, offsets = (about.get(key) for key in ("text", "tokens", "offsets"))
+        if text is None or tokens is None or offsets is None:
+            raise RegardError("the recording has no words: its text, tokens or offsets are missing")
+        special = about.get("special") or [False] * len(tokens)
+        if about.get("pieces"):
+            return cls.single(text, tokens, offsets, special)
+        return cls.split(text, tokens, offsets, special, cuts)
 
 
 class Found(NamedTuple):
@@ -350,63 +378,11 @@ def _blocks(count: int, width: int) -> Iterator[range]:
         yield range(start, min(start + size, count))
 
 
-def _pieces(
-    text: str,
-    spans: Sequence[tuple[int, int]],
-    special: Sequence[bool],
-    cuts: Sequence[int],
-) -> list[tuple[int, int]]:
-    """The stretches of ``text`` that words are made of, in order; a run of one sign stays one."""
-    fixed = {*cuts, *(at for span, mark in zip(spans, special, strict=True) if mark for at in span)}
-    pieces: list[tuple[int, int]] = []
-    sign, start = "", 0
-    for stop in sorted(_bounds(text, {low for low, high in spans if low < high}) | fixed):
-        low, high = _strip(text, start, stop)
-        start = stop
-        if low == high:
-            continue
-        piece = text[low:high]
-        if piece == sign and pieces[-1][1] == low and low not in fixed:
-            pieces[-1] = pieces[-1][0], high
-        else:
-            pieces.append((low, high))
-        sign = "" if any(map(str.isalnum, piece)) else piece
-    return pieces
-
-
-def _bounds(text: str, marks: set[int]) -> set[int]:
-    """Where a word may begin or end: by UAX #29, but for hyphens, and for ``marks``, the starts of
-    tokens, in scripts without spaces."""
-    try:
-        import regex
-        from unicode_segmentation_rs import graphemes, split_word_bounds
-    except ImportError as error:
-        raise RegardError('words need an extra: pip install "regard[look]"') from error
-    bounds = set(accumulate(map(len, split_word_bounds(text))))
-    for hyphen in regex.finditer(_HYPHEN, text):
-        bounds -= {hyphen.start(), hyphen.end()}
-    if not text.isascii():
-        for run in regex.finditer(_UNSPACED, text):
-            bounds |= marks.intersection(range(run.start(), run.end() + 1))
-        bounds.intersection_update(accumulate(map(len, graphemes(text, True))))
-        bounds.update(*(gap.span() for gap in regex.finditer(r"[\s\x1c-\x1f]+", text)))
-    return bounds
-
-
 def _one_char(text: str, offsets: Sequence[Sequence[int]], special: Sequence[bool], i: int) -> bool:
     """Whether tokens i - 1 and i are bytes of the same whitespace character."""
     start, end = offsets[i]
     same = tuple(offsets[i - 1]) == (start, end)
     return same and text[start:end].isspace() and not special[i] and not special[i - 1]
-
-
-def _strip(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without the whitespace at its edges; an empty one stands at its end."""
-    while start < end and text[start].isspace():
-        start += 1
-    while end > start and text[end - 1].isspace():
-        end -= 1
-    return start, end
 
 
 def _same(text: str) -> str:

@@ -61,6 +61,7 @@ class Question:
             second = reader
             if self.model is not None:
                 second = load(self.model, generate=self.generate > 0)
+                second.pieces = reader.pieces
             text = found.sides[0].text if self.text is None else self.text
             if self.text is None and self.generate:
                 text = str(recording.about["text"])[: _given(recording)]

@@ -247,15 +247,10 @@ def _sides(recording: Recording) -> tuple[list[Side], range]:
     sides: list[Side] = []
     count = 0
     for about in filter(None, (recording.about, recording.about.get("decoder"))):
-        text, tokens, offsets, special = (
-            about.get(key) for key in ("text", "tokens", "offsets", "special")
-        )
-        if text is None or tokens is None or offsets is None:
-            raise RegardError("the recording has no words: its text, tokens or offsets are missing")
-        begun = about.get("generated")
-        cuts = [] if begun is None or begun == len(offsets) else [offsets[begun][0]]
-        words = Words.split(text, tokens, offsets, special or [False] * len(tokens), cuts)
-        sides.append(Side(text, words, count))
+        begun, offsets = about.get("generated"), about.get("offsets")
+        cuts = [offsets[begun][0]] if offsets and begun and begun < len(offsets) else []
+        words = Words.of(about, cuts)
+        sides.append(Side(about["text"], words, count))
         count += len(words)
     if len(sides) > 1:
         return sides, range(sides[1].first, count)
