@@ -51,7 +51,7 @@ class Question:
         recording: Recording,
         readers: Sequence[str],
         layers: Sequence[int],
-        heads: Sequence[int],
+        heads: Sequence[int | tuple[int, int]],
         progress: Callable[[str, float | None], object],
     ) -> Recording | None:
         """Fill in ``found``; returns the recording of the other text or model, if there is one."""

