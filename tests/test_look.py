@@ -44,7 +44,7 @@ def run(*arguments, **env):
 def printed(*arguments, width=80, **env):
     result = run(*arguments, COLUMNS=str(width), **env)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr.startswith("saved: ") if "--save" in arguments else not result.stderr
     assert max(map(cell_len, result.stdout.splitlines())) <= width
     return result.stdout
 
@@ -52,7 +52,7 @@ def printed(*arguments, width=80, **env):
 def answered(*arguments):
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr.startswith("saved: ") if "--save" in arguments else not result.stderr
     return json.loads(result.stdout)
 
 

@@ -116,7 +116,9 @@ class Reader:
         With ``generate`` that many tokens are first added greedily, and the pass reads them too:
         for a causal model they follow the text, and ``about["generated"]`` is the first of them;
         for an encoder-decoder they are the decoder's, in ``about["decoder"]``, and its self- and
-        cross-attention is recorded beside the encoder's. ``step`` is called with 1 a new token.
+        cross-attention is recorded beside the encoder's. ``"probabilities"`` are those that the
+        model gave them (None: given, such as a decoder's first). ``step`` is called with 1 a new
+        token.
         """
         import torch
 
@@ -127,15 +129,15 @@ class Reader:
         ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
         extra: dict[str, Any] = {}
         with quiet(), torch.no_grad():
-            written = self._generate(ids, generate, step) if generate else []
+            written, likely = self._generate(ids, generate, step) if generate else ([], [])
             model, inputs = self.model.base_model, {"input_ids": ids}
             if self.family == "causal" and generate:
-                extra["generated"] = len(encoded.ids)
+                extra |= {"generated": len(encoded.ids), "probabilities": likely}
                 encoded = self._continued(encoded, written)
                 inputs = {"input_ids": torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")}
             elif self.family == "encoder-decoder" and generate:
                 said = self._continued(Encoded("", []), written)
-                extra["decoder"] = said.about()
+                extra["decoder"] = said.about() | {"probabilities": [None, *likely]}
                 inputs["decoder_input_ids"] = torch.tensor(
                     [said.ids], dtype=torch.int64, device="cpu"
                 )
@@ -157,13 +159,20 @@ class Reader:
             f"the text has {count:,} tokens{plus}, but {self.name} has positions for {limit:,}"
         )
 
-    def _generate(self, ids: Any, count: int, step: Callable[[int], object] | None) -> list[int]:
-        """The ids of ``count`` tokens chosen greedily; a decoder's start token comes first."""
+    def _generate(
+        self, ids: Any, count: int, step: Callable[[int], object] | None
+    ) -> tuple[list[int], list[float]]:
+        """The ids of ``count`` tokens chosen greedily, and their probabilities.
+
+        A decoder's start token comes first among the ids.
+        """
         if self.family == "encoder":
             raise RegardError(f"{self.name} is an encoder: it generates no text")
         started = 0 if self.family == "encoder-decoder" else ids.shape[1]
+        likeliest = _Likeliest()
         out = self.model.generate(
             input_ids=ids,
+            logits_processor=[likeliest],
             attention_mask=ids.new_ones(ids.shape),
             max_new_tokens=count,
             do_sample=False,
@@ -171,7 +180,7 @@ class Reader:
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
             streamer=_Steps(step),
         )
-        return out[0, started:].tolist()
+        return out[0, started:].tolist(), likeliest.probabilities
 
     def _continued(self, before: Encoded, ids: Sequence[int]) -> Encoded:
         """``before`` with the tokens ``ids`` after it, each with the characters it adds.
@@ -221,6 +230,17 @@ class _Steps:
         self._begun = True
 
     def end(self) -> None: ...
+
+
+class _Likeliest:
+    """A transformers logits processor that changes nothing: it keeps what the likeliest has."""
+
+    def __init__(self) -> None:
+        self.probabilities: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.probabilities.append(float(scores[0].double().softmax(-1).max()))
+        return scores
 
 
 def load(name: str | None = None, *, generate: bool = False, head: bool = False) -> Reader:

@@ -115,7 +115,7 @@ def _prepared(
     reader._fits(len(encoded.ids), generate)
     ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
     with quiet(), torch.no_grad():
-        new = reader._generate(ids, generate, step) if generate else []
+        new = reader._generate(ids, generate, step)[0] if generate else []
     model, texts = reader.model.base_model, [encoded]
     if reader.family == "causal" and generate:
         texts = [reader._continued(encoded, new)]

@@ -38,6 +38,9 @@ _JSON = """\b
               [{word, index, weight}], weight the column mean; apart is the
               share of the mass on sinks and special tokens
   shown_mass  the share of the mass of all rows read that links hold
+  generated   with --generate: {text, words: [{index, word, probability}]}: of a
+              word the product over its tokens, each given all before it; null:
+              a decoder's first
   versus      with --versus or --versus-model, of each --from word (without, the
               K words whose reading moved most): {from, kind, models,
               words: of both, aligned: [[index, index2]] (null: none), moved,

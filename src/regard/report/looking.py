@@ -145,12 +145,12 @@ class Blank(NamedTuple):
 class Look:
     """What `regard look` found.
 
-    ``focuses`` are the words asked for, and ``links`` the strongest of each head from them.
-    Without any, ``near`` and ``far`` are the strongest links between neighbouring words and
-    between others, over all heads, special tokens and each head's sinks apart; ``written`` is
-    what the generated words read; ``links`` has all of these. ``shown_mass`` is the share that
-    ``links`` hold of the mass of all the rows they are of. What else was asked for: ``versus``
-    comparisons with ``other``, what ``cut`` changed, and ``effects``.
+    ``focuses`` are the words asked for, and ``links`` the strongest of each head from them. Without
+    any, ``near`` and ``far`` are the strongest links between neighbouring words and between others,
+    over all heads, special tokens and each head's sinks apart; ``written`` is what the generated
+    words read, ``probabilities`` those of their tokens; ``links`` has all of these. ``shown_mass``
+    is the share that ``links`` hold of the mass of all the rows they are of. What else was asked
+    for: ``versus`` comparisons with ``other``, what ``cut`` changed, and ``effects``.
     """
 
     model: str
@@ -158,6 +158,7 @@ class Look:
     words: list[Word]
     labels: list[str]
     generated: range
+    probabilities: list[float | None]
     parts: list[Part]
     blanks: list[Blank]
     top: int
@@ -207,6 +208,7 @@ def look(
         words=words,
         labels=label(words),
         generated=generated,
+        probabilities=(recording.about.get("decoder") or recording.about).get("probabilities", []),
         parts=_parts(recording, sides, shown, step),
         blanks=[
             Blank(i, layer.name, layer.reason)
