@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from ..comparing import Flip, Pair, Reading, Versus
+from ..comparing import NOISE, Flip, Pair, Reading, Versus
 from .continuation import continuation
 from .looking import Look
 from .screen import bar, clean, fit, word_name
@@ -71,7 +71,8 @@ class _Asked:
         yield from self.footer(
             "first, second: the word weight in each text; words that stand in each other's place "
             "are one line. A head flips where the word that it reads most (special tokens and the "
-            "word itself apart) is not the counterpart of that in the first text"
+            "word itself apart) is not the counterpart of that in the first text, and not for less "
+            f"than {NOISE} of weight"
         )
 
     def overview(self) -> Iterator[Text]:
