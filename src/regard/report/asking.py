@@ -51,7 +51,7 @@ class Question:
         recording: Recording,
         readers: Sequence[str],
         layers: Sequence[int],
-        heads: Sequence[int],
+        heads: Sequence[int | tuple[int, int]],
         progress: Callable[[str, float | None], object],
     ) -> Recording | None:
         """Fill in ``found``; returns the recording of the other text or model, if there is one."""
@@ -61,6 +61,7 @@ class Question:
             second = reader
             if self.model is not None:
                 second = load(self.model, generate=self.generate > 0)
+                second.pieces = reader.pieces
             text = found.sides[0].text if self.text is None else self.text
             if self.text is None and self.generate:
                 text = str(recording.about["text"])[: _given(recording)]
