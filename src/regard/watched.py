@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .brief import shortened
 from .call import Call
 from .errors import RegardError
 from .masks import Mask
 from .observers import NormTopK, Observer
+from .picking import Which, pick
 from .projection import output_projection
 from .recording import RecordedLayer, Recording
 from .tracking import Tracker, module_of
@@ -44,14 +46,15 @@ class Cut(NamedTuple):
     mask: Mask
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Layer:
     """One module that computes attention.
 
     name: its qualified name (`tracking.Tracker.call`); index: its layer, the first number in the
     name, or, where one module serves every layer, which run it is. kind: "self" or "cross".
     pattern: False for a layer without softmax attention; `reason` says why, and `seen` is empty.
-    heads, kv_heads, q_len (queries so far), k_len (the last call's keys).
+    heads, kv_heads, q_len (queries so far), k_len (the last call's keys). layer[TopK] is the result
+    of that observer: by its class, itself, or its place.
     """
 
     name: str
@@ -63,9 +66,21 @@ class Layer:
     q_len: int = 0
     k_len: int = 0
     qk: RecordedLayer | None = None
+    observers: tuple[Observer, ...] = ()
     _results: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
     _end: int = field(default=0, repr=False)
     _last_key: Tensor | None = field(default=None, repr=False)
+
+    def __getitem__(self, which: Which) -> Any:
+        if not self.pattern:
+            raise RegardError(f"{self.name} has no results: {self.reason}")
+        return pick(self.seen, self.observers, which, self.name or "the model")
+
+    def __repr__(self) -> str:
+        if not self.pattern:
+            return f"Layer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
+        sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+        return f"Layer({self.name!r}, {self.kind}, {sizes}, observed by {list(self.observers)})"
 
     @property
     def index(self) -> int:
@@ -198,7 +213,7 @@ class Watched:
 
         seen: results that the engine gathered already, by the number of their observer.
         """
-        layer = self._layers.setdefault(name, Layer(name, kind))
+        layer = self._layers.setdefault(name, Layer(name, kind, observers=self.observe))
         layer.add(self.asking(name, call), lse, out, seen, self.keep_qk)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
@@ -284,6 +299,12 @@ class Watched:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __repr__(self) -> str:
+        names = [layer.name for layer in self.layers]
+        several = f"{len(names)} layer{'' if len(names) == 1 else 's'}"
+        ends = ": " + " … ".join(dict.fromkeys((names[0], names[-1]))) if names else " so far"
+        return f"Watched({self._model}, {several}{ends}, observed by {list(self.observe)})"
 
     def __getitem__(self, which: int | str) -> Layer:
         layers = self.layers
