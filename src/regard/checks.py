@@ -21,11 +21,11 @@ def whole(number: Any, what: str) -> int:
         raise RegardError(f"{what} is {number!r}; give a whole number") from None
 
 
-def at_least_one(number: Any, what: str) -> int:
-    """A whole number ≥ 1."""
+def at_least(least: int, number: Any, what: str) -> int:
+    """A whole number, of at least so much."""
     made = whole(number, what)
-    if made < 1:
-        raise RegardError(f"{what} is {made}; give a number ≥ 1")
+    if made < least:
+        raise RegardError(f"{what} is {made}; give a number ≥ {least}")
     return made
 
 
