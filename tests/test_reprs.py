@@ -103,7 +103,7 @@ def test_a_result_says_its_numbers():
         "TopKSeen(batch 1, heads 1, q_len 4, k 2; largest weight 0.250, 50.0% of the mass listed)"
     )
     assert repr(received) == (
-        "ReceivedSeen(batch 1, heads 1, k_len 4; 4 queries, largest mean 0.250)"
+        "ReceivedSeen(batch 1, heads 1, k_len 4; 4 queries, largest mean 0.25)"
     )
     assert repr(entropy) == (
         "EntropySeen(batch 1, heads 1, q_len 4; mean 1.386, least 1.386, most 1.386)"

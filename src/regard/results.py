@@ -102,7 +102,7 @@ class ReceivedSeen:
     key_start: int
 
     def __repr__(self) -> str:
-        most = ("largest mean {:.3f}", lambda: self.mean.max())
+        most = ("largest mean {:.3g}", lambda: self.mean.max())
         return summary(self, _COLUMNS, self.sum, ("{:.0f} queries", lambda: self.queries), most)
 
     @property
