@@ -15,6 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if path.exists()]
+LINKED = [
+    *PAGES,
+    *(path for path in map(ROOT.joinpath, ("CONTRIBUTING.md", "CHANGELOG.md")) if path.exists()),
+]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 FENCED = re.compile(r"(?:^<!-- ([^>]*) -->\n+)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?:\w+=\S+ )*regard (.*)$", re.MULTILINE)
@@ -36,6 +40,14 @@ def blocks(page):
 
 def has_python(page):
     return any(block.kind == "python" and not block.remark for block in blocks(page))
+
+
+def needs_a_model(page):
+    return any(map(_needs, blocks(page)))
+
+
+def _needs(block):
+    return block.remark.startswith("needs ")
 
 
 def run(source, name, names):
@@ -60,7 +72,7 @@ def test_the_pages_are_there():
     if not (ROOT / "docs").is_dir():
         pytest.skip("the docs are not in a source distribution")
     assert len(PAGES) > 15
-    assert sum(map(has_python, PAGES)) >= 11
+    assert sum(map(has_python, PAGES)) >= 12
     assert sum(block.remark.startswith("not run") for p in PAGES for block in blocks(p)) < 20
 
 
@@ -78,16 +90,13 @@ def test_python_runs_as_it_stands_and_prints_what_is_said(page, elsewhere):
             printed = None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", filter(needs_a_model, PAGES), ids=lambda page: page.name)
 def test_what_needs_a_model_runs_where_it_is(page, shared, elsewhere, monkeypatch):
     """Blocks under "needs NAME": a model of the folder `shared`."""
-    needing = [block for block in blocks(page) if block.remark.startswith("needs ")]
-    if not needing:
-        pytest.skip("nothing here needs a model of the folder 'shared'")
     pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
     monkeypatch.chdir(shared / "models")
     found = blocks(page)
-    for block in needing:
+    for block in filter(_needs, found):
         after = found[found.index(block) + 1]
         printed = run(block.text, f"<{page.name}>", {"__name__": "__main__"})
         assert printed == (after.text if after.kind == "text" else "")
@@ -136,7 +145,7 @@ def test_the_readme_shows_the_first_screen(elsewhere, monkeypatch):
     assert len(picture) < refresh.LARGEST
 
 
-@pages
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text)
