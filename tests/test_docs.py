@@ -15,10 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if path.exists()]
-LINKED = [
-    *PAGES,
-    *(path for path in map(ROOT.joinpath, ("CONTRIBUTING.md", "CHANGELOG.md")) if path.exists()),
-]
+LINKED = [*PAGES, *sorted(ROOT.glob("C*.md"))]  # CHANGELOG, CONTRIBUTING
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 FENCED = re.compile(r"(?:^<!-- ([^>]*) -->\n+)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?:\w+=\S+ )*regard (.*)$", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What `regard.look` returns, as a notebook shows it: the page in a frame, in a headless Chromium."""
+"""What `regard.look` returns, in a notebook: the page in a frame, in a headless Chromium."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from test_html import ATTACK, browser  # noqa: F401 (a fixture)
 
 
 def test_the_page_works_in_a_frame(browser, tmp_path):  # noqa: F811
-    """It draws, its hands work, it says nothing on the console, and it cannot reach the notebook."""
+    """It draws, its hands work, the console stays empty, and it cannot reach the notebook."""
     found = regard.look("all-MiniLM-L6-v2", f"The cat sat on {ATTACK} the mat", from_words="cat")
     notebook = tmp_path / "notebook.html"
     notebook.write_text(f"<!doctype html><meta charset=utf-8>{found._repr_html_()}", "utf-8")
