@@ -19,6 +19,7 @@ LINKED = [*PAGES, *sorted(ROOT.glob("C*.md"))]  # CHANGELOG, CONTRIBUTING
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 FENCED = re.compile(r"(?:^<!-- ([^>]*) -->\n+)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?:\w+=\S+ )*regard (.*)$", re.MULTILINE)
+PROMPT = re.compile(r"^\$ regard ((?:.*\\\n)*.*)\n", re.MULTILINE)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -117,6 +118,39 @@ def test_commands_are_commands(page, elsewhere):
             if not block.remark:
                 done = CliRunner().invoke(main, arguments)
                 assert done.exit_code == 0, (said, done.stderr)
+
+
+def shown(page):
+    """Commands with what is shown below them: at a prompt, or alone in a block of their own."""
+    before = None
+    for block in blocks(page):
+        said = PROMPT.match(block.text)
+        if block.remark or block.kind not in ("", "text", "sh"):
+            before = None
+        elif said:
+            yield said[1].replace("\\\n", " "), block.text[said.end() :]
+        elif block.kind == "sh":
+            said = COMMAND.findall(block.text)
+            before = said[0] if len(said) == 1 else None
+        elif before is not None:
+            yield before, block.text
+
+
+@pytest.mark.parametrize(
+    "command, lines", [one for page in PAGES for one in shown(page)], ids=lambda text: text[:60]
+)
+def test_a_command_prints_what_is_shown(command, lines, elsewhere):
+    """Line by line; "…" stands for some that are left out."""
+    pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
+    from click.testing import CliRunner
+
+    from regard.cli import main
+
+    done = CliRunner().invoke(main, shlex.split(command))
+    assert done.exit_code == 0, done.stderr
+    printed = [line.rstrip() for line in done.stdout.splitlines()]
+    missing = [line for line in lines.splitlines() if line not in ("…", *printed)]
+    assert not missing, done.stdout
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
