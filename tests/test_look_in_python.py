@@ -57,13 +57,22 @@ def test_it_says_what_the_command_says(given, arguments):
     assert found.text().splitlines() == shown
 
 
-@pytest.mark.parametrize("how", ["pair", "reversed", "pipeline"])
+class Encoder(torch.nn.Sequential):
+    """A model of transformers and what pools its vectors, as sentence encoders are built."""
+
+    def __init__(self, model, tokenizer):
+        super().__init__(model, torch.nn.Linear(2, 2))
+        self.tokenizer = tokenizer
+
+
+@pytest.mark.parametrize("how", ["pair", "reversed", "pipeline", "encoder"])
 def test_a_loaded_model_is_read_as_it_is(loaded, how):
     model, tokenizer = loaded
     given = {
         "pair": loaded,
         "reversed": [tokenizer, model],
         "pipeline": SimpleNamespace(model=model, tokenizer=tokenizer),
+        "encoder": Encoder(model, tokenizer),
     }[how]
     model.train()
     model.embeddings.eval()
@@ -170,12 +179,22 @@ def test_wrong_parts_of_a_pair(loaded):
         (model, "has no tokenizer; give (model, tokenizer)"),
         ((model, SimpleNamespace(convert_ids_to_tokens=len, is_fast=False)), "no fast tokenizer"),
         ((tokenizer, tokenizer), "model is "),
+        ((torch.nn.Sequential(model, load().model), tokenizer), "Sequential holds several models"),
     ]:
         with pytest.raises(RegardError) as error:
             regard.look(given, CAT)
         assert said in str(error.value)
     with pytest.raises(RegardError, match="is an encoder: it generates no text"):
         regard.look(loaded, CAT, generate=1)
+
+
+@pytest.mark.parametrize("missing", ["transformers", "rich"])
+def test_a_missing_extra_is_named(monkeypatch, missing, loaded):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, f"{missing}.console", None)
+    for given in (None, loaded):
+        with pytest.raises(RegardError, match=rf'{missing}: pip install "regard\[look\]"'):
+            regard.look(given, CAT).text()
 
 
 @pytest.mark.parametrize("file, said", [("", "folder"), (3, "3 is no path"), ("a/b/c", "folder")])

@@ -29,10 +29,8 @@ def read_as(given: Any, *, generate: bool = False, head: bool = False) -> Reader
             raise RegardError(f"there is no model {said!r}; look takes the model, then the text")
         return load(name, generate=generate, head=head)
     model, tokenizer = _pair(given)
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        kind = type(model).__name__
-        raise RegardError(f"{kind} is no transformers model; regard.watch takes any torch module")
+    model = _pretrained(model)
+    config = model.config
     title = Path(str(getattr(config, "name_or_path", "") or type(model).__name__)).name
     _check(model, tokenizer, title)
     family = family_of(config, type(model).__name__)
@@ -53,7 +51,8 @@ def _pair(given: Any) -> tuple[Any, Any]:
         if callable(getattr(model, "convert_ids_to_tokens", None)):
             model, tokenizer = tokenizer, model
     else:
-        model, tokenizer = getattr(given, "model", None), getattr(given, "tokenizer", None)
+        tokenizer = getattr(given, "tokenizer", None)
+        model = given if isinstance(given, nn.Module) else getattr(given, "model", None)
         if isinstance(given, nn.Module) and tokenizer is None:
             raise RegardError(f"{type(given).__name__} has no tokenizer; give (model, tokenizer)")
     if not isinstance(model, nn.Module):
@@ -61,11 +60,23 @@ def _pair(given: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check(model: Any, tokenizer: Any, title: str) -> None:
+def _pretrained(model: nn.Module) -> Any:
+    """The model of transformers that was given, or the one inside (a sentence encoder's)."""
     try:
-        import transformers  # noqa: F401
+        from transformers import PreTrainedModel
     except ImportError as error:
         raise RegardError(f"reading a model needs transformers: {EXTRA}") from error
+    found = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    kind = type(model).__name__
+    if not found:
+        raise RegardError(f"{kind} is no transformers model; regard.watch takes any torch module")
+    inside = set(found[0].modules())  # modules() begins with the outermost
+    if not inside.issuperset(found):
+        raise RegardError(f"{kind} holds several models; give one of them, and its tokenizer")
+    return found[0]
+
+
+def _check(model: Any, tokenizer: Any, title: str) -> None:
     if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
         raise RegardError(f"{title}: {shortened(repr(tokenizer), 60)} is no tokenizer; {_GIVE}")
     if not getattr(tokenizer, "is_fast", False):

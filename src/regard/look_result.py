@@ -5,7 +5,6 @@ What it needs beyond torch (transformers, rich) is imported when it is called.
 
 from __future__ import annotations
 
-import html
 import io
 import shutil
 from collections.abc import Sequence
@@ -88,10 +87,12 @@ class LookResult:
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, which may run its script and nothing else."""
+        from html import escape
+
         from .report.html import as_html
 
         page = as_html(self.found, self.recording, other=self.other)
-        return f'<iframe {_FRAME.format(height=720)} srcdoc="{html.escape(page)}"></iframe>'
+        return f'<iframe {_FRAME.format(height=720)} srcdoc="{escape(page)}"></iframe>'
 
 
 def look(
@@ -114,7 +115,8 @@ def look(
         regard.look("all-MiniLM-L6-v2", "The trophy didn't fit in the suitcase because it was big.")
 
     model: a folder, a name on the Hugging Face hub, None for the packaged all-MiniLM-L6-v2; or a
-        loaded (model, tokenizer), or an object that has both (a transformers pipeline), on the CPU.
+        loaded (model, tokenizer), or an object that has both (a pipeline, a sentence encoder), on
+        the CPU.
     from_words: what these words read ("it#2" is the second "it"). layers, heads: only these. top:
         how many links to list. special: whether to list special tokens. generate: tokens that the
         model adds first. versus, versus_model: another text, another model, to compare with.
