@@ -22,7 +22,7 @@ MODEL, TEXT = (
     "all-MiniLM-L6-v2",
     "The trophy didn't fit in the suitcase because it was too big.",
 )
-LINES = 22  # of the first screen; the rest is "…"
+LINES = 24  # of the first screen, at most, ending with a paragraph; the rest is "…"
 SIZE = (1180, 780)
 LARGEST = 150_000  # bytes of the picture
 SWITCHES = (
@@ -34,9 +34,12 @@ SWITCHES = (
 
 
 def screen() -> str:
-    """The first lines of what the README's command prints."""
+    """The first paragraphs of what the README's command prints."""
     lines = regard.look(MODEL, TEXT).text(80).splitlines()
-    return "\n".join([*lines[:LINES], *(["…"] if lines[LINES:] else [])])
+    if len(lines) <= LINES:
+        return "\n".join(lines)
+    ends = [number for number, line in enumerate(lines[: LINES + 1]) if not line]
+    return "\n".join([*lines[: ends[-1]], "…"])
 
 
 def write_screen() -> None:
