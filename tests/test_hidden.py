@@ -28,7 +28,6 @@ from regard import (
     MaxScore,
     NormTopK,
     Padding,
-    Pages,
     Predicate,
     Received,
     Rows,

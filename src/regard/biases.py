@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .brief import Brief
 from .checks import FARTHEST, whole_fields
 from .errors import RegardError
 from .lowered import Span
@@ -115,7 +116,7 @@ def relative_bucket(offset: Tensor, bidirectional: bool, buckets: int, longest: 
     return base + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
-class Bias:
+class Bias(Brief):
     """What is added to the scores."""
 
     def lower(self, place: Place) -> Added:

@@ -263,6 +263,8 @@ def _misfit(query: Tensor, key: Tensor, value: Tensor | None, paged: bool) -> st
         return f"query has batch {query.shape[0]}, key {key.shape[0]}; make them equal"
     if key.shape[3] != query.shape[3]:
         return f"query has dim {query.shape[3]}, key {key.shape[3]}; make them equal"
+    if not query.shape[1]:
+        return "there are no heads; give at least one"
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         return f"kv_heads {key.shape[1]} must divide heads {query.shape[1]}"
     if value is not None and value.shape[:3] != key.shape[:3]:

@@ -345,7 +345,7 @@ def _loaded(
     transformers: Any, place: str, title: str, generate: bool, head: bool, local_only: bool
 ) -> Reader:
     config = transformers.AutoConfig.from_pretrained(place, local_files_only=local_only)
-    family = _family(config)
+    family = family_of(config)
     if generate and family == "encoder":
         raise RegardError(f"{title} is an encoder: it generates no text")
     try:
@@ -372,12 +372,13 @@ def _loaded(
     return Reader(title, model.eval(), tokenizer, family)
 
 
-def _family(config: Any) -> Family:
+def family_of(config: Any, loaded: str = "") -> Family:
+    """What kind of model a config is of; ``loaded``: the class of a model that is loaded."""
     from transformers.models.auto import modeling_auto as known
 
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    for name in config.architectures or ():
+    for name in (loaded, *(config.architectures or ())):
         if name.endswith(("ForCausalLM", "LMHeadModel")):
             return "causal"
     causal = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .brief import Brief
 from .checks import FARTHEST, whole_fields, wholes
 from .errors import RegardError
 from .masks import Place
@@ -36,7 +37,7 @@ MOST_UNUSED = 2**16  # a k may exceed the keys of a call by: those of a cache ar
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
-class Observer:
+class Observer(Brief):
     """What to keep of the weights."""
 
     def shapes(self, place: Place, dtype: torch.dtype) -> list[Shape]:

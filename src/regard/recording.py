@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .brief import Brief, shortened
 from .call import Call
 from .errors import RegardError
 from .packed import pack, unpack
@@ -32,7 +33,7 @@ _NUMBERS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
+class Chunk(Brief):
     """The queries of one call: query (batch, heads, n, dim) and lse (batch, heads, n).
 
     packed: what the call says besides q, k and v (`packed.SCHEMA`). keys: positions start, stop.
@@ -45,7 +46,7 @@ class Chunk:
 
 
 @dataclass(eq=False)
-class RecordedLayer:
+class RecordedLayer(Brief):
     """One layer's calls. Its queries count from 0 in the order in which they were computed.
 
     name: the module's qualified name; index: the number of its layer; kind: "self" or "cross".
@@ -60,6 +61,12 @@ class RecordedLayer:
     reason: str = ""
     chunks: list[Chunk] = field(default_factory=list)
     pieces: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.pattern:
+            return f"RecordedLayer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
+        sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+        return f"RecordedLayer({self.name!r}, {self.kind}, {sizes})"
 
     def add(self, call: Call, lse: Tensor) -> None:
         """Append a call's queries, and the keys that it brought."""
@@ -158,7 +165,7 @@ class RecordedLayer:
 
 
 @dataclass(eq=False)
-class Recording:
+class Recording(Brief):
     """The layers of a model on one input, in the model's order, and what is known of the input.
 
     about: JSON-able: "model", "text", "tokens" (strings), "offsets" (start and end character of
@@ -167,6 +174,15 @@ class Recording:
 
     layers: list[RecordedLayer]
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        heads = sorted({layer.heads for layer in self.layers if layer.pattern})
+        said = [f"{len(self.layers)} layers"]
+        said += [f"heads {heads[0]}" + (f" … {heads[-1]}" if heads[1:] else "")] if heads else []
+        tokens, text = self.about.get("tokens"), self.about.get("text")
+        said += [] if tokens is None else [f"{len(tokens)} tokens"]
+        said += [] if text is None else [repr(shortened(str(text), 40))]
+        return f"Recording({', '.join([str(self.about.get('model', 'no model named')), *said])})"
 
     def layer(self, which: int | str) -> RecordedLayer:
         """A layer by its place in `layers` or its name. RegardError where there is no pattern."""

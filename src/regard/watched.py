@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from .beams import Trail, picked
+from .brief import shortened
 from .call import Call
 from .checks import whole
 from .errors import RegardError
@@ -22,6 +23,7 @@ from .layer_list import Forward, LayerList
 from .masks import Mask
 from .module_tree import CROSS, Blocks, inside
 from .observers import NormTopK, Observer, listed
+from .picking import Which, pick
 from .projection import output_projection
 from .real_queries import SUMMED, real_queries, summed
 from .recording import RecordedLayer
@@ -48,14 +50,15 @@ class Cut(NamedTuple):
     mask: Mask
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Layer:
     """One module that computes attention.
 
     name: its qualified name (`tracking.Tracker.call`); index: its layer's number
     (`module_tree.Blocks.index`). kind: "self" or "cross".
     pattern: False for a layer without softmax attention; `reason` says why, and `seen` is empty.
-    heads, kv_heads, q_len (queries so far), k_len (the last call's keys).
+    heads, kv_heads, q_len (queries so far), k_len (the last call's keys). layer[TopK] is the result
+    of that observer: by its class, itself, or its place.
     """
 
     name: str
@@ -68,9 +71,21 @@ class Layer:
     q_len: int = 0
     k_len: int = 0
     qk: RecordedLayer | None = None
+    observers: tuple[Observer, ...] = ()
     _results: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
     _end: int = field(default=0, repr=False)
     _trail: Trail | None = field(default=None, repr=False)
+
+    def __getitem__(self, which: Which) -> Any:
+        if not self.pattern:
+            raise RegardError(f"{self.name} has no results: {self.reason}")
+        return pick(self.seen, self.observers, which, self.name or "the model")
+
+    def __repr__(self) -> str:
+        if not self.pattern:
+            return f"Layer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
+        sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+        return f"Layer({self.name!r}, {self.kind}, {sizes}, observed by {list(self.observers)})"
 
     @property
     def seen(self) -> tuple[Any, ...]:
@@ -339,7 +354,7 @@ class Watched(LayerList[Layer]):
         return silent
 
     def _layer(self, name: str, kind: str = "self") -> Layer:
-        return Layer(name, self._blocks.index(name), kind)
+        return Layer(name, self._blocks.index(name), kind, observers=self.observe)
 
     def _asked(self, layer: Layer) -> bool:
         return self._wanted is None or any(self._matches(w, layer) for w in self._wanted)
@@ -366,6 +381,12 @@ class Watched(LayerList[Layer]):
 
     def _place(self, name: str) -> int:
         return self._order.get(module_of(name), 0)
+
+    def __repr__(self) -> str:
+        names = [layer.name for layer in self.layers]
+        several = f"{len(names)} layer{'' if len(names) == 1 else 's'}"
+        ends = ": " + " … ".join(dict.fromkeys((names[0], names[-1]))) if names else " so far"
+        return f"Watched({self._model}, {several}{ends}, observed by {list(self.observe)})"
 
 
 def _several(layers: Sequence[int | str] | int | str | None) -> list[int | str] | None:

@@ -336,6 +336,8 @@ class Cache:
         sizes = key.shape
         if key.dim() != 4 or value.dim() != 4 or sizes[:3] != value.shape[:3]:
             return "each needs (batch, kv_heads, length, dim), the first three the same"
+        if not sizes[1]:
+            return "there are no kv_heads; give at least one"
         if key.dtype != value.dtype or key.device != value.device:
             return "give both in one dtype and on one device"
         if self._lengths and sizes[0] != len(self._lengths):

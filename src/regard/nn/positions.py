@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..biases import RelativeBias
+from ..checks import at_least
 from ..errors import RegardError
 
 Positions = int | Tensor
@@ -133,6 +134,7 @@ class RelativePositions(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        heads = at_least(1, heads, "RelativePositions: heads")
         self.max_distance, self.bidirectional = max_distance, bidirectional
         self.weight = nn.Parameter(torch.zeros(buckets, heads, device=device, dtype=dtype))
 
