@@ -11,6 +11,7 @@ ever turns finite again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,9 @@ def finite(*tensors: Tensor | None) -> bool:
             continue
         if not transforms.unwatched(tensor):
             return False
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        if not torch.isfinite(tensor.detach().sum(dtype=wide)):
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        total = tensor.detach().sum(dtype=torch.float32 if half else None)
+        if not math.isfinite(total.item()):
             return False
     return True
 
@@ -57,10 +59,10 @@ def dot(query: Tensor, key: Tensor, shown: Callable[[], Tensor]) -> Tensor:
     return clean + rest.where((rows[..., None] | cols[..., None, :]) & shown(), 0)
 
 
-def mix(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+def mix(weights: Tensor, value: Tensor, seen: Callable[[], Tensor]) -> Tensor:
     """weights @ value over the pairs seen: (…, m, n), (…, n, d), and seen bool like weights."""
     plain = weights @ value
-    return plain if finite(plain) else _Mixed.apply(weights, value, seen)
+    return plain if finite(plain) else _Mixed.apply(weights, value, seen())
 
 
 def visible_rest(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ Forward = Callable[[Flow], tuple[Tensor, Tensor]]  # what is read, and the last 
 def forward(flow: Flow, by: Forward) -> tuple[Tensor, Tensor]:
     """As `by`, with care where it is needed; under a compiler or a transform nobody may look."""
     mixed, last = by(flow)
-    if not transforms.unwatched(mixed) or finite(mixed, last):
+    # What a memory holds its token's row reads, though with 0: no need to look there, too
+    if not transforms.unwatched(mixed) or finite(mixed):
         return mixed, last
     reads, ends = _reads(flow)
     exact, exact_last = recurrent.forward(flow)

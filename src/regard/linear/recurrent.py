@@ -16,7 +16,7 @@ def forward(flow: Flow) -> tuple[Tensor, Tensor]:
     keeps a state for each token.
     """
     mixed, memory = _walk(flow)
-    if flow.decay is None or (transforms.unwatched(mixed) and finite(mixed, memory)):
+    if flow.decay is None or (transforms.unwatched(mixed) and finite(mixed)):
         return mixed, memory
     return _walk(flow, careful=True)
 
