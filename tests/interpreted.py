@@ -34,6 +34,7 @@ from regard import (
 )
 from regard.call import Call
 from regard.kernels.cuda import reading
+from regard.lowered import Span
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of inf · 0 where hidden
@@ -135,6 +136,24 @@ def bad_numbers() -> None:
     assert received[0].isnan().all(-1).nonzero().tolist() == [[0, 1]]
     for cells in (pooled[0], most[0]):
         assert cells.isnan().all(-1).nonzero().tolist() == [[0, 1, 1 if cells.shape[2] == 3 else 0]]
+
+
+def hidden_numbers() -> None:
+    """Whatever stands in a key that no row sees: the same bits."""
+    query, key = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 60, 16)
+    asked = [TopK(3), Received(), Entropy(), MaxScore(), Map(4, 4), Rows([3])]
+    for mask in (Padding(torch.arange(60) % 7 > 0), Window(9), ~Window(60, 3)):
+        shown = Call.checked(query, key, None, mask=mask).program.visible(Span(0, 40, 0, 60))
+        unseen = ~shown.any(-2)[0, 0]
+        assert unseen.any()
+        found = []
+        for bad in (0.5, torch.nan, torch.inf):
+            given = key.masked_fill(unseen[:, None], bad)
+            _, lse = attention(query, given, key, mask=mask, return_lse=True, engine="tiled")
+            call = Call.checked(query, given, None, mask=mask)
+            found.append([t for each in reading.read(call, asked, lse, False) for t in each])
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def ties() -> None:

@@ -69,7 +69,8 @@ def jobs() -> dict[str, tuple]:
         asked = SETS[(n + 3) % len(SETS)]
         jobs[f"{name} {dtype}"] = ("interpreted", "check", name, dtype, asked, (32, 64))
     for name in (
-        "shards", "same_bits", "bad_numbers", "ties", "given_inaccurate", "inside_attention"
+        "shards", "same_bits", "bad_numbers", "hidden_numbers", "ties", "given_inaccurate",
+        "inside_attention",
     ):  # fmt: skip
         jobs[name] = ("interpreted", name)
     return jobs

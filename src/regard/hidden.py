@@ -11,6 +11,7 @@ ever turns finite again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,9 @@ def finite(*tensors: Tensor | None) -> bool:
             continue
         if not transforms.unwatched(tensor):
             return False
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        if not torch.isfinite(tensor.detach().sum(dtype=wide)):
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        total = tensor.detach().sum(dtype=torch.float32 if half else None)
+        if not math.isfinite(total.item()):
             return False
     return True
 
@@ -47,7 +49,7 @@ def filled(tensor: Tensor) -> Tensor:
 def dot(query: Tensor, key: Tensor, shown: Callable[[], Tensor]) -> Tensor:
     """query @ keyᵀ: of pairs whose slope is 0, nothing reaches the other's gradient.
 
-    shown: who sees whom, bool that broadcasts to the result; what is hidden may be any finite number.
+    shown: who sees whom, bool that broadcasts to the result; what is hidden is some finite number.
     """
     if not query.numel() or not key.numel() or finite(query, key):
         return query @ key.mT
@@ -57,10 +59,10 @@ def dot(query: Tensor, key: Tensor, shown: Callable[[], Tensor]) -> Tensor:
     return clean + rest.where((rows[..., None] | cols[..., None, :]) & shown(), 0)
 
 
-def mix(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-    """weights @ value over the pairs seen. weights (…, m, n), value (…, n, d), seen bool (…, m, n)."""
+def mix(weights: Tensor, value: Tensor, seen: Callable[[], Tensor]) -> Tensor:
+    """weights @ value over the pairs seen: (…, m, n), (…, n, d), and seen bool like weights."""
     plain = weights @ value
-    return plain if finite(plain) else _Mixed.apply(weights, value, seen)
+    return plain if finite(plain) else _Mixed.apply(weights, value, seen())
 
 
 def visible_rest(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def plus(log: Tensor, more: Tensor) -> Tensor:
 
 
 def spread_by(call: Call, out: Tensor) -> bool:
-    """Whether a kernel that multiplies what is hidden by 0 may have spoiled rows, or will gradients."""
+    """Whether a kernel that multiplies what is hidden by 0 may have spoiled rows or gradients."""
     hides = not call.program.full or call.biases or call.pages is not None
     tensors = (call.query, call.key, call.value)
     if not hides or call.place.device.type != "cpu" or not transforms.unwatched(*tensors):
@@ -103,11 +105,11 @@ def spread_by(call: Call, out: Tensor) -> bool:
 
 
 def apart(call: Call, by: Forward, exactly: Forward) -> tuple[Tensor, Tensor]:
-    """(out, lse): `by` a kernel that sees 0 for what is not finite; of rows that see it `exactly`."""
+    """(out, lse) `by` a kernel, with 0 for what is not finite; `exactly` of rows that see it."""
     call = call.gathered()
     assert call.value is not None
-    tensors = {"query": call.query, "key": call.key, "value": call.value}
-    out, lse = by(replace(call, **{name: filled(t) for name, t in tensors.items()}))
+    query, key, value = (filled(t) for t in (call.query, call.key, call.value))
+    out, lse = by(replace(call, query=query, key=key, value=value))
     odd = _rows_that_see(call)
     if not odd.any():
         return out, lse

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hidden, transforms
+from . import transforms
 from .call import Call
 from .errors import RegardError
+from .hidden import plus
 from .impact import Measure, attach
 from .kernels.cuda import measuring, reading
 from .lowered import Span
@@ -97,7 +98,7 @@ class NormTopKReader(Reader):
         indices, norms, weights = self.tensors
         k = min(self.observer.k, seen.log.shape[-1])
         own = take(seen.strip.runs, self.norms[seen.part.batch, seen.part.heads], 2)
-        logs, cols = largest(hidden.plus(seen.log, own.log()[:, :, None]), k)
+        logs, cols = largest(plus(seen.log, own.log()[:, :, None]), k)
         at, shown = seen.strip.here, logs != -torch.inf
         keys = seen.strip.keys()[cols] + self.place.key_start
         total = seen.total[..., None]

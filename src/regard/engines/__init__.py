@@ -33,10 +33,7 @@ class Engine(Protocol):
 PREFERENCE: tuple[Any, ...] = (cpu, sdpa, tiled)
 YIELDING: tuple[Any, ...] = (sdpa, cpu, tiled)  # where PyTorch's kernel is measured to be faster
 BY_NAME: tuple[Any, ...] = (flex, reference)
-SPREADING: tuple[Any, ...] = (
-    sdpa,
-    flex,
-)  # PyTorch's own multiply what is hidden by 0: NaN spoils rows
+SPREADING: tuple[Any, ...] = (sdpa, flex)  # PyTorch's own, which multiply what is hidden by 0
 ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
 
 
@@ -58,7 +55,7 @@ def spreading(call: Call) -> list[str]:
     then = "a NaN or ∞ there spoils rows that do not see it; engine tiled keeps them apart"
     if call.place.device.type == "cpu":
         then = (
-            "where a NaN or ∞ is among them it computes again with 0 there, and tiled the rows that "
+            "where a NaN or ∞ is among it, it computes again with 0 there, and tiled the rows that "
             "see one; under a compiler or a transform it does not look"
         )
     return [

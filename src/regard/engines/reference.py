@@ -76,5 +76,5 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         p = p * call.dropout.factor(whole(call), call.place, p.dtype)
     group = call.place.heads // call.place.kv_heads
     value = call.value.repeat_interleave(group, 1).to(call.working)
-    out = hidden.mix(p, value, scored != -torch.inf)
+    out = hidden.mix(p, value, lambda: scored != -torch.inf)
     return out.to(call.value.dtype), log_sum_exp(scored, call.sinks)

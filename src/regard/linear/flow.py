@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..errors import RegardError
+from ..hidden import finite
 from .features import check_lengths, mapped
 from .request import Request, filled_ids
 from .state import LinearState
@@ -113,6 +114,13 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     call, working = request.call, request.call.working
     assert call.value is not None
     query, key, taken = call.query, call.key, None
+    hidden = _hidden(request)
+    if call.needs_grad and not finite(query, key):
+        # Through a feature map, a gradient of 0 would be NaN there
+        if hidden is not None:
+            key = key.masked_fill(hidden[:, None, :, None], 0)
+        if request.query_ids is not None:
+            query = query.masked_fill((request.query_ids < 0)[:, None, :, None], 0)
     if not narrow:
         query, key, taken = mapped(
             request.feature_map, query.to(working), key.to(working), request.normalise
@@ -123,7 +131,6 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     value = call.value
     decay, beta = _decay(request, key.shape[-1]), request.beta
     beta = None if beta is None else _headed(beta.to(working), request)
-    hidden = _hidden(request)
     if request.normalise and not (torch.compiler.is_compiling() or transforms.active()):
         check_lengths(request.feature_map, key, hidden)
     if hidden is not None:

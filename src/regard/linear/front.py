@@ -13,7 +13,7 @@ from ..call import Call
 from ..errors import NoEngine, RegardError
 from ..masks import Causal, Full, Mask
 from ..observers import Observer
-from . import by_triton, chunked, recurrent, reference
+from . import apart, by_triton, chunked, recurrent, reference
 from .chunks import CHUNK
 from .features import Favor
 from .flow import Flow, Prepared, full_precision, in_document_order, prepared, with_ones
@@ -174,7 +174,7 @@ def _in_chunks(ready: Prepared, flow: Flow, engine: str) -> tuple[Tensor, Tensor
     on_gpu = engine == "auto" and flow.query.device.type == by_triton.DEVICE
     if engine == "triton" or (on_gpu and not by_triton.why_not(ready)):
         return by_triton.forward(ready, flow)
-    return chunked.forward(flow.widened())
+    return apart.forward(flow.widened(), chunked.forward)
 
 
 def _everything(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:

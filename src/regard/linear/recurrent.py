@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import transforms
+from ..hidden import finite
 from .flow import Flow, with_ones
 
 
@@ -13,12 +15,23 @@ def forward(flow: Flow) -> tuple[Tensor, Tensor]:
     2020, eq. 18–20; with the delta rule Yang et al. 2024, DeltaNet, eq. 3. Plain autograd, which
     keeps a state for each token.
     """
+    mixed, memory = _walk(flow)
+    if flow.decay is None or (transforms.unwatched(mixed) and finite(mixed)):
+        return mixed, memory
+    return _walk(flow, careful=True)
+
+
+def _walk(flow: Flow, careful: bool = False) -> tuple[Tensor, Tensor]:
+    """careful: what is forgotten goes, though it be NaN, which 0 would not take away."""
     state_heads, memory, read = flow.key.shape[1], flow.memory, []
     value = with_ones(flow.value.to(memory.dtype), memory.shape[-1])
     for t in range(flow.query.shape[2]):
         key, new = flow.key[:, :, t], value[:, :, t]
         if flow.decay is not None:
-            memory = flow.decay[:, :, t].exp()[..., None] * memory
+            log = flow.decay[:, :, t, :, None]
+            memory = log.exp() * memory
+            if careful:
+                memory = memory.masked_fill(log == -torch.inf, 0)
         if flow.beta is not None:
             written = (key[:, :, None] @ memory)[:, :, 0]
             new = flow.beta[:, :, t, None] * (new - written)

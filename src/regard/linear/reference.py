@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import hidden
 from .features import Favor
 from .request import Request
 from .state import LinearState
@@ -20,8 +21,16 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
     dtype = call.working if dtype is None else dtype
     assert call.value is not None
     each = request.state_heads  # of key and value: a state for each
-    query, key = (phi(request.feature_map, t.to(dtype)) for t in (call.query, call.key))
-    key, value = (t.repeat_interleave(each // t.shape[1], 1) for t in (key, call.value.to(dtype)))
+    unseen = torch.zeros(1, 1, dtype=torch.bool, device=call.query.device)
+    if request.key_ids is not None:
+        unseen = unseen | (request.key_ids < 0)
+    if request.keep is not None:
+        unseen = unseen | ~request.keep
+    key, value = (
+        t.to(dtype).masked_fill(unseen[:, None, :, None], 0) for t in (call.key, call.value)
+    )
+    query, key = (phi(request.feature_map, t) for t in (call.query.to(dtype), key))
+    key, value = (t.repeat_interleave(each // t.shape[1], 1) for t in (key, value))
     query = request.scale * query
     batch, heads, q_len = query.shape[:3]
     k_len, features = key.shape[2:]
@@ -42,9 +51,10 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
     if not request.causal:
         shown = (query_ids[:, :, None] == key_ids[:, None, :]) & keep[:, None, :]
         across = heads // each
-        weights = query @ key.repeat_interleave(across, 1).mT
-        weights = weights.masked_fill(~shown[:, None], 0)
-        out = weights @ value.repeat_interleave(across, 1)
+        shown = shown[:, None].expand(-1, heads, -1, -1)
+        weights = hidden.dot(query, key.repeat_interleave(across, 1), lambda: shown)
+        weights = weights.masked_fill(~shown, 0)
+        out = hidden.mix(weights, value.repeat_interleave(across, 1), lambda: shown)
         out = out + query @ memory.repeat_interleave(across, 1)
         sums = weights.sum(-1) + (query * total.repeat_interleave(across, 1)[:, :, None]).sum(-1)
         kept = key * keep[:, None, :, None]

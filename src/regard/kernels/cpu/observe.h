@@ -73,7 +73,7 @@ struct Columns {
             long blocks = (c.q_len + LANES - 1) / LANES;  // dealt from the last one on
             for (long q0 = (blocks - 1 - stripe) % stripes * LANES; q0 < c.q_len; q0 += stripes * LANES) {
                 long first = most(done, row_of(q0)), last = row_of(least(q0 + LANES, c.q_len) - 1) + 1;
-                if (first < last) then(cells + first * map.cols, cells + last * map.cols);
+                if (first < last && map.cols) then(cells + first * map.cols, cells + last * map.cols);
                 done = most(done, last);
             }
             cells += map.rows * map.cols;

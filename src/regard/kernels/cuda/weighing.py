@@ -227,6 +227,8 @@ def weigh(
                                     cols[None, :], row_in[:, None], col_in[None, :], b, h,
                                     query_start, key_start, KINDS, M, N,
                                 )  # fmt: skip
+                            # Else rows outside the call would see a NaN that nobody sees
+                            shown = shown & row_in[:, None]
                             log = tl.where(shown, log, FLOOR)
                             if SCORE:
                                 s = tl.where(shown, s, float("-inf"))
