@@ -245,8 +245,8 @@ python benchmarks/models.py results.jsonl --write docs/models.md
   over keys (Mamba, convolutions) have no pattern.
 - **bits**: whether every output of the watched model equals the unwatched one's to the bit.
 - **weights**: whether each layer's weights equal, within {near:g}, those that the model itself
-  gives under eager with `output_attentions=True`. Some give fewer layers than they have, give them in
-  another layout (windows, blocks), or none.
+  gives under eager with `output_attentions=True`. Some give fewer layers than they
+  have, give them in another layout (windows, blocks), or none.
 - **generate**: whether {steps} greedy tokens are the same; —: it does not generate.
 
 {counts}
