@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard import Causal, Dropout, NoEngine, Pages, TopK, attention
+from regard.attend import Request
 from test_nn import drawn
 
 
@@ -58,7 +59,10 @@ def numbers(answer) -> list:
 
 def test_all_are_covered():
     signature = inspect.signature(attention).parameters
-    assert list(GIVEN) == [n for n, p in signature.items() if p.kind is p.KEYWORD_ONLY]
+    named = [n for n, p in signature.items() if p.kind is p.KEYWORD_ONLY]
+    assert list(GIVEN) == named
+    # What type checkers know of
+    assert {*Request.__annotations__, "observe", "return_lse"} == {*named}
 
 
 @pytest.mark.parametrize("how", ["mode", "subclass", "registered op"])

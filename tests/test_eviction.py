@@ -64,6 +64,7 @@ class Eager:
         value: Tensor,
         visible: Callable[[int, int], bool] = lambda q, k: k <= q,
         added: Callable[[int, int, int], float] = lambda h, q, k: 0.0,
+        real: Callable[[int], bool] = lambda k: True,
     ) -> tuple[Tensor, list[Tensor]]:
         """(out (heads, n, dim), weights of each kv head (group, n, all tokens)) of n new tokens."""
         kv_heads, n = key.shape[:2]
@@ -89,10 +90,10 @@ class Eager:
                 out.append(seen @ self.values[kv, held])
                 rows[g][:, held] = seen
             weights.append(rows)
-        self.evict(start, n, weights)
+        self.evict(start, n, weights, real)
         return torch.stack(out), weights
 
-    def evict(self, start: int, n: int, weights: list[Tensor]) -> None:
+    def evict(self, start: int, n: int, weights: list[Tensor], real: Callable[[int], bool]) -> None:
         length = start + n
         over_heads = torch.stack([w[:, -1] for w in weights]).mean((0, 1)) if n else None
         for kv, w in enumerate(weights):
@@ -111,7 +112,8 @@ class Eager:
             if due and len(held) > policy.budget:
                 others = [k for k in held if k < length - exempt]
                 count = policy.budget - (len(held) - len(others))
-                best = sorted(others, key=lambda k: (-score[k], -k))[:count]
+                # Padding goes first, whatever its neighbours received
+                best = sorted(others, key=lambda k: (not real(k), -score[k], -k))[:count]
                 held = sorted([*best, *(k for k in held if k >= length - exempt)])
                 self.sums[kv] = {k: s for k, s in self.sums[kv].items() if k in held}
             self.kept[kv] = held
@@ -244,7 +246,7 @@ REQUESTS = {
     ),
     "padding": (
         lambda at: {"mask": Causal() & Padding(KEEP[: at.stop])},
-        {"visible": lambda q, k: k <= q and bool(KEEP[k])},
+        {"visible": lambda q, k: k <= q and bool(KEEP[k]), "real": lambda k: bool(KEEP[k])},
     ),
     "dense": (
         lambda at: {"mask": Causal() & Dense(DENSE[at, : at.stop] < 1)},

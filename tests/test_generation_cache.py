@@ -135,9 +135,7 @@ def fed(model, cache, ids: Tensor, keep: Tensor, sizes) -> SimpleNamespace:
             before = before.repeat_interleave(heads // before.shape[1], 1)
             shown[:, :, new, :at] = before[:, :, None]
             if isinstance(held, WindowCache):
-                back = torch.arange(at, at + n)[:, None] - torch.arange(at + n)
-                inside = (back < held.window) | (torch.arange(at + n) < held.first)
-                shown[:, :, new, : at + n] &= inside
+                shown[:, :, new, : at + n] &= inside(held, keep, at, n)
         out = model(
             ids[:, new], attention_mask=keep[:, : at + n], position_ids=positions[:, new],
             past_key_values=cache, use_cache=True,
@@ -147,10 +145,15 @@ def fed(model, cache, ids: Tensor, keep: Tensor, sizes) -> SimpleNamespace:
     # The first call found no layers to ask: there all is visible, but for a window
     for shown, held in zip(visible, cache.caches, strict=True):
         if isinstance(held, WindowCache):
-            back = torch.arange(sizes[0])[:, None] - torch.arange(sizes[0])
-            inside = (back < held.window) | (torch.arange(sizes[0]) < held.first)
-            shown[:, :, : sizes[0], : sizes[0]] &= inside
+            shown[:, :, : sizes[0], : sizes[0]] &= inside(held, keep, 0, sizes[0])
     return SimpleNamespace(logits=torch.cat(logits, 1), visible=visible, positions=positions)
+
+
+def inside(held: WindowCache, keep: Tensor, at: int, n: int) -> Tensor:
+    """What a window shows n queries from `at` on: (batch, 1, n, at + n)."""
+    back = torch.arange(at, at + n)[:, None] - torch.arange(at + n)
+    first = keep.bool() & (keep.cumsum(1) <= held.first)  # the first that are not padding
+    return ((back < held.window) | first[:, None, : at + n])[:, None]
 
 
 def cuts(visible: list[Tensor]) -> list[Cut]:

@@ -44,7 +44,7 @@ def run(*arguments, **env):
 def printed(*arguments, width=80, **env):
     result = run(*arguments, COLUMNS=str(width), **env)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr.startswith("saved: ") if "--save" in arguments else not result.stderr
     assert max(map(cell_len, result.stdout.splitlines())) <= width
     return result.stdout
 
@@ -52,7 +52,7 @@ def printed(*arguments, width=80, **env):
 def answered(*arguments):
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr.startswith("saved: ") if "--save" in arguments else not result.stderr
     return json.loads(result.stdout)
 
 
@@ -247,7 +247,7 @@ def test_the_page_fits(width, arguments):
     assert "…" not in page or width < 80
 
 
-@pytest.mark.parametrize("arguments", [(), ("--from", "end"), ("--from", "[bold]it[/bold]"[1:-1])])
+@pytest.mark.parametrize("arguments", [(), ("--from", "end"), ("--from", "it")])
 @pytest.mark.parametrize("colour", [False, True])
 def test_hostile_text_is_shown_not_obeyed(arguments, colour):
     env = {"FORCE_COLOR": "1"} if colour else {"NO_COLOR": "1"}
@@ -256,11 +256,11 @@ def test_hostile_text_is_shown_not_obeyed(arguments, colour):
     page = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout) if colour else result.stdout
     assert "\x1b[31m" not in result.stdout
     assert all(char.isprintable() or char in "\n\u200d" for char in page)
-    assert "[red]fox[/red]" in page.replace("[[", "[")
+    assert "[red]fox[/red]" in page
     assert max(map(cell_len, page.splitlines())) <= 80
     answer = run(HOSTILE, *arguments, "--json").stdout
     assert answer.strip().isprintable()
-    assert any("\x1b" in word for word in json.loads(answer)["words"])
+    assert any("\u202c" in word for word in json.loads(answer)["words"])
 
 
 def test_colour_needs_no_marks():

@@ -11,6 +11,8 @@ from regard import RegardError, RelativeBias, attention
 from regard.nn import (
     LearnedPositions,
     LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
     NTKScaling,
     RelativePositions,
     Rotary,
@@ -164,6 +166,7 @@ def test_rotary_turns_far_positions_exactly():
     assert float((ours - exact).abs().max()) < 1e-6
 
 
+SHORT, LONG = [1 + n / 20 for n in range(16)], [1 + n**1.5 for n in range(16)]
 LLAMAS = {
     "default": ({}, None),
     "linear": ({"factor": 4.0}, LinearScaling(4.0)),
@@ -179,6 +182,40 @@ LLAMAS = {
         },
         YaRNScaling(16.0, 512, beta_fast=20, beta_slow=2, attention_factor=0.7, truncate=False),
     ),
+    "llama3": (
+        {
+            "factor": 8.0, "original_max_position_embeddings": 512, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+        Llama3Scaling(8.0, 512),
+    ),
+    "llama3 of other ends": (
+        {
+            "factor": 3.0, "original_max_position_embeddings": 100, "low_freq_factor": 0.5,
+            "high_freq_factor": 6.0,
+        },
+        Llama3Scaling(3.0, 100, low=0.5, high=6.0),
+    ),
+    "longrope": (
+        {
+            "original_max_position_embeddings": 48, "short_factor": SHORT, "long_factor": LONG,
+            "factor": 4.0,
+        },
+        LongRoPEScaling(SHORT, LONG, 48, 4.0),
+    ),
+    "longrope of another magnitude": (
+        {
+            "original_max_position_embeddings": 48, "short_factor": SHORT, "long_factor": LONG,
+            "factor": 4.0, "attention_factor": 1.3,
+        },
+        LongRoPEScaling(SHORT, LONG, 48, 4.0, attention_factor=1.3),
+    ),
+}  # fmt: skip
+
+
+KINDS = {
+    type(None): "default", LinearScaling: "linear", NTKScaling: "dynamic", YaRNScaling: "yarn",
+    Llama3Scaling: "llama3", LongRoPEScaling: "longrope",
 }  # fmt: skip
 
 
@@ -189,7 +226,7 @@ def test_rotary_is_hugging_faces(given, scaling, length):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     from transformers import LlamaConfig
 
-    kind = next(n for n in ("linear", "dynamic", "yarn", "default") if _is(n, scaling))
+    kind = KINDS[type(scaling)]
     config = LlamaConfig(
         hidden_size=96, num_attention_heads=3, head_dim=32, max_position_embeddings=64,
         rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **given},
@@ -207,9 +244,28 @@ def test_rotary_is_hugging_faces(given, scaling, length):
         torch.testing.assert_close(ours.float(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def _is(kind: str, scaling: object) -> bool:
-    classes = {"linear": LinearScaling, "dynamic": NTKScaling, "yarn": YaRNScaling}
-    return isinstance(scaling, classes.get(kind, type(None)))
+def test_the_bands_of_llama_3_exactly():
+    """Against the definition in float64, for the numbers of Llama 3.1."""
+    angles = 5e5 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    turns = 8192 * angles / (2 * torch.pi)
+    blend = ((turns - 1) / 3).clamp(0, 1)
+    given = Rotary(128, base=5e5, scaling=Llama3Scaling(8.0, 8192)).angles()
+    torch.testing.assert_close(given, angles * blend + angles / 8 * (1 - blend), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: Llama3Scaling(8.0, 64, low=4, high=1), "low < high"),
+        (
+            lambda: Rotary(8, scaling=LongRoPEScaling([1, 2], [1, 2], 64, 2)).angles(),
+            "one a pair, 4",
+        ),
+    ],
+)
+def test_scalings_that_do_not_fit(make, said):
+    with pytest.raises(RegardError, match=said):
+        make()
 
 
 def test_interleaved_is_gpt_js():

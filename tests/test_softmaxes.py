@@ -141,7 +141,7 @@ def test_every_observer_reads_the_models_own_weights():
         TopK(3), Received(), Entropy(), regard.Map(8, 8), regard.Distances(6), regard.MaxScore(),
         regard.LogSumExp(),
     ]  # fmt: skip
-    _, _, seen = watched(model, given, observe)
+    _, _, seen = watched(model, given, observe, count_padding=True)
     own = attentions(unwatched(model, given | {"output_attentions": True}))
     for layer, p in zip(seen, own, strict=True):
         top, received, entropy, pooled, distances, highest, lse = layer.seen

@@ -78,6 +78,22 @@ def test_moves_and_flips():
     assert (same.flips, same.moved) == ([], 0)
 
 
+@pytest.mark.parametrize(
+    "first, second, flips",
+    [
+        ([0.60, 0.30], [0.30, 0.60], 1),
+        ([0.30, 0.29], [0.29, 0.31], 1),  # the lead that changed hands is 0.03
+        ([0.30, 0.295], [0.30, 0.305], 0),  # 0.01
+        ([0.30, 0.00], [0.00, 0.019], 0),  # the second reads next to nothing
+        ([0.015, 0.0], [0.0, 0.5], 0),
+        ([0.021, 0.0], [0.0, 0.022], 1),
+    ],
+)
+def test_a_flip_of_less_than_two_hundredths_is_noise(first, second, flips):
+    one, two = (reading("a b it", 2, [*weights, 0.0]) for weights in (first, second))
+    assert len(compare(one, two, "it").flips) == flips
+
+
 def test_other_heads_are_compared_by_their_means():
     one = reading("a b", 1, [0.5, 0.5], [0.1, 0.9])
     two = reading("a b", 1, [0.9, 0.1])

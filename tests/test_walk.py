@@ -390,7 +390,7 @@ def test_hostile_text_is_shown_and_not_obeyed(minilm, tmp_path):
 def test_the_page_needs_nothing_but_itself(tmp_path):
     target = tmp_path / "walk.html"
     result = run(TROPHY, "--from", "it", "--head", "3.1", "--html", target)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"page: {target}\n", "")
     page = target.read_text("utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["walk.html"]
     names = {(tag, name) for tag, name, _ in Markup(page).attributes}
@@ -414,8 +414,8 @@ def test_vector():
 
 def test_what_it_refuses(folders, tmp_path, minilm):  # noqa: F811
     assert "no word 'trophey'" in refused(TROPHY, "--from", "trophey")
-    said = refused(TROPHY, "--from", "it", "--head", "3")
-    assert said == "--head '3': give layer and head, such as 3.1"
+    said = refused(TROPHY, "--from", "it", "--head", "3.")
+    assert said == "--head '3.': give layer and head, as 3.1, or a head, as 1"
     said = refused(TROPHY, "--from", "it", "--head", "6.1")
     assert said == "no layer 6: the model has layers 0 to 5"
     said = refused(TROPHY, "--from", "it", "--head", "3.12")

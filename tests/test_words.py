@@ -71,8 +71,8 @@ def test_special_tokens_are_words_of_their_own():
 def test_bytes_of_one_character_are_one_word():
     offsets = [(0, 2), (2, 4), (4, 5), (4, 5), (4, 5), (5, 6), (5, 6)]
     words = Words.split("hi a👍\N{NO-BREAK SPACE}", ["?"] * 7, offsets, [False] * 7)
-    assert texts(words) == ["hi", "a👍", "\N{NO-BREAK SPACE}"]
-    assert words.sizes.tolist() == [1, 4, 2]
+    assert texts(words) == ["hi", "a", "👍", "\N{NO-BREAK SPACE}"]
+    assert words.sizes.tolist() == [1, 1, 3, 2]
 
 
 def test_tokens_without_characters_join_the_next_word():

@@ -9,6 +9,7 @@ from .dropout import Dropout
 from .errors import NoEngine, RegardError
 from .generating import generation_cache
 from .linear import Favor, LinearState, linear_attention
+from .look_result import LookResult, look
 from .masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask  # fmt: skip
 from .masks import Padding, Predicate, Window  # fmt: skip
 from .merging import merge, piecewise
@@ -25,10 +26,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ALiBi", "BigBird", "BlockSparse", "Causal", "Chunks", "Cut", "Dense", "Dilated",
     "Distances", "Documents", "Dropout", "Edges", "Effect", "Entropy", "Favor", "First",
-    "Fixed", "Full", "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "Longformer", "Map",
-    "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache", "Pages", "Predicate",
-    "Received", "Recording", "RegardError", "RelativeBias", "Rows", "SnapKV", "Strided", "TOVA",
-    "TopBlocks", "TopK", "Unseen", "Window", "WindowCache", "attention", "explain",
-    "generation_cache", "linear_attention", "merge", "observe", "piecewise", "stitch", "unseen",
-    "unseen_mass", "unseen_recorded", "watch",
+    "Fixed", "Full", "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "Longformer",
+    "LookResult", "Map", "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache",
+    "Pages", "Predicate", "Received", "Recording", "RegardError", "RelativeBias", "Rows",
+    "SnapKV", "Strided", "TOVA", "TopBlocks", "TopK", "Unseen", "Window", "WindowCache",
+    "attention", "explain", "generation_cache", "linear_attention", "look", "merge", "observe",
+    "piecewise", "stitch", "unseen", "unseen_mass", "unseen_recorded", "watch",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -12,7 +12,7 @@ from .biases import Bias
 from .call import Call
 from .chosen import by_content
 from .dropout import Dropout
-from .engines import cpu, order, refusals, run, tiled
+from .engines import cpu, order, refusals, run, spreading, tiled
 from .errors import RegardError
 from .masks import Full, Mask
 from .observers import Observer
@@ -20,6 +20,50 @@ from .pages import Pages
 from .weigh import explained, weigh
 
 
+class Request(TypedDict, total=False):
+    """What `attention` takes by name that says nothing of what it returns, for type checkers."""
+
+    mask: Mask
+    bias: Bias | Tensor | Sequence[Bias | Tensor] | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: Dropout | float | None
+    query_start: int | None
+    key_start: int
+    pages: Pages | None
+    engine: str
+
+
+Given = Sequence[Observer]
+Results = tuple[Any, ...]
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: None = None,
+    return_lse: Literal[False] = False, **request: Unpack[Request],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: None = None,
+    return_lse: Literal[True], **request: Unpack[Request],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Given,
+    return_lse: Literal[False] = False, **request: Unpack[Request],
+) -> tuple[Tensor, Results]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Given,
+    return_lse: Literal[True], **request: Unpack[Request],
+) -> tuple[Tensor, Tensor, Results]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Given | None = None,
+    return_lse: bool = False, **request: Unpack[Request],
+) -> Any: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,
@@ -68,8 +112,9 @@ def attention(
         return_lse=return_lse,
     )  # fmt: skip
     if has_torch_function_variadic(query, key, value):  # as torch's own: `watch` sees the call
+        door: Any = attention
         return handle_torch_function(
-            attention, (query, key, value), query, key, value, **request, **unknown, engine=engine
+            door, (query, key, value), query, key, value, **request, **unknown, engine=engine
         )
     call = Call.checked(query, key, value, **request, **unknown)
     out, lse, seen = run(call, engine)
@@ -124,13 +169,16 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[s
 
     With `observe`, last, as "second pass by triton": what of it the Triton kernel does not read; it
     is read in plain torch then. With `pages`, as "pages": who copies keys and values out of them,
-    and how much. As "order", where PyTorch's kernel is tried before ours: what was measured. Takes
+    and how much. As "hidden", who multiplies what the mask hides by 0, and so lets a NaN there
+    spoil rows. As "order", where PyTorch's kernel is tried before ours: what was measured. Takes
     what `attention` takes, but `engine`.
     """
     call = Call.checked(query, key, value, **request)
     said = refusals(call)
     if first := order(call):
         said["order"] = [first]
+    if spread := spreading(call):
+        said["hidden"] = spread
     if call.pages is not None:
         place = call.place
         dims = query.shape[-1] + value.shape[-1]

@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .brief import Brief
 from .checks import FARTHEST, whole_fields
 from .errors import RegardError
 from .lowered import Span
@@ -54,9 +55,13 @@ class Added:
 
     def item(self, batch: int) -> Added:
         """The same bias for one item of the batch."""
+        return self.items(slice(batch, batch + 1))
+
+    def items(self, which: slice | list[int]) -> Added:
+        """The bias of these items of the batch."""
         if self.kind != Kind.DENSE or self.tensor.shape[0] == 1:
             return self
-        return replace(self, tensor=self.tensor[batch : batch + 1])
+        return replace(self, tensor=self.tensor[which])
 
     def offsets(self, span: Span) -> Tensor:
         """key − query in a span: (q1 − q0, k1 − k0) int64."""
@@ -111,7 +116,7 @@ def relative_bucket(offset: Tensor, bidirectional: bool, buckets: int, longest: 
     return base + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
-class Bias:
+class Bias(Brief):
     """What is added to the scores."""
 
     def lower(self, place: Place) -> Added:

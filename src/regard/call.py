@@ -17,7 +17,7 @@ from .dropout import Dropout
 from .errors import RegardError
 from .lowered import Program
 from .masks import Full, Mask, Padding, Place, given_tensor
-from .observers import Observer
+from .observers import Observer, listed
 from .ops import Op
 from .pages import Pages, check
 
@@ -92,14 +92,8 @@ class Call:
                 f"sinks is {tuple(sinks.shape)} on {sinks.device}; this call needs one logit a "
                 f"head, ({place.heads},) on {place.device}"
             )
-        if isinstance(observe, Observer | type):
-            raise RegardError(f"observe is {observe!r} alone; give a list, such as [TopK(8)]")
-        if observe is not None and not isinstance(observe, list | tuple):
-            raise RegardError(f"observe is {observe!r}; give a list, such as [TopK(8)]")
-        observers = tuple(observe or ())
+        observers = listed(observe)
         for observer in observers:
-            if not isinstance(observer, Observer):
-                raise RegardError(f"observe holds {observer!r}; give observers, such as TopK(8)")
             observer.check(place)
         return cls(
             query,
@@ -269,6 +263,8 @@ def _misfit(query: Tensor, key: Tensor, value: Tensor | None, paged: bool) -> st
         return f"query has batch {query.shape[0]}, key {key.shape[0]}; make them equal"
     if key.shape[3] != query.shape[3]:
         return f"query has dim {query.shape[3]}, key {key.shape[3]}; make them equal"
+    if not query.shape[1]:
+        return "there are no heads; give at least one"
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         return f"kv_heads {key.shape[1]} must divide heads {query.shape[1]}"
     if value is not None and value.shape[:3] != key.shape[:3]:

@@ -21,6 +21,27 @@ def whole(number: Any, what: str) -> int:
         raise RegardError(f"{what} is {number!r}; give a whole number") from None
 
 
+def at_least(least: int, number: Any, what: str) -> int:
+    """A whole number, of at least so much."""
+    made = whole(number, what)
+    if made < least:
+        raise RegardError(f"{what} is {made}; give a number ≥ {least}")
+    return made
+
+
+def head_counts(dim: Any, heads: Any, kv_heads: Any = None) -> tuple[int, int, int]:
+    """dim, heads and kv_heads (default: heads) of a module, each ≥ 1."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    named = {"dim": dim, "heads": heads, "kv_heads": kv_heads}
+    dim, heads, kv_heads = (whole(number, name) for name, number in named.items())
+    if min(dim, heads, kv_heads) < 1 or heads % kv_heads:
+        raise RegardError(
+            f"dim {dim}, heads {heads}, kv_heads {kv_heads}: give numbers ≥ 1 of which "
+            "kv_heads divides heads"
+        )
+    return dim, heads, kv_heads
+
+
 def whole_fields(value: Any, *names: str) -> None:
     """Make these fields of a frozen dataclass whole numbers, where they are not."""
     for name in names:

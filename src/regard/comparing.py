@@ -17,6 +17,9 @@ from torch import Tensor
 from .errors import RegardError
 from .words import Word
 
+NOISE = 0.02
+"""A head whose flip rests on less weight than this is not counted as flipping."""
+
 
 class Pair(NamedTuple):
     """Counterparts: numbers of words in the first and the second text; None where it has none."""
@@ -38,6 +41,9 @@ class Move(NamedTuple):
 class Flip(NamedTuple):
     """A head whose most read word in the second text is not the counterpart of that in the first.
 
+    It is noise where less than NOISE decides: where either word takes less than that, or the lead
+    that changed hands, that of `one` in the first text plus that of `two` in the second, is less.
+
     one, two: the word most read in each. weights: that of `one` in the first text and of its
     counterpart in the second; of `two`'s counterpart in the first and of `two` in the second.
     """
@@ -47,6 +53,11 @@ class Flip(NamedTuple):
     one: int
     two: int
     weights: tuple[float, float, float, float]
+
+    @property
+    def noise(self) -> bool:
+        one, back, there, two = self.weights
+        return min(one, two, one - there + two - back) < NOISE
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +143,8 @@ class Versus:
 
     @property
     def flips(self) -> list[Flip]:
-        """The heads that flip, the surest first: by the smaller of the two largest weights."""
+        """The heads that flip, but for noise; the surest first: by the smaller of the two largest
+        weights."""
         if not self.same_heads:
             return []
         first = {p.one: i for i, p in enumerate(self.pairs) if p.one is not None}
@@ -148,6 +160,7 @@ class Versus:
                 float(side[row, cell]) for cell in cells for side in (self.before, self.after)
             ]
             found.append(Flip(*head, one, two, (weights[0], weights[1], weights[2], weights[3])))
+        found = [flip for flip in found if not flip.noise]
         return sorted(found, key=lambda f: -min(f.weights[0], f.weights[3]))
 
     def special(self, pair: Pair) -> bool:

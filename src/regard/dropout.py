@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .brief import Brief
 from .checks import real, whole
 from .errors import RegardError
 from .lowered import Span
@@ -23,7 +24,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 @dataclass(frozen=True, eq=False)
-class Dropout:
+class Dropout(Brief):
     """Weights become 0 with probability p, else are divided by 1 − p.
 
     seed: an integer, or a tensor () int64; None draws one from torch's generator.

@@ -11,16 +11,14 @@ are only found by way of ours, which read beside them (`Watching`).
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import masking_utils as hf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
@@ -31,49 +29,16 @@ from .caching import owner_of
 from .call import Call
 from .engines import run
 from .errors import RegardError
+from .huggingface_config import NAME as NAME
 from .lowered import Span
 from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
+from .module_tree import kind_of
 from .observers import Effect
-from .tracking import kind_of
+from .swapped_configs import SKIPPED, Watching, watched_name
 from .watched import Watched, active
 from .weigh import whole_rows
 
-NAME = "regard"
 _FOREVER = 2**31  # a window that ends nowhere
-_SKIPPED = (
-    threading.local()
-)  # of masks that are left out, or copied on the way: (q_len, k_len) → starts
-
-
-class Watching(str):
-    """The name of a model's own attention implementation, which dictionaries take for ours.
-
-    It equals both names and has the hash of ours: whoever compares it finds the model's own, and
-    transformers' registries answer with `attend` and `mask`, which call those of the model. So
-    nothing is registered or patched, and no other model is touched.
-    """
-
-    __slots__ = ()
-
-    def __hash__(self) -> int:
-        return hash(NAME)
-
-    def __eq__(self, other: object) -> bool:
-        return other == NAME or str.__eq__(self, other) is True
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __deepcopy__(self, memo: Any) -> Watching:
-        return self  # generation copies configs, and makes masks by them
-
-    def __reduce__(self) -> Any:
-        return str, (self.own,)  # what is saved holds the plain name
-
-    @property
-    def own(self) -> str:
-        """The name itself, as any other string."""
-        return "".join(self)
 
 
 class CompactMask(Tensor):
@@ -143,7 +108,7 @@ def mask(
     A watched model gets its own mask, which says beside its elements what they mean.
     """
     name = getattr(rest.get("config"), "_attn_implementation", None)
-    if isinstance(name, Watching):
+    if isinstance(name, Watching) and not name.over:
         make = dict(hf.ALL_MASK_ATTENTION_FUNCTIONS).get(name.own)
         if make is None:  # then transformers makes none
             return None
@@ -152,7 +117,7 @@ def mask(
             kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
             use_vmap=use_vmap, device=device, **rest,
         )  # fmt: skip
-        starts, skipped = (int(q_offset), kv_offset), vars(_SKIPPED).setdefault("starts", {})
+        starts, skipped = (int(q_offset), kv_offset), vars(SKIPPED).setdefault("starts", {})
         if mask_function is not hf.bidirectional_mask_function:
             skipped[q_length, kv_length] = starts
         if own is None:
@@ -197,7 +162,8 @@ def _translated(function: Callable[..., Tensor], use_vmap: bool) -> Mask:
     if known and name == "bidirectional_mask_function":
         return Full()
     if known and name == "sliding_window_overlay":
-        return Window(held["sliding_window"], ahead=_FOREVER)
+        n = held["sliding_window"]  # where 0 stands for none, no layer asks for the mask made of it
+        return Window(n, ahead=_FOREVER) if n else ~Causal()
     if known and name == "sliding_window_bidirectional_overlay":
         return Window(held["sliding_window"] + 1, ahead=held["sliding_window"])
     if known and name == "packed_sequence_mask_function":
@@ -235,7 +201,7 @@ def attend(
     cut, or effects asked for.
     """
     caller = sys._getframe(1)
-    name = _implementation(module, caller.f_locals.get("self"))
+    name = watched_name(module, caller.f_locals.get("self"))
     where = next(((w, n) for w in active() if (n := w.call_of(module)) is not None), None)
     if name is None:
         return _compute(where, module, query, key, value, attention_mask, **given)
@@ -256,22 +222,12 @@ def attend(
             where, module, query.detach(), key.detach(), value.detach(), attention_mask, **given
         )
         lse, seen = beside.gathered(
-            watched.asking(layer, call), capture.found(call.query.shape[:3])
+            watched.asking(layer, call, kind), capture.found(call.query.shape[:3])
         )
         if watched.verifying and not module.training:
             beside.verify(call, lse, answer[0].detach().transpose(1, 2), layer)
         watched.record(layer, kind, call, lse, None, seen)
     return answer
-
-
-def _implementation(*holders: Any) -> Watching | None:
-    """The model's own implementation, if it is being watched."""
-    for holder in holders:
-        for config in vars(holder).values() if isinstance(holder, nn.Module) else ():
-            name = getattr(config, "_attn_implementation_internal", None)
-            if isinstance(name, Watching):
-                return name
-    return None
 
 
 def _own_function(name: str, names: tuple[str, ...], found: dict[str, Any]) -> Callable[..., Any]:
@@ -302,8 +258,9 @@ def _compute(
             where, module, query, key, value, attention_mask, dropout=dropout, **given
         )
         if where and wanted:
-            call = where[0].asking(where[1], call)
-        out, lse, seen = run(call)
+            call = where[0].asking(where[1], call, kind)
+        with where[0].computing() if where else contextlib.nullcontext():
+            out, lse, seen = run(call)
     else:
         if dropout:
             raise RegardError("a cache that evicts takes no dropout; use model.eval()")
@@ -396,10 +353,12 @@ def _shown(
     compact = getattr(given, "regard_mask", given)
     if isinstance(compact, CompactMask) and compact.shape[-2:] == (q_len, k_len):
         return compact.regard, [], *compact.starts
+    if isinstance(given, CompactMask):  # of other lengths: its elements are spread over the call's
+        given = given.dense()
     if given is None:
         # As in transformers: causal from the top left, as a cache may hold unwritten keys
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        starts = vars(_SKIPPED).get("starts", {}).get((q_len, k_len))
+        starts = vars(SKIPPED).get("starts", {}).get((q_len, k_len))
         if starts is not None and causal:
             return (Causal() if q_len > 1 else Full()), [], *starts
         if q_len > 1:
@@ -410,7 +369,8 @@ def _shown(
             f"the model's mask is {tuple(given.shape)}, its query {tuple(query.shape)}, of {k_len} "
             f"keys; the last two sizes of the mask must be ({q_len}, {k_len}), or 1"
         )
-    start, key_start = vars(_SKIPPED).get("starts", {}).get((q_len, k_len), (k_len - q_len, 0))
+    last = (max(k_len - q_len, 0), 0)
+    start, key_start = vars(SKIPPED).get("starts", {}).get((q_len, k_len), last)
     if given.dtype == torch.bool:
         return Dense(given), [], start, key_start
     if not given.is_floating_point():
@@ -427,35 +387,6 @@ def _asked_for_weights(rest: dict[str, Any]) -> bool:
     """Whether this forward collects attentions; not every family passes the keyword on."""
     collecting = output_capturing._active_collector.get() or {}
     return bool(rest.get("output_attentions")) or any("attentions" in k for k in collecting)
-
-
-@contextlib.contextmanager
-def using_regard(model: nn.Module) -> Iterator[None]:
-    """Let a model find `attend` and `mask` while inside, on copies of its configs."""
-    memo: dict[int, Any] = {}
-    swapped: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for module in model.modules():
-            for attribute, config in list(vars(module).items()):
-                if isinstance(config, PreTrainedConfig):
-                    own = copy.deepcopy(config, memo)
-                    _set(own)
-                    swapped.append((module, attribute, config))
-                    vars(module)[attribute] = own
-        yield
-    finally:
-        for module, attribute, config in swapped:
-            vars(module)[attribute] = config
-        vars(_SKIPPED).clear()
-
-
-def _set(config: PreTrainedConfig) -> None:
-    own = config._attn_implementation_internal
-    if own != NAME and not isinstance(own, Watching):
-        config._attn_implementation_internal = Watching(own or "eager")
-    for key in config.sub_configs:
-        if getattr(config, key, None) is not None:
-            _set(getattr(config, key))
 
 
 AttentionInterface.register(NAME, attend)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, cache_utils
 
 from .caching import Cache, mark
 from .errors import RegardError
-from .huggingface import NAME
+from .huggingface_config import NAME
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 

@@ -20,6 +20,7 @@ from .call import Call
 from .engines import run
 from .errors import RegardError
 from .masks import Causal, Dense, Full, Mask, Padding
+from .nn import functional
 from .observers import Effect
 from .ops import Op
 from .watched import Watched
@@ -89,7 +90,7 @@ class Intercept(TorchFunctionMode):
             tensors = (t.detach() for t in (caught.query, caught.key, caught.value))
             call = Call.checked(*tensors, **caught.request | {"dropout": None})
             given = capture.found(call.query.shape[:3])
-            lse, seen = beside.gathered(self.watched.asking(name, call), given)
+            lse, seen = beside.gathered(self.watched.asking(name, call, caught.kind), given)
             self.watched.record(name, caught.kind, call, lse, None, seen)
         return out
 
@@ -131,7 +132,7 @@ class Intercept(TorchFunctionMode):
             out, lse, own = run(call, engine)
             self.watched.record(name, kind, moved, lse, out)
             return out, lse, own
-        out, lse, seen = run(self.watched.asking(name, moved), engine)
+        out, lse, seen = run(self.watched.asking(name, moved, kind), engine)
         self.watched.record(name, kind, moved, lse, out, seen)
         return out, lse, {}
 
@@ -152,7 +153,7 @@ class Intercept(TorchFunctionMode):
         """Ours in the place of torch's."""
         call = Call.checked(caught.query, caught.key, caught.value, **caught.request)
         if wanted:
-            call = self.watched.asking(name, call)
+            call = self.watched.asking(name, call, caught.kind)
         out, lse, seen = run(call)
         if wanted:
             self.watched.record(name, caught.kind, call, lse, out, seen)
@@ -184,31 +185,28 @@ def _catch_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Caught:
-    """`F.scaled_dot_product_attention`: top-left causal, any leading sizes.
+    """`F.scaled_dot_product_attention`: top-left causal, any leading sizes, as autocast gives them.
 
-    Self or cross is told by the lengths, for want of anything else.
+    Self or cross is told by the lengths, for want of anything else. Without enable_gqa three
+    dimensions are (batch, length, dim), of one head.
     """
     kind = "self" if query.shape[-2] == key.shape[-2] else "cross"
-    shape = query.shape[:-1]
-    if not enable_gqa:
-        lead = torch.broadcast_shapes(query.shape[:-2], value.shape[:-2])
-        shape = torch.Size((*lead, query.shape[-2]))
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
-    query, key, value = (
-        t.expand(*lead, *t.shape[-3:]) if t.dim() > 2 else t for t in (query, key, value)
-    )
-    if attn_mask is not None and attn_mask.dim() > 2 and query.dim() != 4:
-        heads = attn_mask.shape[-3] if query.dim() > 3 else query.shape[0]
-        attn_mask = attn_mask.expand(*lead, heads, *attn_mask.shape[-2:])
-        attn_mask = attn_mask.flatten(0, -4) if query.dim() > 3 else attn_mask[:, None]
-    if query.dim() <= 3:  # (batch, length, dim), (length, dim): one head
-        query, key, value = (
-            t[:, None] if t.dim() == 3 else t[None, None] for t in (query, key, value)
-        )
-    query, key, value = (t.flatten(0, -4) for t in (query, key, value))
-    request = _request(Causal() if is_causal else Full(), attn_mask)
+    query, key, value, attn_mask = functional.autocast(query, key, value, attn_mask)
+    single = not enable_gqa and max(query.dim(), key.dim(), value.dim()) <= 3
+    if single:
+        query, key, value = (t.unsqueeze(-3) for t in (query, key, value))
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unsqueeze(-3)
+    before, (query, key, value) = functional.batched(query, key, value, enable_gqa)
+    weights = (*before, query.shape[2], key.shape[2])
+    request = {"mask": Full()} | functional.requested(attn_mask, is_causal, weights)
+    if is_causal and attn_mask is not None:  # torch's kernel for CPUs applies both
+        request["mask"] = request["mask"] & Causal()
     request |= {"scale": scale, "dropout": dropout_p or None}
-    return Caught(kind, query, key, value, request, lambda out, _: out.reshape(*shape, -1))
+    shape = before[:-1] if single else before
+    return Caught(
+        kind, query, key, value, request, lambda out, _: out.reshape(*shape, *out.shape[2:])
+    )
 
 
 def _catch_mha(*args: Any, **kwargs: Any) -> Caught:

@@ -33,13 +33,15 @@ EXTRA = 'pip install "regard[look]"'
 
 @dataclass
 class Encoded:
-    """A text as tokens: their names, the characters each covers, and which are special."""
+    """A text as tokens: their names, the characters each covers, and which are special; pieces:
+    whether each token counts as a word."""
 
     text: str
     ids: list[int]
     tokens: list[str] = field(default_factory=list)
     offsets: list[tuple[int, int]] = field(default_factory=list)
     special: list[bool] = field(default_factory=list)
+    pieces: bool = False
 
     def about(self) -> dict[str, Any]:
         """What a recording keeps of it, fit for JSON."""
@@ -48,13 +50,17 @@ class Encoded:
             "tokens": self.tokens,
             "offsets": [list(span) for span in self.offsets],
             "special": self.special,
-        }
+        } | ({"pieces": True} if self.pieces else {})
 
 
 class Reader:
-    """A loaded model with its tokenizer: what it reads in a text can be recorded."""
+    """A loaded model with its tokenizer: what it reads in a text can be recorded.
+
+    ``pieces``: whether each token counts as a word.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, family: Family) -> None:
+        self.pieces = False
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
@@ -77,7 +83,7 @@ class Reader:
         if not text.strip():
             raise RegardError("the text is empty; there is nothing to look at")
         batch = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        encoded = Encoded(text, batch["input_ids"])
+        encoded = Encoded(text, batch["input_ids"], pieces=self.pieces)
         encoded.tokens = self._names(encoded.ids)
         encoded.offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
         added = batch["special_tokens_mask"]
@@ -88,6 +94,18 @@ class Reader:
             encoded.special.append(bool(mark) or written)
         if all(encoded.special):
             raise RegardError(f"{self.name} finds no token in the text, so nothing to look at")
+        return self._decoded_where_unplaced(encoded)
+
+    def _decoded_where_unplaced(self, encoded: Encoded) -> Encoded:
+        """``encoded``; where its tokenizer does not place every token that has characters, the
+        text that the tokens decode to, with its offsets (some tokenizers give empty ones)."""
+        for id_, (start, end), special in zip(
+            encoded.ids, encoded.offsets, encoded.special, strict=True
+        ):
+            if start == end and not special and self._decoded([id_]).strip():
+                again = self._continued(Encoded("", []), encoded.ids)
+                again.special = encoded.special
+                return again
         return encoded
 
     def record(
@@ -98,7 +116,9 @@ class Reader:
         With ``generate`` that many tokens are first added greedily, and the pass reads them too:
         for a causal model they follow the text, and ``about["generated"]`` is the first of them;
         for an encoder-decoder they are the decoder's, in ``about["decoder"]``, and its self- and
-        cross-attention is recorded beside the encoder's. ``step`` is called with 1 a new token.
+        cross-attention is recorded beside the encoder's. ``"probabilities"`` are those that the
+        model gave them (None: given, such as a decoder's first). ``step`` is called with 1 a new
+        token.
         """
         import torch
 
@@ -109,15 +129,15 @@ class Reader:
         ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
         extra: dict[str, Any] = {}
         with quiet(), torch.no_grad():
-            written = self._generate(ids, generate, step) if generate else []
+            written, likely = self._generate(ids, generate, step) if generate else ([], [])
             model, inputs = self.model.base_model, {"input_ids": ids}
             if self.family == "causal" and generate:
-                extra["generated"] = len(encoded.ids)
+                extra |= {"generated": len(encoded.ids), "probabilities": likely}
                 encoded = self._continued(encoded, written)
                 inputs = {"input_ids": torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")}
             elif self.family == "encoder-decoder" and generate:
                 said = self._continued(Encoded("", []), written)
-                extra["decoder"] = said.about()
+                extra["decoder"] = said.about() | {"probabilities": [None, *likely]}
                 inputs["decoder_input_ids"] = torch.tensor(
                     [said.ids], dtype=torch.int64, device="cpu"
                 )
@@ -139,13 +159,20 @@ class Reader:
             f"the text has {count:,} tokens{plus}, but {self.name} has positions for {limit:,}"
         )
 
-    def _generate(self, ids: Any, count: int, step: Callable[[int], object] | None) -> list[int]:
-        """The ids of ``count`` tokens chosen greedily; a decoder's start token comes first."""
+    def _generate(
+        self, ids: Any, count: int, step: Callable[[int], object] | None
+    ) -> tuple[list[int], list[float]]:
+        """The ids of ``count`` tokens chosen greedily, and their probabilities.
+
+        A decoder's start token comes first among the ids.
+        """
         if self.family == "encoder":
             raise RegardError(f"{self.name} is an encoder: it generates no text")
         started = 0 if self.family == "encoder-decoder" else ids.shape[1]
+        likeliest = _Likeliest()
         out = self.model.generate(
             input_ids=ids,
+            logits_processor=[likeliest],
             attention_mask=ids.new_ones(ids.shape),
             max_new_tokens=count,
             do_sample=False,
@@ -153,7 +180,7 @@ class Reader:
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
             streamer=_Steps(step),
         )
-        return out[0, started:].tolist()
+        return out[0, started:].tolist(), likeliest.probabilities
 
     def _continued(self, before: Encoded, ids: Sequence[int]) -> Encoded:
         """``before`` with the tokens ``ids`` after it, each with the characters it adds.
@@ -161,7 +188,7 @@ class Reader:
         Bytes that make one character together all cover it. Only the last few tokens are decoded
         at a time, so the cost is linear.
         """
-        after = Encoded(before.text, [*before.ids, *ids])
+        after = Encoded(before.text, [*before.ids, *ids], pieces=self.pieces)
         after.tokens = self._names(after.ids)
         after.offsets, after.special = list(before.offsets), list(before.special)
         begun = max(0, len(before.ids) - 8)  # where decoding starts, for the context it needs
@@ -203,6 +230,17 @@ class _Steps:
         self._begun = True
 
     def end(self) -> None: ...
+
+
+class _Likeliest:
+    """A transformers logits processor that changes nothing: it keeps what the likeliest has."""
+
+    def __init__(self) -> None:
+        self.probabilities: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.probabilities.append(float(scores[0].double().softmax(-1).max()))
+        return scores
 
 
 def load(name: str | None = None, *, generate: bool = False, head: bool = False) -> Reader:
@@ -307,7 +345,7 @@ def _loaded(
     transformers: Any, place: str, title: str, generate: bool, head: bool, local_only: bool
 ) -> Reader:
     config = transformers.AutoConfig.from_pretrained(place, local_files_only=local_only)
-    family = _family(config)
+    family = family_of(config)
     if generate and family == "encoder":
         raise RegardError(f"{title} is an encoder: it generates no text")
     try:
@@ -334,12 +372,13 @@ def _loaded(
     return Reader(title, model.eval(), tokenizer, family)
 
 
-def _family(config: Any) -> Family:
+def family_of(config: Any, loaded: str = "") -> Family:
+    """What kind of model a config is of; ``loaded``: the class of a model that is loaded."""
     from transformers.models.auto import modeling_auto as known
 
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    for name in config.architectures or ():
+    for name in (loaded, *(config.architectures or ())):
         if name.endswith(("ForCausalLM", "LMHeadModel")):
             return "causal"
     causal = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

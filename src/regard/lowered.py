@@ -77,11 +77,15 @@ class Program:
 
     def item(self, batch: int) -> Program:
         """The same mask for one item of the batch."""
+        return self.items(slice(batch, batch + 1))
+
+    def items(self, which: slice | list[int]) -> Program:
+        """The same mask for these items of the batch."""
         tensors = list(self.tensors)
         for op, args in self.instructions():
             for i, dims in zip(args, op.form.tensors, strict=False):
                 if dims[:1] == "b" and tensors[i].shape[0] > 1:
-                    tensors[i] = tensors[i][batch : batch + 1]
+                    tensors[i] = tensors[i][which]
         return replace(self, tensors=tuple(tensors))
 
     def instructions(self) -> Iterator[tuple[Op, tuple[int, ...]]]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .brief import Brief, listed
 from .checks import FARTHEST, whole_fields, wholes
 from .errors import RegardError
 from .lowered import Program, pack
@@ -89,7 +90,7 @@ class Lowering:
         )
 
 
-class Mask:
+class Mask(Brief):
     """Who may see whom. Combine with `&` (both), `|` (either) and `~` (the opposite)."""
 
     def __and__(self, other: Mask) -> Mask:
@@ -358,7 +359,7 @@ class Heads(Mask):
         to.write(Op.HEADS, mine)
 
     def __str__(self) -> str:
-        return f"Heads({list(self.heads)})"
+        return f"Heads({listed(self.heads)})"
 
 
 @dataclass(frozen=True, eq=False)

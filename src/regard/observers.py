@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .brief import Brief
 from .checks import FARTHEST, whole_fields, wholes
 from .errors import RegardError
 from .masks import Place
@@ -36,7 +37,7 @@ MOST_UNUSED = 2**16  # a k may exceed the keys of a call by: those of a cache ar
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
-class Observer:
+class Observer(Brief):
     """What to keep of the weights."""
 
     def shapes(self, place: Place, dtype: torch.dtype) -> list[Shape]:
@@ -342,6 +343,19 @@ class Effect(Observer):
 
     def shapes(self, place: Place, dtype: torch.dtype) -> list[Shape]:
         return []
+
+
+def listed(observe: Any) -> tuple[Observer, ...]:
+    """What `observe` asks for; RegardError where it is no list of observers."""
+    if observe is None:
+        return ()
+    alone = " alone" if isinstance(observe, Observer | type) else ""
+    if alone or not isinstance(observe, list | tuple):
+        raise RegardError(f"observe is {observe!r}{alone}; give a list, such as [TopK(8)]")
+    for observer in observe:
+        if not isinstance(observer, Observer):
+            raise RegardError(f"observe holds {observer!r}; give observers, such as TopK(8)")
+    return tuple(observe)
 
 
 def _check_k(observer: Observer, k: int, place: Place) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .brief import Brief
 from .errors import RegardError
 
 
 @dataclass(frozen=True, eq=False)
-class Pages:
+class Pages(Brief):
     """With these, key and value of a call are pools (pages, kv_heads, size, dim). Kwon et al. 2023.
 
     table int (batch, most): token j of item b lies in page table[b, j // size], row j % size; what

@@ -48,8 +48,7 @@ class Probe:
                 f"the text has {len(self.encoded.ids):,} tokens, but {reader.name} has positions "
                 f"for {limit:,}"
             )
-        about = self.encoded
-        self.words = Words.split(about.text, about.tokens, about.offsets, about.special)
+        self.words = Words.of(self.encoded.about())
         whole = reader.model
         self.base = whole.base_model
         if reader.family == "encoder-decoder":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .brief import Brief, shortened
 from .call import Call
 from .errors import RegardError
 from .packed import pack, unpack
@@ -32,7 +33,7 @@ _NUMBERS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
+class Chunk(Brief):
     """The queries of one call: query (batch, heads, n, dim) and lse (batch, heads, n).
 
     packed: what the call says besides q, k and v (`packed.SCHEMA`). keys: positions start, stop.
@@ -45,7 +46,7 @@ class Chunk:
 
 
 @dataclass(eq=False)
-class RecordedLayer:
+class RecordedLayer(Brief):
     """One layer's calls. Its queries count from 0 in the order in which they were computed.
 
     name: the module's qualified name; index: the number of its layer; kind: "self" or "cross".
@@ -61,6 +62,12 @@ class RecordedLayer:
     chunks: list[Chunk] = field(default_factory=list)
     pieces: list[tuple[int, Tensor]] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        if not self.pattern:
+            return f"RecordedLayer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
+        sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+        return f"RecordedLayer({self.name!r}, {self.kind}, {sizes})"
+
     def add(self, call: Call, lse: Tensor) -> None:
         """Append a call's queries, and the keys that it brought."""
         place = call.place
@@ -73,6 +80,21 @@ class RecordedLayer:
             new = call.key[:, :, place.query_start - start :][:, :, : place.q_len]
             self.pieces.append((place.query_start, _kept(new)))
         self.chunks.append(Chunk(_kept(call.query), _kept(lse), packed, (start, stop)))
+        self.__dict__.pop("key", None)
+
+    def pick(self, rows: list[int]) -> None:
+        """Make the batch of these of its items; one may come twice, or be left out."""
+        for at, chunk in enumerate(self.chunks):
+            call = unpack(chunk.query, chunk.query, None, *chunk.packed)
+            packed = pack(
+                replace(
+                    call,
+                    program=call.program.items(rows),
+                    biases=tuple(b.items(rows) for b in call.biases),
+                )
+            )
+            self.chunks[at] = Chunk(chunk.query[rows], chunk.lse[rows], packed, chunk.keys)
+        self.pieces = [(start, piece[rows]) for start, piece in self.pieces]
         self.__dict__.pop("key", None)
 
     @property
@@ -143,7 +165,7 @@ class RecordedLayer:
 
 
 @dataclass(eq=False)
-class Recording:
+class Recording(Brief):
     """The layers of a model on one input, in the model's order, and what is known of the input.
 
     about: JSON-able: "model", "text", "tokens" (strings), "offsets" (start and end character of
@@ -152,6 +174,15 @@ class Recording:
 
     layers: list[RecordedLayer]
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        heads = sorted({layer.heads for layer in self.layers if layer.pattern})
+        said = [f"{len(self.layers)} layers"]
+        said += [f"heads {heads[0]}" + (f" … {heads[-1]}" if heads[1:] else "")] if heads else []
+        tokens, text = self.about.get("tokens"), self.about.get("text")
+        said += [] if tokens is None else [f"{len(tokens)} tokens"]
+        said += [] if text is None else [repr(shortened(str(text), 40))]
+        return f"Recording({', '.join([str(self.about.get('model', 'no model named')), *said])})"
 
     def layer(self, which: int | str) -> RecordedLayer:
         """A layer by its place in `layers` or its name. RegardError where there is no pattern."""

@@ -12,7 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .brief import summary
 from .errors import RegardError
+
+_ROWS = ("batch", "heads", "q_len")
+_LISTS = (*_ROWS, "k")
+_COLUMNS = ("batch", "heads", "k_len")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,14 @@ class TopKSeen:
     rest: Tensor
     sink: Tensor
 
+    def __repr__(self) -> str:
+        listed = ("{:.1%} of the mass listed", lambda: self.weights.sum() / self._mass())
+        largest = ("largest weight {:.3f}", self.weights.max)
+        return summary(self, _LISTS, self.weights, largest, listed)
+
+    def _mass(self) -> Tensor:
+        return self.weights.sum() + self.rest.sum() + self.sink.sum()
+
     def then(self, later: TopKSeen) -> TopKSeen:
         """With the rows of later queries appended."""
         return TopKSeen(*_appended(self, later, 2))
@@ -88,6 +101,10 @@ class ReceivedSeen:
     queries: int
     key_start: int
 
+    def __repr__(self) -> str:
+        most = ("largest mean {:.3g}", lambda: self.mean.max())
+        return summary(self, _COLUMNS, self.sum, ("{:.0f} queries", lambda: self.queries), most)
+
     @property
     def mean(self) -> Tensor:
         """Per visible query (batch, heads, k_len); 0 where no query sees the key."""
@@ -111,6 +128,11 @@ class RowSeen:
     """One number per row: values (batch, heads, q_len)."""
 
     values: Tensor
+
+    def __repr__(self) -> str:
+        mean, least, most = self.values.mean, self.values.min, self.values.max
+        ends = ("least {:.3f}", least), ("most {:.3f}", most)
+        return summary(self, _ROWS, self.values, ("mean {:.3f}", mean), *ends)
 
     def then(self, later: RowSeen) -> RowSeen:
         """With the rows of later queries appended."""
@@ -152,6 +174,10 @@ class RowsSeen:
     weights: Tensor
     key_start: int
 
+    def __repr__(self) -> str:
+        largest = ("largest weight {:.3f}", self.weights.max)
+        return summary(self, ("batch", "heads", "rows", "k_len"), self.weights, largest)
+
     def then(self, later: RowsSeen) -> RowsSeen:
         """With later queries' rows appended; earlier rows see none of the keys added since."""
         starts = (self.key_start, later.key_start)
@@ -178,6 +204,11 @@ class MapSeen:
     cols: Cells
     reduce: str
     most: tuple[int, int]
+
+    def __repr__(self) -> str:
+        cell = f"cells of {self.rows.size} × {self.cols.size}, {self.reduce}"
+        largest = (cell + "; largest {:.3f}", self.weights.max)
+        return summary(self, ("batch", "heads", "rows", "cols"), self.weights, largest)
 
     def coarser(self, rows: int, cols: int) -> MapSeen:
         """The same map in cells of at least this size (powers of two)."""
@@ -238,6 +269,12 @@ class DistancesSeen:
     future: Tensor
     edges: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        near = int(sum(edge < 8 for edge in self.edges))
+        both = self.past + self.future
+        within = ("{:.1%} of the mass within 8", lambda: both[..., :near].sum() / both.sum())
+        return summary(self, ("batch", "heads", "bins"), self.past, within)
+
     def then(self, later: DistancesSeen) -> DistancesSeen:
         """With later queries added."""
         return replace(self, past=self.past + later.past, future=self.future + later.future)
@@ -276,6 +313,9 @@ class NormTopKSeen:
     norms: Tensor
     weights: Tensor
 
+    def __repr__(self) -> str:
+        return summary(self, _LISTS, self.norms, ("longest {:.3g}", self.norms.max))
+
     def then(self, later: NormTopKSeen) -> NormTopKSeen:
         """With the rows of later queries appended."""
         pairs = ((getattr(self, n), getattr(later, n)) for n in ("indices", "norms", "weights"))
@@ -294,6 +334,14 @@ class EffectSeen:
     def __init__(self) -> None:
         self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
         self._measure: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+
+    def __repr__(self) -> str:
+        if self._tensors is None:  # measuring may take long: not for a repr
+            said = (
+                "measured when first asked for" if self.ready else "not measured: no backward() yet"
+            )
+            return f"EffectSeen({said})"
+        return summary(self, _LISTS, self.effect, ("largest effect {:.3g}", self.effect.abs().max))
 
     def fill(self, indices: Tensor, effect: Tensor, weights: Tensor) -> None:
         """Take what a backward pass measured; a later pass replaces it."""

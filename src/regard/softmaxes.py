@@ -25,8 +25,8 @@ from .errors import RegardError
 from .layouts import Local, Scores, laid_out
 from .lowered import Span
 from .masks import Dense, Full, Mask
+from .module_tree import kind_of
 from .observers import Effect, NormTopK
-from .tracking import kind_of
 from .watched import Watched
 
 _NAMED = re.compile("Attention|Attn")

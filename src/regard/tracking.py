@@ -3,10 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Hook:
+    """One module's hook; a copy or a pickle of the module has one that does nothing."""
+
+    def __init__(self, module: nn.Module, act: Callable[[], None]) -> None:
+        self.module, self._act = module, act
+        self.handle: RemovableHandle | None = None
+        self._copies: list[nn.Module] = []
+
+    def __call__(self, *_: Any) -> None:
+        self._act()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self.module) in memo:
+            self._copies.append(memo[id(self.module)])
+        return contextlib.nullcontext().__exit__  # takes anything, gives None, needs no regard
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def remove(self) -> None:
+        """Off the module, and off the copies made of it meanwhile."""
+        assert self.handle is not None
+        self.handle.remove()
+        for copied in self._copies:
+            for name, hooks in vars(copied).items():
+                if name.startswith("_forward_"):  # torch keeps some four dictionaries of them
+                    hooks.pop(self.handle.id, None)
 
 
 class Tracker:
@@ -24,17 +56,18 @@ class Tracker:
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
         """Hooks on every module, for the length of the block."""
-        handles = []
+        hooks: list[Hook] = []
         try:
             for name, module in self._model.named_modules():
-                handles += [
-                    module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)),
-                    module.register_forward_hook(lambda *_: self._leave(), always_call=True),
-                ]
+                before = Hook(module, functools.partial(self._enter, name))
+                after = Hook(module, self._leave)
+                before.handle = module.register_forward_pre_hook(before)
+                after.handle = module.register_forward_hook(after, always_call=True)
+                hooks += [before, after]
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _enter(self, name: str) -> None:
         if threading.get_ident() != self._thread:
@@ -69,15 +102,3 @@ class Tracker:
 def module_of(call: str) -> str:
     """The module's name in the name of a call."""
     return call.split("#")[0].split("~")[0]
-
-
-def kind_of(module: nn.Module, name: str) -> str:
-    """ "self" or "cross", by what an attention module says of itself, or is called."""
-    parts = [p for p in module_of(name).split(".") if not p.isdigit()]
-    while len(parts) > 1 and parts[-1] in ("self", "attention"):  # what holds it may say more
-        parts.pop()
-    said = f"{parts[-1]} {type(module).__name__}".lower()
-    cross = getattr(module, "is_cross_attention", False) or any(
-        part in said for part in ("cross", "encdec", "encoder_attn", "encoder_decoder_att")
-    )
-    return "cross" if cross else "self"

@@ -86,7 +86,8 @@ class Walk:
     """One word's way through one head. Vectors are float64, (model_dim,) but for those said.
 
     at: the query's token among reader.tokens. kind: "self", "encoder", "decoder" or "cross".
-    chosen: where no head was asked for, what the strongest one reads and its weight.
+    chosen: where no one head was asked for, what the strongest reads and its weight; among: which
+    heads it was chosen from.
     embedded, entered: what the first layer takes (normed: by a norm); x: what this layer, number
     `block` of its stack, takes; taken: what its attention does (None where it is x).
     query (dim,), keys (keys, dim), values (keys, v_dim) as the attention received them, rotated
@@ -109,6 +110,7 @@ class Walk:
     rotary: bool
     engine: str
     chosen: tuple[str, float] | None
+    among: str
     reader: Side
     source: Side
     word: int

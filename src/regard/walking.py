@@ -38,7 +38,8 @@ def walk(
     text: str,
     word: str,
     *,
-    head: tuple[int, int] | None = None,
+    head: tuple[int, int] | int | None = None,
+    layer: int | None = None,
     generate: int = 0,
     target: str | None = None,
     step: Callable[[int], object] | None = None,
@@ -47,7 +48,8 @@ def walk(
 
     Layers are numbered as in a recording: an encoder-decoder's decoder follows its encoder, self-
     and cross-attention apart. Without `head`, that with the strongest link from the word to another
-    that is neither special nor the head's sink. Of a word of several tokens the last walks.
+    that is neither special nor the head's sink; of that layer, or that number in any layer, where
+    only `layer` or the number is given. Of a word of several tokens the last walks.
     generate: let the model first add so many tokens; target: what an encoder-decoder's decoder
     reads, given. RegardError where the word or head is not there.
     """
@@ -65,16 +67,15 @@ def walk(
             seen.record = record  # type: ignore[method-assign, assignment]
             model(**inputs)
         recording = seen.recording(model=reader.name)
-        number, layer, chosen = _place(recording, sides, word, head)
+        number, (index, which), chosen = _place(recording, sides, word, *_pair(layer, head))
         side = sides[_of_word(sides, number)]
         at = side.words[number - side.first].tokens[-1]
         with Trace(model, at) as trace:
             model(**inputs)
-    index = layer[0]
     name = recording.layers[index].name
     source = sides[0] if _kind(recording, index, len(sides)) in ("encoder", "cross") else side
-    parts = _steps(model, trace, calls[name], name, at, layer[1])
-    exact = recording.weights(index, layer[1], rows=[at])[0]
+    parts = _steps(model, trace, calls[name], name, at, which)
+    exact = recording.weights(index, which, rows=[at])[0]
     weights = parts["weighing"].weights
     checks = [_check("weights", weights, exact, torch.float32), *parts.pop("checks")]
     return Walk(
@@ -82,12 +83,13 @@ def walk(
         module=name,
         kind=_kind(recording, index, len(sides)),
         layer=index,
-        head=layer[1],
+        head=which,
         block=seen.layers[index].index,
         layers=len(recording.layers),
         rotary=any("rotary" in n for n, _ in model.named_modules()),
         engine=str(getattr(model.config, "_attn_implementation", "")),
         chosen=chosen,
+        among=_among(layer, head),
         reader=side,
         source=source,
         word=number,
@@ -113,7 +115,7 @@ def _prepared(
     reader._fits(len(encoded.ids), generate)
     ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
     with quiet(), torch.no_grad():
-        new = reader._generate(ids, generate, step) if generate else []
+        new = reader._generate(ids, generate, step)[0] if generate else []
     model, texts = reader.model.base_model, [encoded]
     if reader.family == "causal" and generate:
         texts = [reader._continued(encoded, new)]
@@ -147,12 +149,13 @@ def _target(reader: Reader, text: str) -> Encoded:
         [*reader._names([start]), *said.tokens[:stop]],
         [(0, 0), *said.offsets[:stop]],
         [True, *said.special[:stop]],
+        reader.pieces,
     )
 
 
 def _sides(texts: Sequence[Encoded]) -> list[Side]:
     """The texts with their words, which are numbered over all of them."""
-    split = [Words.split(t.text, t.tokens, t.offsets, t.special) for t in texts]
+    split = [Words.of(text.about()) for text in texts]
     names = label([word for words in split for word in words])
     sides: list[Side] = []
     first = 0
@@ -183,18 +186,28 @@ def _kind(recording: Recording, layer: int, sides: int) -> str:
     return "decoder" if "decoder" in recorded.name.split(".") else "encoder"
 
 
+def _among(layer: int | None, head: tuple[int, int] | int | None) -> str:
+    """The heads that one is chosen from, where it is."""
+    if head is None:
+        return "all heads" if layer is None else f"the heads of layer {layer}"
+    return f"the heads numbered {head}"
+
+
+def _pair(layer: int | None, head: tuple[int, int] | int | None) -> tuple[int | None, int | None]:
+    return head if isinstance(head, tuple) else (layer, head)
+
+
 def _place(
-    recording: Recording, sides: list[Side], name: str, head: tuple[int, int] | None
+    recording: Recording, sides: list[Side], name: str, layer: int | None, which: int | None
 ) -> tuple[int, tuple[int, int], tuple[str, float] | None]:
     """The number of the word, its layer and head, and what it reads there where we chose."""
     words = [word for side in sides for word in side.words]
-    if head is None:
-        number = find(words, name).number
-        return number, *_strongest(recording, sides, number)
-    layer, which = head
     count = len(recording.layers)
-    if not 0 <= layer < count:
+    if layer is not None and not 0 <= layer < count:
         raise RegardError(f"no layer {layer}: the model has layers 0 to {count - 1}")
+    if layer is None or which is None:
+        number = find(words, name).number
+        return number, *_strongest(recording, sides, number, layer, which)
     heads = recording.layer(layer).heads
     if not 0 <= which < heads:
         raise RegardError(f"no head {which}: layer {layer} has heads 0 to {heads - 1}")
@@ -205,13 +218,14 @@ def _place(
         number = -1
     if not side.first <= number < side.first + len(side.words):
         number = side.first + find(side.words, name).number
-    return number, head, None
+    return number, (layer, which), None
 
 
 def _strongest(
-    recording: Recording, sides: list[Side], number: int
+    recording: Recording, sides: list[Side], number: int, layer: int | None, head: int | None
 ) -> tuple[tuple[int, int], tuple[str, float]]:
-    """The head with the strongest link from a word, and what it is a link to."""
+    """The head with the strongest link from a word, and what it is a link to; of one layer, or of
+    the heads of one number, where these are given."""
     own = _of_word(sides, number)
     side = sides[own]
     at = side.words[number - side.first].tokens[-1]
@@ -219,6 +233,8 @@ def _strongest(
     for i, recorded in enumerate(recording.layers):
         kind = _kind(recording, i, len(sides))
         if not recorded.pattern or (kind in ("decoder", "cross")) != bool(own):
+            continue
+        if layer not in (None, i) or (head is not None and head >= recorded.heads):
             continue
         keys = sides[0] if kind in ("encoder", "cross") else side
         links = keys.words.sum_tokens(recording.weights(i, rows=[at])[:, 0])
@@ -228,15 +244,20 @@ def _strongest(
             apart[:, number - side.first] = True
         # What is left apart still ranks, for a word that reads nothing else
         ranked = links - 2.0 * apart
+        if head is not None:
+            ranked[torch.arange(len(ranked), device="cpu", dtype=torch.int64) != head] = -torch.inf
         top = int(ranked.argmax())
         which, to = divmod(top, len(keys.words))
         value = float(ranked[which, to])
         if best is None or value > best[0]:
             best = value, i, which, keys.tokens[keys.words[to].tokens[0]].word
     if best is None:
-        raise RegardError("the model has no layer with softmax attention, so nothing to walk")
-    value, layer, which, to_name = best
-    return (layer, which), (to_name, value + 2.0 * (value < 0))
+        if layer is None and head is None:
+            raise RegardError("the model has no layer with softmax attention, so nothing to walk")
+        named = f"layer {layer}" if head is None else f"head {head}"
+        raise RegardError(f"there is no {named} with softmax attention in which the word reads")
+    value, *chosen, to_name = best
+    return (chosen[0], chosen[1]), (to_name, value + 2.0 * (value < 0))
 
 
 def _steps(

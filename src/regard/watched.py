@@ -6,21 +6,27 @@ import contextlib
 import fnmatch
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from .beams import Trail, picked
+from .brief import shortened
 from .call import Call
+from .checks import whole
 from .errors import RegardError
+from .layer_list import Forward, LayerList
 from .masks import Mask
-from .observers import NormTopK, Observer
+from .module_tree import CROSS, Blocks, inside
+from .observers import NormTopK, Observer, listed
+from .picking import Which, pick
 from .projection import output_projection
-from .recording import RecordedLayer, Recording
+from .real_queries import SUMMED, real_queries, summed
+from .recording import RecordedLayer
 from .tracking import Tracker, module_of
 from .weigh import weigh
 
@@ -44,17 +50,19 @@ class Cut(NamedTuple):
     mask: Mask
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Layer:
     """One module that computes attention.
 
-    name: its qualified name (`tracking.Tracker.call`); index: its layer, the first number in the
-    name, or, where one module serves every layer, which run it is. kind: "self" or "cross".
+    name: its qualified name (`tracking.Tracker.call`); index: its layer's number
+    (`module_tree.Blocks.index`). kind: "self" or "cross".
     pattern: False for a layer without softmax attention; `reason` says why, and `seen` is empty.
-    heads, kv_heads, q_len (queries so far), k_len (the last call's keys).
+    heads, kv_heads, q_len (queries so far), k_len (the last call's keys). layer[TopK] is the result
+    of that observer: by its class, itself, or its place.
     """
 
     name: str
+    index: int = 0
     kind: str = "self"
     pattern: bool = True
     reason: str = ""
@@ -63,18 +71,21 @@ class Layer:
     q_len: int = 0
     k_len: int = 0
     qk: RecordedLayer | None = None
+    observers: tuple[Observer, ...] = ()
     _results: list[tuple[Any, ...]] = field(default_factory=list, repr=False)
     _end: int = field(default=0, repr=False)
-    _last_key: Tensor | None = field(default=None, repr=False)
+    _trail: Trail | None = field(default=None, repr=False)
 
-    @property
-    def index(self) -> int:
-        """The number of the layer (encoder.layer.3.attention.self: 3)."""
-        again = re.search(r"#(\d+)", self.name)
-        if again:
-            return int(again[1]) - 1
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|~|$)", self.name)
-        return int(found[1]) if found else 0
+    def __getitem__(self, which: Which) -> Any:
+        if not self.pattern:
+            raise RegardError(f"{self.name} has no results: {self.reason}")
+        return pick(self.seen, self.observers, which, self.name or "the model")
+
+    def __repr__(self) -> str:
+        if not self.pattern:
+            return f"Layer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
+        sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+        return f"Layer({self.name!r}, {self.kind}, {sizes}, observed by {list(self.observers)})"
 
     @property
     def seen(self) -> tuple[Any, ...]:
@@ -84,76 +95,85 @@ class Layer:
             self._results = [tuple(merged)]
         return self._results[0] if self._results else ()
 
-    def add(
-        self, call: Call, lse: Tensor, out: Tensor | None, seen: Mapping[int, Any], keep_qk: bool
-    ) -> None:
-        """Take in a call: it continues the last one, or begins anew."""
-        place = call.place
-        continues = self.q_len > 0 and place.query_start == self._end and place.query_start > 0
-        if continues:
-            self._check_same_batch(call)
-        elif self.q_len and 0 < place.query_start < self._end:
+    def follows(self, call: Call) -> bool:
+        """Whether a call continues the last one; else it begins anew."""
+        start = call.place.query_start
+        if self.q_len and 0 < start < self._end:
             raise RegardError(
-                f"{self.name}: queries from position {place.query_start} were computed twice "
+                f"{self.name}: queries from position {start} were computed twice "
                 "(assisted decoding?); this way of generating cannot be watched"
             )
-        if not continues:
-            self._results, self.q_len, self.qk = [], 0, None
-        self._results.append(weigh(call, lse, out, seen=seen))
+        return self.q_len > 0 and start == self._end and start > 0
+
+    def order(self, call: Call) -> list[int] | None:
+        """Which row of the last call each row of a self layer's goes on from; None: its own."""
+        if self._trail is None or not self.follows(call):
+            return None
+        return self._trail.order(call)
+
+    def add(
+        self, call: Call, lse: Tensor, results: tuple[Any, ...], keep_qk: bool,
+        order: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Take in a call: it continues the last one, its rows in this order, or begins anew."""
+        place = call.place
+        if not self.follows(call):
+            self._results, self.q_len, self.qk, self._trail, order = [], 0, None, None, None
+        if order is not None:
+            self._results = [tuple(picked(result, order) for result in self.seen)]
+            if self.qk:
+                self.qk.pick(order)
+        self._results.append(results)
         if keep_qk:
             self.qk = self.qk or RecordedLayer(self.name, self.index, self.kind)
             self.qk.add(call, lse)
         self.heads, self.kv_heads = place.heads, place.kv_heads
         self.q_len, self.k_len = self.q_len + place.q_len, place.k_len
         self._end = place.query_start + place.q_len
-        last = self._own(call, self._end - 1)
-        if place.q_len and 0 <= last < place.k_len:  # there may be fewer keys than queries
-            self._last_key = call.key[:, :, last].detach().clone()
-
-    def _own(self, call: Call, position: int) -> int:
-        """The index of the key at a query's position; a cross layer's keys never change."""
-        return 0 if self.kind == "cross" else position - call.place.key_start
-
-    def _check_same_batch(self, call: Call) -> None:
-        """A cache whose batch was reordered (beam search) would append rows to the wrong item."""
-        at = self._own(call, self._end - 1)
-        if self._last_key is None or not 0 <= at < call.place.k_len:
-            return
-        now = call.key[:, :, at].detach()
-        if now.shape == self._last_key.shape:
-            # What a cache has evicted is 0 in the call
-            now = now.where((now != 0).any(-1, keepdim=True), self._last_key)
-        if now.shape != self._last_key.shape or not torch.equal(now, self._last_key):
-            raise RegardError(
-                f"{self.name}: the cache was reordered between two steps (beam search?); "
-                "generate with num_beams=1 to watch"
-            )
+        if self.kind == "cross" or not place.q_len:
+            return  # whose keys never change: its rows follow the self-attention beside it
+        if self._trail is not None:
+            self._trail.extend(call, order)
+        elif place.query_start + place.q_len - place.key_start <= place.k_len:
+            self._trail = Trail(call)
 
 
-class Watched:
-    """The layers that a watched model ran, in its order: iterate, index by place or name."""
+class Watched(LayerList[Layer]):
+    """The layers that a watched model ran, in its order: iterate, index by place or name.
+
+    They hold what the last forward gave, with the decode steps that followed it; `forwards` holds
+    that of each, where all are kept.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        observe: Sequence[Observer],
+        observe: Sequence[Observer] | None,
         layers: Sequence[int | str] | int | str | None,
         keep_qk: bool,
-        cut: Sequence[Cut] = (),
+        cut: Sequence[Cut] | None = (),
         verify: bool = False,
+        count_padding: bool = False,
+        keep: Literal["last", "all"] = "last",
     ) -> None:
-        self.verifying, self.within = verify, False
-        self.observe, self.keep_qk = tuple(observe), keep_qk
-        self._cuts, self._done = tuple(cut), set[int]()
+        if keep not in ("last", "all"):
+            raise RegardError(f"keep is {keep!r}; give 'last' or 'all'")
+        self._keeps_all, self._forwards = keep == "all", list[dict[str, Layer]]()
+        self.verifying, self.within, self.count_padding = verify, False, count_padding
+        self.observe, self.keep_qk = listed(observe), keep_qk
+        self._cuts, self._done = _checked_cuts(cut), set[int]()
         self.modules = dict(model.named_modules())
         self._wanted = _several(layers)
         self._model = type(model).__name__
         self.tracker = Tracker(model)
         self._order = {n: i for i, n in enumerate(self.tracker.names.values())}
-        self._blocks = _blocks(model)
+        self._blocks = Blocks(model)
         self._layers: dict[str, Layer] = {}
         self._touched: set[str] = set()
         self._continuing = False
+        self._real: dict[str, Tensor | None] = {}  # by block: bool (batch, q_len), or none padding
+        self._leading: dict[str, bool] = {}
+        self._orders: dict[str, list[int] | None] = {}  # by block: of the last step's rows
 
     def call_of(self, module: nn.Module) -> str | None:
         """The name of the call that a module of the watched model makes; None for a stranger."""
@@ -163,7 +183,18 @@ class Watched:
     def wants(self, name: str) -> bool:
         """Whether `layers` names this module, by its layer's number, its name or a pattern."""
         self._touched.add(name)
-        return self._asked(Layer(name))
+        return self._asked(self._layer(name)) or self._leads(name)
+
+    def _leads(self, name: str) -> bool:
+        """Whether a cross layer that is asked for stands beside this self layer, and follows it."""
+        block = _block_of(name)
+        if self._wanted is None:
+            return False
+        if block not in self._leading:
+            beside = (m for m in self.modules if inside(m, block))
+            cross = [m for m in beside if any(part in m.lower() for part in CROSS)]
+            self._leading[block] = any(self._asked(self._layer(m)) for m in cross)
+        return self._leading[block] and not any(part in name.lower() for part in CROSS)
 
     def position(self, name: str, kind: str, start: int | None) -> int:
         """Where a call's queries stand. A cross layer follows the self-attention beside it."""
@@ -182,9 +213,32 @@ class Watched:
         finally:
             self.within = False
 
-    def asking(self, name: str, call: Call) -> Call:
-        """A call of the module `name`, with the observers of this watch."""
-        return replace(call, observers=tuple(self._fitted(o, name, call) for o in self.observe))
+    def asking(self, name: str, call: Call, kind: str) -> Call:
+        """A call of the module `name`, with the observers of this watch.
+
+        Those that leave out padding's queries, where there are any, wait for `record`.
+        """
+        if not self._asked(self._layer(name)):  # only followed
+            return replace(call, observers=())
+        for observer in self.observe:
+            observer.check(call.place)
+        now = [o for o in self.observe if not isinstance(o, SUMMED)]
+        if len(now) == len(self.observe) or self._padded(name, call, kind) is None:
+            now = list(self.observe)
+        return replace(call, observers=tuple(self._fitted(o, name, call) for o in now))
+
+    def _padded(self, name: str, call: Call, kind: str) -> Tensor | None:
+        """The queries that are not padding (batch, q_len); None if all are, or padding counts.
+
+        A cross layer's queries are those of the self-attention beside it.
+        """
+        if self.count_padding:
+            return None
+        block = _block_of(name)
+        if kind == "self":
+            self._real[block] = real_queries(call)
+        real = self._real.get(block)
+        return real if real is not None and real.shape == call.query.shape[:3:2] else None
 
     def record(
         self,
@@ -199,8 +253,52 @@ class Watched:
 
         seen: results that the engine gathered already, by the number of their observer.
         """
-        layer = self._layers.setdefault(name, Layer(name, kind))
-        layer.add(self.asking(name, call), lse, out, seen, self.keep_qk)
+        layer = self._taking(name, kind, call)
+        order = self._ordered(layer, call)
+        asked = self.asking(name, call, kind)
+        results = weigh(asked, lse, out, seen=seen)
+        if len(asked.observers) < len(self.observe) and self._asked(layer):
+            results = self._with_summed(name, call, kind, lse, results)
+        layer.add(call, lse, results, self.keep_qk and self._asked(layer), order)
+
+    def _taking(self, name: str, kind: str, call: Call) -> Layer:
+        """The layer that takes in a call: where all are kept, a new one for each sequence.
+
+        The next forward begins where a layer of the last begins again.
+        """
+        layer = self._layers.get(name)
+        if layer is None or (self._keeps_all and layer.q_len and not layer.follows(call)):
+            if not self._forwards or name in self._forwards[-1]:
+                self._forwards.append({})
+            layer = self._layers[name] = self._forwards[-1][name] = self._layer(name, kind)
+        return layer
+
+    @property
+    def forwards(self) -> list[Forward[Layer]]:
+        """What each forward gave, each with the decode steps that followed it.
+
+        All of them with `keep="all"`, else the last alone.
+        """
+        each = (filter(self._asked, layers.values()) for layers in self._forwards)
+        return [
+            Forward(sorted(e, key=lambda la: self._place(la.name)), self.keep_qk, self._model)
+            for e in each
+        ]
+
+    def _ordered(self, layer: Layer, call: Call) -> list[int] | None:
+        """Which row of its last call each of a layer's goes on from; None: its own."""
+        if layer.kind == "self":
+            self._orders[_block_of(layer.name)] = layer.order(call)
+        return self._orders.get(_block_of(layer.name))
+
+    def _with_summed(
+        self, name: str, call: Call, kind: str, lse: Tensor, results: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """The results of all observers, those that sum over queries without padding's."""
+        real, others = self._padded(name, call, kind), iter(results)
+        assert real is not None
+        sums = iter(summed(call, [o for o in self.observe if isinstance(o, SUMMED)], lse, real))
+        return tuple(next(sums if isinstance(o, SUMMED) else others) for o in self.observe)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
         """A NormTopK with the module's own output projection."""
@@ -213,7 +311,7 @@ class Watched:
         """What stays visible in a call of this module, where something is cut."""
         shown: Mask | None = None
         for number, cut in enumerate(self._cuts):
-            if self._matches(cut.layer, Layer(name)):
+            if self._matches(cut.layer, self._layer(name)):
                 self._done.add(number)
                 shown = ~cut.mask if shown is None else shown & ~cut.mask
         return shown
@@ -238,20 +336,25 @@ class Watched:
     @property
     def layers(self) -> list[Layer]:
         """The layers in the model's order, those without softmax attention among them."""
-        found = [*self._layers.values(), *filter(self._asked, self._silent())]
+        found = filter(self._asked, [*self._layers.values(), *self._silent()])
         return sorted(found, key=lambda layer: self._place(layer.name))
 
     def _silent(self) -> list[Layer]:
         """The layers that ran without softmax attention."""
         silent = []
-        for container, blocks in self._blocks.items():
-            spoken = {n for n in self._touched if _inside(n, container)}
+        for container, blocks in self._blocks.lists.items():
+            spoken = {n for n in self._touched if inside(n, container)}
             for block in blocks:
                 ran = block.name in self.tracker.ran
-                heard = any(n == block.name or _inside(n, block.name) for n in spoken)
+                heard = any(n == block.name or inside(n, block.name) for n in spoken)
                 if ran and not heard and (spoken or block.has_attention):
-                    silent.append(Layer(block.name, pattern=False, reason=block.reason))
+                    found = self._layer(block.name)
+                    found.pattern, found.reason = False, block.reason
+                    silent.append(found)
         return silent
+
+    def _layer(self, name: str, kind: str = "self") -> Layer:
+        return Layer(name, self._blocks.index(name), kind, observers=self.observe)
 
     def _asked(self, layer: Layer) -> bool:
         return self._wanted is None or any(self._matches(w, layer) for w in self._wanted)
@@ -262,12 +365,11 @@ class Watched:
             return fnmatch.fnmatch(layer.name, which)
         if which >= 0:
             return which == layer.index
-        counts = (len(blocks) for at, blocks in self._blocks.items() if _inside(layer.name, at))
-        return layer.index - next(counts, 0) == which
+        return layer.index - self._blocks.count(layer.name) == which
 
     def check_wanted(self) -> None:
         """RegardError where `layers` asked for one that did not run."""
-        ran = [*map(Layer, sorted(self._touched, key=self._place)), *self._silent()]
+        ran = [*map(self._layer, sorted(self._touched, key=self._place)), *self._silent()]
         for which in self._wanted or ():
             if not any(self._matches(which, layer) for layer in ran):
                 names = [layer.name for layer in ran]
@@ -280,73 +382,54 @@ class Watched:
     def _place(self, name: str) -> int:
         return self._order.get(module_of(name), 0)
 
-    def __iter__(self) -> Iterator[Layer]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, which: int | str) -> Layer:
-        layers = self.layers
-        if isinstance(which, int) and -len(layers) <= which < len(layers):
-            return layers[which]
-        for layer in layers:
-            if layer.name == which:
-                return layer
-        names = ", ".join(layer.name for layer in layers) or "none yet"
-        raise KeyError(f"no layer {which!r}; watched were: {names}")
-
-    def recording(self, **about: Any) -> Recording:
-        """What was kept with `keep_qk=True`, as a Recording; `about` describes the input."""
-        if not self.keep_qk:
-            raise RegardError("q and k were not kept; watch with keep_qk=True to make a recording")
-        layers = [
-            layer.qk or RecordedLayer(layer.name, layer.index, layer.kind, False, layer.reason)
-            for layer in self.layers
-        ]
-        return Recording(layers, {"model": self._model} | about)
+    def __repr__(self) -> str:
+        names = [layer.name for layer in self.layers]
+        several = f"{len(names)} layer{'' if len(names) == 1 else 's'}"
+        ends = ": " + " … ".join(dict.fromkeys((names[0], names[-1]))) if names else " so far"
+        return f"Watched({self._model}, {several}{ends}, observed by {list(self.observe)})"
 
 
 def _several(layers: Sequence[int | str] | int | str | None) -> list[int | str] | None:
     """What `layers` asks for, one of a kind alone too; RegardError where it is neither."""
     if layers is None:
         return None
-    wanted: list[Any] = [layers] if isinstance(layers, int | str) else list(layers)
-    for which in wanted:
-        if not isinstance(which, int | str) or isinstance(which, bool):
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        layers = [layers]
+    return [_which(each, "layers") for each in layers]
+
+
+def _which(layer: Any, what: str) -> int | str:
+    """A layer as it can be asked for."""
+    if isinstance(layer, str):
+        return layer
+    try:
+        if not isinstance(layer, bool):
+            return whole(layer, what)
+    except RegardError:
+        pass
+    raise RegardError(
+        f"{what} takes numbers of layers, and names or patterns of modules, not {layer!r}"
+    )
+
+
+def _checked_cuts(cut: Any) -> tuple[Cut, ...]:
+    """What `cut` removes; RegardError where it is no list of cuts."""
+    if cut is None:
+        return ()
+    alone = " alone" if isinstance(cut, Cut | Mask | type) else ""
+    if alone or not isinstance(cut, list | tuple):
+        raise RegardError(f"cut is {cut!r}{alone}; give a list, such as [Cut(3, Heads([1]))]")
+    for each in cut:
+        if not isinstance(each, Cut):
+            raise RegardError(f"cut holds {each!r}; give cuts, such as Cut(3, Heads([1]))")
+        if not isinstance(each.mask, Mask):
             raise RegardError(
-                f"layers takes numbers of layers, and names or patterns of modules, not {which!r}"
+                f"Cut({each.layer!r}, …): mask is a {type(each.mask).__name__}; give a regard "
+                "mask, such as Edges([(10, 1)]) or Heads([1])"
             )
-    return wanted
+    return tuple(each._replace(layer=_which(each.layer, "Cut: layer")) for each in cut)
 
 
-def _inside(name: str, container: str) -> bool:
-    return name.startswith(container + ".")
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One of a list of blocks: a layer of the model, whatever it computes."""
-
-    name: str
-    has_attention: bool
-    reason: str
-
-
-def _blocks(model: nn.Module) -> dict[str, list[_Block]]:
-    """The outermost lists of blocks, by the list's name."""
-    found: dict[str, list[_Block]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(
-            name.startswith(outer + ".") for outer in found
-        ):
-            found[name] = [_block(f"{name}.{n}", block) for n, block in module.named_children()]
-    return found
-
-
-def _block(name: str, block: nn.Module) -> _Block:
-    kinds = dict.fromkeys(type(part).__name__ for part in block.modules())
-    attention = any("Attention" in kind for kind in kinds)
-    why = "computes attention by itself" if attention else "computes no softmax attention"
-    parts = ", ".join(dict.fromkeys(type(part).__name__ for part in block.children()))
-    return _Block(name, attention, f"{type(block).__name__} {why}; its parts: {parts}")
+def _block_of(name: str) -> str:
+    """What a layer's self- and cross-attention have in common: the name up to its number."""
+    return re.sub(r"(\.\d+)\..*", r"\1", name)

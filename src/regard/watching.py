@@ -8,105 +8,169 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 from torch import nn
 
 from .errors import RegardError
 from .intercept import Intercept
+from .module_tree import hugging_face
 from .observers import Observer
 from .softmaxes import Softmaxes, attention_modules
 from .watched import Cut, Watched
 
 _LOCK = threading.Lock()
 _WATCHING: set[int] = set()
-_VERIFIED: weakref.WeakSet[type] = weakref.WeakSet()  # classes of models, once watched
+_VERIFIED: weakref.WeakSet[type] = weakref.WeakSet()  # classes of modules, once watched
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 _TORCH_CALLS = ("scaled_dot_product_attention(", "multi_head_attention_forward(")
 _REGARD = re.compile(r"^\s*(?:import|from)\s+regard\b", re.MULTILINE)
 
 
-@contextlib.contextmanager
 def watch(
     model: nn.Module,
-    observe: Sequence[Observer] = (),
+    observe: Sequence[Observer] | None = (),
     layers: Sequence[int | str] | int | str | None = None,
     keep_qk: bool = False,
-    cut: Sequence[Cut] = (),
+    cut: Sequence[Cut] | None = (),
     verify: bool | None = None,
-) -> Iterator[Watched]:
+    count_padding: bool = False,
+    keep: Literal["last", "all"] = "last",
+) -> AbstractContextManager[Watched]:
     """Watch a model's attention inside a `with` block; yields the `Watched` that fills.
 
         with regard.watch(model, observe=[TopK(8), Received()]) as seen:
             model(**inputs)
         top, received = seen["model.layers.0.self_attn"].seen
 
-    model: a Hugging Face model that goes through `AttentionInterface`, or any torch model that
-        calls `F.scaled_dot_product_attention` or `regard.attention`, or has `nn.MultiheadAttention`
-        or modules of `regard.nn`.
+    model: a Hugging Face model that goes through `AttentionInterface`; any torch model that calls
+        `F.scaled_dot_product_attention` or `regard.attention`, or has `nn.MultiheadAttention` or
+        modules of `regard.nn`; or any module that holds such, one or several.
     observe: what to keep of every layer's weights. layers: only these: numbers of layers (3; −1
         is the last), or modules' names and patterns ("decoder.*"). keep_qk: also keep q, k and lse,
         O(N) a layer, for `seen.recording()`. cut: edges or whole heads to remove; the rest of the
         model runs on.
     verify: check on some rows of each call that the weights as read give the model's output; by
         default only the first time that a class of models is watched, in its first block.
+    count_padding: by default Received, Map and Distances leave out the queries that are padding
+        (tokens that the mask hides as keys), so that an item's do not depend on its neighbours;
+        True counts them. Observers of rows keep all rows.
+    keep: "last": a new forward replaces the last one's results; "all": they stay, the steps of a
+        diffusion or the turns of a chat, and `seen.forwards[n]` is the n-th.
 
-    In `generate()` each new token's row is appended; a new sequence replaces the last results.
+    In `generate()` each new token's row is appended; after beam search each row's history is that
+    of the beam it stands for.
     The model's own attention computes its outputs, which equal the unwatched ones to the bit, but
     where edges are cut or an `Effect` is asked for. Other threads that run the model compute as
     ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
     it ran without computing attention where it could be seen, or without a layer asked for.
     """
-    hugging = _hugging_face(model)
-    _check(model, hugging)
-    verify = type(model) not in _VERIFIED if verify is None else verify
-    watched = Watched(model, observe, layers, keep_qk, cut, verify)
-    with _LOCK:
-        if id(model) in _WATCHING:
-            raise RegardError(f"this {type(model).__name__} is being watched already")
-        _WATCHING.add(id(model))
+    return _Block(
+        lambda: _watching(model, observe, layers, keep_qk, cut, verify, count_padding, keep)
+    )
+
+
+class _Block(AbstractContextManager["Watched"]):
+    """What `watch` returns: each time that it is entered, the model is watched anew."""
+
+    def __init__(self, opened: Callable[[], AbstractContextManager[Watched]]) -> None:
+        self._opened = opened
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Watched:
+        return self._stack.enter_context(self._opened())
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._stack.__exit__(*raised)
+
+
+@contextlib.contextmanager
+def _watching(
+    model: nn.Module,
+    observe: Sequence[Observer] | None,
+    layers: Sequence[int | str] | int | str | None,
+    keep_qk: bool,
+    cut: Sequence[Cut] | None,
+    verify: bool | None,
+    count_padding: bool,
+    keep: Literal["last", "all"],
+) -> Iterator[Watched]:
+    """One block of `watch`."""
+    parts = _parts(model)
+    hugging = any(map(hugging_face, parts))
+    sources = _sources(model)
+    _check(model, hugging, sources)
+    kinds = {type(part) for part in parts}
+    verify = not kinds <= set(_VERIFIED) if verify is None else verify
+    watched = Watched(model, observe, layers, keep_qk, cut, verify, count_padding, keep)
     with contextlib.ExitStack() as stack:
-        stack.callback(_WATCHING.discard, id(model))
+        stack.enter_context(_claimed(model, parts))
         stack.enter_context(watched.tracker.following())
-        sources = _sources(model) or []
-        interface = hugging and any(way in s for s in sources for way in _INTERFACE)
+        # Where a source cannot be read (a notebook's), both ways may lead to attention
+        unknown = sources is None
+        interface = hugging and (unknown or any(w in s for s in sources or () for w in _INTERFACE))
         if interface:
-            from .huggingface import using_regard
+            from . import huggingface  # noqa: F401  (its functions are found by name)
+            from .swapped_configs import using_regard
 
             stack.enter_context(using_regard(model))
-        if not interface or _calls_torch(model, sources):
+        if unknown or not interface or _calls_torch(model, sources or []):
             stack.enter_context(Intercept(watched))
         if by_itself := attention_modules(model):
             stack.enter_context(Softmaxes(watched, model, by_itself))
         stack.enter_context(watched)
         yield watched
-    if watched.tracker.ran and verify:
-        _VERIFIED.add(type(model))
-    if watched.tracker.ran and watched.undone:
-        layers = ", ".join(str(c.layer) for c in watched.undone)
-        raise RegardError(f"cut: no attention call is in layer {layers}; nothing was cut there")
-    if watched.tracker.ran and not watched.touched:
+    if not watched.tracker.ran:
+        return
+    if verify:
+        _VERIFIED.update(kinds)
+    if watched.undone:
+        which = ", ".join(str(c.layer) for c in watched.undone)
+        raise RegardError(f"cut: no attention call is in layer {which}; nothing was cut there")
+    if not watched.touched:
         raise RegardError(
             f"{type(model).__name__} ran, but computed no attention where it can be watched: it "
             "takes no softmax over keys, or not inside a module of attention"
         )
-    if watched.tracker.ran:
-        watched.check_wanted()
+    watched.check_wanted()
 
 
-def _hugging_face(model: nn.Module) -> bool:
-    """Whether it is a Hugging Face model; without importing transformers for any other."""
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
-
-
-def _check(model: nn.Module, hugging: bool) -> None:
-    """RegardError where a model surely offers nothing to watch."""
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model; RegardError for what is none, or cannot be followed."""
     if not isinstance(model, nn.Module):
         raise RegardError(f"watch takes a torch module, not a {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise RegardError("this model is compiled; watch the original, model._orig_mod")
-    sources = _sources(model)
+    for name, part in model.named_modules():
+        said = f"{name}, a {type(part).__name__}, " if name else "this model "
+        if "_orig_mod" in part._modules:
+            raise RegardError(f"{said}is compiled; watch the original, model._orig_mod")
+        if part._compiled_call_impl is not None:
+            raise RegardError(f"{said}was compiled in place; watch it without .compile()")
+        if isinstance(part, nn.DataParallel) and len(part.device_ids) > 1:
+            raise RegardError(f"{said}runs on copies; watch what it holds, its .module, on one GPU")
+    return list(model.modules())
+
+
+@contextlib.contextmanager
+def _claimed(model: nn.Module, parts: list[nn.Module]) -> Iterator[None]:
+    """Nobody else watches what computes here; RegardError where somebody does."""
+    # Two models may share an embedding, but nothing that has modules of its own
+    own = {id(model)} | {id(part) for part in parts if part._modules}
+    with _LOCK:
+        if own & _WATCHING:
+            shared = "" if id(model) in _WATCHING else "holds a part that "
+            raise RegardError(f"this {type(model).__name__} {shared}is being watched already")
+        _WATCHING.update(own)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _WATCHING.difference_update(own)
+
+
+def _check(model: nn.Module, hugging: bool, sources: list[str] | None) -> None:
+    """RegardError where a model surely offers nothing to watch."""
     if _has_attention(model) or any(map(_REGARD.search, sources or ())):
         return
     if attention_modules(model):

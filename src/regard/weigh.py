@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import hidden, transforms
 from .call import Call
 from .errors import RegardError
 from .impact import Measure, attach
@@ -97,7 +97,7 @@ class NormTopKReader(Reader):
         indices, norms, weights = self.tensors
         k = min(self.observer.k, seen.log.shape[-1])
         own = take(seen.strip.runs, self.norms[seen.part.batch, seen.part.heads], 2)
-        logs, cols = largest(seen.log + own.log()[:, :, None], k)
+        logs, cols = largest(hidden.plus(seen.log, own.log()[:, :, None]), k)
         at, shown = seen.strip.here, logs != -torch.inf
         keys = seen.strip.keys()[cols] + self.place.key_start
         total = seen.total[..., None]

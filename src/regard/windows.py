@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .brief import Brief
 from .call import Call
 from .engines import tiled
 from .errors import RegardError
@@ -28,7 +29,7 @@ TILE = 128  # queries and keys that are decided at once where their tile is not 
 
 
 @dataclass(frozen=True, eq=False)
-class Unseen:
+class Unseen(Brief):
     """What a mask hides of the pairs that another shows.
 
     pairs, hidden (batch, heads, q_len) int64: how many keys each query would see, and how many of

@@ -10,15 +10,15 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from string import punctuation
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .errors import RegardError
+from .word_bounds import pieces_of, strip
 
 if TYPE_CHECKING:
     from .recording import Recording
@@ -27,10 +27,6 @@ SINK = 0.3
 """A word is a sink of a head where its column mean is above this (Gu et al. 2025)."""
 
 _TILE = 1 << 22  # weights held at once: 16 MB in float32
-_UNSPACED = (  # Thai, Lao, Myanmar, Khmer, kana, Han: no spaces between words
-    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF)),
-    *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +84,21 @@ class Words(Sequence[Word]):
     ) -> Words:
         """The words of ``text``, whose token i covers the characters ``offsets[i]``.
 
-        Words stand between whitespace, and punctuation at their edges stands apart: "suitcase,"
-        is two words, "didn't" is one. In scripts written without spaces every token starts a
-        word. A special token is a word of its own, named by its token; so is a token of
-        whitespace, but for the one space that tokenizers set before a word. A token that covers
-        several words joins them, so no token is split. Words without a token are left out.
-        ``cuts``: characters at which a word starts anyhow.
+        Words end where Unicode's do (UAX #29), so punctuation and emoji stand apart: "suitcase,"
+        is two words, "didn't" is one; but hyphens join, and a run of one sign is one word. In
+        scripts written without spaces every token starts a word. A special token is a word of
+        its own, named by its token; so is a token of whitespace, but for the one space that
+        tokenizers set before a word. A token that covers several words joins them, so no token
+        is split. Words without a token are left out. ``cuts``: characters at which a word starts
+        anyhow.
         """
         if not len(tokens) == len(offsets) == len(special):
             raise RegardError(
                 "tokens, offsets and special must be equally long; "
                 f"they are {len(tokens)}, {len(offsets)} and {len(special)}"
             )
-        spans = [_strip(text, int(start), int(end)) for start, end in offsets]
-        pieces = _pieces(text, spans, special, cuts)
+        spans = [strip(text, int(start), int(end)) for start, end in offsets]
+        pieces = pieces_of(text, spans, special, cuts)
         covered: list[tuple[int, int] | None] = [None] * len(spans)  # pieces; None: its own word
         following: tuple[int, int] | None = None
         for i in reversed(range(len(spans))):
@@ -132,6 +129,38 @@ class Words(Sequence[Word]):
                 name = tokens[first] if special[first] or start == end else text[start:end]
             words.append(Word(name, start, end, range(first, stop), bool(special[first])))
         return cls(words)
+
+    @classmethod
+    def single(
+        cls,
+        text: str,
+        tokens: Sequence[str],
+        offsets: Sequence[Sequence[int]],
+        special: Sequence[bool],
+    ) -> Words:
+        """Every token as a word, named by its characters: by its token where these are all told,
+        as for the later bytes of one character."""
+        words: list[Word] = []
+        reached = 0
+        for i, (token, span) in enumerate(zip(tokens, offsets, strict=True)):
+            low, high = strip(text, *map(int, span))
+            low, high = (low, high) if low < high else map(int, span)
+            low = max(low, reached)
+            high = reached = max(low, high)
+            name = token if special[i] or low == high else text[low:high]
+            words.append(Word(name, low, high, range(i, i + 1), bool(special[i])))
+        return cls(words)
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], cuts: Sequence[int] = ()) -> Words:
+        """The words of what a recording's ``about`` tells of a text; its tokens if ``pieces``."""
+        text, tokens, offsets = (about.get(key) for key in ("text", "tokens", "offsets"))
+        if text is None or tokens is None or offsets is None:
+            raise RegardError("the recording has no words: its text, tokens or offsets are missing")
+        special = about.get("special") or [False] * len(tokens)
+        if about.get("pieces"):
+            return cls.single(text, tokens, offsets, special)
+        return cls.split(text, tokens, offsets, special, cuts)
 
 
 class Found(NamedTuple):
@@ -349,75 +378,11 @@ def _blocks(count: int, width: int) -> Iterator[range]:
         yield range(start, min(start + size, count))
 
 
-def _pieces(
-    text: str,
-    spans: Sequence[tuple[int, int]],
-    special: Sequence[bool],
-    cuts: Sequence[int],
-) -> list[tuple[int, int]]:
-    """The stretches of ``text`` that words are made of, in order, special tokens left out."""
-    marks = {start for start, end in spans if start < end}
-    taken = bytearray(len(text))
-    for (start, end), is_special in zip(spans, special, strict=True):
-        if is_special:
-            taken[start:end] = b"\1" * (end - start)
-    pieces: list[tuple[int, int]] = []
-    begun = -1
-    for at, char in enumerate(text + " "):
-        outside = char.isspace() or (at < len(text) and taken[at])
-        cut = at in cuts or (at in marks and begun >= 0 and _unspaced_at(text, at))
-        if begun >= 0 and (outside or cut):
-            pieces += _edges(text, begun, at)
-            begun = -1
-        if begun < 0 and not outside:
-            begun = at
-    return pieces
-
-
-def _edges(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """``start:end`` with the punctuation at its edges apart; a run of one sign stays one."""
-    low, high = start, end
-    while low < high and _is_punctuation(text[low]):
-        low += 1
-    while high > low and _is_punctuation(text[high - 1]):
-        high -= 1
-    for first, last in ((start, low), (high, end)):
-        if (first, last) == (high, end) and low < high:
-            yield low, high
-        at = first
-        while at < last:
-            stop = at + 1
-            while stop < last and text[stop] == text[at]:
-                stop += 1
-            yield at, stop
-            at = stop
-
-
 def _one_char(text: str, offsets: Sequence[Sequence[int]], special: Sequence[bool], i: int) -> bool:
     """Whether tokens i - 1 and i are bytes of the same whitespace character."""
     start, end = offsets[i]
     same = tuple(offsets[i - 1]) == (start, end)
     return same and text[start:end].isspace() and not special[i] and not special[i - 1]
-
-
-def _strip(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without the whitespace at its edges; an empty one stands at its end."""
-    while start < end and text[start].isspace():
-        start += 1
-    while end > start and text[end - 1].isspace():
-        end -= 1
-    return start, end
-
-
-def _is_punctuation(char: str) -> bool:
-    return char in punctuation or unicodedata.category(char).startswith("P")
-
-
-def _unspaced_at(text: str, at: int) -> bool:
-    """Whether a word may start at a character without a space before it."""
-    beside = (ord(char) for char in text[at - 1 : at + 1])
-    known = any(low <= code <= high for code in beside for low, high in _UNSPACED)
-    return known and not unicodedata.category(text[at : at + 1] or " ").startswith("M")
 
 
 def _same(text: str) -> str:

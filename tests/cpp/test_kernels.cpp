@@ -390,6 +390,34 @@ static void test_without_threads(const std::vector<int>& levels) {
     pthread_setattr_default_np(&before);
 }
 
+// exp, exp2 and tanh within the errors that simd.h states (functions.cpp), at each level that runs here.
+namespace regard::portable {
+bool functions_portable(char* said);
+}
+#if defined(REGARD_X86)
+namespace regard::avx2 {
+bool functions_avx2(char* said);
+}
+namespace regard::avx512 {
+bool functions_avx512(char* said);
+}
+#endif
+
+static void test_functions() {
+    char said[200] = "";
+    const auto tested = [&](const char* level, bool fine) {
+        where = std::string("functions, level ") + level;
+        if (!fine) fail(said);
+    };
+    tested("portable", regard::portable::functions_portable(said));
+#if defined(REGARD_X86)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        tested("avx2", regard::avx2::functions_avx2(said));
+    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        tested("avx512", regard::avx512::functions_avx512(said));
+#endif
+}
+
 // Of the cases, those whose name contains the argument, if there is one.
 int main(int count, char** arguments) {
     std::vector<int> levels;
@@ -402,6 +430,7 @@ int main(int count, char** arguments) {
         test(c, levels);
         tested++;
     }
+    if (count == 1 || !strcmp(arguments[1], "functions")) test_functions();
     if (count == 1) {
         test_without_threads(levels);
         where = "a cache's step";

@@ -18,7 +18,8 @@ from ..call import Call
 from ..dropout import Dropout
 from ..errors import RegardError
 from ..masks import Causal, Mask
-from ..observers import Observer
+from ..observers import Observer, listed
+from ..padding import kept
 from ..weigh import weigh
 from .layout import Biases, InSlots, Layout
 from .seen import moved, moves, spread
@@ -42,6 +43,7 @@ class Cache:
         self._layout: Layout | None = None
         self._settled = True
         self._began = False  # whether the last append was the first
+        self._real: Tensor | None = None  # bool (batch, length): not padding; None: all, or unsaid
 
     # What a kind of cache is made of
 
@@ -88,6 +90,15 @@ class Cache:
     def gapless(self) -> bool:
         """Whether it never evicts, so that slots are positions whatever comes."""
         return True
+
+    def _note(self, mask: Any) -> None:
+        """Before the attention over the last append: learn what its mask says of padding."""
+        if self.gapless or not isinstance(mask, Mask):
+            return
+        layout = self.layout
+        keep = kept(mask, (layout.q_len, layout.length), None)
+        fits = keep is not None and len(keep) in (1, len(layout.new))  # else attention says so
+        self._real = keep if keep is not None and fits and not bool(keep.all()) else None
 
     # What all have in common
 
@@ -143,7 +154,7 @@ class Cache:
             self._lengths = [0] * len(new)
         if key.requires_grad or value.requires_grad:
             key, value = key.detach(), value.detach()
-        self._layout = self._write(key, value, new)
+        self._layout, self._real = self._write(key, value, new), None
         self._lengths = [s + n for s, n in zip(self._lengths, new, strict=True)]
         self._settled = self.gapless
 
@@ -177,10 +188,7 @@ class Cache:
         was before.
         """
         _check_query(query, key)
-        if isinstance(observe, Observer):
-            raise RegardError(f"observe is {observe!r} alone; give a list, such as [TopK(8)]")
-        asked = list(observe or ())
-        if asked:
+        if listed(observe):
             self._in_order()
         self.append(key, value, lengths)
         try:
@@ -204,6 +212,7 @@ class Cache:
         **rest: Any,
     ) -> Any:
         """`attend`, after `append`: for who computes between the two."""
+        self._note(mask)
         if observe is None and (found := self._by_plan(query, mask, bias, engine, rest)):
             return found if return_lse else found[0]
         layout, wanted, straight = self.layout, self.wanted, self.layout.straight
@@ -265,6 +274,7 @@ class Cache:
 
         Evicted keys are 0 and hidden: O(length) memory. The rest is what `Call.checked` takes.
         """
+        self._note(mask)
         return spread(self.layout, query, *self.read(), mask, bias, **rest)
 
     def _attention(self, query: Tensor, **request: Any) -> Any:
@@ -326,6 +336,8 @@ class Cache:
         sizes = key.shape
         if key.dim() != 4 or value.dim() != 4 or sizes[:3] != value.shape[:3]:
             return "each needs (batch, kv_heads, length, dim), the first three the same"
+        if not sizes[1]:
+            return "there are no kv_heads; give at least one"
         if key.dtype != value.dtype or key.device != value.device:
             return "give both in one dtype and on one device"
         if self._lengths and sizes[0] != len(self._lengths):

@@ -19,6 +19,7 @@ from ..transforms import CPU, unwatched
 from .base import Cache
 from .layout import Biases, Layout, one
 from .policies import Eviction, first_to_go
+from .real_tokens import padding_last
 from .steady import Plan, Steady
 
 
@@ -216,7 +217,7 @@ class KVCache(Cache):
         if bias is not None or type(mask) not in (Causal, Full):
             return None
         layout, key = self.layout, self._key
-        if key is None or layout.q_len != 1 or not layout.full or key.device != CPU:
+        if key is None or not layout.latest or key.device != CPU:
             return None
         if torch.compiler.is_compiling():
             return None
@@ -282,6 +283,7 @@ class KVCache(Cache):
         counts = [
             min(f, budget) if due else f for f, due in zip(self._fills, self._due(), strict=True)
         ]
+        worth = padding_last(worth, self._where(layout), self._real)
         self._keep(worth.masked_fill(exempt, torch.inf), counts)
 
     def _others(self) -> tuple[int, int]:
@@ -329,10 +331,8 @@ class KVCache(Cache):
         if layout.full and layout.together:
             return positions >= layout.length - count
         ends = [s + n - count for s, n in zip(layout.starts, layout.new, strict=True)]
-        last = (
-            positions
-            >= torch.tensor(ends, device=positions.device, dtype=torch.int64)[:, None, None]
-        )
+        limits = torch.tensor(ends, device=positions.device, dtype=torch.int64)
+        last = positions >= limits[:, None, None]
         return last & layout.filled(positions.device)[:, None]
 
     def _where(self, layout: Layout) -> Tensor:

@@ -44,7 +44,8 @@ class Layout(NamedTuple):
     starts, fills, new: for each item of the batch the position of its first new token, the slots
     filled before it, and how many tokens are new; those of q_len beyond `new` are padding.
     positions int32 (batch, 1 or kv_heads, slots): that of each filled slot; None: slot i holds
-    position i. shown: what the cache lets a query see, in positions.
+    position i. shown: what the cache lets a query see, in positions. in_sight: whether it lets the
+    newest query see all that is held.
     """
 
     kv_heads: int
@@ -55,6 +56,7 @@ class Layout(NamedTuple):
     new: list[int]
     positions: Tensor | None = None
     shown: Mask | None = None
+    in_sight: bool = True
 
     @property
     def length(self) -> int:
@@ -65,6 +67,11 @@ class Layout(NamedTuple):
     def full(self) -> bool:
         """Whether every slot is filled and every query real."""
         return one(self.fills) and self.new.count(self.q_len) == len(self.new)
+
+    @property
+    def latest(self) -> bool:
+        """Whether it is one new token of each item, which sees all slots."""
+        return self.q_len == 1 and self.in_sight and self.full
 
     @property
     def straight(self) -> bool:
@@ -100,7 +107,7 @@ class Layout(NamedTuple):
         """mask, bias and query_start of the call in slots. query (batch, heads, q_len, dim)."""
         if not isinstance(mask, Mask):  # attention says what is wrong with it
             return {"mask": mask, "bias": bias}
-        if self.full and self.q_len == 1 and not has_torch_function_unary(query):
+        if self.latest and not has_torch_function_unary(query):
             # All that a cache holds for its newest query is in that query's past, and in sight;
             # but who watches is told the mask as it was given
             mask = _latest(mask)

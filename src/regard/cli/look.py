@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import RegardError
+from .common import (
+    MODEL,
+    TOKENS,
+    ascii_only,
+    given_text,
+    named_head,
+    progress,
+    replace_unprintable,
+)
 
 if TYPE_CHECKING:
     from ..recording import Recording
@@ -33,6 +38,9 @@ _JSON = """\b
               [{word, index, weight}], weight the column mean; apart is the
               share of the mass on sinks and special tokens
   shown_mass  the share of the mass of all rows read that links hold
+  generated   with --generate: {text, words: [{index, word, probability}]}: of a
+              word the product over its tokens, each given all before it; null:
+              a decoder's first
   versus      with --versus or --versus-model, of each --from word (without, the
               K words whose reading moved most): {from, kind, models,
               words: of both, aligned: [[index, index2]] (null: none), moved,
@@ -48,6 +56,7 @@ _JSON = """\b
               effect, weight, value}]}]: value is weight * |W_O v|
 """
 
+_HEAD = "Only head H of each layer, or, as 3.1, head 1 of layer 3."
 _TOP = "Words, links or heads to list.  [default: 8]"
 _GENERATE = "Let the model add N tokens, greedily; show what they read too."
 _VERSUS = "Compare with TEXT2: what each head reads in both."
@@ -59,15 +68,12 @@ _SAVE = "Save q, k and lse, from which any tile is computed exactly."
 
 @click.command(epilog=_JSON)
 @click.argument("text")
-@click.option(
-    "--model",
-    metavar="NAME|PATH",
-    help="A folder, or a name on the Hugging Face hub.  [default: all-MiniLM-L6-v2]",
-)
+@MODEL
 @click.option("--from", "readers", metavar="WORD", multiple=True, help="Show what WORD reads.")
 @click.option("--layer", "layers", metavar="L", type=int, multiple=True, help="Only layer L.")
-@click.option("--head", "heads", metavar="H", type=int, multiple=True, help="Only head H.")
+@click.option("--head", "heads", metavar="H|L.H", multiple=True, help=_HEAD)
 @click.option("--top", metavar="K", default=8, type=click.IntRange(1), help=_TOP)
+@TOKENS
 @click.option("--no-special", is_flag=True, help="Leave out special tokens such as [CLS].")
 @click.option("--generate", metavar="N", default=0, type=click.IntRange(0), help=_GENERATE)
 @click.option("--versus", "text2", metavar="TEXT2", help=_VERSUS)
@@ -82,8 +88,9 @@ def look(
     model: str | None,
     readers: tuple[str, ...],
     layers: tuple[int, ...],
-    heads: tuple[int, ...],
+    heads: tuple[str, ...],
     top: int,
+    tokens: bool,
     no_special: bool,
     text2: str | None,
     model2: str | None,
@@ -105,13 +112,14 @@ def look(
     reads) and weight * |W_O v| (how long a vector the link adds). None of the
     columns is truer than another: they answer different questions.
     """
-    text, text2 = _text(text), None if text2 is None else _text(text2)
+    text, text2 = given_text(text), None if text2 is None else given_text(text2)
+    chosen = [named_head(name) for name in heads]
     if save is not None and save.exists():
         raise RegardError(f"{save} is there already; --save writes a new folder")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with warnings.catch_warnings(), _progress() as progress:
+    with warnings.catch_warnings(), progress() as told:
         warnings.simplefilter("ignore")
-        progress("loading the model", None)
+        told("loading the model", None)
         from ..loading import load
         from ..report.asking import Question
         from ..report.html import check_html, write_html
@@ -121,77 +129,59 @@ def look(
             check_html(html)
         question = Question.parse(text2, model2, cuts, effect, generate)
         reader = load(model, generate=generate > 0, head=question.runs)
-        progress("reading", None)
+        reader.pieces = tokens
+        told("reading", None)
         made = 0
 
         def wrote(tokens: int) -> None:
             nonlocal made
             made += tokens
-            progress("generating", made / generate)
+            told("generating", made / generate)
 
         recording = reader.record(text, generate=generate, step=wrote)
         found = gather(
             recording,
             readers=readers,
             layers=layers,
-            heads=heads,
+            heads=chosen,
             top=top,
             special=not no_special,
-            progress=lambda share: progress("weighing words", share),
+            progress=lambda share: told("weighing words", share),
         )
-        other = question.answer(found, reader, recording, readers, layers, heads, progress)
+        other = question.answer(found, reader, recording, readers, layers, chosen, told)
         if html is not None:
             write_html(
                 found,
                 recording,
                 html,
                 other=other,
-                progress=lambda share: progress("writing the page", share),
+                progress=lambda share: told("writing the page", share),
             )
         if save is not None:
-            progress("saving", None)
-            _save(recording, save)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show is no failure
+            told("saving", None)
+            saved = _save(recording, save)
+    replace_unprintable()
     if as_object:
         from ..report.as_json import as_json
 
-        click.echo(as_json(found, ascii_only="utf" not in (sys.stdout.encoding or "").lower()))
-    else:
+        click.echo(as_json(found, ascii_only()))
+    elif html is None:
         from rich.console import Console
 
         from ..report.asked_terminal import print_asked
         from ..report.terminal import print_look
 
         (print_asked if found.asked else print_look)(found, Console())
+        if save is not None:
+            click.echo()
+    if html is not None:
+        click.echo(f"page: {html}", err=as_object)
+    if save is not None:
+        click.echo(f"saved: {save}, {saved}", err=as_object)
 
 
-def _text(given: str) -> str:
-    """The text that the argument names, checked to be one."""
-    if given == "-":
-        data, name = sys.stdin.buffer.read(), "standard input"
-    elif given.startswith("@"):
-        name = given[1:]
-        try:
-            data = Path(name).expanduser().read_bytes()
-        except OSError as error:
-            raise RegardError(f"cannot read the file {name!r}: {error.strerror}") from error
-    else:
-        data, name = given.encode("utf-8", "surrogatepass"), "the argument"
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RegardError(f"{name} is not text: byte {error.start} is not UTF-8") from error
-    if "\0" in text:
-        raise RegardError(f"{name} is not text: it has a zero byte")
-    if not text.strip():
-        said = "the text" if name == "the argument" else name
-        raise RegardError(f"{said} is empty; there is nothing to look at")
-    return text if name == "the argument" else text.removesuffix("\n")
-
-
-def _save(recording: Recording, folder: Path) -> None:
-    """Write the recording; under another name until it is whole."""
+def _save(recording: Recording, folder: Path) -> str:
+    """Write the recording; under another name until it is whole. Returns what was written."""
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
         recording.save(part)
@@ -200,26 +190,6 @@ def _save(recording: Recording, folder: Path) -> None:
         raise RegardError(f"cannot save to {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float | None], None]]:
-    """A bar on stderr while this is open, where stderr is a terminal: told what, how far."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError as error:
-        raise RegardError('printing needs rich: pip install "regard[look]"') from error
-    console = Console(stderr=True)
-    if not sys.stderr.isatty() or console.is_dumb_terminal:
-        yield lambda what, share: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(32), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None)
-
-        def show(what: str, share: float | None) -> None:
-            total = None if share is None else 1.0
-            bars.update(task, description=what, total=total, completed=share or 0.0)
-
-        yield show
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    kept, tokens = len(recording.layers), len(recording.about["tokens"])
+    return f"q, k and lse of {kept} layers and {tokens:,} tokens, {size / 1e6:.1f} MB"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
-from io import TextIOWrapper
 from pathlib import Path
 
 import click
 
 from ..errors import RegardError
-from .look import _progress, _text
+from .common import (
+    MODEL,
+    TOKENS,
+    ascii_only,
+    given_text,
+    named_head,
+    progress,
+    replace_unprintable,
+)
 
 _JSON = """\b
 --json prints one object:
@@ -42,7 +48,8 @@ _JSON = """\b
               difference from the model's own, and the largest number
 """
 
-_HEAD = "Layer and head, as 3.1.  [default: that with WORD's strongest link]"
+_HEAD = "Layer and head, as 3.1; or the head alone.  [default: that with WORD's strongest link]"
+_LAYER = "The layer, where --head names none."
 _TARGET = "What an encoder-decoder's decoder reads; WORD may be in it."
 _GENERATE = "Let the model add N tokens first; WORD may be one of them."
 _STEP = "Wait for a key at each step; q ends."
@@ -54,12 +61,12 @@ _HTML = "Write it as one page that needs no network."
 @click.option("--from", "word", metavar="WORD", required=True, help="The word that reads.")
 @click.option("--head", metavar="L.H", help=_HEAD)
 @click.option(
-    "--model",
-    metavar="NAME|PATH",
-    help="A folder, or a name on the Hugging Face hub.  [default: all-MiniLM-L6-v2]",
+    "--layer", metavar="L", type=click.IntRange(0), help="The layer, where --head has none."
 )
+@MODEL
 @click.option("--top", metavar="K", default=3, type=click.IntRange(1),
               help="Words to name, the most read first.  [default: 3]")  # fmt: skip
+@TOKENS
 @click.option("--target", metavar="TEXT", help=_TARGET)
 @click.option("--generate", metavar="N", default=0, type=click.IntRange(0), help=_GENERATE)
 @click.option("--step", is_flag=True, help=_STEP)
@@ -69,8 +76,10 @@ def walk(
     text: str,
     word: str,
     head: str | None,
+    layer: int | None,
     model: str | None,
     top: int,
+    tokens: bool,
     target: str | None,
     generate: int,
     step: bool,
@@ -84,16 +93,18 @@ def walk(
     tokens the last walks. The end is compared with the model's own run; where it does not
     agree, the exit code is 1.
     """
-    text = _text(text)
-    pair = None if head is None else _pair(head)
+    text = given_text(text)
+    named = None if head is None else named_head(head)
+    if isinstance(named, tuple) and layer not in (None, named[0]):
+        raise RegardError(f"--head {head} is in layer {named[0]}, not in layer {layer}")
     if step and (as_object or html):
         raise RegardError("--step waits for keys; --json and --html write everything at once")
     if step and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise RegardError("--step waits for keys, so it needs a terminal")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with warnings.catch_warnings(), _progress() as progress:
+    with warnings.catch_warnings(), progress() as told:
         warnings.simplefilter("ignore")
-        progress("loading the model", None)
+        told("loading the model", None)
         if html is not None:
             from ..report.html import check_html
 
@@ -102,18 +113,21 @@ def walk(
         from ..walking import walk as compute
 
         reader = load(model, generate=generate > 0)
-        progress("walking", None)
-        found = compute(reader, text, word, head=pair, generate=generate, target=target)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show is no failure
+        reader.pieces = tokens
+        told("walking", None)
+        found = compute(
+            reader, text, word, head=named, layer=layer, generate=generate, target=target
+        )
+    replace_unprintable()
     if html is not None:
         from ..report.walk_html import write_walk
 
         write_walk(found, html, top)
+        click.echo(f"page: {html}", err=as_object)
     if as_object:
         from ..report.walk_steps import as_json
 
-        click.echo(as_json(found, top, "utf" not in (sys.stdout.encoding or "").lower()))
+        click.echo(as_json(found, top, ascii_only()))
     elif html is None:
         from rich.console import Console
 
@@ -122,14 +136,6 @@ def walk(
         print_walk(found, Console(), top, _wait if step else None)
     if not all(check.fine for check in found.checks):
         raise click.exceptions.Exit(1)
-
-
-def _pair(head: str) -> tuple[int, int]:
-    """Layer and head from "3.1"."""
-    match = re.fullmatch(r"\s*(\d{1,6})\.(\d{1,6})\s*", head)
-    if match is None:
-        raise RegardError(f"--head {head!r}: give layer and head, such as 3.1")
-    return int(match[1]), int(match[2])
 
 
 def _wait() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .. import hidden
 from ..call import Call
 from ..errors import NoEngine, RegardError
 from ..kernels import measured
@@ -32,6 +33,10 @@ class Engine(Protocol):
 PREFERENCE: tuple[Any, ...] = (cpu, sdpa, tiled)
 YIELDING: tuple[Any, ...] = (sdpa, cpu, tiled)  # where PyTorch's kernel is measured to be faster
 BY_NAME: tuple[Any, ...] = (flex, reference)
+SPREADING: tuple[Any, ...] = (
+    sdpa,
+    flex,
+)  # PyTorch's own multiply what is hidden by 0: NaN spoils rows
 ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
 
 
@@ -44,6 +49,23 @@ def order(call: Call) -> str:
     """Why `auto` tries PyTorch's kernel before ours; empty where it does not."""
     row = measured.faster(call)
     return "" if row is None else measured.explained(row, call.query.dtype)
+
+
+def spreading(call: Call) -> list[str]:
+    """What becomes of numbers that are hidden and not finite, by each engine that spreads them."""
+    if call.program.full and not call.biases:
+        return []
+    then = "a NaN or ∞ there spoils rows that do not see it; engine tiled keeps them apart"
+    if call.place.device.type == "cpu":
+        then = (
+            "where a NaN or ∞ is among them it computes again with 0 there, and tiled the rows that "
+            "see one; under a compiler or a transform it does not look"
+        )
+    return [
+        f"{engine.name} multiplies what is hidden by 0: {then}"
+        for engine in SPREADING
+        if not engine.why_not(call)
+    ]
 
 
 def refusals(call: Call) -> dict[str, list[str]]:
@@ -82,4 +104,6 @@ def run(call: Call, engine: str = "auto") -> tuple[Tensor, Tensor, dict[int, Any
         answer: tuple[Tensor, Tensor, dict[int, Any]] = chosen.observed(call)
         return answer
     out, lse = chosen.forward(call)
+    if chosen in SPREADING and hidden.spread_by(call, out):
+        out, lse = hidden.apart(call, chosen.forward, tiled.forward)
     return out, lse, {}

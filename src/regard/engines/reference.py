@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import hidden
 from ..call import Call
 from ..lowered import Span
 
@@ -31,7 +32,8 @@ def scores(call: Call) -> Tensor:
     """
     group = call.place.heads // call.place.kv_heads
     key = call.key.repeat_interleave(group, 1).to(call.working)
-    out = call.scale * (call.query.to(call.working) @ key.mT)
+    query = call.query.to(call.working)
+    out = call.scale * hidden.dot(query, key, lambda: call.program.visible(whole(call)))
     if call.softcap is not None:
         out = call.softcap * torch.tanh(out / call.softcap)
     for bias in call.biases:
@@ -74,4 +76,5 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         p = p * call.dropout.factor(whole(call), call.place, p.dtype)
     group = call.place.heads // call.place.kv_heads
     value = call.value.repeat_interleave(group, 1).to(call.working)
-    return (p @ value).to(call.value.dtype), log_sum_exp(scored, call.sinks)
+    out = hidden.mix(p, value, scored != -torch.inf)
+    return out.to(call.value.dtype), log_sum_exp(scored, call.sinks)

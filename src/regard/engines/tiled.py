@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import hidden, transforms
 from ..call import Call
 from ..packed import SCHEMA, pack, unpack
 from ..strips import Strips, product, take
@@ -51,8 +51,16 @@ def _run(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
 )
 def _tiled(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
     call = unpack(query, key, value, *packed)
-    rows = query.shape[:3]
     value = value.to(call.working).contiguous()
+    out, lse = _walk(call, value)
+    if not hidden.finite(out):
+        out, lse = _walk(call, value, careful=True)
+    return out.to(query.dtype), lse
+
+
+def _walk(call: Call, value: Tensor, careful: bool = False) -> tuple[Tensor, Tensor]:
+    """Out in the working dtype, and lse. careful: numbers that are not finite stay where seen."""
+    rows = call.query.shape[:3]
     out = value.new_zeros(*rows, value.shape[-1])
     lse = value.new_full(rows, -torch.inf)
     if call.sinks is not None:
@@ -62,6 +70,7 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Ten
         if call.sinks is not None:
             top = torch.maximum(top, lse[strip.here])
         top = top.masked_fill(top == -torch.inf, 0)
+        seen = strip.grouped(strip.scores != -torch.inf) if careful else None
         p = strip.scores.sub_(top[..., None]).exp_()
         total = p.sum(-1)
         if call.sinks is not None:
@@ -69,10 +78,19 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Ten
         lse[strip.here] = top + total.log()
         if call.dropout is not None:
             p = p * strip.dropout(call)
-        mixed = product(strip.grouped(p), take(strip.runs, value[strip.part.batch, strip.kv], 2))
+        values = take(strip.runs, value[strip.part.batch, strip.kv], 2)
+        mixed = _product(strip.grouped(p), values, seen)
         mixed = mixed.reshape(*p.shape[:3], value.shape[-1])
         out[strip.here] = mixed / total.masked_fill(total == 0, 1)[..., None]
-    return out.to(query.dtype), lse
+    return out, lse
+
+
+def _product(weights: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+    """`product`; with what is seen of numbers that are not finite beside it, if seen is given."""
+    if seen is None:
+        return product(weights, value)
+    clean = product(weights, hidden.filled(value))
+    return clean + hidden.visible_rest(weights, value, seen)
 
 
 @_tiled.register_fake
@@ -92,7 +110,19 @@ def _backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Ten
     """Gradients of query, key, value, the biases (empty where not wanted), and the sinks."""
     *packed, out, lse, grad_out, grad_lse, wanted = rest
     call = unpack(query, key, value, *packed)
-    value, grad_out = value.to(call.working), grad_out.to(call.working)
+    given = (call, value.to(call.working), out, lse, grad_out.to(call.working), grad_lse, wanted)
+    grads = _walk_back(*given)
+    if not hidden.finite(*grads):
+        grads = _walk_back(*given, careful=True)
+    return grads
+
+
+def _walk_back(
+    call: Call, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor,
+    wanted: list[bool], careful: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """What the backward op returns. careful: as in `_walk`; of hidden pairs the slope is 0."""
+    query, key = call.query, call.key
     d_query, d_key, d_value = (
         torch.zeros_like(t, dtype=call.working, memory_format=torch.contiguous_format)
         for t in (query, key, value)
@@ -107,29 +137,41 @@ def _backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Ten
     safe = lse.masked_fill(blind, 0)
     strips = Strips(call, keep_capped=True)
     for strip in strips:
+        shown = strip.scores != -torch.inf if careful else None
+        seen = None if shown is None else strip.grouped(shown)
         p = strip.scores.sub_(safe[strip.here][..., None]).exp_()
         # A strip holds whole rows: their own sum is nearer than lse where scores are large
         total = p.sum(-1)
         if call.sinks is not None:
             total += (call.sinks[strip.part.heads, None] - safe[strip.here]).exp()
         p.div_(total.masked_fill(blind[strip.here], 1)[..., None])
+        if shown is not None:
+            p.masked_fill_(~shown, 0)
         g = strips.rows_of(grad_out, strip.part)
         dp = product(g, take(strip.runs, value[strip.part.batch, strip.kv], 2).mT).reshape(p.shape)
         dropped = p
         if call.dropout is not None:
             factor = strip.dropout(call)
             dropped, dp = p * factor, dp * factor
-        strip.add(d_value[strip.part.batch, strip.kv], product(strip.grouped(dropped).mT, g), 2)
+        turned = None if seen is None else seen.mT
+        mine = _product(strip.grouped(dropped).mT, g, turned)
+        strip.add(d_value[strip.part.batch, strip.kv], mine, 2)
         ds = dp.sub_(delta[strip.here][..., None]).mul_(p)
+        if shown is not None:
+            ds.masked_fill_(~shown, 0)
         for at, span in strip.spans():
             for bias, gradient in collecting:
                 if gradient is not None:
                     bias.collect(gradient, ds[..., at : at + span.k1 - span.k0], span)
         if strip.capped is not None and call.softcap is not None:
             ds = ds * (1 - (strip.capped / call.softcap) ** 2)
-        ds = strip.grouped(ds)
-        d_query[strip.here] = product(ds, strip.key).mul(call.scale).reshape(*p.shape[:3], -1)
-        strip.add(d_key[strip.part.batch, strip.kv], product(ds.mT, strip.query), 2)
+        ds, keys, queries = strip.grouped(ds), strip.key, strip.query
+        if seen is not None:
+            # Of a pair that is seen the slope is not finite itself
+            ds = ds.masked_fill(~seen, 0)
+            keys, queries = hidden.filled(keys), hidden.filled(queries)
+        d_query[strip.here] = product(ds, keys).mul(call.scale).reshape(*p.shape[:3], -1)
+        strip.add(d_key[strip.part.batch, strip.kv], product(ds.mT, queries), 2)
     grads = [d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(key.dtype)]
     grads += [
         query.new_empty(0) if total is None else total.to(bias.tensor.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..biases import Kind
 from ..call import Call
+from ..errors import RegardError
 from ..observers import (
     Distances,
     Entropy,
@@ -26,16 +26,11 @@ from ..observers import (
 )
 from ..ops import Op
 from . import native
+from .structs import CALL, DISTANCES, MAP, OBSERVE, PAGES, RECEIVED
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTS = {"highest": 3, "high": 2, "medium": 1}
 FUSED = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
-
-
-class Word:
-    """Where in a RegardCall stands what changes when a call is made again: the numbers of words."""
-
-    K_LEN, QUERY_START, THREADS, PARTS, QUERY, OUT, LSE = 4, 7, 13, 15, 16, 34, 40
 
 
 class Buffers:
@@ -48,7 +43,10 @@ class Buffers:
         """A RegardView of a tensor of up to 4 dimensions; a dimension of size 1 has stride 0."""
         self.kept.append(tensor)
         strides = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-        return (tensor.data_ptr(), kind, *strides, *(0,) * (4 - len(strides)))
+        address = tensor.data_ptr()
+        if not address and tensor.numel():
+            raise RegardError(f"a {type(tensor).__name__} {tuple(tensor.shape)} holds no elements")
+        return (address, kind, *strides, *(0,) * (4 - len(strides)))
 
     def integers(self, numbers: Sequence[int]) -> int:
         """The address of int64s; 0 if there are none."""
@@ -66,6 +64,9 @@ class Buffers:
         return tensor.data_ptr()
 
 
+_IN_ORDER = (0,) * PAGES.words
+
+
 def words_of(
     call: Call, out: Tensor, lse: Tensor, stats: Tensor | None, kept: Buffers, observe: int = 0
 ) -> bytes:
@@ -80,8 +81,8 @@ def words_of(
     dropout = call.dropout
     seed = int(dropout.seed) if dropout is not None and dropout.seed is not None else 0
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    return struct.pack(
-        "9q3d4q24q4q2q4q4qq",
+    # Every call passes here: in the order of the table, as names would cost 5 µs
+    return CALL.pack(
         place.batch, place.heads, place.kv_heads, place.q_len, place.k_len,
         call.query.shape[-1], value.shape[-1], place.query_start, place.key_start,
         call.scale, call.softcap or 0.0, 0.0 if dropout is None else dropout.p,
@@ -102,13 +103,16 @@ def words_of(
     )  # fmt: skip
 
 
-def _pages(call: Call, kept: Buffers) -> tuple[int, ...]:
-    """A RegardPages: table, its row, tokens of a page, lengths."""
+def _pages(call: Call, kept: Buffers) -> Sequence[int]:
+    """A RegardPages; all 0 where keys and values lie in order."""
     if call.pages is None:
-        return 0, 0, 0, 0
+        return _IN_ORDER
     pages = (call.pages.table, call.pages.lengths)
     table, lengths = (t.to(torch.int32).contiguous() for t in pages)
-    return kept.tensor(table), table.shape[1], call.key.shape[2], kept.tensor(lengths)
+    size = call.key.shape[2]
+    return PAGES.flat(
+        table=kept.tensor(table), row=table.shape[1], size=size, lengths=kept.tensor(lengths)
+    )
 
 
 def parts_of(dtype: torch.dtype) -> int:
@@ -185,8 +189,11 @@ def received_alone(kept: Buffers, total: Tensor) -> int:
 
     total float32 (batch, heads, k_len), contiguous.
     """
-    received = kept.integers([0, 1, kept.tensor(total), 0])
-    return kept.integers([*(0,) * 7, 1, 0, 0, 0, received, 0, 0, 0, 0])
+    received = RECEIVED.flat(first=0, last=1, sum=kept.tensor(total), count=0)
+    nothing = dict.fromkeys(OBSERVE.at, 0)
+    return kept.integers(
+        OBSERVE.flat(**nothing | {"received_count": 1, "received": kept.integers(received)})
+    )
 
 
 class Watching:
@@ -243,24 +250,46 @@ class Watching:
         for observer, tensors in zip(self.observers, self.filled, strict=True):
             where = [kept.tensor(t) for t in tensors]
             if isinstance(observer, Received):
-                received += [*observer.span(place), *where]
+                first, last = observer.span(place)
+                total, count = where
+                received += RECEIVED.flat(first=first, last=last, sum=total, count=count)
             elif isinstance(observer, Map):
-                for cells in observer.cells(place):
-                    maps += [cells.first, cells.size, cells.count]
-                maps += [observer.reduce == "max", *where]
+                rows, cols = observer.cells(place)
+                maps += MAP.flat(
+                    row_first=rows.first, row_size=rows.size, rows=rows.count,
+                    col_first=cols.first, col_size=cols.size, cols=cols.count,
+                    is_max=observer.reduce == "max", out=where[0],
+                )  # fmt: skip
             elif isinstance(observer, Distances):
                 edges = observer.edges
-                distances += [len(edges), kept.integers(edges), *where]
+                past, future = where
+                distances += DISTANCES.flat(
+                    bins=len(edges), edges=kept.integers(edges), past=past, future=future
+                )
             elif isinstance(observer, Entropy | MaxScore):
                 # Several ask for the same: the first is filled, the others take it
                 one.setdefault(type(observer), where[0])
-        top = [kept.tensor(t) for t in self.top] if self.top else [0] * 4
-        return kept.integers([
-            self.k, *top, one.get(Entropy, 0), one.get(MaxScore, 0),
-            len(received) // 4, len(maps) // 8, len(distances) // 4, len(self.wanted),
-            kept.integers(received), kept.integers(maps), kept.integers(distances),
-            kept.integers(self.wanted), kept.tensor(self.rows),
-        ])  # fmt: skip
+        index, top, rest, sink = [kept.tensor(t) for t in self.top] if self.top else [0] * 4
+        return kept.integers(
+            OBSERVE.flat(
+                k=self.k,
+                index=index,
+                top=top,
+                rest=rest,
+                sink=sink,
+                entropy=one.get(Entropy, 0),
+                max_score=one.get(MaxScore, 0),
+                received_count=len(received) // RECEIVED.words,
+                map_count=len(maps) // MAP.words,
+                distances_count=len(distances) // DISTANCES.words,
+                row_count=len(self.wanted),
+                received=kept.integers(received),
+                map=kept.integers(maps),
+                distances=kept.integers(distances),
+                row=kept.integers(self.wanted),
+                rows=kept.tensor(self.rows),
+            )
+        )
 
     def tensors(self) -> list[Tensor]:
         """The tensors of each observer's `shapes`, one after another."""

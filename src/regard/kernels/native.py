@@ -15,6 +15,7 @@ from functools import cache
 import torch
 
 from ..errors import RegardError
+from .structs import EVERY
 
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
@@ -38,14 +39,27 @@ def library() -> ctypes.CDLL | None:
     if where is None:
         return None
     loaded = ctypes.CDLL(where)
+    _compare(loaded, where)
     loaded.regard_forward.argtypes = [ctypes.c_void_p]  # bytes, or an address
-    loaded.regard_evict.argtypes = [ctypes.c_char_p]
+    loaded.regard_evict.argtypes = [ctypes.c_void_p]
     loaded.regard_use_openmp.argtypes = [ctypes.c_void_p]
     loaded.regard_parts.argtypes = [ctypes.c_void_p]
     loaded.regard_error.argtypes = [ctypes.c_int]
     loaded.regard_error.restype = ctypes.c_char_p
     loaded.regard_use_openmp(_torch_threads())
     return loaded
+
+
+def _compare(loaded: ctypes.CDLL, where: str) -> None:
+    """RegardError where the library was built for other structs than Python packs."""
+    sizes = (ctypes.c_int64 * len(EVERY))()
+    count = loaded.regard_sizes(sizes, len(EVERY)) if hasattr(loaded, "regard_sizes") else 0
+    for mine, size in zip(EVERY, sizes, strict=True):
+        if count != len(EVERY) or size != mine.size:
+            raise RegardError(
+                f"{where} was built from other sources than these (Regard{mine.name} has {size} "
+                f"bytes there, {mine.size} here): install regard again to build it"
+            )
 
 
 def _torch_threads() -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from array import array
 from collections.abc import Sequence
 
@@ -14,7 +13,8 @@ from ..biases import Kind
 from ..call import Call
 from ..observers import Observer
 from . import native
-from .described import TYPES, Buffers, Watching, Word, offsets, parts_of, words_of
+from .described import TYPES, Buffers, Watching, offsets, parts_of, words_of
+from .structs import BACKWARD, CALL, EFFECT, EVICT, ROWS, VIEW
 
 NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
@@ -61,11 +61,11 @@ class Again:
     def run(self, query: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
         """(out, lse). query: of the first's shape, strides and dtype."""
         out, lse = self._made()
-        words = self._words
-        words[Word.K_LEN], words[Word.QUERY_START] = k_len, k_len - 1
-        words[Word.THREADS], words[Word.PARTS] = torch.get_num_threads(), parts_of(self.dtype)
-        words[Word.QUERY] = query.data_ptr()
-        words[Word.OUT], words[Word.LSE] = out.data_ptr(), lse.data_ptr()
+        words, at = self._words, CALL.at
+        words[at["k_len"]], words[at["query_start"]] = k_len, k_len - 1
+        words[at["threads"]], words[at["parts"]] = torch.get_num_threads(), parts_of(self.dtype)
+        words[at["query"]] = query.data_ptr()  # a view begins with its address
+        words[at["out"]], words[at["lse"]] = out.data_ptr(), lse.data_ptr()
         if lse.numel():
             _check(self._forward(self._at))
         return out, lse
@@ -104,20 +104,27 @@ def run_backward(
     if delta.numel() and place.k_len:
         kept = Buffers()
         views = [
-            (0,) * 6 if g is None else kept.view(g, 0)
+            (0,) * VIEW.words if g is None else kept.view(g, 0)
             for g, b in zip(dense, call.biases, strict=True)
             if b.kind == Kind.DENSE
         ]
         kind = TYPES[grad_out.dtype]
         sizes = [b.tensor.numel() for b in call.biases if b.kind == Kind.DENSE]
-        words = struct.pack(
-            "6q9q",
-            *kept.view(grad_out, kind), stats.data_ptr(), delta.data_ptr(), TYPES[call.query.dtype],
-            *(g.data_ptr() for g in grads), kept.tensor(along),
-            kept.integers([n for v in views for n in v]), kept.integers(sizes),
-        )  # fmt: skip
+        d_query, d_key, d_value = (g.data_ptr() for g in grads)
+        words = BACKWARD.flat(
+            grad_out=kept.view(grad_out, kind),
+            stats=stats.data_ptr(),
+            delta=delta.data_ptr(),
+            type=TYPES[call.query.dtype],
+            d_query=d_query,
+            d_key=d_key,
+            d_value=d_value,
+            d_by_offset=kept.tensor(along),
+            d_bias=kept.integers([n for v in views for n in v]),
+            bias_floats=kept.integers(sizes),
+        )
         forward_words = words_of(call, out, delta, None, kept)
-        _check(library().regard_backward(forward_words, words))
+        _check(library().regard_backward(forward_words, BACKWARD.pack(*words)))
     d_biases: list[Tensor | None] = []
     for bias, want, gradient in zip(call.biases, wanted, dense, strict=True):
         if want and bias.kind != Kind.DENSE:
@@ -148,18 +155,25 @@ def effect(
     delta = (grad.float() * out.float()).sum(-1).contiguous()
     if delta.numel():
         kept = Buffers()
-        wanted = struct.pack(
-            "6q6q", *kept.view(grad, TYPES[grad.dtype]), stats.data_ptr(), delta.data_ptr(), k,
-            indices.data_ptr(), sizes.data_ptr(), weights.data_ptr(),
-        )  # fmt: skip
-        _check(library().regard_effect(words_of(call, out, delta, None, kept), wanted))
+        wanted = EFFECT.flat(
+            grad_out=kept.view(grad, TYPES[grad.dtype]),
+            stats=stats.data_ptr(),
+            delta=delta.data_ptr(),
+            k=k,
+            index=indices.data_ptr(),
+            effect=sizes.data_ptr(),
+            weight=weights.data_ptr(),
+        )
+        _check(
+            library().regard_effect(words_of(call, out, delta, None, kept), EFFECT.pack(*wanted))
+        )
     return indices, sizes, weights
 
 
 def step_of(
     key: Tensor, value: Tensor, positions: Tensor, total: Tensor | None, seen: Tensor | None,
     by_layer: bool,
-) -> bytes:  # fmt: skip
+) -> array[int]:  # fmt: skip
     """What `evict` goes by, as long as these tensors live; all but key and value are contiguous.
 
     key and value: buffers (batch, kv_heads, at least as many slots, dim). positions int32 (batch,
@@ -169,26 +183,42 @@ def step_of(
     """
     batch, kv_heads = key.shape[:2]
     heads, slots = positions.shape[1:]
-    rows: list[int] = []
-    for buffer in (key, value):
-        size = buffer.element_size()
-        rows += [buffer.data_ptr(), *(n * size for n in buffer.stride()[:3])]
-        rows.append(buffer.shape[3] * size)
-    return struct.pack(
-        "19q", batch, kv_heads, heads, slots, *rows, positions.data_ptr(),
-        0 if total is None else total.data_ptr(),
-        *((heads, 0, 0) if seen is None else (seen.shape[1], by_layer, seen.data_ptr())),
-    )  # fmt: skip
+    words = EVICT.flat(
+        keep_below=0,
+        keep_from=0,
+        next=0,
+        batch=batch,
+        kv_heads=kv_heads,
+        heads=heads,
+        slots=slots,
+        key=_rows(key),
+        value=_rows(value),
+        positions=positions.data_ptr(),
+        total=0 if total is None else total.data_ptr(),
+        query_heads=heads if seen is None else seen.shape[1],
+        by_layer=seen is not None and by_layer,
+        seen=0 if seen is None else seen.data_ptr(),
+    )
+    return array("q", words)
 
 
-def evict(step: bytes, among: tuple[int, int], following: int) -> None:
+def _rows(buffer: Tensor) -> list[int]:
+    size = buffer.element_size()
+    stride = [n * size for n in buffer.stride()[:3]]
+    return ROWS.flat(data=buffer.data_ptr(), stride=stride, bytes=buffer.shape[3] * size)
+
+
+def evict(step: array[int], among: tuple[int, int], following: int) -> None:
     """Let go of one of the filled slots in every head; the last, the newest, takes its place.
 
     It is the slot of least worth, of equals that of the earliest position, of those at positions
     among[0] … among[1] − 1. total becomes total + seen. The last slot, which is free then, gets the
     position `following`, and a total of 0. step: of `step_of`.
     """
-    _check(library().regard_evict(struct.pack("3q", *among, following) + step))
+    at = EVICT.at
+    step[at["keep_below"]], step[at["keep_from"]] = among
+    step[at["next"]] = following
+    _check(library().regard_evict(step.buffer_info()[0]))
 
 
 def library() -> ctypes.CDLL:

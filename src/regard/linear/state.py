@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..brief import Brief
+
 
 @dataclass(frozen=True, eq=False)
-class LinearState:
+class LinearState(Brief):
     """The sum over the keys so far; give it to the call with the tokens that follow.
 
     memory (batch, state_heads, features, v_dim): Σ φ(k) vᵀ, decayed and corrected. state_heads is

@@ -7,6 +7,8 @@ from .multihead import Memory, MultiHeadAttention
 from .positions import (
     LearnedPositions,
     LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
     NTKScaling,
     RelativePositions,
     Rotary,
@@ -25,6 +27,8 @@ __all__ = [
     "LearnedPositions",
     "LinearAttention",
     "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPEScaling",
     "Memory",
     "MultiHeadAttention",
     "NTKScaling",

@@ -57,10 +57,10 @@ def scaled_dot_product_attention(
     Two things that torch documents as errors, and its CPU kernel lets pass, are errors here: a mask
     beside is_causal, and a value with fewer rows than the key.
     """
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     _check(query, key, value, attn_mask, dropout_p, is_causal)
-    before, (query, key, value) = _batched(query, key, value, enable_gqa)
-    request = _request(attn_mask, is_causal, (*before, query.shape[2], key.shape[2]))
+    before, (query, key, value) = batched(query, key, value, enable_gqa)
+    request = requested(attn_mask, is_causal, (*before, query.shape[2], key.shape[2]))
     if 0 < dropout_p < 1:
         request["dropout"] = dropout_p
     try:
@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
     return out if observe is None else (out, seen)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
+def autocast(*tensors: Tensor | None) -> list[Any]:
     """The tensors as autocast, where it is on, gives them to torch: float64 stays float64."""
     kind = next(t.device.type for t in tensors if t is not None)
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -120,7 +120,7 @@ def _check(
         )
 
 
-def _batched(
+def batched(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[tuple[int, ...], list[Tensor]]:
     """The sizes before the last two, and the tensors as `regard.attention` takes them.
@@ -163,7 +163,9 @@ def _heads(given: list[int], enable_gqa: bool) -> tuple[int, int, int]:
     return (query, key, value) if key == value else (query, query, query)
 
 
-def _request(attn_mask: Tensor | None, is_causal: bool, weights: tuple[int, ...]) -> dict[str, Any]:
+def requested(
+    attn_mask: Tensor | None, is_causal: bool, weights: tuple[int, ...]
+) -> dict[str, Any]:
     """mask, bias and query_start; weights: the shape (…, heads, q_len, k_len)."""
     if attn_mask is None:
         return {"mask": Causal() if is_causal else Full(), "query_start": 0}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import head_counts
 from ..errors import RegardError
 from ..linear import Favor, LinearState, linear_attention
 from ..masks import Full, Mask
@@ -39,12 +40,7 @@ class LinearMixer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if min(dim, heads, kv_heads) < 1 or heads % kv_heads:
-            raise RegardError(
-                f"dim {dim}, heads {heads}, kv_heads {kv_heads}: give numbers ≥ 1 of which "
-                "kv_heads divides heads"
-            )
+        dim, heads, kv_heads = head_counts(dim, heads, kv_heads)
         if head_dim is None and dim % heads:
             raise RegardError(f"heads {heads} do not divide dim {dim}; give head_dim")
         if decay not in (None, "fixed", "gated", "channel"):

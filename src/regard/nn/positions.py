@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..biases import RelativeBias
+from ..checks import at_least
 from ..errors import RegardError
 
 Positions = int | Tensor
@@ -133,6 +134,7 @@ class RelativePositions(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        heads = at_least(1, heads, "RelativePositions: heads")
         self.max_distance, self.bidirectional = max_distance, bidirectional
         self.weight = nn.Parameter(torch.zeros(buckets, heads, device=device, dtype=dtype))
 
@@ -158,6 +160,11 @@ class Scaling:
     def magnitude(self) -> float:
         """What cos and sin are multiplied by: the scores grow with its square."""
         return 1.0
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on how long a call is."""
+        return False
 
     def angles(self, dim: int, base: float, length: int, device: torch.device) -> Tensor:
         """The angle per position of each pair, (dim / 2,) float64, for a call up to `length`."""
@@ -187,6 +194,11 @@ class NTKScaling(Scaling):
 
     factor: float
     trained_length: int | None = None
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on how long a call is."""
+        return self.trained_length is not None
 
     def angles(self, dim: int, base: float, length: int, device: torch.device) -> Tensor:
         factor = self.factor
@@ -233,6 +245,74 @@ class YaRNScaling(Scaling):
         steps = torch.arange(dim // 2, device=device, dtype=kept.dtype)
         ramp = ((steps - first) / ((last - first) or 1e-3)).clamp(0, 1)
         return kept * (1 - ramp) + kept / self.factor * ramp
+
+
+@dataclass(frozen=True)
+class Llama3Scaling(Scaling):
+    """Slow pairs interpolated by `factor`, fast ones kept, as in Llama 3.1 to 3.3.
+
+    Grattafiori et al. 2024 (Llama 3). A pair that turns more than `high` times within
+    trained_length is kept, one that turns less than `low` times is interpolated; between, the two
+    angles are blended, linearly in the number of turns.
+    """
+
+    factor: float
+    trained_length: int
+    low: float = 1.0
+    high: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise RegardError(f"{self}: give numbers of turns with 0 < low < high")
+
+    def angles(self, dim: int, base: float, length: int, device: torch.device) -> Tensor:
+        kept = inverse_wavelengths(dim, base, device)
+        turns = self.trained_length * kept / (2 * math.pi)
+        ramp = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return kept * ramp + kept / self.factor * (1 - ramp)
+
+
+@dataclass(frozen=True)
+class LongRoPEScaling(Scaling):
+    """Each pair interpolated by a factor of its own, found by search. Ding et al. 2024 (LongRoPE).
+
+    short, long: dim / 2 factors each; those for calls up to trained_length, and beyond it. Keys
+    that are in a cache already keep the rotation that they were given. factor: the longest length
+    by the trained one; cos and sin are multiplied by attention_factor, by default
+    √(1 + ln(factor) / ln(trained_length)), as in Phi-3.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    trained_length: int
+    factor: float
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("short", "long"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def magnitude(self) -> float:
+        """What cos and sin are multiplied by: the scores grow with its square."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return math.sqrt(1 + math.log(max(self.factor, 1.0)) / math.log(self.trained_length))
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on how long a call is."""
+        return True
+
+    def angles(self, dim: int, base: float, length: int, device: torch.device) -> Tensor:
+        kept = inverse_wavelengths(dim, base, device)
+        factors = self.long if length > self.trained_length else self.short
+        if len(factors) != len(kept):
+            raise RegardError(
+                f"LongRoPEScaling: {len(factors)} factors for Rotary({dim}); give one a pair, "
+                f"{len(kept)}"
+            )
+        return kept / torch.tensor(factors, dtype=kept.dtype, device=device)
 
 
 class Rotary(nn.Module):
@@ -306,7 +386,7 @@ class Rotary(nn.Module):
 
     def _reach(self, x: Tensor, positions: Positions) -> int:
         """One beyond the last position, where the scaling asks for it."""
-        if not isinstance(self.scaling, NTKScaling) or self.scaling.trained_length is None:
+        if self.scaling is None or not self.scaling.by_length:
             return 0
         if isinstance(positions, Tensor):
             return int(positions.max()) + 1 if positions.numel() else 0

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..biases import ALiBi, Bias
+from ..checks import head_counts
 from ..errors import RegardError
 from ..masks import Causal, Full, Mask
 from ..observers import Observer
@@ -190,7 +191,7 @@ class Transformer(nn.Module):
         def told(bidirectional: bool) -> Positioning | None:
             if not isinstance(positions, str):
                 return positions
-            head_dim = block.get("head_dim") or dim // heads
+            head_dim = block.get("head_dim") or dim // head_counts(dim, heads)[1]
             return _positioning(positions, dim, heads, head_dim, length, bidirectional, **made)
 
         if encoder:

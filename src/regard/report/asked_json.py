@@ -1,10 +1,11 @@
-"""The fields that --versus, --cut and --effect add to `regard look --json`."""
+"""The fields that --generate, --versus, --cut and --effect add to `regard look --json`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from ..comparing import Versus
+from .continuation import continuation_dict
 from .looking import Look
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 def asked_dict(found: Look) -> dict[str, Any]:
     """What was asked for beyond the plain look; the help of `look` says what each field means."""
     said: dict[str, Any] = {}
+    if found.generated:
+        said["generated"] = continuation_dict(found)
     if found.versus:
         said["versus"] = [versus_dict(v, found.top, found.special) for v in found.versus]
     if found.cut is not None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from ..comparing import Flip, Pair, Reading, Versus
+from ..comparing import NOISE, Flip, Pair, Reading, Versus
+from .continuation import continuation
 from .looking import Look
 from .screen import bar, clean, fit, word_name
 from .terminal import Page
@@ -41,6 +42,8 @@ class _Asked:
     def lines(self) -> Iterator[Text]:
         """All sections that there are."""
         found = self.found
+        for side in filter(None, (found, found.other)):
+            yield from continuation(side, self.width)
         focus = found.focuses[0] if found.focuses else None
         yield from self.page.texts(focus)
         if found.other is not None and self.other is not None and found.versus:
@@ -68,7 +71,8 @@ class _Asked:
         yield from self.footer(
             "first, second: the word weight in each text; words that stand in each other's place "
             "are one line. A head flips where the word that it reads most (special tokens and the "
-            "word itself apart) is not the counterpart of that in the first text"
+            "word itself apart) is not the counterpart of that in the first text, and not for less "
+            f"than {NOISE} of weight"
         )
 
     def overview(self) -> Iterator[Text]:
@@ -204,21 +208,9 @@ class _Asked:
             of = f"the log-probability of {token}, the next token: p {math.exp(effects.size):.3f}"
         else:
             of = f"the final vector of {self.names[effects.word]}, of length {effects.size:.2f}"
-        yield Text(fit(f"links by their effect on {of}", self.width).rstrip(), style=_HEAD)
-        wide = max(14, self.width - 54)
-        yield Text(
-            f"{fit('', wide)} {'effect':>8} {'':<8} {'weight':>7} {'weight·‖W_O v‖':>15}   head",
-            style=_HEAD,
-        )
-        most = max((abs(link.effect) for link in effects.links), default=1) or 1
-        for link in effects.links:
-            pair = f"{self.names[link.source]} {self.arrow} {self.names[link.target]}"
-            sign = "+" if effects.word is None else ""
-            line = Text(f"{fit(pair, wide)} {self._signed(f'{link.effect:{sign}.3f}'):>8} ")
-            line.append(bar(abs(link.effect) / most, 8, self.ascii), style="yellow")
-            value = "–" if link.value is None else f"{link.value:.3f}"
-            line.append(f" {link.weight:>7.3f} {value:>15}   {link.layer}.{link.head}")
-            yield line
+        for said in textwrap.wrap(f"links by their effect on {of}", self.width):
+            yield Text(said, style=_HEAD)
+        yield from self.influences(effects)
         how = "what cutting the link would add to it, to first order"
         if effects.word is not None:
             how = "the length of the change that cutting the link would make, to first order"
@@ -228,6 +220,23 @@ class _Asked:
             f"effect: {how}. weight: where the head reads. weight·‖W_O v‖: the length of what the "
             "link adds to the reading word. They answer different questions; none is truer"
         )
+
+    def influences(self, effects: Effects) -> Iterator[Text]:
+        """A line a link; where the page is narrow without a bar, so that every number stays."""
+        gauge, value = (9, "weight·‖W_O v‖") if self.width >= 76 else (0, "w·‖W_O v‖")
+        wide = max(8, self.width - 31 - gauge - len(value))
+        columns = f"{'effect':>8} {'':<{gauge}}{'weight':>7} {value}"
+        yield Text(f"{fit('', wide)} {columns}   head", style=_HEAD)
+        most = max((abs(link.effect) for link in effects.links), default=1) or 1
+        for link in effects.links:
+            pair = self.page.linked(link.source, link.target, wide)
+            sign = "+" if effects.word is None else ""
+            line = Text(f"{pair} {self._signed(f'{link.effect:{sign}.3f}'):>8} ")
+            if gauge:
+                line.append(bar(abs(link.effect) / most, 8, self.ascii) + " ", style="yellow")
+            length = "–" if link.value is None else f"{link.value:.3f}"
+            line.append(f"{link.weight:>7.3f} {length:>{len(value)}}   {link.layer}.{link.head}")
+            yield line
 
     def _listed(
         self, versus: Versus, means: list[tuple[Pair, float, float]]

@@ -51,16 +51,21 @@ class Question:
         recording: Recording,
         readers: Sequence[str],
         layers: Sequence[int],
-        heads: Sequence[int],
+        heads: Sequence[int | tuple[int, int]],
         progress: Callable[[str, float | None], object],
+        second: Reader | None = None,
     ) -> Recording | None:
-        """Fill in ``found``; returns the recording of the other text or model, if there is one."""
+        """Fill in ``found``; returns the recording of the other text or model, if there is one.
+
+        second: the other model, where it is loaded already.
+        """
         other = None
-        if self.text is not None or self.model is not None:
+        if self.text is not None or self.model is not None or second is not None:
             progress("reading the second", None)
-            second = reader
             if self.model is not None:
                 second = load(self.model, generate=self.generate > 0)
+            second = reader if second is None else second
+            second.pieces = reader.pieces
             text = found.sides[0].text if self.text is None else self.text
             if self.text is None and self.generate:
                 text = str(recording.about["text"])[: _given(recording)]

@@ -145,12 +145,12 @@ class Blank(NamedTuple):
 class Look:
     """What `regard look` found.
 
-    ``focuses`` are the words asked for, and ``links`` the strongest of each head from them.
-    Without any, ``near`` and ``far`` are the strongest links between neighbouring words and
-    between others, over all heads, special tokens and each head's sinks apart; ``written`` is
-    what the generated words read; ``links`` has all of these. ``shown_mass`` is the share that
-    ``links`` hold of the mass of all the rows they are of. What else was asked for: ``versus``
-    comparisons with ``other``, what ``cut`` changed, and ``effects``.
+    ``focuses`` are the words asked for, and ``links`` the strongest of each head from them. Without
+    any, ``near`` and ``far`` are the strongest links between neighbouring words and between others,
+    over all heads, special tokens and each head's sinks apart; ``written`` is what the generated
+    words read, ``probabilities`` those of their tokens; ``links`` has all of these. ``shown_mass``
+    is the share that ``links`` hold of the mass of all the rows they are of. What else was asked
+    for: ``versus`` comparisons with ``other``, what ``cut`` changed, and ``effects``.
     """
 
     model: str
@@ -158,6 +158,7 @@ class Look:
     words: list[Word]
     labels: list[str]
     generated: range
+    probabilities: list[float | None]
     parts: list[Part]
     blanks: list[Blank]
     top: int
@@ -184,7 +185,7 @@ def look(
     *,
     readers: Sequence[str] = (),
     layers: Sequence[int] = (),
-    heads: Sequence[int] = (),
+    heads: Sequence[int | tuple[int, int]] = (),
     top: int = 8,
     special: bool = True,
     progress: Callable[[float], object] | None = None,
@@ -192,8 +193,9 @@ def look(
     """Gather what ``regard look`` shows of a recording whose ``about`` has text and tokens.
 
     ``readers``: the words whose reading is asked for, as ``find`` takes them. ``layers`` and
-    ``heads``: those to show, all if empty. ``special``: whether special tokens are listed.
-    ``progress`` is told the share that is done. Memory stays bounded at any length.
+    ``heads``: those to show, all if empty; a head is a number, or (layer, head). ``special``:
+    whether special tokens are listed. ``progress`` is told the share that is done. Memory stays
+    bounded at any length.
     """
     sides, generated = _sides(recording)
     words = [word for side in sides for word in side.words]
@@ -206,6 +208,7 @@ def look(
         words=words,
         labels=label(words),
         generated=generated,
+        probabilities=(recording.about.get("decoder") or recording.about).get("probabilities", []),
         parts=_parts(recording, sides, shown, step),
         blanks=[
             Blank(i, layer.name, layer.reason)
@@ -247,15 +250,10 @@ def _sides(recording: Recording) -> tuple[list[Side], range]:
     sides: list[Side] = []
     count = 0
     for about in filter(None, (recording.about, recording.about.get("decoder"))):
-        text, tokens, offsets, special = (
-            about.get(key) for key in ("text", "tokens", "offsets", "special")
-        )
-        if text is None or tokens is None or offsets is None:
-            raise RegardError("the recording has no words: its text, tokens or offsets are missing")
-        begun = about.get("generated")
-        cuts = [] if begun is None or begun == len(offsets) else [offsets[begun][0]]
-        words = Words.split(text, tokens, offsets, special or [False] * len(tokens), cuts)
-        sides.append(Side(text, words, count))
+        begun, offsets = about.get("generated"), about.get("offsets")
+        cuts = [offsets[begun][0]] if offsets and begun and begun < len(offsets) else []
+        words = Words.of(about, cuts)
+        sides.append(Side(about["text"], words, count))
         count += len(words)
     if len(sides) > 1:
         return sides, range(sides[1].first, count)
@@ -266,11 +264,12 @@ def _sides(recording: Recording) -> tuple[list[Side], range]:
 
 
 def _chosen(
-    recording: Recording, layers: Sequence[int], heads: Sequence[int]
+    recording: Recording, layers: Sequence[int], heads: Sequence[int | tuple[int, int]]
 ) -> dict[int, list[int]]:
     """The heads to show of each layer to show."""
     count = len(recording.layers)
-    for layer in layers:
+    pairs = [head for head in heads if isinstance(head, tuple)]
+    for layer in [*layers, *(layer for layer, _ in pairs)]:
         if not 0 <= layer < count:
             raise RegardError(f"no layer {layer}: the model has layers 0 to {count - 1}")
         if not recording.layers[layer].pattern:
@@ -282,12 +281,19 @@ def _chosen(
         raise RegardError("the model has no layer with softmax attention, so no pattern to show")
     most = max(recording.layers[i].heads for i in with_pattern)
     for head in heads:
-        if not 0 <= head < most:
+        if not isinstance(head, tuple) and not 0 <= head < most:
             raise RegardError(f"no head {head}: the layers have heads 0 to {most - 1}")
+    for layer, number in pairs:
+        most = recording.layers[layer].heads
+        if layer not in with_pattern or not 0 <= number < most:
+            here = "" if layer in with_pattern else ", and is not among those shown"
+            raise RegardError(
+                f"no head {layer}.{number}: layer {layer} has heads 0 to {most - 1}{here}"
+            )
     chosen = {}
     for i in with_pattern:
         every = range(recording.layers[i].heads)
-        chosen[i] = [head for head in every if not heads or head in heads]
+        chosen[i] = [head for head in every if not heads or head in heads or (i, head) in heads]
     return {layer: some for layer, some in chosen.items() if some}
 
 

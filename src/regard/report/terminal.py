@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..words import SINK, Link
+from .continuation import continuation
 from .looking import Focus, Look, Part, Row, Side
 from .screen import Bit, bar, clean, fit, grid, word_name, wrapped
 
@@ -30,7 +31,8 @@ _DIM, _HEAD = "dim", "bold"
 def print_look(found: Look, console: Console) -> None:
     """Print what was found on ``console``, as wide as it is but no wider than 100 columns."""
     page = Page(found, console)
-    for line in page.focused() if found.focuses else page.overall():
+    lines = page.focused() if found.focuses else page.overall()
+    for line in chain(continuation(found, page.width), lines):
         console.print(line, no_wrap=True, overflow="crop", crop=True, highlight=False)
 
 
@@ -180,7 +182,11 @@ class Page:
         return f"{self._pair(link, width)} {link.weight:>6.2f}  {_pair(link)}"
 
     def _pair(self, link: Link, width: int) -> str:
-        source, target = self.names[link.source], self.names[link.target]
+        return self.linked(link.source, link.target, width)
+
+    def linked(self, one: int, two: int, width: int) -> str:
+        """A word and the one that it reads, in ``width`` cells."""
+        source, target = self.names[one], self.names[two]
         half = (width - len(self.arrow) - 2) // 2
         source = fit(source, half).rstrip() if len(source) > half else source
         return fit(f"{source} {self.arrow} {target}", width)

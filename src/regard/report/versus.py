@@ -30,7 +30,7 @@ def add_versus(
     other: Recording,
     *,
     layers: Sequence[int] = (),
-    heads: Sequence[int] = (),
+    heads: Sequence[int | tuple[int, int]] = (),
 ) -> None:
     """Set ``found.other`` and ``found.versus``: of each word asked for, and in each of its parts.
 

@@ -84,8 +84,8 @@ def chosen_line(walk: Walk) -> str:
         return ""
     to, weight = walk.chosen
     return (
-        f"head {head_name(walk)}: of all heads the strongest link from {walk.token.word}, to {to} "
-        f"{weight:.3f} (special tokens and sinks apart); --head L.H walks another"
+        f"head {head_name(walk)}: of {walk.among} the strongest link from {walk.token.word}, "
+        f"to {to} {weight:.3f} (special tokens and sinks apart); --head L.H walks another"
     )
 
 

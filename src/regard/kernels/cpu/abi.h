@@ -1,5 +1,6 @@
-// The plain C interface: what `engines/cpu.py` packs and the kernels read. Every field is 8 bytes
-// wide, so that one struct.pack in Python lays out the whole.
+// The plain C interface: what structs.py packs and the kernels read. Every field is 8 bytes wide, so that
+// one struct.pack in Python lays out the whole. A field changes there, too: sizes are compared when the
+// library is loaded, names and order in a test.
 #pragma once
 #include <cstdint>
 
@@ -123,6 +124,7 @@ struct RegardEvict {
 #pragma GCC visibility push(default)
 int regard_built(void);                                    // bit i: level i is in the library
 int regard_levels(void);                                   // bit i: it can run here, too
+int regard_sizes(int64_t* bytes, int room);                // of the structs above, in order; how many
 int regard_forward(const RegardCall*);                     // 0, or an error of `regard_error`
 int regard_backward(const RegardCall*, const RegardBackward*);
 int regard_effect(const RegardCall*, const RegardEffect*);

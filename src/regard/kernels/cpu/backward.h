@@ -32,6 +32,14 @@ static void pack_blocks(void* data) {
         };
         panels(c.query, c.dim, sh.dim, sh.query);
         panels(sh.back.grad_out, c.v_dim, sh.v_dim, sh.grad);
+        uint64_t* odd = sh.odd + 2 * item;
+        odd[0] = odd[1] = 0;
+        for (int p = 0; p < block.panels; p++) {
+            odd[0] |= odd_lanes(query_lanes + p * PW * c.dim, c.dim) << p * PW;
+            odd[1] |= odd_lanes(grad_lanes + p * PW * c.v_dim, c.v_dim) << p * PW;
+        }
+        if (odd[0]) fill_odd(sh.query + item * sh.lanes * sh.dim, sh.lanes * sh.dim);
+        if (odd[1]) fill_odd(sh.grad + item * sh.lanes * sh.v_dim, sh.lanes * sh.v_dim);
         if (sh.parts)
             with_parts(sh.parts, [&](auto of) {
                 constexpr int parts = of.count;
@@ -42,11 +50,19 @@ static void pack_blocks(void* data) {
                 };
                 const float* query = sh.query + item * sh.lanes * sh.dim;
                 const float* grad = sh.grad + item * sh.lanes * sh.v_dim;
+                auto pack_lanes = [&](const float* x, uint64_t odd, long depth, Tiles to, float& fit) {
+                    if (odd) {  // 0 stands there for what is not finite
+                        memcpy(rows, x, depth * PW * sizeof(float));
+                        fill_odd(rows, depth * PW);
+                        x = rows;
+                    }
+                    pack(x, depth, to, fit);
+                };
                 for (int p = 0; p < block.panels; p++) {
-                    pack(query_lanes + p * PW * c.dim, c.dim,
-                         sh.lane_tiles(sh.query_tiles, item, sh.dim, p), fits[0]);
-                    pack(grad_lanes + p * PW * c.v_dim, c.v_dim,
-                         sh.lane_tiles(sh.grad_tiles, item, sh.v_dim, p), fits[1]);
+                    pack_lanes(query_lanes + p * PW * c.dim, odd[0] >> p * PW, c.dim,
+                               sh.lane_tiles(sh.query_tiles, item, sh.dim, p), fits[0]);
+                    pack_lanes(grad_lanes + p * PW * c.v_dim, odd[1] >> p * PW, c.v_dim,
+                               sh.lane_tiles(sh.grad_tiles, item, sh.v_dim, p), fits[1]);
                 }
                 for (long p = 0; p < sh.dim / PW; p++)
                     pack(query + p * sh.lanes * PW, block.count,
@@ -126,10 +142,12 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
         sh.parts * lanes * sh.dim / 2, sh.parts * lanes * sh.v_dim / 2,
         sh.parts * lanes * sh.dim / 2, sh.parts * lanes * sh.v_dim / 2,
         (size_t)(sh.parts ? 3 * sh.blocks : 0),
+        (size_t)sh.blocks * 4,
     };
     float** parts[] = {&sh.query, &sh.grad, &sh.query_lanes, &sh.grad_lanes, &sh.d_query,
                        &sh.d_by_offset, &sh.d_bias, (float**)&sh.query_tiles, (float**)&sh.grad_tiles,
-                       (float**)&sh.query_row_tiles, (float**)&sh.grad_row_tiles, &sh.fits};
+                       (float**)&sh.query_row_tiles, (float**)&sh.grad_row_tiles, &sh.fits,
+                       (float**)&sh.odd};
     constexpr int count = sizeof parts / sizeof *parts;
     static thread_local Arena arena;
     Cutter measure{nullptr}, cut{nullptr};

@@ -1,6 +1,7 @@
 // Blocks of rows against tiles of keys: what one pair gives the gradients. Weights are recomputed from
 // each row's top and sum (Dao et al. 2022, appendix B).
 #pragma once
+#include "finite.h"
 #include "matmul.h"
 #include "parts.h"
 #include "plan.h"
@@ -44,6 +45,8 @@ struct SharedBackward {
     uint16_t *query_tiles, *grad_tiles;          // [block][panel of lanes] of the lanes, depth their dim
     uint16_t *query_row_tiles, *grad_row_tiles;  // [block][panel of dims] of the rows, depth the lanes
     float* fits;                 // [block]: 1 where all of these may stand as parts
+    uint64_t* odd;               // [block]: which lanes' queries are not finite, and which gradients. In
+                                 // `query`, `grad` and on tiles 0 stands for what is not
     float* d_query;              // [stripe][block][panel of lanes][dim][PW]
     float* d_by_offset;          // [stripe][item of the batch][head][q_len + k_len − 1]
     float* d_bias;               // [stripe] of those dense biases that all keys share
@@ -106,6 +109,12 @@ class Backward {
     Tiles slope_columns;            // [panel of lanes] of the lanes, depth the keys
     bool key_fits, value_fits;      // whether the keys at hand may be parts
     bool scores_on_tiles, slopes_on_tiles;  // of the pair at hand; as the forward had it
+    Odd odd_keys, odd_values;       // of the keys at hand
+    Rows raw_key, raw_value, finite_key;  // … as they are, and with 0 for what is not finite
+    float* clean;
+    uint64_t odd_queries, odd_grads;  // of the rows at hand
+    bool careful;                   // whether any number of the pair at hand is not finite
+    uint64_t shown[KEYS];           // then, which lanes see each key
     float after;                    // by which its scores are multiplied yet
 
     void lay_out(Cutter& cut) {
@@ -119,6 +128,7 @@ class Backward {
         biases = cut.cut(KEYS * LANES);
         factors = cut.cut(c.dropout ? KEYS * LANES : 0);
         line = cut.cut(most(sh.dim, sh.v_dim));
+        clean = cut.cut(KEYS * most(c.dim, c.v_dim));
         top = cut.cut(LANES);
         inverse = cut.cut(LANES);
         delta = cut.cut(LANES);
@@ -142,13 +152,19 @@ class Backward {
         int n = (int)least(KEYS, c.k_len - k0);
         Rows k = rows_of(c.key, c.pages, b, kv, k0, n, c.dim, key);
         Rows v = rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, value);
+        odd_keys.find(k, n, c.dim);
+        odd_values.find(v, n, c.v_dim);
         if (sh.parts)
             with_parts(sh.parts, [&](auto of) {
                 constexpr int parts = of.count;
-                key_fits = pack_rows<parts>(k.data, k.ld, n, c.dim, key_tiles);
-                value_fits = pack_rows<parts>(v.data, v.ld, n, c.v_dim, value_tiles);
-                pack_columns<parts, true, Unseen>(k.data, k.ld, n, c.dim, key_turned);
+                Rows x = odd_values.filled(n, c.v_dim, clean);
+                value_fits = pack_rows<parts>(x.data, x.ld, n, c.v_dim, value_tiles);
+                x = odd_keys.filled(n, c.dim, clean);
+                key_fits = pack_rows<parts>(x.data, x.ld, n, c.dim, key_tiles);
+                pack_columns<parts, true, Unseen>(x.data, x.ld, n, c.dim, key_turned);
             });
+        finite_key = odd_keys.filled(n, c.dim, clean);
+        raw_key = k, raw_value = v;
         memset(d_key, 0, KEYS * sh.dim * sizeof(float));
         memset(d_value, 0, KEYS * sh.v_dim * sizeof(float));
         for (long g = 0; g < (sh.plan.flat ? 1 : group); g++) {
@@ -187,6 +203,10 @@ class Backward {
         }
         const float* q = sh.query_lanes + id * sh.lanes * c.dim;
         const float* g = sh.grad_lanes + id * sh.lanes * c.v_dim;
+        odd_queries = sh.odd[2 * id], odd_grads = sh.odd[2 * id + 1];
+        careful = odd_keys.count || odd_values.count || odd_queries || odd_grads ||
+                  !all_finite(top, LANES) || !all_finite(inverse, LANES) || !all_finite(delta, LANES);
+        if (careful) memset(shown, 0, sizeof shown);
         const float* fits = sh.fits + 3 * id;
         scores_on_tiles = sh.served(block) && key_fits && fits[0] != 0;
         slopes_on_tiles = sh.served(block) && value_fits && fits[1] != 0;
@@ -199,7 +219,8 @@ class Backward {
                 else
                     tile_panel<1>(id, p, n, every);
             }
-            return gather_on_tiles(id, block.count, n);
+            gather_on_tiles(id, block.count, n);
+            return gather_odd(g, n, [&](int j, int lane) { return weight_on_tiles(j, lane); });
         }
         for (int p = 0; p < block.panels; p++) {
             if (block.panel_rows(p) > W)
@@ -209,7 +230,11 @@ class Backward {
         }
         if (shaping.biased) gather_biases(block, k0, n);
         if (c.softcap)
-            for (long i = 0; i < (long)n * LANES; i++) slope[i] *= 1 - capped[i] * capped[i];
+            for (long i = 0; i < (long)n * LANES; i++) {
+                slope[i] *= 1 - capped[i] * capped[i];
+                if (careful && !(shown[i / LANES] >> i % LANES & 1)) slope[i] = 0;
+            }
+        auto weight = [&](int j, int lane) { return score[j * LANES + lane]; };
         if (all_on_tiles) {
             with_parts(sh.parts, [&](auto of) {
                 constexpr int parts = of.count;
@@ -218,14 +243,50 @@ class Backward {
                 for (int p = 0; p < block.panels; p++)
                     pack_columns<parts, false, Unseen>(slope + p * PW, LANES, n, PW, slopes_of(p));
             });
-            return gather_on_tiles(id, block.count, n);
+            gather_on_tiles(id, block.count, n);
+            return gather_odd(g, n, weight);
         }
         long at = id * sh.lanes;
         columns(n, block.count, score, LANES, 1, sh.grad + at * sh.v_dim, sh.lanes, sh.v_dim, d_value,
                 KEYS);
         columns(n, block.count, slope, LANES, 1, sh.query + at * sh.dim, sh.lanes, sh.dim, d_key, KEYS);
         for (int p = 0; p < block.panels; p++)
-            product<true>(c.dim, n, k.data, 1, k.ld, slope + p * PW, LANES, d_query_of(id, p), PW);
+            product<true>(c.dim, n, finite_key.data, 1, finite_key.ld, slope + p * PW, LANES,
+                          d_query_of(id, p), PW);
+        gather_odd(g, n, weight);
+    }
+
+    // What gradients that are not finite give the values of the keys that their rows see.
+    template <class Weight>
+    void gather_odd(const float* g, int n, Weight weight) {
+        for (int lane = 0; lane < LANES && odd_grads >> lane; lane++) {
+            if (!(odd_grads >> lane & 1)) continue;
+            for (long d = 0; d < c.v_dim; d++) {
+                float x = g[(lane / PW * c.v_dim + d) * PW + lane % PW];
+                if (x - x == 0) continue;
+                for (int j = 0; j < n; j++)
+                    if (shown[j] >> lane & 1)
+                        d_value[(d / PW * KEYS + j) * PW + d % PW] += weight(j, lane) * x;
+            }
+        }
+    }
+    float weight_on_tiles(int j, int lane) const {  // the first part
+        const uint16_t* tile = weight_tiles.at(j / SIDE, lane / PW);
+        return from_brain(tile[j % SIDE * DEPTH + 2 * (lane % W) + lane % PW / W]);
+    }
+
+    // On tiles, scores and slopes of what is not finite: of the n keys from `from` on.
+    template <int NV>
+    void odd_pairs(long id, int p, int from, int n, float* s, float* ds, long ld) const {
+        const float* q = sh.query_lanes + (id * sh.lanes + p * PW) * c.dim;
+        const float* g = sh.grad_lanes + (id * sh.lanes + p * PW) * c.v_dim;
+        if (s) odd_products(odd_keys, raw_key, odd_queries >> p * PW, q, c.dim, from, n, NV * W, s, ld);
+        if (ds) odd_products(odd_values, raw_value, odd_grads >> p * PW, g, c.v_dim, from, n, NV * W, ds, ld);
+    }
+    // Which of the panel's lanes see each key.
+    template <int NV>
+    void see(int p, int from, int n, const float* s, long ld) {
+        for (int j = 0; j < n; j++) shown[from + j] |= shown_lanes(s + j * ld, NV * W) << p * PW;
     }
     float* d_query_of(long id, int p) const {
         return sh.d_query + ((stripe * sh.blocks + id) * sh.lanes + p * PW) * sh.dim;
@@ -263,24 +324,33 @@ class Backward {
                                     sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, LANES);
         else
             product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, LANES);
+        if (careful)
+            odd_pairs<NV>(id, p, 0, n, scores_on_tiles ? s : nullptr, slopes_on_tiles ? ds : nullptr,
+                          LANES);
         if (after != 1.f) multiply<NV>(n, s, LANES, after);
         if (!every || shaping.shaped())
             shaping.finish<NV>(p, n, s, LANES, every ? nullptr : visible,
                                shaping.biased ? biases : nullptr, c.softcap ? capped + p * PW : nullptr);
+        if (careful) see<NV>(p, 0, n, s, LANES);
         #pragma GCC unroll 2
         for (int i = 0; i < NV; i++) {
             V high = load(top + p * PW + i * W), by = load(inverse + p * PW + i * W);
             V less = load(delta + p * PW + i * W);
             for (int j = 0; j < n; j++) {
                 long at = j * LANES + i * W;
-                V w = exp(load(s + at) - high) * by, dw = load(ds + at), dropped = w;
+                V x = load(s + at), w = exp(x - high) * by, dw = load(ds + at);
+                // A hidden pair has neither weight nor slope, whatever the other numbers are
+                if (careful) w = x == -INFINITY ? V{} : w;
+                V dropped = w;
                 if (c.dropout) {
                     V f = load(factors + at + p * PW);
                     dropped = w * f;
                     dw *= f;
                 }
                 store(s + at, dropped);
-                store(ds + at, w * (dw - less));
+                V by_score = w * (dw - less);
+                if (careful) by_score = x == -INFINITY ? V{} : by_score;
+                store(ds + at, by_score);
             }
         }
     }

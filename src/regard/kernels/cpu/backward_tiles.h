@@ -42,8 +42,10 @@ void Backward::tile_panel(long id, int p, int n, bool every) {
                                 sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, PW);
         tile_product<false, NV>(sh.parts, whole, count, c.v_dim, v,
                                 sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, PW);
+        if (careful) odd_pairs<NV>(id, p, from, count, s, ds, PW);
         if (!fold) multiply<NV>(count, s, PW, after);
         if (!every) shaping.finish<NV>(p, count, s, PW, visible + from, nullptr);
+        if (careful) see<NV>(p, from, count, s, PW);
         for (long j = count * PW; j < bites * BITE * PW; j += W) {
             store(s + j, all(-INFINITY));
             store(ds + j, V{});
@@ -79,9 +81,10 @@ void Backward::slopes_on(int p, int from, int bites, float by) {
             #pragma GCC unroll 2
             for (int l = 0; l < NV; l++) {
                 long at = (j + half * SIDE) * PW + l * W;
-                V y = load(score + at) * scale - high[l], dw = load(slope + at);
+                V x = load(score + at), y = x * scale - high[l], dw = load(slope + at);
                 if (parts > 1) y *= LOG2E;
                 V of = exp2<parts == 1 ? 5 : 6>(y) * weight[l];
+                if (careful) of = x == -INFINITY ? V{} : of;
                 w[half][l] = of;
                 if (dropping) {
                     V f = load(factors + (from + j + half * SIDE) * LANES + p * PW + l * W);
@@ -89,6 +92,7 @@ void Backward::slopes_on(int p, int from, int bites, float by) {
                     dw *= f;
                 }
                 d[half][l] = of * (dw - less[l]);
+                if (careful) d[half][l] = x == -INFINITY ? V{} : d[half][l];
             }
         #pragma GCC unroll 2
         for (int l = 0; l < NV; l++)

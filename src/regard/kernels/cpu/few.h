@@ -1,6 +1,7 @@
 // Few rows, as in decoding: then lanes are dims in the products, and keys in the softmax. A tile's keys
 // and values are read once, where they lie and in their own type.
 #pragma once
+#include "finite.h"
 #include "state.h"
 
 namespace regard::LEVEL {
@@ -37,6 +38,11 @@ static void apart(int64_t type, long dim, float* row) {
         memcpy(was, row + d, sizeof was);
         for (int i = 0; i < 2 * W; i++) row[d + i % 2 * W + i / 2] = was[i];
     }
+}
+// Where number d of such a row stands.
+INLINE long place_apart(int64_t type, long dim, long d) {
+    long first = d / (2 * W) * (2 * W), i = d - first;
+    return type == BF16 && first + 2 * W <= dim ? first + i % 2 * W + i / 2 : d;
 }
 static void together(int64_t type, long dim, float* row) {
     for (long d = 0; d + 2 * W <= dim && type == BF16; d += 2 * W) {
@@ -160,6 +166,14 @@ struct FewKeys {
     void find(const RegardCall& c, long b, long kv, long first, int n) {
         addresses(c.key, c.pages, b, kv, first, n, key);
         addresses(c.value, c.pages, b, kv, first, n, value);
+    }
+    // Puts 0 for what is not finite of the odd values: they are read from there. scratch: KEYS · v_dim floats.
+    void fill(const RegardCall& c, const Odd& odd, float* scratch) {
+        for (int i = 0; i < odd.count; i++) {
+            char* to = (char*)(scratch + i * c.v_dim);
+            fill_odd_row(c.value.type, value[odd.key[i]], c.v_dim, to);
+            value[odd.key[i]] = to;
+        }
     }
     void scores(const RegardCall& c, int rows, int n, const float* query, float* s) const {
         long bytes = c.v_dim * size_of(c.value.type);

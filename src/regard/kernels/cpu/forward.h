@@ -38,8 +38,9 @@ static void pack_keys(void* shared) {
     Shared& sh = *(Shared*)shared;
     const RegardCall& c = sh.call;
     static thread_local Arena arena;
-    float *keys = arena.take(KEYS * (c.dim + c.v_dim) + 16), *values = keys + KEYS * c.dim;
+    float* keys = arena.take(KEYS * (c.dim + c.v_dim + most(c.dim, c.v_dim)) + 16);
     if (!keys) return;
+    float *values = keys + KEYS * c.dim, *scratch = values + KEYS * c.v_dim;
     long count = (c.k_len + KEYS - 1) / KEYS;
     for (long item; sh.queue->take(item);) {
         long k0 = item % count * KEYS, b = item / count / c.kv_heads, kv = item / count % c.kv_heads;
@@ -47,7 +48,7 @@ static void pack_keys(void* shared) {
         if (n <= 0) continue;
         Rows k = rows_of(c.key, c.pages, b, kv, k0, n, c.dim, keys);
         Rows v = rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, values);
-        sh.tiles.pack(c, k, v, n, sh.packed_tile(b, kv, item % count));
+        sh.tiles.pack(c, k, v, n, sh.packed_tile(b, kv, item % count), scratch);
     }
 }
 

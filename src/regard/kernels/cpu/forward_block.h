@@ -72,8 +72,7 @@ class Forward {
                 Block block = plan.block(c, owner, index);
                 State state(own_state, block.lanes(), sh.v_dim, (int)o.k, sh.few(block));
                 Strip strip(own_strip, c.k_len, block.lanes());
-                start(block, state, 0);
-                walk(block, state, strip, 0, c.k_len, stripe);
+                mix_finitely(block, state, strip, 0, 0, c.k_len, stripe);
                 finish(block, state, strip, stripe);
             }
         }
@@ -99,6 +98,11 @@ class Forward {
     uint16_t *query_parts, *weight_parts, *own_keys;
     FewKeys few_keys;
     bool few, on_tiles, query_fits;  // of the block at hand
+    uint64_t odd_queries[PANELS] = {};  // its lanes that are not finite, where 0 stands for that on tiles
+    bool careful = false;            // its values are looked at, as what is mixed is not finite
+    float* clean;                    // a tile's keys or values, 0 for what is not finite
+    Odd odd_keys, odd_values;        // of the tile at hand, where 0 stands for what is not finite
+    uint64_t odd_seen[KEYS];         // which lanes of the panel at hand see these values
     float after;                // by which its scores are multiplied yet
     PartClock clock;
 
@@ -115,6 +119,7 @@ class Forward {
         factors = cut.cut(c.dropout ? KEYS * LANES : 0);
         keys = cut.cut(KEYS * c.dim);
         values = cut.cut(KEYS * c.v_dim);
+        clean = cut.cut(KEYS * dim);
         own_state = cut.cut(State::floats(LANES, sh.v_dim, (int)o.k));
         own_strip = cut.cut(plan.columns && plan.chunks == 1 ? Strip::floats(c.k_len, LANES) : 0);
         scale = cut.cut(LANES);
@@ -137,13 +142,25 @@ class Forward {
         };
         Strip strip(sh.strips + id * sh.strip_floats, c.k_len, block.lanes());
         State own = state(chunk);
-        start(block, own, chunk);
         long k0 = chunk * plan.chunk;
-        walk(block, own, strip, k0, least(k0 + plan.chunk, c.k_len), 0);
+        mix_finitely(block, own, strip, chunk, k0, least(k0 + plan.chunk, c.k_len), 0);
         if (sh.left[id].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
         State whole = state(0);
         for (long i = 1; i < plan.chunks; i++) whole.join(state(i));
         finish(block, whole, strip, 0);
+    }
+
+    // All tiles between two keys. No value that is not finite is found in passing; but none, hidden or
+    // not, leaves the mix finite, and then they are gone over again.
+    void mix_finitely(const Block& block, State& state, Strip& strip, long chunk, long from, long to,
+                      long stripe) {
+        start(block, state, chunk);
+        walk(block, state, strip, from, to, stripe);
+        if (all_finite(state.mixed, (state.few ? state.few : state.lanes) * state.v_dim)) return;
+        careful = true;
+        start(block, state, chunk);
+        walk(block, state, strip, from, to, stripe);
+        careful = false;
     }
 
     void start(const Block& block, State& state, long chunk) {
@@ -156,14 +173,26 @@ class Forward {
         on_tiles = sh.tiles.serve(plan, block);
         after = scale_after(c, on_tiles ? sh.tiles.parts : 0, shaping.query_scale());
         few = state.few > 0;
+        memset(odd_queries, 0, sizeof odd_queries);
         if (few) return few_queries(block);
         turn_rows(c.query, block, c.dim, after != 1.f ? 1.f : shaping.query_scale(), line, query);
         if (on_tiles)
             query_fits = with_parts(sh.tiles.parts, [&](auto of) {
                 bool all_fit = true;
-                for (int p = 0; p < block.panels; p++)
-                    all_fit &= pack_columns<of.count, false>(query + p * c.dim * PW, PW, c.dim, PW,
-                                                             query_tiles(p));
+                for (int p = 0; p < block.panels; p++) {
+                    const float* panel = query + p * c.dim * PW;
+                    auto fits = [&](const float* x) {
+                        return pack_columns<of.count, false>(x, PW, c.dim, PW, query_tiles(p));
+                    };
+                    bool fit = fits(panel);
+                    odd_queries[p] = fit ? 0 : odd_lanes(panel, c.dim);
+                    if (odd_queries[p]) {
+                        memcpy(clean, panel, c.dim * PW * sizeof(float));
+                        fill_odd(clean, c.dim * PW);
+                        fit = fits(clean);
+                    }
+                    all_fit &= fit;
+                }
                 return all_fit;
             });
     }
@@ -220,7 +249,7 @@ class Forward {
             k0 += from;
         }
         seen = every ? nullptr : visible + from;
-        if (o.received_count) count_rows(block, k0, n, stripe);
+        if (o.received_count && !careful) count_rows(block, k0, n, stripe);
         if (shaping.biased) shaping.bias(block, k0, n, biases);
         if (c.dropout) shaping.dropout(block, k0, n, factors);
         Sides of = sides(first.b, kv, k0, n);
@@ -276,19 +305,67 @@ class Forward {
         Sides of{};
         auto k = [&] { return rows_of(c.key, c.pages, b, kv, k0, n, c.dim, keys); };
         auto v = [&] { return rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, values); };
+        odd_keys.count = odd_values.count = 0;
         if (on_tiles) {
             uint16_t* at = sh.packed ? sh.packed_tile(b, kv, k0 / KEYS) : own_keys;
-            if (!sh.packed) sh.tiles.pack(c, k(), v(), n, at);
-            if (query_fits && sh.tiles.fits(at)[0]) of.keys = sh.tiles.keys(at);
-            if (sh.tiles.fits(at)[1]) of.values = sh.tiles.values(at);
+            if (!sh.packed) sh.tiles.pack(c, k(), v(), n, at, clean);
+            const uint16_t* fits = sh.tiles.fits(at);
+            if (query_fits && fits[0]) {
+                of.keys = sh.tiles.keys(at);
+                if (fits[2]) odd_keys.find(k(), n, c.dim);
+            }
+            if (fits[1]) {
+                of.values = sh.tiles.values(at);
+                if (fits[3]) odd_values.find(v(), n, c.v_dim);
+            }
         }
         if (few) {
             few_keys.find(c, b, kv, k0, n);
+            if (careful) odd_values.find(v(), n, c.v_dim), few_keys.fill(c, odd_values, clean);
             return of;
         }
-        if (!of.keys.data) of.k = k();
-        if (!of.values.data) of.v = v();
+        if (!of.keys.data || any_odd_query()) of.k = k();
+        if (!of.values.data) {
+            of.v = v();
+            if (careful) odd_values.find(of.v, n, c.v_dim), of.v = odd_values.filled(n, c.v_dim, clean);
+        }
         return of;
+    }
+    bool any_odd_query() const {
+        uint64_t some = 0;
+        for (int p = 0; p < PANELS; p++) some |= odd_queries[p];
+        return some != 0;
+    }
+
+    // Of the scores on tiles, those that are not of finite numbers alone: the n from `from` on.
+    template <int NV>
+    void odd_scores(int p, const Rows& rows, int from, int n, float* s) const {
+        if (!odd_keys.count && !odd_queries[p]) return;
+        odd_products(odd_keys, rows, odd_queries[p], query + p * c.dim * PW, c.dim, from, n, NV * W, s,
+                     PW);
+    }
+    // Before scores become weights: who sees the odd values among the n from `from` on.
+    template <int NV>
+    void see_odd(int from, int n, const float* s) {
+        for (int i = 0; i < odd_values.count; i++) {
+            int j = odd_values.key[i] - from;
+            if (j >= 0 && j < n) odd_seen[i] = shown_lanes(s + j * PW, NV * W);
+        }
+    }
+    // Adds what they see. weight(j, lane): of the tile's key j; to(lane, d): where that is mixed.
+    template <class Weight, class To>
+    void mix_odd(int from, int n, Weight weight, To to) const {
+        for (int i = 0; i < odd_values.count; i++) {
+            int j = odd_values.key[i];
+            if (j < from || j >= from + n) continue;
+            for (int lane = 0; lane < PW; lane++) {
+                if (!(odd_seen[i] >> lane & 1)) continue;
+                for (long d = 0; d < c.v_dim; d++) {
+                    float x = odd_values.row(i)[d];
+                    if (x - x != 0) *to(lane, d) += weight(j, lane) * x;
+                }
+            }
+        }
     }
 
     // Panels that are wholly on tiles (forward_tiles.h)
@@ -296,11 +373,12 @@ class Forward {
     void tile_panel(const Block& block, State& state, int p, const Sides& of, float* keep, long k0,
                     int n);
     template <int NV>
-    void score_bite(int p, const Tiles& keys, int n, int bite);
+    void score_bite(int p, const Sides& of, int n, int bite);
     template <int NV>
     void weigh_bite(State& state, int p, const Weigh& weigh, const V* largest, bool kept);
     template <int NV>
     void lower_kept(const State& state, int p, const V* top, float* from, float* to) const;
+    void mix_odd_bite(int from, const uint16_t* tile, float* mixed) const;
     Weigh weigh_of(int p, float* keep, long k0, int bite) const;
     void shown(int p, int n, int& first, int& last) const;
     float* scores_of(int bite) const { return scores + (bite & 1) * BITE * PW; }
@@ -312,6 +390,7 @@ class Forward {
                bool every) {
         if (few) return few_rows(block, state, s, k0, n, every);
         scores_of_panel<NV>(p, of, s, n, every);
+        if (odd_values.count) see_odd<NV>(0, n, s);
         if (o.row_count) keep_rows(block, p, s, k0, n);
         const float* weights = s;
         {
@@ -319,15 +398,20 @@ class Forward {
             softmax<NV>(state, p, s, k0, n, o.entropy);
             if (c.dropout) weights = drop(p, n, s);
         }
-        mix_panel<NV>(of, weights, n, state.mixed + p * sh.v_dim * PW);
+        float* mixed = state.mixed + p * sh.v_dim * PW;
+        mix_panel<NV>(of, weights, n, mixed);
+        if (odd_values.count)
+            mix_odd(0, n, [&](int j, int lane) { return weights[j * PW + lane]; },
+                    [&](int lane, long d) { return mixed + d * PW + lane; });
     }
     template <int NV>
     void scores_of_panel(int p, const Sides& of, float* s, int n, bool every) {
         Timed scoring(clock, SCORES);
-        if (of.keys.data)
+        if (of.keys.data) {
             tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, n, c.dim, of.keys,
                                     query_tiles(p), s, PW);
-        else
+            odd_scores<NV>(p, of.k, 0, n, s);
+        } else
             product<false, NV>(n, c.dim, of.k.data, of.k.ld, 1, query + p * c.dim * PW, PW, s, PW);
         if (after != 1.f) multiply<NV>(n, s, PW, after);
         if (!every || shaping.shaped())
@@ -363,6 +447,10 @@ class Forward {
         if (!every || shaping.shaped())
             shaping.finish<1>(0, n, s, PW, seen, shaping.biased ? biases : nullptr);
         if (o.row_count) keep_rows(block, 0, s, k0, n);
+        if (odd_values.count) {
+            if (plain) to_lanes(block.count, n, few_scores, s);
+            see_odd<1>(0, n, s);
+        }
         {
             Timed weighing(clock, SOFTMAX);
             if (plain)
@@ -376,6 +464,11 @@ class Forward {
             to_lanes(block.count, n, few_scores, s);
         Timed mixing(clock, MIX);
         few_keys.mix(c, n, few_scores, state);
+        if (odd_values.count)
+            mix_odd(0, n, [&](int j, int lane) { return few_scores[lane * KEYS + j]; },
+                    [&](int lane, long d) {
+                        return state.mixed + lane * state.v_dim + place_apart(c.value.type, c.v_dim, d);
+                    });
     }
 
     // The scores of the rows that are kept whole; `finish` makes weights of them.

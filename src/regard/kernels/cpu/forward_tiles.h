@@ -30,15 +30,17 @@ void Forward::tile_panel(const Block& block, State& state, int p, const Sides& o
                                        weight_tiles(), state.mixed + p * sh.v_dim * PW, PW);
             unmixed = until;
         };
-        score_bite<NV>(p, of.keys, n, bite);
+        score_bite<NV>(p, of, n, bite);
         for (int i = bite; i < end; i++) {
             // The next scores are on their way while vectors make weights of these
-            if (i + 1 < end) score_bite<NV>(p, of.keys, n, i + 1);
+            if (i + 1 < end) score_bite<NV>(p, of, n, i + 1);
             V top[2] = {load(state.top + p * PW), load(state.top + p * PW + W)}, largest[NV];
             Weigh weigh = weigh_of(p, keep, k0, i);
             if (largest_of<NV>(state, p, weigh, largest)) mix(i);
             weigh.to = weight_parts + (i - unmixed) * BITE * PW;
+            if (odd_values.count) see_odd<NV>(i * BITE, BITE, weigh.scores);
             weigh_bite<NV>(state, p, weigh, largest, keep);
+            if (odd_values.count) mix_odd_bite(i * BITE, weigh.to, state.mixed + p * sh.v_dim * PW);
             if (o.row_count)
                 keep_rows(block, p, weigh.scores, weigh.k0, (int)least(n - i * BITE, BITE));
             if (keep) lower_kept<NV>(state, p, top, keep + first * BITE * PW, keep + i * BITE * PW);
@@ -49,20 +51,30 @@ void Forward::tile_panel(const Block& block, State& state, int p, const Sides& o
 
 // The scores of one bite of a tile's n keys; −inf stands for those that there are not.
 template <int NV>
-void Forward::score_bite(int p, const Tiles& keys, int n, int bite) {
+void Forward::score_bite(int p, const Sides& of, int n, int bite) {
     Timed scoring(clock, SCORES);
     int from = bite * BITE, count = (int)least(n - from, BITE);
     float* s = scores_of(bite);
-    Tiles k = keys;
+    Tiles k = of.keys;
     k.data = k.at(from / SIDE, 0);
     tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, count, c.dim, k, query_tiles(p), s,
                             PW);
+    odd_scores<NV>(p, of.k, from, count, s);
     if (!folded() && after != 1.f) multiply<NV>(count, s, PW, after);
     if (seen || shaping.shaped())
         shaping.finish<NV>(p, count, s, PW, seen ? seen + from : nullptr,
                            shaping.biased ? biases + from * LANES : nullptr);
     for (long j = count; j < BITE; j++)
         for (int i = 0; i < NV; i++) store(s + j * PW + i * W, all(-INFINITY));
+}
+// As `mix_odd`, the weights being tiles already: of their first part, which is 0 only where they are.
+inline void Forward::mix_odd_bite(int from, const uint16_t* tile, float* mixed) const {
+    mix_odd(from, BITE,
+            [&](int j, int lane) {
+                int i = j - from;
+                return from_brain(tile[lane / W * TILE + i % SIDE * DEPTH + 2 * (lane % W) + i / SIDE]);
+            },
+            [&](int lane, long d) { return mixed + d * PW + lane; });
 }
 inline Weigh Forward::weigh_of(int p, float* keep, long k0, int bite) const {
     int from = bite * BITE;

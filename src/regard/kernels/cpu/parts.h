@@ -7,6 +7,7 @@
 // A tile of A holds 16 rows × 32 of the depth, a tile of B 32 of the depth × 16 columns; in both the
 // numbers i and i + 16 of the depth stand side by side.
 #pragma once
+#include "finite.h"
 #include "pairs.h"
 #include "plan.h"
 #include "rows.h"
@@ -217,8 +218,8 @@ static void multiply(long n, float* s, long ld, float by) {
         for (int i = 0; i < NV; i++) store(s + j * ld + i * W, load(s + j * ld + i * W) * by);
 }
 
-// A tile of keys and their values: tiles [part][key][dim], [part][v_dim][key], and whether each of the
-// two fits.
+// A tile of keys and their values: tiles [part][key][dim], [part][v_dim][key], whether each of the two
+// fits, and whether it holds numbers that are not finite, for which 0 stands there.
 struct KeyTiles {
     int parts = 0;      // into which a number is split; 0: nothing is multiplied on tiles
     long dim = 0, v_dim = 0;  // in tiles
@@ -240,10 +241,24 @@ struct KeyTiles {
     Tiles values(uint16_t* at) const { return {at + key_size(), KEYS / DEPTH, v_dim * SIDE * KEYS}; }
     uint16_t* fits(uint16_t* at) const { return at + key_size() + value_size(); }
 
-    void pack(const RegardCall& c, Rows k, Rows v, int n, uint16_t* at) const {
+    // scratch: KEYS · the larger dim floats.
+    void pack(const RegardCall& c, Rows k, Rows v, int n, uint16_t* at, float* scratch) const {
         with_parts(parts, [&](auto of) {
-            fits(at)[0] = pack_rows<of.count>(k.data, k.ld, n, c.dim, keys(at));
-            fits(at)[1] = pack_columns<of.count, true>(v.data, v.ld, n, c.v_dim, values(at));
+            auto finitely = [&](Rows rows, long dim, int which, auto as_tiles) {
+                fits(at)[which] = as_tiles(rows);
+                fits(at)[which + 2] = 0;
+                if (fits(at)[which]) return;
+                Odd odd;
+                odd.find(rows, n, dim);
+                fits(at)[which + 2] = odd.count > 0;
+                if (odd.count) fits(at)[which] = as_tiles(odd.filled(n, dim, scratch));
+            };
+            finitely(k, c.dim, 0, [&](Rows x) {
+                return pack_rows<of.count>(x.data, x.ld, n, c.dim, keys(at));
+            });
+            finitely(v, c.v_dim, 1, [&](Rows x) {
+                return pack_columns<of.count, true>(x.data, x.ld, n, c.v_dim, values(at));
+            });
         });
     }
 };

@@ -183,7 +183,8 @@ function written() {
   if (state.pin !== null) said.push(`to=${state.pin}`);
   if (state.metric !== "link") said.push(`metric=${state.metric}`);
   const hash = `#${said.join("&")}`;
-  if (hash !== location.hash) history.replaceState(null, "", hash);
+  // A notebook's frame has no address of its own
+  if (hash !== location.hash && location.protocol !== "about:") history.replaceState(null, "", hash);
 }
 
 function readHash() {

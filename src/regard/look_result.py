@@ -1,0 +1,184 @@
+"""`regard.look`: what `regard look` shows, in Python: an object that prints and shows itself.
+
+What it needs beyond torch (transformers, rich) is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .brief import shortened
+from .checks import at_least, whole, wholes
+from .errors import RegardError
+
+if TYPE_CHECKING:
+    from .recording import Recording
+    from .report.looking import Look
+    from .words import Link
+
+_FRAME = 'width="100%" height="{height}" style="border:0" sandbox="allow-scripts"'
+
+
+class LookResult:
+    """What a model's heads read in a text. Print it, or leave it as the last line of a cell.
+
+    words: the words read. links: the strongest links (layer, head, source, target, weight), source
+    and target being numbers of words. recording: from which any weight is exact.
+    """
+
+    def __init__(self, found: Look, recording: Recording, other: Recording | None) -> None:
+        self.found, self.recording, self.other = found, recording, other
+
+    @property
+    def words(self) -> list[str]:
+        """The words read, special tokens among them; a decoder's follow the encoder's."""
+        return [word.text for word in self.found.words]
+
+    @property
+    def links(self) -> list[Link]:
+        """The strongest links, as `--json` lists them."""
+        return list(self.found.links)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `json()` writes, as an object; `regard look --help` says what each field means."""
+        from .report.as_json import as_dict
+
+        return as_dict(self.found)
+
+    def json(self) -> str:
+        """One JSON object in one line: what `regard look --json` prints."""
+        from .report.as_json import as_json
+
+        return as_json(self.found)
+
+    def html(self, file: str | Path) -> Path:
+        """Write the page of `regard look --html`, which needs nothing but itself; returns its path.
+
+        RegardError where it cannot be written.
+        """
+        from .report.html import write_html
+
+        if not isinstance(file, str | Path):
+            raise RegardError(f"html writes a file; {shortened(repr(file), 60)} is no path")
+        path = Path(file).expanduser()
+        write_html(self.found, self.recording, path, other=self.other)
+        return path
+
+    def text(self, width: int = 80) -> str:
+        """What `regard look` prints, in so many columns (40 to 100), without colours."""
+        try:
+            from rich.console import Console
+        except ImportError as error:
+            raise RegardError('printing needs rich: pip install "regard[look]"') from error
+        from .report.asked_terminal import print_asked
+        from .report.terminal import print_look
+
+        written = io.StringIO()
+        console = Console(file=written, width=whole(width, "width"), color_system=None)
+        (print_asked if self.found.asked else print_look)(self.found, console)
+        return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
+
+    def __repr__(self) -> str:
+        return self.text(shutil.get_terminal_size((80, 24)).columns)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, which may run its script and nothing else."""
+        from html import escape
+
+        from .report.html import as_html
+
+        page = as_html(self.found, self.recording, other=self.other)
+        return f'<iframe {_FRAME.format(height=720)} srcdoc="{escape(page)}"></iframe>'
+
+
+def look(
+    model: Any,
+    text: str,
+    *,
+    from_words: str | Sequence[str] = (),
+    layers: int | Sequence[int] = (),
+    heads: int | Sequence[int] = (),
+    top: int = 8,
+    special: bool = True,
+    generate: int = 0,
+    versus: str | None = None,
+    versus_model: Any = None,
+    cuts: str | Sequence[str] = (),
+    effect: bool = False,
+) -> LookResult:
+    """Where a model's heads read in a text, in words: by how much, and in which heads.
+
+        regard.look("all-MiniLM-L6-v2", "The trophy didn't fit in the suitcase because it was big.")
+
+    model: a folder, a name on the Hugging Face hub, None for the packaged all-MiniLM-L6-v2; or a
+        loaded (model, tokenizer), or an object that has both (a pipeline, a sentence encoder), on
+        the CPU.
+    from_words: what these words read ("it#2" is the second "it"). layers, heads: only these. top:
+        how many links to list. special: whether to list special tokens. generate: tokens that the
+        model adds first. versus, versus_model: another text, another model, to compare with.
+        cuts: edges or heads to run without ("3.1: it->trophy", "3.1"). effect: what cutting each
+        link would change. Each as the option of `regard look` that is named like it.
+
+    Nothing of a loaded model is changed. RegardError in one line for what cannot be looked at.
+    """
+    from .look_model import read_as, reading
+    from .report.asking import Question
+    from .report.looking import look as gather
+
+    _check_text(text, "text")
+    if versus is not None:
+        _check_text(versus, "versus")
+    shown = wholes(_several(layers), "layers"), wholes(_several(heads), "heads")
+    words, edges = _strings(from_words, "from_words"), _strings(cuts, "cuts")
+    top, generate = at_least(1, top, "top"), at_least(0, generate, "generate")
+    if generate and (edges or effect):
+        raise RegardError("cuts and effect read the text as it is; leave generate out")
+    question = Question.parse(versus, None, edges, bool(effect), generate)
+    reader = read_as(model, generate=generate > 0, head=question.runs)
+    second = None if versus_model is None else read_as(versus_model, generate=generate > 0)
+    with reading(reader), reading(second):
+        recording = reader.record(text, generate=generate)
+        found = gather(
+            recording,
+            readers=words,
+            layers=shown[0],
+            heads=shown[1],
+            top=top,
+            special=bool(special),
+        )
+        told = (found, reader, recording, words, *shown, lambda what, share: None)
+        other = question.answer(*told, second=second)
+    return LookResult(found, recording, other)
+
+
+def _check_text(text: Any, name: str) -> None:
+    """RegardError where it is no text that a model can read."""
+    if not isinstance(text, str):
+        raise RegardError(f"{name} is {shortened(repr(text), 60)}; give one string")
+    if not text.strip():
+        raise RegardError(f"{name} is empty; there is nothing to look at")
+    if "\0" in text:
+        raise RegardError(f"{name} has a zero byte, so it is no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        said = f"{name} is no text: character {error.start} is half of a surrogate pair"
+        raise RegardError(said) from error
+
+
+def _several(given: Any) -> Any:
+    return (given,) if isinstance(given, int) else given
+
+
+def _strings(given: Any, name: str) -> tuple[str, ...]:
+    """One string or several, as several."""
+    several = (given,) if isinstance(given, str) else given
+    if not isinstance(several, list | tuple) or not all(isinstance(one, str) for one in several):
+        raise RegardError(
+            f"{name} is {shortened(repr(given), 60)}; give a string, or a list of them"
+        )
+    return tuple(several)

@@ -1,0 +1,198 @@
+"""A number that a row does not see changes nothing of it, though it be NaN or infinite.
+
+0 · NaN is NaN: what a product over all keys would carry past a weight of 0. Reported elsewhere:
+pytorch/pytorch#101967, Dao-AILab/flash-attention#2374. To the bit, rows, lse, what observers keep
+and gradients are what a finite number in its place gives; what is seen is as IEEE has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from regard import (
+    BlockSparse,
+    Causal,
+    Dense,
+    Distances,
+    Documents,
+    Effect,
+    Entropy,
+    Heads,
+    Map,
+    MaxScore,
+    NormTopK,
+    Padding,
+    Predicate,
+    Received,
+    Rows,
+    TopK,
+    Window,
+    attention,
+)
+from regard.call import Call
+from regard.engines import ENGINES
+from regard.lowered import Span
+from test_observers import parts
+
+BATCH, HEADS, KV_HEADS, K_LEN, DIM = 2, 4, 2, 200, 16
+BAD = [math.nan, math.inf, -math.inf]
+OBSERVERS = [
+    TopK(3), Received(), Entropy(), MaxScore(), Rows([0, -1]), Map(8, 8), Distances(), NormTopK(2),
+]  # fmt: skip
+
+
+def every_third_block(q_len: int) -> BlockSparse:
+    rows, cols = -(-q_len // 16) + 1, -(-K_LEN // 16)
+    return BlockSparse((torch.arange(cols) % 3 > 0).expand(rows, cols), 16, (0, 0))
+
+
+def left_out(q_len: int) -> Tensor:
+    keep = torch.arange(K_LEN)[None] < torch.tensor([[K_LEN - 6], [K_LEN - 70]])
+    return keep
+
+
+# Each hides some keys from every query of some item and kv head
+HIDING: dict[str, Callable[[int], dict[str, Any]]] = {
+    "the future": lambda n: {"mask": Causal(), "query_start": 0},
+    "before the window": lambda n: {"mask": Causal() & Window(16)},
+    "padding": lambda n: {"mask": Padding(left_out(n))},
+    "padding and the future": lambda n: {"mask": Padding(~left_out(n)) & Causal()},
+    "other documents": lambda n: {
+        "mask": Documents(torch.arange(n) % 2, torch.arange(K_LEN) // 30 % 4)
+    },
+    "other heads": lambda n: {"mask": Padding(left_out(n)) | Heads([2, 3])},
+    "blocks": lambda n: {"mask": every_third_block(n), "query_start": 0},
+    "predicate": lambda n: {"mask": Predicate(lambda b, h, q, k: (k % 7 != 3) & (k != q))},
+    "dense": lambda n: {"mask": Dense(left_out(n)[:, None, None].expand(-1, 1, n, -1))},
+    "a bias of −∞": lambda n: {
+        "bias": torch.zeros(1, 1, n, K_LEN).masked_fill(torch.arange(K_LEN) % 5 == 2, -torch.inf)
+    },
+    "capped": lambda n: {"mask": Padding(left_out(n)), "softcap": 2.0},
+}
+ROWS = {"many rows": 150, "few rows": 3, "one row": 1}
+DTYPES = {
+    "reference": [torch.float64],
+    "tiled": [torch.float64, torch.float32],
+    "cpu": [torch.float32, torch.bfloat16, torch.float16],
+    "sdpa": [torch.float32, torch.bfloat16],
+}
+RUNS = [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes]
+every_run = pytest.mark.parametrize("engine, dtype", RUNS, ids=lambda x: str(x)[-8:])
+
+
+def drawn(q_len: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(HEADS, q_len), (KV_HEADS, K_LEN), (KV_HEADS, K_LEN)]
+    return [torch.randn(BATCH, *s, DIM, generator=rng).to(dtype) for s in shapes]
+
+
+def seen(q_len: int, request: dict[str, Any]) -> Tensor:
+    """Who sees whom: bool (batch, heads, q_len, k_len)."""
+    call = Call.checked(*drawn(q_len, torch.float32), **request)
+    shown = call.program.visible(Span(0, q_len, 0, K_LEN))
+    for bias in call.biases:
+        shown = shown & (bias.tensor > -torch.inf)
+    return shown.expand(BATCH, HEADS, q_len, K_LEN)
+
+
+def by_kv_head(shown: Tensor) -> Tensor:
+    return shown.unflatten(1, (KV_HEADS, -1)).any(2)
+
+
+def spoiled(tensors: list[Tensor], part: str, where: Tensor, bad: float) -> list[Tensor]:
+    """With `bad` in one or two dims of the keys, or values, at `where` (batch, kv_heads, k_len)."""
+    tensors = [t.clone() for t in tensors]
+    given = tensors[1 if part == "key" else 2]
+    for dim in (3, 12):
+        given[..., dim] = given[..., dim].masked_fill(where, bad)
+    return tensors
+
+
+def results(tensors: list[Tensor], engine: str, request: dict[str, Any]) -> list[Tensor]:
+    """Out, lse, what observers keep, and gradients."""
+    out, lse = attention(*tensors, **request, engine=engine, return_lse=True) if (
+        engine != "sdpa"
+    ) else (attention(*tensors, **request, engine=engine), torch.zeros(()))  # fmt: skip
+    asked = OBSERVERS
+    _, watched = attention(*tensors, **request, engine=engine, observe=asked)
+    found = [out, lse, *(t for w in watched for t in parts(w).values())]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out, (effect,) = attention(*leaves, **request, engine=engine, observe=[Effect(3)])
+    out.float().sin().sum().backward()
+    return [
+        *found,
+        out.detach(),
+        effect.indices,
+        effect.effect,
+        effect.weights,
+        *(t.grad for t in leaves),
+    ]
+
+
+@pytest.mark.parametrize("part", ["key", "value"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", HIDING)
+@every_run
+def test_what_no_row_sees_changes_no_bit(engine, dtype, kind, rows, part):
+    q_len = ROWS[rows]
+    request, tensors = HIDING[kind](q_len), drawn(q_len, dtype)
+    call = Call.checked(*tensors, **request)
+    if reasons := ENGINES[engine].why_not(call):
+        pytest.skip(f"{engine}: {'; '.join(reasons)}")
+    if "bias" in request and part == "key":
+        pytest.skip("a bias of −∞ hides no score that is NaN")
+    hidden = ~by_kv_head(seen(q_len, request)).any(2)
+    assert hidden.any()
+    right = results(spoiled(tensors, part, hidden, 0.5), engine, request)
+    for bad in BAD:
+        given = results(spoiled(tensors, part, hidden, bad), engine, request)
+        for n, (a, b) in enumerate(zip(given, right, strict=True)):
+            if n == len(right) - 2 and part == "key":
+                assert not a[hidden].any()
+            torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m: f"{bad}, {n}: {m}")
+
+
+@pytest.mark.parametrize("part", ["key", "value"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", HIDING)
+@every_run
+def test_what_a_row_sees_is_as_plain_attention_has_it(engine, dtype, kind, rows, part):
+    """Of some keys, which some rows see and others do not: those to the bit, these as IEEE says."""
+    q_len = ROWS[rows]
+    request, tensors = HIDING[kind](q_len), drawn(q_len, dtype)
+    call = Call.checked(*tensors, **request)
+    if reasons := ENGINES[engine].why_not(call):
+        pytest.skip(f"{engine}: {'; '.join(reasons)}")
+    shown = seen(q_len, request)
+    where = torch.zeros(BATCH, KV_HEADS, K_LEN, dtype=torch.bool)
+    where[0, :, [1, 60, 140, 195]] = True
+    sees = (shown & where.repeat_interleave(HEADS // KV_HEADS, 1)[:, :, None]).any(-1)
+    right = attention(*spoiled(tensors, part, where, 0.5), **request, engine=engine)
+    for bad in BAD:
+        dirty = spoiled(tensors, part, where, bad)
+        out = attention(*dirty, **request, engine=engine)
+        assert torch.equal(out[~sees], right[~sees])
+        for b, h, i in sees.nonzero()[:: max(1, int(sees.sum()) // 20)].tolist():
+            alone = plain_row(dirty, call, b, h, i, shown[b, h, i])
+            assert torch.equal(alone.isnan(), out[b, h, i].isnan()), (bad, b, h, i)
+            assert torch.equal(alone.isinf(), out[b, h, i].isinf()), (bad, b, h, i)
+            torch.testing.assert_close(
+                out[b, h, i].double(), alone, rtol=0.02, atol=0.02, equal_nan=True
+            )
+
+
+def plain_row(tensors: list[Tensor], call: Call, b: int, h: int, i: int, shown: Tensor) -> Tensor:
+    """One row from the keys that it sees alone, in float64."""
+    query, key, value = (t.double() for t in tensors)
+    kv = h // (HEADS // KV_HEADS)
+    scores = call.scale * key[b, kv, shown] @ query[b, h, i]
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores[scores != -torch.inf] if (kept := scores != -torch.inf).any() else scores
+    return scores.softmax(-1) @ value[b, kv, shown][kept]
