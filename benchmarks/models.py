@@ -1,6 +1,6 @@
 """Every architecture of transformers, tiny and random: can it be watched, is what is seen right?
 
-    python benchmarks/models.py RESULTS.jsonl [--only NAME …] [--seconds 60]
+    python benchmarks/models.py RESULTS.jsonl [--only NAME …] [--seconds 40]
     python benchmarks/models.py RESULTS.jsonl --write docs/models.md
 
 Each is made from its configuration with small sizes, in a process of its own with a time limit, and
@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+import textwrap
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -221,11 +222,90 @@ def run(results: Path, only: list[str], seconds: float) -> None:
         print(kind, found, flush=True)
 
 
+NOTES = {
+    "big_bird": "its own matrix leaves out part of what a block weighs that stands twice in a row",
+    "bigbird_pegasus": "as BigBird's, in the encoder",
+    "pegasus_x": "its own rows of global tokens hold padding, and keys in another order",
+    "wavlm": "the model gives the mean over heads",
+    "paligemma": "the model gives them of another mask under eager than under sdpa",
+}
+HEAD = """# Models
+
+What `watch` gives for each architecture of transformers {version}: made from its configuration
+with tiny sizes and random weights, run once unwatched and once watched (`verify=True`), on torch
+{torch}. This page is written by a script; [what `watch` does](watch.md).
+
+```sh
+python benchmarks/models.py results.jsonl                          # a process each, 40 s at most
+python benchmarks/models.py results.jsonl --write docs/models.md
+```
+
+- **attention**: by transformers' interface or torch's functions, or by a softmax of its own inside
+  its modules, which is read there; "cross": it has cross-attention too. Layers without a softmax
+  over keys (Mamba, convolutions) have no pattern.
+- **bits**: whether every output of the watched model equals the unwatched one's to the bit.
+- **weights**: whether each layer's weights equal, within {near:g}, those that the model itself
+  gives under eager with `output_attentions=True`. Some give fewer layers than they
+  have, give them in another layout (windows, blocks), or none.
+- **generate**: whether {steps} greedy tokens are the same; —: it does not generate.
+
+{counts}
+"""
+
+
+def page(found: list[dict[str, str]]) -> str:
+    """The results as a page."""
+    ran = [f for f in found if "bits" in f]
+    own = [f for f in ran if "own softmax" in f["attention"]]
+    refused = [f for f in found if "refused" in f]
+    unbuilt = [f for f in found if "unbuilt" in f or "FAILED" in f]
+    writing = [f for f in ran if f["generate"] == "same"]
+    counts = (
+        f"{len(ran)} architectures were watched, {len(own)} of which compute attention by "
+        f"themselves; {sum(f['bits'] == 'equal' for f in ran)} gave the same bits, {len(writing)} "
+        f"generated the same tokens. {len(refused)} were refused, most of them without attention. "
+        f"{len(unbuilt)} were not run by the script, which says nothing about them."
+    )
+    said = HEAD.format(
+        version=transformers.__version__, torch=torch.__version__, near=NEAR, steps=STEPS,
+        counts=_wrapped(counts),
+    )  # fmt: skip
+    said += "\n| architecture | attention | bits | weights | generate |\n"
+    said += "| --- | --- | --- | --- | --- |\n"
+    for f in ran:
+        note = f" ({NOTES[f['kind']]})" if f["kind"] in NOTES else ""
+        weights = "differ" if f["eager"].startswith("OTHERS") else f["eager"].split(" (")[0]
+        cells = (f"`{f['kind']}`", f["attention"], f["bits"], weights + note, f["generate"])
+        said += f"| {' | '.join(cells)} |\n"
+    said += "\n## Refused\n\n"
+    by_reason: dict[str, list[str]] = {}
+    for f in refused:
+        reason = f["refused"].replace(f["model"], "the model")
+        by_reason.setdefault(reason, []).append(f"`{f['kind']}`")
+    for reason, kinds in by_reason.items():
+        said += f"- {', '.join(kinds)}: {reason}\n"
+    said += "\n## Not run\n\n"
+    said += (
+        "The sizes or inputs that the script finds do not fit these, or they need a package.\n\n"
+    )
+    said += _wrapped(", ".join(f"`{f['kind']}`" for f in unbuilt)) + "\n"
+    return said
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 108, break_long_words=False, break_on_hyphens=False))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    run(arguments.results, arguments.only, arguments.seconds)
+    if arguments.write:
+        lines = arguments.results.read_text().splitlines()
+        arguments.write.write_text(page([json.loads(line) for line in lines]))
+    else:
+        run(arguments.results, arguments.only, arguments.seconds)

@@ -30,8 +30,9 @@ SIZES: list[tuple[Any, str]] = [
     (2, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth "
         "num_decoder_layers num_encoder_layers decoder_num_hidden_layers l_layers r_layers "
         "x_layers encoder_num_hidden_layers speech_decoder_prenet_layers num_local_experts "
-        "num_experts n_routed_experts num_experts_per_tok moe_num_experts num_self_attends_per_block "
-        "num_speech_encoder_layers decoder_depth encoder_depth num_blocks_per_stage"),
+        "num_experts n_routed_experts num_experts_per_tok moe_num_experts "
+        "num_self_attends_per_block num_speech_encoder_layers decoder_depth encoder_depth "
+        "num_blocks_per_stage"),
     (48, "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner "
          "dim_feedforward decoder_intermediate_size encoder_intermediate_size mlp_dim "
          "moe_intermediate_size shared_expert_intermediate_size expert_ffn_dim ffn_hidden_size "

@@ -124,9 +124,10 @@ class Softmaxes(TorchFunctionMode):
         if kept is not None:  # a row that sees nothing more mixes nothing
             weights = weights.nan_to_num(0.0)
         laid = weights
-        if whole is not None and weights.dim() == 3:  # so that gradients pass through it
+        if whole is not None and weights.dim() == 3:
             laid = weights.unflatten(0, (-1, whole.scores.shape[1]))
-            weights = laid.flatten(0, 1)
+            if any(isinstance(o, Effect) for o in self.watched.observe):
+                weights = laid.flatten(0, 1)  # so that gradients pass through what is watched
         for name, part in zip(names, found, strict=True):
             if self.watched.wants(name):
                 self._record(name, module, part, laid if whole is not None else None)
