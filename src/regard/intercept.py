@@ -80,6 +80,7 @@ class Intercept(TorchFunctionMode):
         effects = any(isinstance(o, Effect) for o in self.watched.observe)
         if kept is not None or (wanted and effects):
             caught = catch(*args, **kwargs)
+            beside.check_draws(caught.request["dropout"], name)
             if kept is not None:
                 caught.request["mask"] = caught.request["mask"] & kept
             return self._compute(name, caught, wanted)
