@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
@@ -306,13 +306,15 @@ class Watched:
         return Recording(layers, {"model": self._model} | about)
 
 
-def _several(layers: Sequence[int | str] | int | str | None) -> list[int | str] | None:
+def _several(layers: Any) -> list[int | str] | None:
     """What `layers` asks for, one of a kind alone too; RegardError where it is neither."""
     if layers is None:
         return None
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        layers = [layers]
-    return [_which(each, "layers") for each in layers]
+    try:
+        several: list[Any] = [layers] if isinstance(layers, str) else list(layers)
+    except TypeError:  # one of a kind alone
+        several = [layers]
+    return [_which(each, "layers") for each in several]
 
 
 def _which(layer: Any, what: str) -> int | str:
