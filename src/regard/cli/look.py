@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -191,15 +190,11 @@ def _text(given: str) -> str:
 
 
 def _save(recording: Recording, folder: Path) -> None:
-    """Write the recording; under another name until it is whole."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    """Write the recording, which is there once it is whole."""
     try:
-        recording.save(part)
-        part.rename(folder)
+        recording.save(folder)
     except OSError as error:
         raise RegardError(f"cannot save to {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
