@@ -378,12 +378,11 @@ def test_a_missing_extra_is_named(monkeypatch, missing):
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    def save(self, folder):
-        folder.mkdir()
-        (folder / "part").write_text("half")
+    def save(tensors, path):
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(regard.Recording, "save", save)
+    monkeypatch.setattr(regard.recording, "save_file", save)
     assert "No space left on device" in refused("a", "--save", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

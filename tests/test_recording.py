@@ -1,8 +1,13 @@
 """Recordings: what is saved and loaded gives the reference's weights; what is broken is refused."""
 
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,18 +174,22 @@ def test_files_are_safetensors_and_one_json(tmp_path, monkeypatch):
         assert {"key", "0.query", "0.lse"} == set(file.keys())
 
 
-def test_saving_again_replaces(tmp_path):
+def test_saving_again_replaces_where_told(tmp_path):
     build("a", "b", "c").save(tmp_path)
-    build("d").save(tmp_path)
+    with pytest.raises(RegardError, match=r"holds a recording already; .* give overwrite=True"):
+        build("d").save(tmp_path)
+    assert len(Recording.load(tmp_path).layers) == 4
+    build("d").save(tmp_path, overwrite=True)
     assert [layer.name for layer in Recording.load(tmp_path).layers] == ["d", "mamba"]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("before", [[], ["x", "y"]], ids=["new", "over an older one"])
-def test_half_written_is_refused(before, tmp_path, monkeypatch):
-    """Interrupted in its second layer: neither half a recording nor a mixture of two."""
+def test_what_is_interrupted_leaves_what_was(before, tmp_path, monkeypatch):
+    """Interrupted in its second layer: no half a recording, no mixture of two, nothing beside."""
+    folder = tmp_path / "r"
     if before:
-        build(*before).save(tmp_path)
+        build(*before).save(folder)
     save_file, written = regard.recording.save_file, []
 
     def interrupted(tensors, path):
@@ -191,9 +200,47 @@ def test_half_written_is_refused(before, tmp_path, monkeypatch):
 
     monkeypatch.setattr(regard.recording, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build("a", "b").save(tmp_path)
-    with pytest.raises(RegardError, match="is not a whole recording"):
-        Recording.load(tmp_path)
+        build("a", "b").save(folder, overwrite=True)
+    assert list(tmp_path.iterdir()) == ([folder] if before else [])
+    if before:
+        assert [layer.name for layer in Recording.load(folder).layers] == [*before, "mamba"]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import regard.recording, test_recording
+save_file = regard.recording.save_file
+def killed(tensors, path):
+    save_file(tensors, path)
+    os.kill(os.getpid(), signal.SIGKILL)
+regard.recording.save_file = killed
+test_recording.build("a", "b").save({folder!r}, overwrite=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path):
+    folder = tmp_path / "r"
+    build("x").save(folder)
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [layer.name for layer in Recording.load(folder).layers] == ["x", "mamba"]
+    left = [path for path in tmp_path.iterdir() if path != folder]
+    assert [path.name.startswith(".r.part-") for path in left] == [True]
+    running = tmp_path / f".r.part-{os.getppid()}"  # of another process, which goes on
+    running.mkdir()
+    build("d").save(folder, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == [running, folder]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    build("a").save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(Recording.load(tmp_path / "real").layers) == 2
 
 
 def test_other_things_are_not_overwritten(tmp_path):
@@ -227,6 +274,15 @@ def edit(change):
     return edited
 
 
+def edit_text(before: str, after: str):
+    def edited(folder):
+        text = (folder / "recording.json").read_text()
+        assert before in text
+        (folder / "recording.json").write_text(text.replace(before, after))
+
+    return edited
+
+
 BROKEN = {
     "no index": (drop("recording.json"), "is not a whole recording"),
     "no layer": (drop("layer-000.safetensors"), "is not a whole recording"),
@@ -250,6 +306,55 @@ BROKEN = {
 }  # fmt: skip
 
 
+def without_sums(change):
+    """The same in a recording of before there were checksums: the types alone are known."""
+
+    def edited(index, entry):
+        del entry["sums"]
+        change(index, entry)
+
+    return edit(edited)
+
+
+def field(name: str, value):
+    return without_sums(lambda index, entry: entry.update({name: value}))
+
+
+def of_chunk(name: str, value):
+    return without_sums(lambda index, entry: entry["chunks"][0].update({name: value}))
+
+
+BROKEN |= {
+    "layers as a word": (edit(lambda i, x: i.update(layers="ab")), "layers is a str; it must be l"),
+    "a layer as a word": (edit(lambda i, x: i["layers"].append("b")), "layer 2 is a str"),
+    "about as a list": (edit(lambda i, x: i.update(about=[])), "about is a list; it must be dict"),
+    "a name": (field("name", 3), "layer 0: name is a int; it must be str"),
+    "an index": (field("index", True), "layer 0: index is a bool; it must be int"),
+    "a pattern": (field("pattern", "yes"), "layer 0: pattern is a str; it must be bool"),
+    "a start": (field("key_start", -1), "layer 0: key_start is -1; it counts from 0"),
+    "chunks": (field("chunks", {"0": 1}), "chunks is a dict; it must be list"),
+    "a chunk": (field("chunks", [3]), "a, chunk 0 is a int, not an object"),
+    "keys": (of_chunk("keys", [0]), "chunk 0: keys must be a list of whole numbers"),
+    "keys back": (of_chunk("keys", [9, 3]), "do not fit together"),
+    "a code": (of_chunk("mask_code", [1, "x"]), "mask_code must be a list of whole numbers"),
+    "a scale": (of_chunk("scale", "1"), "chunk 0: scale is a str; it must be float or int"),
+    "no scale": (of_chunk("scale", None), "chunk 0: scale is a NoneType"),
+    "tensors": (of_chunk("mask_tensors", 10**12), "is not a whole recording"),
+    "a position": (of_chunk("query_start", 0.5), "query_start is a float; it must be int"),
+    "deep": (
+        lambda folder: (folder / "recording.json").write_text("[" * 200_000), "not a whole",
+    ),
+    "deep in about": (
+        edit_text('"about": {', '"about": {"x": ' + "[" * 200_000 + "]" * 200_000 + ","),
+        "not a whole",
+    ),
+    "another scale": (
+        edit(lambda i, x: x["chunks"][0].update(scale=0.5)),
+        "recording.json: chunks is damaged; it is not what was written",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("breaks, said", BROKEN.values(), ids=BROKEN)
 def test_what_is_not_whole_is_refused(breaks, said, tmp_path):
     folder = tmp_path / "recording"
@@ -259,6 +364,30 @@ def test_what_is_not_whole_is_refused(breaks, said, tmp_path):
     with pytest.raises(RegardError, match=said) as error:
         Recording.load(folder)
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["key", "0.query", "0.lse"])
+def test_a_changed_bit_is_found_and_named(name, tmp_path):
+    build("a").save(tmp_path)
+    path = tmp_path / "layer-000.safetensors"
+    written = bytearray(path.read_bytes())
+    length = int.from_bytes(written[:8], "little")
+    start = json.loads(written[8 : 8 + length])[name]["data_offsets"][0]
+    written[8 + length + start + 5] ^= 16
+    path.write_bytes(written)
+    with pytest.raises(RegardError, match=f"layer-000.safetensors: {name} is damaged"):
+        Recording.load(tmp_path)
+
+
+def test_a_recording_of_before_there_were_checksums_loads(tmp_path):
+    recording = build("a", "b")
+    recording.save(tmp_path)
+    index = json.loads((tmp_path / "recording.json").read_text())
+    for entry in index["layers"]:
+        entry.pop("sums", None)
+    (tmp_path / "recording.json").write_text(json.dumps(index))
+    loaded = Recording.load(tmp_path)
+    assert torch.equal(loaded.weights("b"), recording.weights("b"))
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -106,6 +106,15 @@ _KERNELS: dict[int, Callable[..., Any]] = {
 }
 
 
+def check_draws(dropout: Any, name: str) -> None:
+    """RegardError where regard would compute in a model's place, and drop other weights than it."""
+    if dropout:
+        raise RegardError(
+            f"{name} drops out weights, which cut and Effect, computed by regard, would draw "
+            "otherwise than the model; call model.eval(), or set its attention's dropout to 0"
+        )
+
+
 @torch.no_grad()
 def gathered(call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, Any]]:
     """lse (batch, heads, q_len) of a call, and the results that come with it, by their number.

@@ -213,6 +213,7 @@ def attend(
     wanted = watched.wants(layer)
     effects = wanted and any(isinstance(o, Effect) for o in watched.observe)
     if effects or watched.cut_of(layer) is not None:
+        beside.check_draws(given.get("dropout"), layer)
         return _compute(where, module, *tensors, attention_mask, eager=name == "eager", **given)
     with watched.computing(), beside.Capture() as capture:
         answer: tuple[Tensor, Tensor | None] = own(module, *tensors, attention_mask, **given)

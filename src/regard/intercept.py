@@ -80,18 +80,19 @@ class Intercept(TorchFunctionMode):
         effects = any(isinstance(o, Effect) for o in self.watched.observe)
         if kept is not None or (wanted and effects):
             caught = catch(*args, **kwargs)
+            beside.check_draws(caught.request["dropout"], name)
             if kept is not None:
                 caught.request["mask"] = caught.request["mask"] & kept
             return self._compute(name, caught, wanted)
         with self.watched.computing(), beside.Capture() as capture:
             out = func(*args, **kwargs)
-        if wanted:
-            caught = catch(*args, **kwargs)
-            tensors = (t.detach() for t in (caught.query, caught.key, caught.value))
-            call = Call.checked(*tensors, **caught.request | {"dropout": None})
+        read = catch(*args, **kwargs) if wanted else None
+        if read is not None and read.query.shape[1]:  # without heads there is nothing to read
+            tensors = (t.detach() for t in (read.query, read.key, read.value))
+            call = Call.checked(*tensors, **read.request | {"dropout": None})
             given = capture.found(call.query.shape[:3])
-            lse, seen = beside.gathered(self.watched.asking(name, call, caught.kind), given)
-            self.watched.record(name, caught.kind, call, lse, None, seen)
+            lse, seen = beside.gathered(self.watched.asking(name, call, read.kind), given)
+            self.watched.record(name, read.kind, call, lse, None, seen)
         return out
 
     def _regard(

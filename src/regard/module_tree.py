@@ -18,6 +18,14 @@ def hugging_face(module: object) -> bool:
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
+def of_hugging_face(module: nn.Module) -> bool:
+    """Whether it is such a model or a part of one: those have its config."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and any(
+        isinstance(value, transformers.PreTrainedConfig) for value in vars(module).values()
+    )
+
+
 @dataclass(frozen=True)
 class Block:
     """One of a list of blocks: a layer of the model, whatever it computes."""

@@ -21,6 +21,7 @@ from .brief import Brief, shortened
 from .call import Call
 from .errors import RegardError
 from .packed import pack, unpack
+from .saved_files import Fields, checksum, whole_folder
 from .weigh import whole_rows
 
 FORMAT = 1
@@ -236,50 +237,53 @@ class Recording(Brief):
             out = out[:, :, cols if isinstance(cols, slice) else list(cols)]
         return out if head is None else out[head]
 
-    def save(self, folder: str | Path) -> None:
-        """Write the recording as a new folder. RegardError if something else is there."""
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise RegardError(f"{folder} is a file; name a folder")
-        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).exists():
-            raise RegardError(f"{folder} holds other files; name a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        # The index goes first and comes last: what is interrupted is no recording
-        (folder / INDEX).unlink(missing_ok=True)
-        for old in folder.glob("layer-*.safetensors"):
-            old.unlink()
-        entries = []
-        for number, layer in enumerate(self.layers):
-            entry: dict[str, Any] = {"name": layer.name, "index": layer.index, "kind": layer.kind}
-            entry |= {"pattern": layer.pattern, "reason": layer.reason}
-            entry |= {"key_start": layer.key_start, "file": None, "chunks": []}
-            if layer.key is not None:
-                tensors = {"key": layer.key}
-                entry["chunks"] = [_said(c, n, tensors) for n, c in enumerate(layer.chunks)]
-                entry["file"] = f"layer-{number:03}.safetensors"
-                # Each tensor on its own: shared or strided storage has no place in the file
-                own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-                save_file(own, folder / entry["file"])
-            entries.append(entry)
-        index = {"format": FORMAT, "about": self.about, "layers": entries}
-        (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1), "utf-8")
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the recording as a new folder, which is there once it is whole.
+
+        RegardError if something is there already; overwrite: unless that is a recording.
+        """
+        with whole_folder(Path(folder), INDEX, overwrite) as part:
+            entries = [
+                _written(x, f"layer-{n:03}.safetensors", part) for n, x in enumerate(self.layers)
+            ]
+            index = {"format": FORMAT, "about": self.about, "layers": entries}
+            (part / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1), "utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Recording:
-        """Read what `save` wrote. RegardError if it is not there or not whole."""
+        """Read what `save` wrote. RegardError if it is not there, not whole, or damaged."""
         folder = Path(folder)
         try:
-            index = json.loads((folder / INDEX).read_text("utf-8"))
+            index = Fields(json.loads((folder / INDEX).read_text("utf-8")), INDEX)
             if index["format"] != FORMAT:
                 raise RegardError(
                     f"{folder}: format {index['format']}; this version reads {FORMAT}"
                 )
-            layers = [_heard(entry, folder) for entry in index["layers"]]
-            return cls(layers, index["about"])
+            layers = index.of(list, "layers")
+            heard = [_heard(Fields(x, f"layer {n}"), folder) for n, x in enumerate(layers)]
+            return cls(heard, index.of(dict, "about"))
         except RegardError:
             raise
+        except RecursionError:
+            raise RegardError(f"{folder} is not a whole recording: JSON too deep") from None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise RegardError(f"{folder} is not a whole recording: {error}") from error
+
+
+def _written(layer: RecordedLayer, file: str, folder: Path) -> dict[str, Any]:
+    """A layer as JSON, its tensors in a file; with a checksum of each, and of what JSON says."""
+    entry: dict[str, Any] = {"name": layer.name, "index": layer.index, "kind": layer.kind}
+    entry |= {"pattern": layer.pattern, "reason": layer.reason}
+    entry |= {"key_start": layer.key_start, "file": None, "chunks": []}
+    if layer.key is None:
+        return entry
+    tensors = {"key": layer.key}
+    entry["chunks"] = [_said(c, n, tensors) for n, c in enumerate(layer.chunks)]
+    # Each tensor on its own: shared or strided storage has no place in the file
+    own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    save_file(own, folder / file)
+    sums = {n: checksum(t) for n, t in own.items()} | {"chunks": checksum(entry["chunks"])}
+    return entry | {"file": file, "sums": sums}
 
 
 def _kept(argument: Any) -> Any:
@@ -306,21 +310,44 @@ def _said(chunk: Chunk, number: int, tensors: dict[str, Tensor]) -> dict[str, An
     return said | dict(zip(_NUMBERS, numbers, strict=True))
 
 
-def _heard(entry: dict[str, Any], folder: Path) -> RecordedLayer:
+def _heard(entry: Fields, folder: Path) -> RecordedLayer:
     """A layer from its JSON and its file."""
     layer = RecordedLayer(
-        entry["name"], entry["index"], entry["kind"], entry["pattern"], entry["reason"]
-    )
-    if entry["file"] is None:
+        entry.of(str, "name"), entry.of(int, "index"), entry.of(str, "kind"),
+        entry.of(bool, "pattern"), entry.of(str, "reason"),
+    )  # fmt: skip
+    file = entry.of((str, type(None)), "file")
+    if file is None:
         return layer
-    if Path(entry["file"]).name != entry["file"]:
-        raise RegardError(f"{folder}: file {entry['file']!r} lies outside the recording")
-    tensors = load_file(folder / entry["file"])
-    layer.pieces = [(entry["key_start"], tensors["key"])]
-    for number, said in enumerate(entry["chunks"]):
-        lists = [[tensors[f"{number}.{n}.{i}"] for i in range(said[n])] for n in _LISTS]
-        optional = [tensors.get(f"{number}.{n}") for n in _OPTIONAL]
-        packed = (*lists, *optional, *(said[n] for n in _NUMBERS))
-        query, lse = tensors[f"{number}.query"], tensors[f"{number}.lse"]
-        layer.chunks.append(Chunk(query, lse, packed, tuple(said["keys"])))
+    if Path(file).name != file:
+        raise RegardError(f"{folder}: file {file!r} lies outside the recording")
+    tensors, chunks = load_file(folder / file), entry.of(list, "chunks")
+    if "sums" in entry:  # earlier versions wrote none
+        _check_sums(entry.of(dict, "sums"), tensors | {"chunks": chunks}, file)
+    layer.pieces = [(entry.count("key_start"), tensors["key"])]
+    for number, said in enumerate(chunks):
+        layer.chunks.append(_chunk(Fields(said, f"{layer.name}, chunk {number}"), number, tensors))
     return layer
+
+
+def _check_sums(sums: dict[str, Any], given: dict[str, Any], file: str) -> None:
+    """ValueError that names what is not as it was written."""
+    for name, value in given.items():
+        if sums.get(name) != checksum(value):
+            where = INDEX if name == "chunks" else file
+            raise ValueError(f"{where}: {name} is damaged; it is not what was written")
+
+
+def _chunk(said: Fields, number: int, tensors: dict[str, Tensor]) -> Chunk:
+    """A chunk from its JSON and the layer's tensors."""
+    lists = [[tensors[f"{number}.{n}.{i}"] for i in range(said.count(n))] for n in _LISTS]
+    optional = [tensors.get(f"{number}.{n}") for n in _OPTIONAL]
+    numbers = [said.integers(n) for n in _NUMBERS[:2]]
+    numbers += [said.of((float, int), n) for n in _NUMBERS[2:5]]
+    numbers += [said.of(int, n) for n in _NUMBERS[5:]]
+    first, last = said.integers("keys", 2)
+    query, lse = tensors[f"{number}.query"], tensors[f"{number}.lse"]
+    fits = query.dim() == tensors["key"].dim() == 4 and lse.shape == query.shape[:3]
+    if not fits or not 0 <= first <= last:
+        raise ValueError(f"chunk {number} has tensors, or keys, that do not fit together")
+    return Chunk(query, lse, (*lists, *optional, *numbers), (first, last))

@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
@@ -389,13 +389,15 @@ class Watched(LayerList[Layer]):
         return f"Watched({self._model}, {several}{ends}, observed by {list(self.observe)})"
 
 
-def _several(layers: Sequence[int | str] | int | str | None) -> list[int | str] | None:
+def _several(layers: Any) -> list[int | str] | None:
     """What `layers` asks for, one of a kind alone too; RegardError where it is neither."""
     if layers is None:
         return None
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        layers = [layers]
-    return [_which(each, "layers") for each in layers]
+    try:
+        several: list[Any] = [layers] if isinstance(layers, str) else list(layers)
+    except TypeError:  # one of a kind alone
+        several = [layers]
+    return [_which(each, "layers") for each in several]
 
 
 def _which(layer: Any, what: str) -> int | str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .errors import RegardError
 from .intercept import Intercept
-from .module_tree import hugging_face
+from .module_tree import of_hugging_face
 from .observers import Observer
 from .softmaxes import Softmaxes, attention_modules
 from .watched import Cut, Watched
@@ -99,7 +99,7 @@ def _watching(
 ) -> Iterator[Watched]:
     """One block of `watch`."""
     parts = _parts(model)
-    hugging = any(map(hugging_face, parts))
+    hugging = any(map(of_hugging_face, parts))
     sources = _sources(model)
     _check(model, hugging, sources)
     kinds = {type(part) for part in parts}

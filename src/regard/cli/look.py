@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,15 +180,11 @@ def look(
 
 
 def _save(recording: Recording, folder: Path) -> str:
-    """Write the recording; under another name until it is whole. Returns what was written."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    """Write the recording, which is there once it is whole. Returns what was written."""
     try:
-        recording.save(part)
-        part.rename(folder)
+        recording.save(folder)
     except OSError as error:
         raise RegardError(f"cannot save to {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.iterdir())
     kept, tokens = len(recording.layers), len(recording.about["tokens"])
     return f"q, k and lse of {kept} layers and {tokens:,} tokens, {size / 1e6:.1f} MB"
