@@ -26,8 +26,15 @@ def test_a_usage_error_is_one_line(arguments, said):
     assert line.startswith(said)
 
 
+# Each of the commands, as cheap as it can be
+WRITES = [
+    ["--help"], ["info"], ["info", "--json"], ["look", "a b"], ["look", "a b", "--json"],
+    ["walk", "a b", "--from", "b"], ["bench", "--list"],
+]  # fmt: skip
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
 def test_a_full_disk_is_one_line(arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -37,7 +44,7 @@ def test_a_full_disk_is_one_line(arguments):
     assert done.stderr.splitlines() == ["regard: cannot write: No space left on device"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
 def test_a_closed_pipe_is_silent(arguments):
     running = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -59,3 +66,21 @@ def test_an_interrupt_has_no_traceback():
         assert "Traceback" not in running.stderr.read()
     assert running.wait() == 130
     running.stdin.close()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["look"], ["walk", "--from", "cat"], ["look", "--effect", "--from", "cat"]],
+    ids=" ".join,
+)
+def test_a_text_that_is_too_long_is_one_line(arguments):
+    """No other library's warning stands beside it."""
+    text = "the cat sat on the mat " * 100
+    command, *more = arguments
+    done = subprocess.run(
+        [*COMMAND, command, text, *more], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "regard: the text has 602 tokens, but all-MiniLM-L6-v2 has positions for 512"
+    ]

@@ -156,14 +156,14 @@ def test_a_plain_look_has_no_continuation():
     assert "generated" not in answered("look")
 
 
-@pytest.mark.parametrize("width", [100, 80, 60, 44])
-def test_effect_keeps_its_numbers(width):
+def test_effect_keeps_its_numbers():
     text = "It was antidisestablishmentarianism, 日本語の長い文章, that tired it."
     asked = ["look", text, "--effect", "--from", "it", "--top", "6"]
     links = json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout)["effect"][0]["links"]
-    page = CliRunner().invoke(main, asked, env={"COLUMNS": str(width)}).stdout
-    assert max(map(cell_len, page.splitlines())) <= width
-    for link in links:
-        numbers = f"{link['weight']:.3f} *{link['value']:.3f} *{link['layer']}.{link['head']}"
-        assert re.search(rf" {link['effect']:.3f} .*{numbers}$", page, re.M), (link, page)
-    assert re.search(r"final\s+vector\s+of\s+it,\s+of\s+length\s+\d+\.\d\d", page)
+    for width in (80, 44):
+        page = CliRunner().invoke(main, asked, env={"COLUMNS": str(width)}).stdout
+        assert max(map(cell_len, page.splitlines())) <= width
+        assert re.search(r"final\s+vector\s+of\s+it,\s+of\s+length\s+\d+\.\d\d", page)
+        for link in links:
+            numbers = f"{link['weight']:.3f} *{link['value']:.3f} *{link['layer']}.{link['head']}"
+            assert re.search(rf" {link['effect']:.3f} .*{numbers}$", page, re.M), (link, page)

@@ -1,35 +1,24 @@
 """Attention at the hardware's speed, with the weights in sight at any length."""
-# ruff: noqa: I001, RUF022 (a name a line would hide the list; H2O is no constant)
 
-from .attend import attention, explain, observe
-from .biases import ALiBi, RelativeBias
-from .caching import H2O, KVCache, PagedCache, SnapKV, TOVA, WindowCache
-from .chosen import TopBlocks
-from .dropout import Dropout
-from .errors import NoEngine, RegardError
-from .generating import generation_cache
-from .linear import Favor, LinearState, linear_attention
-from .look_result import LookResult, look
-from .masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask  # fmt: skip
-from .masks import Padding, Predicate, Window  # fmt: skip
-from .merging import merge, piecewise
-from .observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore, NormTopK  # fmt: skip
-from .observers import Received, Rows, TopK  # fmt: skip
-from .pages import Pages
-from .patterns import BigBird, BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided  # fmt: skip
-from .recording import Recording
-from .watched import Cut
-from .watching import watch
-from .windows import Unseen, stitch, unseen, unseen_mass, unseen_recorded
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = [
-    "ALiBi", "BigBird", "BlockSparse", "Causal", "Chunks", "Cut", "Dense", "Dilated",
-    "Distances", "Documents", "Dropout", "Edges", "Effect", "Entropy", "Favor", "First",
-    "Fixed", "Full", "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "Longformer",
-    "LookResult", "Map", "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache",
-    "Pages", "Predicate", "Received", "Recording", "RegardError", "RelativeBias", "Rows",
-    "SnapKV", "Strided", "TOVA", "TopBlocks", "TopK", "Unseen", "Window", "WindowCache",
-    "attention", "explain", "generation_cache", "linear_attention", "look", "merge", "observe",
-    "piecewise", "stitch", "unseen", "unseen_mass", "unseen_recorded", "watch",
-]  # fmt: skip
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+else:
+    # All come with the first that is asked for: `regard --help` needs neither them nor torch.
+    def __getattr__(name):
+        if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
+            return import_module(f".{name}", __name__)  # as its modules import each other
+        public = import_module(".public", __name__)
+        names = getattr(public, "__all__", ())  # none while it is itself being imported
+        globals().update({known: getattr(public, known) for known in names}, __all__=list(names))
+        if name in globals() and names:
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *import_module(".public", __name__).__all__})

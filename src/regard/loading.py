@@ -82,7 +82,10 @@ class Reader:
         """The tokens of ``text``, special ones included. Raises RegardError if it is empty."""
         if not text.strip():
             raise RegardError("the text is empty; there is nothing to look at")
-        batch = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        with quiet():  # that the text is longer than the model reads is said by whoever runs it
+            batch = self.tokenizer(
+                text, return_offsets_mapping=True, return_special_tokens_mask=True
+            )
         encoded = Encoded(text, batch["input_ids"], pieces=self.pieces)
         encoded.tokens = self._names(encoded.ids)
         encoded.offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
