@@ -16,7 +16,7 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,8 +27,10 @@ from torch import Tensor
 
 from ..comparing import align
 from ..errors import RegardError
-from .looking import Look, Part, Side
+from .looking import Look
+from .parts import Part, Side
 from .screen import clean, word_name
+from .tables import tables
 
 if TYPE_CHECKING:
     from ..effects import Effects
@@ -42,7 +44,6 @@ LINKS = 2_000_000
 """Beyond, this many of the strongest links are, spread evenly over words and heads."""
 
 _SCRIPTS = ("look-weights", "look-draw", "look-grid", "look-list", "look")  # one after another
-_TILE = 1 << 22  # weights held at once: 16 MB in float32
 
 
 def check_html(path: Path) -> None:
@@ -159,7 +160,7 @@ def _reading(
         parts.append(_part(part, packed, len(maps)))
         maps.append(packed.text)
     starts = [focus.found.number for focus in found.focuses] or [
-        link.source for link in found.far[:1]
+        pair.source for pair in found.summary.pairs[:1]
     ]
     return {
         "model": clean(found.model),
@@ -297,10 +298,10 @@ def _packed(part: Part, recording: Recording, step: Callable[[int], object]) -> 
     )
     places = torch.zeros(0 if whole else series, readers, listed, dtype=torch.int32, device="cpu")
     sums = torch.zeros(0 if whole else series, readers, dtype=torch.int16, device="cpu")
-    for rows, tables in _tables(part, recording):
+    for rows, layers in tables(recording, part.layers, part.readers.words, part.keys.words):
         mean = torch.zeros(len(rows), keys, dtype=torch.float32, device="cpu")
         at = 0
-        for number, table in enumerate(tables):
+        for number, table in enumerate(layers):
             span = slice(at, at + len(table))
             measured.add(span, rows, table)
             if whole:
@@ -320,30 +321,6 @@ def _packed(part: Part, recording: Recording, step: Callable[[int], object]) -> 
         planes = [_bytes(places, 3), *planes, _bytes(sums, 2)]
     text = base64.b64encode(zlib.compress(b"".join(planes), 9)).decode()
     return _Packed(text, listed, measured.means())
-
-
-def _tables(part: Part, recording: Recording) -> Iterator[tuple[range, Iterator[Tensor]]]:
-    """Blocks of readers, each with its word weights layer by layer: (heads, block, keys)."""
-    words = part.readers.words
-    most = max(recording.layers[layer].heads for layer in part.layers)
-    size = max(1, _TILE // max(1, most * len(part.keys.words.of_token)))
-    for start in range(0, len(words), size):
-        rows = range(start, min(start + size, len(words)))
-        yield rows, (_table(part, recording, layer, rows) for layer in part.layers)
-
-
-def _table(part: Part, recording: Recording, layer: int, rows: range) -> Tensor:
-    words, keys, heads = part.readers.words, part.keys.words, part.layers[layer]
-    table = torch.zeros(len(heads), len(rows), len(keys), dtype=torch.float32, device="cpu")
-    stop = words[rows[-1]].tokens.stop
-    size = max(1, _TILE // max(1, recording.layers[layer].heads * len(keys.of_token)))
-    for first in range(words[rows[0]].tokens.start, stop, size):
-        last = min(first + size, stop)
-        weights = recording.weights(layer, rows=slice(first, last))
-        if len(heads) < len(weights):
-            weights = weights[heads]
-        table.index_add_(1, words.of_token[first:last] - rows.start, keys.sum_tokens(weights))
-    return table / words.sizes[rows.start : rows.stop, None]
 
 
 def _in_units(table: Tensor) -> Tensor:
