@@ -185,7 +185,7 @@ def test_the_point_of_the_sentence_is_on_the_first_screen():
     assert len(re.findall(r"\b0\.2\b(?! *\d*[.]?\d* %)", screen)) == 1  # one fact, once
     assert re.search(r"^to neighbours +in → fit ", screen, re.M)
     assert re.search(r"^to function words +too → because ", screen, re.M)
-    assert re.search(r"^first: \[CLS\] +4\.5 0\.81 .* and \d+ more$", screen, re.M)
+    assert re.search(r"^the first: \[CLS\] +4\.5 0\.81 .* and \d+ more$", screen, re.M)
     assert "over the 17 queries here, is above 0.3" in " ".join(lines)
     assert any(line.startswith("3.1: layer 3, head 1;") for line in lines)
 
