@@ -270,6 +270,8 @@ def test_the_address_holds_what_is_chosen(browser, trophy):
 def test_the_keyboard_reaches_everything(browser, trophy):
     page = Page(browser, trophy.path, "#head=3.1")
     page.press(Keys.TAB)
+    assert page.run("return document.activeElement.type") == "search"
+    page.press(Keys.TAB)
     assert page.run("return document.activeElement.dataset.word") == "9"
     page.press(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert page.focus == 7
@@ -284,6 +286,10 @@ def test_the_keyboard_reaches_everything(browser, trophy):
     close(page.weights(), trophy.exact(7, (0, 1))[0])
     page.press(Keys.ENTER)
     assert "head=0.1" in page.hash
+    page.press(
+        Keys.TAB, Keys.TAB
+    )  # the command that walks this head, between its button and the list
+    assert page.run("return document.activeElement.textContent").startswith("regard walk ")
     page.press(Keys.TAB, Keys.ENTER)
     assert "to=" in page.hash
     page.is_quiet()

@@ -23,7 +23,9 @@ def test_a_model_returns_its_weights(name, way, tmp_path):
         pytest.skip("its encoder and decoder have copies of the config")
     family = FAMILIES[name]
     model, inputs = family.build(attn_implementation="eager").double(), family.inputs()
-    if name == "Llama":  # in float64 its eager gives NaN to a row that sees no key, and all below it
+    if (
+        name == "Llama"
+    ):  # in float64 its eager gives NaN to a row that sees no key, and all below it
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     with torch.no_grad():
         right = attentions(model(**inputs, output_attentions=True))

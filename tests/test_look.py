@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers  #
 import regard  # noqa: E402
 from regard.cli import main  # noqa: E402
 from regard.loading import Encoded, Reader, load  # noqa: E402
-from regard.report import look, terminal  # noqa: E402
+from regard.report import first_screen, look, terminal  # noqa: E402
 from regard.report.as_json import as_dict, as_json  # noqa: E402
 from regard.report.screen import Bit, bar, clean, fit, grid, wrapped  # noqa: E402
 
@@ -149,7 +149,7 @@ def test_without_a_word_the_strongest_links_are_listed(minilm):
 
 def test_json_has_what_the_help_says():
     found = answered(TROPHY, "--from", "it", "--top", 3)
-    assert list(found) == ["model", "words", "links", "heads", "shown_mass"]
+    assert list(found) == ["model", "words", "links", "pairs", "heads", "shown_mass"]
     assert found["model"] == "all-MiniLM-L6-v2"
     assert len(found["links"]) == 72 * 3
     assert len(found["heads"]) == 72
@@ -158,12 +158,13 @@ def test_json_has_what_the_help_says():
         assert link["from"] == "it" == found["words"][link["from_index"]]
         assert link["to"] == found["words"][link["to_index"]]
     for head in found["heads"]:
-        assert list(head) == ["layer", "head", "kind", "name", "sinks", "apart"]
+        assert list(head) == ["layer", "head", "kind", "name", "sinks", "apart", "behaviour"]
         assert head["kind"] == "self"
         assert head["name"] == f"encoder.layer.{head['layer']}.attention.self"
         assert 0 <= head["apart"] <= 1
         for sink in head["sinks"]:
-            assert list(sink) == ["word", "index", "weight"]
+            assert list(sink) == ["word", "index", "weight", "queries"]
+            assert sink["queries"] == 17  # tokens, all of which see it
             assert sink["weight"] > 0.3
     assert 0 < found["shown_mass"] < 1
     help_text = run("--help").stdout
@@ -182,6 +183,7 @@ def test_layer_and_head_and_special_are_filters():
     assert not any(link["to"] in ("[CLS]", "[SEP]") for link in plain["links"])
     assert "[CLS]" not in printed(TROPHY, "--from", "it", "--no-special")
     assert "[CLS]" not in printed(TROPHY, "--no-special")
+    assert "the first " in printed(TROPHY, "--no-special")
 
 
 def test_the_second_of_a_word():
@@ -229,14 +231,15 @@ def test_the_page_for_a_word():
     assert [len(row) for row in layers] == [14] * 6
     assert layers[3][3] == "58"
     assert "word weight: sum over its tokens, mean over the reading word's tokens" in page
-    assert "column mean above 0.3" in page
+    rule = "sink: a word whose column mean in a head, over the 17 queries here, is above 0.3"
+    assert rule in page.replace("\n", " ")
 
 
 def test_the_page_without_a_word():
     page = printed(TROPHY)
-    assert re.search(r"^it → big +█.* 0\.81 +2\.1 +because → suitcase +1\.00 +0\.2$", page, re.M)
+    assert re.search(r"^it → big +█.* 2\.1 +0\.81 +2\.8 +0\.64 +2\.3 +0\.57$", page, re.M)
     assert re.search(r"^\[CLS\] +43\.6 % +special token, sink in 54 of 72 heads$", page, re.M)
-    assert "shown 1.5 % of the mass of all heads and words" in page
+    assert "shown 1.3 % of the mass of all heads and words" in page
     assert sum(line.startswith("layer ") for line in page.splitlines()) == 6
 
 
@@ -244,7 +247,8 @@ def test_the_page_without_a_word():
 @pytest.mark.parametrize("arguments", [(), ("--from", "it"), ("--from", "The", "--layer", "5")])
 def test_the_page_fits(width, arguments):
     page = printed(TROPHY, *arguments, width=width)
-    assert "…" not in page or width < 80
+    apart = [line for line in page.splitlines() if line.startswith("to ")]  # as many as fit
+    assert page.count("…") == sum(line.endswith("…") for line in apart) or width < 80
 
 
 @pytest.mark.parametrize("arguments", [(), ("--from", "end"), ("--from", "it")])
@@ -586,13 +590,8 @@ def test_json_escapes_what_a_terminal_obeys(minilm):
 @pytest.mark.parametrize("width", [60, 76, 80, 100])
 @pytest.mark.parametrize("asked", [["--from", "it"], []], ids=["a word", "the whole"])
 def test_labels_of_layers_and_heads_from_10_on_stand_apart(monkeypatch, asked, width):
-    short = terminal._pair
-
-    def long(head):
-        layer, number = short(head).split(".")
-        return f"{int(layer) + 10}.{int(number) + 10}"
-
-    monkeypatch.setattr(terminal, "_pair", long)
+    for module in (terminal, first_screen):
+        monkeypatch.setattr(module, "head_label", lambda layer, head: f"{layer + 10}.{head + 10}")
     shown = printed(CAT, *asked, width=width)
     assert re.search(r"\b1\d\.1\d\b", shown)
     assert not re.search(r"\b1\d\.1\d\d", shown)

@@ -5,7 +5,7 @@ import torch
 
 import regard
 from regard import words as words_module
-from regard.words import Word, Words, columns, find, from_word, label, strongest, strongest_of
+from regard.words import Word, Words, columns, find, from_word, label
 
 
 def split(text, *tokens, special=(), cuts=()):
@@ -212,31 +212,6 @@ def test_sinks_need_a_mean_above_the_bound_of_queries_enough():
 def test_a_long_word_is_no_sink_for_its_length():
     words = Words([Word("long", 0, 9, range(9)), Word("b", 9, 10, range(9, 20))])
     assert not columns(Recorded(torch.full((1, 20, 20), 1 / 20)), 0, words).sinks.any()
-
-
-@pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("heads", [None, [1]])
-def test_strongest(heads):
-    recorded, words = example()
-    skip = torch.tensor([word.special for word in words]).expand(3, -1).clone()
-    skip[1, 5] = True
-    numbers = heads or [0, 1, 2]
-    near, far = strongest(
-        recorded, 0, words, words, 6, skip=skip[numbers] if heads else skip, heads=heads
-    )
-    exact = whole(recorded, words).masked_fill(skip[:, None], 0)
-    links = [
-        (h, i, j, float(exact[h, i, j]))
-        for h in numbers
-        for i, word in enumerate(words)
-        for j in range(len(words))
-        if i != j and not word.special
-    ]
-    for ours, beside in ((near, True), (far, False)):
-        best = sorted((x for x in links if (abs(x[1] - x[2]) == 1) is beside), key=lambda x: -x[3])
-        assert [(link.head, link.source, link.target) for link in ours] == [x[:3] for x in best[:6]]
-        assert [link.weight for link in ours] == pytest.approx([x[3] for x in best[:6]], abs=1e-6)
-    assert strongest_of([*far, *near], 3) == sorted([*far, *near], key=lambda x: -x.weight)[:3]
 
 
 def test_words_of_another_text_are_refused():

@@ -23,12 +23,12 @@ from .watching import watch
 from .windows import Unseen, stitch, unseen, unseen_mass, unseen_recorded
 
 __all__ = [
-    "ALiBi", "BigBird", "BlockSparse", "Causal", "Chunks", "Cut", "Dense", "Dilated",
-    "Distances", "Documents", "Dropout", "Edges", "Effect", "Entropy", "Favor", "First",
-    "Fixed", "Full", "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "LookResult", "Longformer", "Map",
+    "ALiBi", "BigBird", "BlockSparse", "Causal", "Chunks", "Cut", "Dense", "Dilated", "Distances",
+    "Documents", "Dropout", "Edges", "Effect", "Entropy", "Favor", "First", "Fixed", "Full",
+    "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "LookResult", "Longformer", "Map",
     "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache", "Pages", "Predicate",
     "Received", "Recording", "RegardError", "RelativeBias", "Rows", "SnapKV", "Strided", "TOVA",
     "TopBlocks", "TopK", "Unseen", "Window", "WindowCache", "attention", "explain",
-    "generation_cache", "linear_attention", "look", "merge", "observe", "piecewise", "stitch", "unseen",
-    "unseen_mass", "unseen_recorded", "watch",
+    "generation_cache", "linear_attention", "look", "merge", "observe", "piecewise", "stitch",
+    "unseen", "unseen_mass", "unseen_recorded", "watch",
 ]  # fmt: skip

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SINK = 0.3
 """A word is a sink of a head where its column mean is above this (Gu et al. 2025)."""
+SINK_QUERIES = 8
+"""… and is a mean over at least so many queries: one of fewer says nothing."""
 
 _TILE = 1 << 22  # weights held at once: 16 MB in float32
 
@@ -224,13 +226,14 @@ class Columns(NamedTuple):
     """How much each word is read, by head: all (heads, words).
 
     ``means`` float32: the highest column mean of the word's tokens, over the queries that see
-    the token. ``received`` float32: the share of all the mass that the word takes. ``sinks``
-    bool: whether the word is a sink of the head.
+    the token; ``queries`` int64: how many see it. ``received`` float32: the share of all the mass
+    that the word takes. ``sinks`` bool: whether the word is a sink of the head.
     """
 
     means: Tensor
     received: Tensor
     sinks: Tensor
+    queries: Tensor
 
 
 def columns(
@@ -243,8 +246,8 @@ def columns(
     """The column means of one layer, and its sinks: words with a column mean above SINK.
 
     A column mean is a token's mean weight over the queries that see it (Gu et al. 2025). A token
-    that fewer than 8 of them see (fewer than half, in a short text) makes no sink: a mean of so
-    few says nothing. ``step`` is told how many rows were read.
+    that fewer than SINK_QUERIES of them see makes no sink. ``step`` is told how many rows were
+    read.
     """
     recorded = recording.layers[layer]
     count = recorded.heads if heads is None else len(heads)
@@ -256,13 +259,14 @@ def columns(
         if step:
             step(len(rows))
     means = (sums / sees.clamp(min=1)).float()
-    firm = means * (sees >= min(8, (recorded.q_len + 1) // 2))
+    firm = means * (sees >= SINK_QUERIES)
     where = keys.of_token.expand_as(means)
     none = torch.zeros(count, len(keys), dtype=torch.float32, device="cpu")
     return Columns(
         none.scatter_reduce(1, where, means, "amax"),
         keys.sum_tokens(sums.float()) / max(1, recorded.q_len),
         none.scatter_reduce(1, where, firm, "amax") > SINK,
+        none.scatter_reduce(1, where, sees.expand_as(means), "amax").long(),
     )
 
 
@@ -274,77 +278,6 @@ class Link(NamedTuple):
     source: int
     target: int
     weight: float
-
-
-class Strongest(NamedTuple):
-    """The strongest links, those from a word to a neighbour apart from the others."""
-
-    near: list[Link]
-    far: list[Link]
-
-
-def strongest(
-    recording: Recording,
-    layer: int,
-    readers: Words,
-    keys: Words,
-    top: int,
-    *,
-    skip: Tensor | None = None,
-    heads: Sequence[int] | None = None,
-    step: Callable[[int], object] | None = None,
-) -> Strongest:
-    """The ``top`` strongest links of one layer, over its heads and words, strongest first.
-
-    Links to the word before or after are listed by themselves, since many heads do little else.
-    Special tokens are not asked what they read, and a word that reads itself is no link. ``skip``
-    bool (heads, words of ``keys``) is not listed. Blocks of rows are read with a running top, so
-    memory stays bounded. ``step`` is told how many rows were read.
-    """
-    numbers = list(range(recording.layers[layer].heads)) if heads is None else list(heads)
-    best = Strongest([], [])
-    for block in _blocks(len(readers), len(numbers) * len(keys)):
-        tokens = range(readers[block[0]].tokens.start, readers[block[-1]].tokens.stop)
-        table = torch.zeros(len(numbers), len(block), len(keys), dtype=torch.float32, device="cpu")
-        for rows, weights in _by_rows(recording, layer, tokens, keys, heads):
-            of = readers.of_token[rows.start : rows.stop] - block.start
-            table.index_add_(1, of, keys.sum_tokens(weights))
-            if step:
-                step(len(rows))
-        table /= readers.sizes[block.start : block.stop, None]
-        table[
-            :, torch.tensor([readers[i].special for i in block], dtype=torch.bool, device="cpu")
-        ] = 0
-        if skip is not None:
-            table.masked_fill_(skip[:, None], 0)
-        near = torch.zeros_like(table[:, :, :0])
-        if readers is keys:
-            rows_, own = (
-                torch.arange(len(block), dtype=torch.int64, device="cpu"),
-                torch.arange(block.start, block.stop, dtype=torch.int64, device="cpu"),
-            )
-            table[:, rows_, own] = 0
-            beside = (own[:, None] + torch.tensor([-1, 1], dtype=torch.int64, device="cpu")).clamp(
-                0, len(keys) - 1
-            )
-            near = table[:, rows_[:, None], beside]
-            table[:, rows_[:, None], beside] = 0
-        for found, values in zip(best, (near, table), strict=True):
-            floor = found[-1].weight if len(found) == top else 0.0
-            lines = values.flatten(0, 1)
-            peaks = lines.amax(1) if values.shape[2] else values.new_zeros(0)
-            if not (peaks > floor).any():
-                continue
-            pick = peaks.topk(min(top, len(peaks))).indices  # the top links lie in the top rows
-            weights, places = lines[pick].flatten().topk(min(top, len(pick) * values.shape[2]))
-            for weight, place in zip(weights.tolist(), places.tolist(), strict=True):
-                pair, column = divmod(place, values.shape[2])
-                head, row = divmod(int(pick[pair]), len(block))
-                target = int(beside[row, column]) if values is near else column
-                if weight > floor:
-                    found.append(Link(layer, numbers[head], block[row], target, weight))
-            found[:] = strongest_of(found, top)
-    return best
 
 
 def strongest_of(links: Sequence[Link], top: int) -> list[Link]:
@@ -369,13 +302,6 @@ def _by_rows(
         if heads is not None:
             weights = weights[list(heads)]
         yield rows, weights
-
-
-def _blocks(count: int, width: int) -> Iterator[range]:
-    """Runs of ``count`` words whose tables, ``width`` numbers a word, fit a tile."""
-    size = max(1, _TILE // max(1, width))
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
 
 
 def _one_char(text: str, offsets: Sequence[Sequence[int]], special: Sequence[bool], i: int) -> bool:

@@ -33,9 +33,14 @@ _JSON = """\b
               words and the K strongest between others, sinks and special
               tokens apart; with --generate also the K of each new word.
               Indices are into words
-  heads       [{layer, head, kind, name, sinks, apart}]: sinks are
-              [{word, index, weight}], weight the column mean; apart is the
-              share of the mass on sinks and special tokens
+  pairs       without --from, the strongest links by pair of words: [{from, to,
+              from_index, to_index, kind, heads: [{layer, head, weight}]}];
+              kind is what is read: a content, function or neighbour word
+  heads       [{layer, head, kind, name, sinks, apart, behaviour}]: sinks are
+              [{word, index, weight, queries}], weight the column mean over so
+              many queries; apart is the share of the mass on sinks and special
+              tokens; behaviour, without --from, the place that takes half of
+              it or more: previous, next, self, first, separator, else null
   shown_mass  the share of the mass of all rows read that links hold
   generated   with --generate: {text, words: [{index, word, probability}]}: of a
               word the product over its tokens, each given all before it; null:

@@ -12,6 +12,11 @@ from .looking import Look
 def as_dict(found: Look) -> dict[str, Any]:
     """The object that ``regard look --json`` prints; its help says what each field means."""
     names = [word.text for word in found.words]
+    behaviours = {
+        (layer, head): behaviour.place
+        for behaviour in found.summary.behaviours
+        for layer, head, _ in behaviour.heads
+    }
     return {
         "model": found.model,
         "words": names,
@@ -27,6 +32,21 @@ def as_dict(found: Look) -> dict[str, Any]:
             }
             for link in found.links
         ],
+        "pairs": [
+            {
+                "from": names[pair.source],
+                "to": names[pair.target],
+                "from_index": pair.source,
+                "to_index": pair.target,
+                "kind": kind,
+                "heads": [
+                    {"layer": link.layer, "head": link.head, "weight": link.weight}
+                    for link in pair.heads
+                ],
+            }
+            for kind, pairs in found.summary.kinds.items()
+            for pair in pairs
+        ],
         "heads": [
             {
                 "layer": layer,
@@ -38,10 +58,12 @@ def as_dict(found: Look) -> dict[str, Any]:
                         "word": part.keys.words[place].text,
                         "index": place + part.keys.first,
                         "weight": float(part.means[i, place]),
+                        "queries": int(part.queries[i, place]),
                     }
                     for place in part.sinks[i].nonzero().flatten().tolist()
                 ],
                 "apart": float(part.received[i, part.special | part.sinks[i]].sum()),
+                "behaviour": behaviours.get((layer, head)),
             }
             for part in found.parts
             for i, (layer, head) in enumerate(part.heads)

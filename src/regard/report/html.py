@@ -14,6 +14,7 @@ import html
 import json
 import os
 import re
+import shlex
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,10 +28,15 @@ from torch import Tensor
 
 from ..comparing import align
 from ..errors import RegardError
-from .looking import Look, Part, Side
+from ..loading import DEFAULT
+from .looking import Look
+from .parts import Part, Side
 from .screen import clean, word_name
+from .tables import tables
+from .versus import MIN_FLIP, sure_flips
 
 if TYPE_CHECKING:
+    from ..comparing import Versus
     from ..effects import Effects
     from ..recording import Recording
 
@@ -41,8 +47,10 @@ FULL = 12_000_000
 LINKS = 2_000_000
 """Beyond, this many of the strongest links are, spread evenly over words and heads."""
 
-_SCRIPTS = ("look-weights", "look-draw", "look-grid", "look-list", "look")  # one after another
-_TILE = 1 << 22  # weights held at once: 16 MB in float32
+_TYPED = 400  # characters of a text that a command to copy holds
+_SCRIPTS = (  # one after another
+    "look-weights", "look-draw", "look-grid", "look-list", "look-versus", "look-tools", "look",
+)  # fmt: skip
 
 
 def check_html(path: Path) -> None:
@@ -99,6 +107,10 @@ def as_html(
         data["readings"].append(_reading(found.other, other, maps, progress))
         pairs = {one: two for one, two in align(found.words, found.other.words) if one is not None}
         data["aligned"] = [pairs.get(i) for i in range(len(found.words))]
+        data["min_flip"] = MIN_FLIP
+        data["versus"] = [
+            said for versus in found.versus for said in _versus(versus, found, found.other)
+        ]
     data["effects"] = [_effects(one) for one in found.effects]
     if found.cut is not None:
         data["cut"] = ", ".join(clean(str(cut.edge)) for cut in found.cut.cuts)
@@ -159,7 +171,7 @@ def _reading(
         parts.append(_part(part, packed, len(maps)))
         maps.append(packed.text)
     starts = [focus.found.number for focus in found.focuses] or [
-        link.source for link in found.far[:1]
+        pair.source for pair in found.summary.pairs[:1]
     ]
     return {
         "model": clean(found.model),
@@ -178,7 +190,52 @@ def _reading(
         ],
         "starts": starts,
         "top": found.top,
+        "walk": _command(found),
     }
+
+
+def _versus(versus: Versus, found: Look, other: Look) -> Iterator[dict[str, Any]]:
+    """The change of one word's reading: the head that changed most, and those that flip."""
+    first, second = (
+        next(part.keys.first for part in some.parts if part.kind == versus.one.kind)
+        for some in (found, other)
+    )
+    moves = versus.moves(2 * len(versus.one.heads), special=False)
+    moves = [move for move in moves if move.pair.one != versus.one.word]
+    if versus.one.word < 0 or not moves:
+        return
+    most = moves[0]
+    yield {
+        "word": first + versus.one.word,
+        "moved": round(versus.moved, 4),
+        "head": [most.layer, most.head],
+        "to": None if most.pair.one is None else first + most.pair.one,
+        "flips": [
+            {
+                "head": [flip.layer, flip.head],
+                "to": [first + flip.one, second + flip.two],
+                "weights": [round(weight, 4) for weight in flip.weights],
+            }
+            for flip in sure_flips(versus)
+        ],
+    }
+
+
+def _command(found: Look) -> str | None:
+    """The beginning of a ``regard walk`` of the same text, or of a file that holds it.
+
+    None where a text was generated, or is another's answer: it cannot be walked as it stands. A
+    text that a shell or a terminal would obey is not to be copied.
+    """
+    (side, *more) = found.sides
+    if more or len(found.generated):
+        return None
+    text = "@FILE"
+    if len(side.text) <= _TYPED and side.text.isprintable() and side.text[0] not in "@-":
+        plain = not set('"$`\\!') & set(side.text)
+        text = f'"{side.text}"' if plain else shlex.quote(side.text)
+    named = "" if found.model == DEFAULT else f" --model {shlex.quote(clean(found.model))}"
+    return f"regard walk {text}{named}"
 
 
 def _effects(found: Effects) -> dict[str, Any]:
@@ -297,10 +354,10 @@ def _packed(part: Part, recording: Recording, step: Callable[[int], object]) -> 
     )
     places = torch.zeros(0 if whole else series, readers, listed, dtype=torch.int32, device="cpu")
     sums = torch.zeros(0 if whole else series, readers, dtype=torch.int16, device="cpu")
-    for rows, tables in _tables(part, recording):
+    for rows, layers in tables(recording, part.layers, part.readers.words, part.keys.words):
         mean = torch.zeros(len(rows), keys, dtype=torch.float32, device="cpu")
         at = 0
-        for number, table in enumerate(tables):
+        for number, table in enumerate(layers):
             span = slice(at, at + len(table))
             measured.add(span, rows, table)
             if whole:
@@ -320,30 +377,6 @@ def _packed(part: Part, recording: Recording, step: Callable[[int], object]) -> 
         planes = [_bytes(places, 3), *planes, _bytes(sums, 2)]
     text = base64.b64encode(zlib.compress(b"".join(planes), 9)).decode()
     return _Packed(text, listed, measured.means())
-
-
-def _tables(part: Part, recording: Recording) -> Iterator[tuple[range, Iterator[Tensor]]]:
-    """Blocks of readers, each with its word weights layer by layer: (heads, block, keys)."""
-    words = part.readers.words
-    most = max(recording.layers[layer].heads for layer in part.layers)
-    size = max(1, _TILE // max(1, most * len(part.keys.words.of_token)))
-    for start in range(0, len(words), size):
-        rows = range(start, min(start + size, len(words)))
-        yield rows, (_table(part, recording, layer, rows) for layer in part.layers)
-
-
-def _table(part: Part, recording: Recording, layer: int, rows: range) -> Tensor:
-    words, keys, heads = part.readers.words, part.keys.words, part.layers[layer]
-    table = torch.zeros(len(heads), len(rows), len(keys), dtype=torch.float32, device="cpu")
-    stop = words[rows[-1]].tokens.stop
-    size = max(1, _TILE // max(1, recording.layers[layer].heads * len(keys.of_token)))
-    for first in range(words[rows[0]].tokens.start, stop, size):
-        last = min(first + size, stop)
-        weights = recording.weights(layer, rows=slice(first, last))
-        if len(heads) < len(weights):
-            weights = weights[heads]
-        table.index_add_(1, words.of_token[first:last] - rows.start, keys.sum_tokens(weights))
-    return table / words.sizes[rows.start : rows.stop, None]
 
 
 def _in_units(table: Tensor) -> Tensor:

@@ -19,72 +19,21 @@ from ..words import (
     Columns,
     Found,
     Link,
-    Strongest,
     Word,
     Words,
     columns,
     find,
     from_word,
     label,
-    strongest,
     strongest_of,
 )
+from .parts import Part, Side
+from .summary import Summary, gather
 
 if TYPE_CHECKING:
     from ..cutting import Changed
     from ..effects import Effects
     from ..recording import Recording
-
-Heads = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Side:
-    """A text that is read, with its words, the first of which has the number ``first``."""
-
-    text: str
-    words: Words
-    first: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """The heads of one kind, "self", "encoder", "decoder" or "cross", and what they read.
-
-    ``layers`` are the heads shown of each layer shown, ``names`` the layers' modules. ``means``,
-    ``received`` and ``sinks`` (heads, words of ``keys``) are as in ``Columns``, over all of them.
-    """
-
-    kind: str
-    layers: dict[int, list[int]]
-    names: dict[int, str]
-    readers: Side
-    keys: Side
-    means: Tensor
-    received: Tensor
-    sinks: Tensor
-
-    @property
-    def heads(self) -> Heads:
-        """The heads shown, (layer, head)."""
-        return [(layer, head) for layer, heads in self.layers.items() for head in heads]
-
-    @property
-    def special(self) -> Tensor:
-        """Which words of ``keys`` are special tokens: bool (words,)."""
-        return torch.tensor(
-            [word.special for word in self.keys.words], dtype=torch.bool, device="cpu"
-        )
-
-    @property
-    def sink(self) -> Tensor:
-        """Which words are sinks in at least half of the heads shown: bool (words,)."""
-        return self.sinks.float().mean(0) >= 0.5
-
-    @property
-    def apart(self) -> Tensor:
-        """The words named apart, special tokens and sinks: bool (words,)."""
-        return self.special | self.sink
 
 
 @dataclass(frozen=True)
@@ -146,11 +95,11 @@ class Look:
     """What `regard look` found.
 
     ``focuses`` are the words asked for, and ``links`` the strongest of each head from them. Without
-    any, ``near`` and ``far`` are the strongest links between neighbouring words and between others,
-    over all heads, special tokens and each head's sinks apart; ``written`` is what the generated
-    words read, ``probabilities`` those of their tokens; ``links`` has all of these. ``shown_mass``
-    is the share that ``links`` hold of the mass of all the rows they are of. What else was asked
-    for: ``versus`` comparisons with ``other``, what ``cut`` changed, and ``effects``.
+    any, ``summary`` has the strongest links over all heads, special tokens and each head's sinks
+    apart; ``written`` is what the generated words read, ``probabilities`` those of their tokens;
+    ``links`` has all of these. ``shown_mass`` is the share that ``links`` hold of the mass of all
+    the rows they are of. What else was asked for: ``versus`` comparisons with ``other``, what
+    ``cut`` changed, and ``effects``.
     """
 
     model: str
@@ -165,14 +114,21 @@ class Look:
     special: bool
     focuses: list[Focus] = field(default_factory=list)
     written: list[Row] = field(default_factory=list)
-    near: list[Link] = field(default_factory=list)
-    far: list[Link] = field(default_factory=list)
+    summary: Summary = field(default_factory=Summary)
     links: list[Link] = field(default_factory=list)
     shown_mass: float = 0.0
     other: Look | None = None
     versus: list[Versus] = field(default_factory=list)
     cut: Changed | None = None
     effects: list[Effects] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """How many rows of weights the heads shown have, of words that are no special tokens."""
+        return sum(
+            len(part.heads) * sum(not word.special for word in part.readers.words)
+            for part in self.parts
+        )
 
     @property
     def asked(self) -> bool:
@@ -226,8 +182,8 @@ def look(
             result.links += row.links(top, None if special else row.part.special, per_head=True)
         total = sum(len(row.part.heads) for row in rows)
     else:
-        result.near, result.far = _strongest(recording, result.parts, top, step)
-        result.links = [*result.near, *result.far]
+        result.summary = gather(recording, result.parts, words, top, step)
+        result.links = [*result.summary.near, *result.summary.far]
         result.written = [
             row
             for number in generated
@@ -237,10 +193,7 @@ def look(
         for row in result.written:
             result.links += row.links(top, row.part.special | row.part.sinks)
         result.links = strongest_of(list(dict.fromkeys(result.links)), len(result.links))
-        total = sum(
-            len(part.heads) * sum(not word.special for word in part.readers.words)
-            for part in result.parts
-        )
+        total = result.rows
     result.shown_mass = sum(link.weight for link in result.links) / max(1, total)
     return result
 
@@ -346,27 +299,6 @@ def rows_of(recording: Recording, parts: list[Part], number: int) -> Iterator[Ro
                 for layer, heads in part.layers.items()
             ]
             yield Row(part, number, torch.cat(weights))
-
-
-def _strongest(
-    recording: Recording, parts: list[Part], top: int, step: Callable[[int], object]
-) -> Strongest:
-    """The strongest links between words over all parts."""
-    best = Strongest([], [])
-    for part in parts:
-        row = 0
-        for layer, heads in part.layers.items():
-            skip = part.special | part.sinks[row : row + len(heads)]
-            row += len(heads)
-            words, only = (part.readers.words, part.keys.words), _only(recording, layer, heads)
-            found = strongest(recording, layer, *words, top, skip=skip, heads=only, step=step)
-            for ours, theirs in zip(best, found, strict=True):
-                for link in theirs:
-                    source = link.source + part.readers.first
-                    target = link.target + part.keys.first
-                    ours.append(link._replace(source=source, target=target))
-                ours[:] = strongest_of(ours, top)
-    return best
 
 
 def _share(progress: Callable[[float], object] | None, total: int) -> Callable[[int], object]:

@@ -177,3 +177,20 @@ def _cell(value: float, size: int) -> str:
 
 def _heat(value: float) -> str:
     return "bold yellow" if value >= 0.3 else "" if value >= 0.1 else "dim"
+
+
+def head_label(layer: int, head: int) -> str:
+    """A head as layer.head."""
+    return f"{layer}.{head}"
+
+
+def percent(share: float) -> str:
+    """A share as people read it."""
+    if 0 < share < 0.001:
+        return "less than 0.1 %"
+    return f"{share * 100:.1f} %" if share < 0.0995 else f"{share * 100:.0f} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 head", "2 heads"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

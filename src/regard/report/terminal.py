@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from itertools import chain, zip_longest
+from itertools import chain
 
 import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ..words import SINK, Link
+from ..words import SINK, SINK_QUERIES
 from .continuation import continuation
-from .looking import Focus, Look, Part, Row, Side
-from .screen import Bit, bar, clean, fit, grid, word_name, wrapped
+from .first_screen import OF, FirstScreen
+from .looking import Focus, Look, Row
+from .parts import Part, Side
+from .screen import (
+    Bit,
+    bar,
+    clean,
+    counted,
+    fit,
+    grid,
+    head_label,
+    percent,
+    word_name,
+    wrapped,
+)
 
 _READS = {
     "self": "reads",
@@ -22,10 +35,10 @@ _READS = {
     "decoder": "reads (decoder)",
     "cross": "reads (cross)",
 }
-_OF = {"self": "", "encoder": ", encoder", "decoder": ", decoder", "cross": ", cross"}
 _LINES = 10  # a text longer than this is cut around what is looked at
 _WRITTEN = 40  # generated words listed
 _DIM, _HEAD = "dim", "bold"
+HEADS = "3.1: layer 3, head 1; both count from 0"
 
 
 def print_look(found: Look, console: Console) -> None:
@@ -36,38 +49,29 @@ def print_look(found: Look, console: Console) -> None:
         console.print(line, no_wrap=True, overflow="crop", crop=True, highlight=False)
 
 
-class Page:
+class Page(FirstScreen):
     """The parts of a page, as lines."""
-
-    def __init__(self, found: Look, console: Console) -> None:
-        self.found = found
-        self.width = max(40, min(console.width, 100))
-        self.colour = bool(console.color_system) and not console.no_color
-        self.ascii = console.options.ascii_only
-        self.arrow = "->" if self.ascii else "→"
-        self.names = [
-            word_name(word.text) + name[len(word.text) :]
-            for word, name in zip(found.words, found.labels, strict=True)
-        ]
 
     def overall(self) -> Iterator[Text]:
         """The page without a word asked for."""
         found = self.found
         yield from self.texts(None)
         yield self.model()
-        yield from self.links()
+        yield from self.pairs()
         yield from self.written()
+        yield from self.behaviours()
         for part in found.parts:
             yield from self.named_apart(part)
         for part in found.parts:
+            if not (part.special.any() or part.sinks.any()):
+                yield Text()
+                yield Text(fit(f"no special tokens, no sinks{OF[part.kind]}", self.width).rstrip())
+                continue
             apart = torch.stack([(row * aside).sum() for row, aside in self._aside(part)])
             words = part.received.sum(1) - apart
-            yield from self.map(part, f"mass that heads leave to words{_OF[part.kind]}, %", words)
-        hint = f"--from {self.names[found.far[0].source]}: " if found.far else "--from WORD: "
-        yield from self.footer(
-            f"sink: a word whose column mean in a head is above {SINK}",
-            hint + "what one word reads",
-        )
+            yield from self.map(part, f"mass that heads leave to words{OF[part.kind]}, %", words)
+        yield from self.footer(HEADS, self.sink_rule())
+        yield from self.hints()
 
     def focused(self) -> Iterator[Text]:
         """The page for the words asked for."""
@@ -79,8 +83,8 @@ class Page:
             for row in focus.rows:
                 yield from self.reading(focus, row)
         rest = "mean: over the heads shown; of rest: its share without special tokens and sinks"
-        sink = f"sink: column mean above {SINK} in at least half of the heads; ° in that head"
-        yield from self.footer(rest, sink)
+        half = "; here in at least half of the heads, ° in that head"
+        yield from self.footer(HEADS, rest, self.sink_rule() + half)
 
     def _aside(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(part.received, part.special | part.sinks, strict=True)
@@ -135,9 +139,9 @@ class Page:
         sizes = {tuple(heads) for heads in layers.values()}
         heads = next(iter(sizes))
         if count == 1:
-            shown = f"head {_pair(self.found.parts[0].heads[0])}"
+            shown = f"head {head_label(*self.found.parts[0].heads[0])}"
         elif len(sizes) == 1 and heads == tuple(range(len(heads))):
-            shown = f"{self._layers(layers)} × {_count(len(heads), 'head')}"
+            shown = f"{self._layers(layers)} × {counted(len(heads), 'head')}"
         elif len(sizes) == 1:
             shown = f"{self._layers(layers)} × head{'s' * (len(heads) > 1)} {_few(heads)}"
         else:
@@ -149,40 +153,8 @@ class Page:
         numbers = sorted(shown)
         blank = {blank.layer for blank in self.found.blanks}
         if set(numbers) | blank == set(range(len(blank) + len(numbers))):
-            return _count(len(numbers), "layer")
+            return counted(len(numbers), "layer")
         return f"layer{'s' * (len(numbers) > 1)} {_few(numbers)}"
-
-    def links(self) -> Iterator[Text]:
-        """The strongest links, those between neighbours beside the others, or below."""
-        found = self.found
-        beside = self.width >= 72
-        left = (self.width - 37) // 2 if beside else self.width - 25
-        right = self.width - 37 - left if beside else left
-        near = [self._near(link, right) for link in found.near]
-        header = f"{fit('between neighbours', right)} {'weight':>6}  head"
-        yield Text()
-        top = f"{fit('strongest links', left + 8)} {'weight':>6}  {'head':<5} "
-        yield Text(top + header if beside else top.rstrip(), style=_HEAD)
-        for far, other in zip_longest(found.far, near if beside else []):
-            line = Text(" " * (left + 23)) if far is None else Text(f"{self._pair(far, left)} ")
-            if far is not None:
-                line.append(bar(far.weight, 6, self.ascii), style="yellow")
-                line.append(f" {far.weight:>7.2f}  {_pair(far):<5} ")
-            line.append(other or "")
-            line.rstrip()
-            yield line
-        if near and not beside:
-            yield Text(header, style=_HEAD)
-            yield from map(Text, near)
-        if not found.far and not near:
-            yield Text("none between words: the heads read special tokens and sinks only")
-        yield _shown(found.shown_mass, "of the mass of all heads and words")
-
-    def _near(self, link: Link, width: int) -> str:
-        return f"{self._pair(link, width)} {link.weight:>6.2f}  {_pair(link)}"
-
-    def _pair(self, link: Link, width: int) -> str:
-        return self.linked(link.source, link.target, width)
 
     def linked(self, one: int, two: int, width: int) -> str:
         """A word and the one that it reads, in ``width`` cells."""
@@ -224,9 +196,8 @@ class Page:
         line = Text(f"{fit(self.names[row.word], wide)}  ", style="")
         line.append(fit("  ".join(said), self.width - wide - 30) + "  ")
         for link in row.links(1, hidden):
-            line.append(
-                f"{_pair(link) + ' ':<6}{fit(self.names[link.target], 14)} {link.weight:.2f}"
-            )
+            line.append(f"{head_label(*link[:2]) + ' ':<6}")
+            line.append(f"{fit(self.names[link.target], 14)} {link.weight:.2f}")
         line.rstrip()
         return line
 
@@ -244,11 +215,11 @@ class Page:
         rows.sort(reverse=True)
         wide = max(10, min(24, self.width - 56))
         yield Text()
-        yield Text(f"{fit(f'named apart{_OF[part.kind]}', wide + 3)} of the mass", style=_HEAD)
+        yield Text(f"{fit(f'named apart{OF[part.kind]}', wide + 3)} of the mass", style=_HEAD)
         for share, i, special, sinks in rows[: self.found.top]:
             said = ["special token"] if special else []
             if sinks:
-                said.append(f"sink in {sinks} of {_count(len(part.heads), 'head')}")
+                said.append(f"sink in {sinks} of {counted(len(part.heads), 'head')}")
             line = f"{fit(self.names[i + part.keys.first], wide)} {share * 100:>10.1f} %   "
             yield Text(fit(line + ", ".join(said), self.width).rstrip())
         if len(rows) > self.found.top:
@@ -314,16 +285,30 @@ class Page:
     def _heads(self, line: Text, row: Row, place: int) -> Text:
         """The line with the heads that read the word most; ° where it is the head's sink."""
         part = row.part
-        wide = max(5, 1 + max(len(_pair(head)) for head in part.heads))
+        wide = max(5, 1 + max(len(head_label(*head)) for head in part.heads))
         count = 3 if self.width >= 76 + 3 * (wide - 5) else 2
         for value, i in _top(row.weights[:, place], count):
             if value >= 0.005:
                 mark = "°" if part.sinks[i, place] else ""
                 style = "bold" if value >= 0.3 else ""
-                line.append(f"{_pair(part.heads[i]):<{wide}}").append(f"{value:.2f}", style=style)
+                line.append(f"{head_label(*part.heads[i]):<{wide}}")
+                line.append(f"{value:.2f}", style=style)
                 line.append(fit(mark, 3))
         line.rstrip()
         return line
+
+    def sink_rule(self) -> str:
+        """What a sink is, and on how many queries its column mean stands in this text."""
+        most = max(int(part.queries.max()) for part in self.found.parts)
+        least = min(int(part.queries.min()) for part in self.found.parts)
+        if most < SINK_QUERIES:
+            return f"sink: none is named on a mean of {most} queries; it takes {SINK_QUERIES}"
+        span = f"the {most:,} queries"
+        if least < most:
+            span = f"{SINK_QUERIES} or more of the {most:,} queries" if least < SINK_QUERIES else (
+                f"{least:,} to {most:,} queries"
+            )  # fmt: skip
+        return f"sink: a word whose column mean in a head, over {span} here, is above {SINK}"
 
     def map(self, part: Part, title: str, values: Tensor) -> Iterator[Text]:
         """One number a head, layers down and heads across."""
@@ -371,22 +356,7 @@ def _top(values: Tensor, count: int) -> list[tuple[float, int]]:
 
 
 def _shown(share: float, of: str) -> Text:
-    return Text(f"shown {_percent(share)} {of}", style=_DIM)
-
-
-def _percent(share: float) -> str:
-    if 0 < share < 0.001:
-        return "less than 0.1 %"
-    return f"{share * 100:.1f} %" if share < 0.0995 else f"{share * 100:.0f} %"
-
-
-def _pair(head: Link | tuple[int, int]) -> str:
-    layer, number = (head.layer, head.head) if isinstance(head, Link) else head
-    return f"{layer}.{number}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    return Text(f"shown {percent(share)} {of}", style=_DIM)
 
 
 def _few(numbers: list[int] | tuple[int, ...]) -> str:

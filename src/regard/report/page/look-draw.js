@@ -20,11 +20,14 @@ function draw() {
   const target = targetOf(part, row, aside, word);
   const seen = { word, chosen, part, row, aside, target };
   seen.second = seenSecond(seen);
+  drawSwitch();
   const fans = main.views.map((view) => drawView(view, main, seen));
   for (const view of second?.views ?? []) fans.push(drawView(view, second, seen.second));
   drawHeadline(seen);
   drawGrid(seen);
   drawList(seen);
+  drawChange(seen);
+  drawWalk(seen);
   fans.forEach((fan) => fan()); // last: only these ask where words stand
   written();
 }
@@ -181,7 +184,11 @@ function drawHeadline({ word, chosen, part, row, target, second: other }) {
     ...said, make("span", "where", ` · ${nameOf(main, chosen)}`),
   );
   const note = byId("note");
-  if (state.lock === null)
+  if (touch.matches)
+    note.textContent = state.lock === null
+      ? "Tap a word to see what it reads; tap a head below for that head."
+      : "Tap the word again to let go, or a word in the list for that one link.";
+  else if (state.lock === null)
     note.textContent = "Hover a word to see what it reads; click to keep it.";
   else if (state.lock === word) {
     note.replaceChildren(

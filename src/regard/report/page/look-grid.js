@@ -80,12 +80,28 @@ function drawGrid(seen) {
       ? `· also where the word is not among the ${part.listed} read most` : "";
 }
 
+/** Cells as large as lets the heads stand side by side; numbers in them where they are legible. */
+function sizeGrid() {
+  const most = Math.max(...main.parts.map((part) => new Set(part.heads.map(([, h]) => h)).size));
+  const side = 14 + Math.max(...[...byId("grid").querySelectorAll("tbody th")].map(
+    (header) => (header.firstElementChild ?? header).getBoundingClientRect().width));
+  const tools = byId("tools");
+  const columns = getComputedStyle(tools).gridTemplateColumns.split(" ").length;
+  const whole = tools.clientWidth - (columns > 1 ? 420 : 0); // the list stands beside: look.css
+  const room = Math.min(620, whole - side) - 2 * most;
+  const size = Math.max(9, Math.min(34, Math.floor(room / most)));
+  main.wide = size >= 19;
+  byId("grid").style.setProperty("--cell", `${size}px`);
+  byId("grid").classList.toggle("small", size < 27);
+  for (const header of byId("grid").querySelectorAll("thead th[data-column]")) {
+    const head = Number(header.dataset.column);
+    header.textContent = main.wide ? `${size < 27 ? "" : "h"}${head}` : head % 5 ? "" : head;
+  }
+  for (const cell of byId("grid").querySelectorAll("td button")) delete cell.dataset.said;
+}
+
 function buildGrid() {
-  const most = Math.max(...main.parts.flatMap((part) => part.heads.map(([, head]) => head))) + 1;
-  const size = Math.max(9, Math.min(34, Math.floor(620 / most)));
-  main.wide = size >= 22;
   const grid = byId("grid");
-  grid.style.setProperty("--cell", `${size}px`);
   const stops = [];
   const choose = (button, chosen) => {
     button.type = "button";
@@ -132,8 +148,9 @@ function buildGrid() {
     top.append(corner);
     stops.push([all]);
     heads.forEach((head) => {
-      const said = main.wide || head % 5 === 0 ? String(head) : "";
-      top.append(make("th", "", said && (main.wide ? `h${head}` : said)));
+      const header = make("th");
+      header.dataset.column = head;
+      top.append(header);
     });
     const headers = make("thead");
     headers.append(top);

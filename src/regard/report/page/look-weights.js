@@ -11,6 +11,7 @@ across.forEach((two, one) => two !== null && (back[two] = one));
 const ARCS = 14; // arcs drawn, of those that weigh something
 const LEAST = 0.02; // ... at least this
 const SHORT = 60; // words; longer texts are set smaller
+const single = Boolean(second) || readings.some((one) => one.words.length > SHORT);
 const METRICS = {
   link: "one link: this word → that word",
   best: "the strongest link from this word",
@@ -152,6 +153,7 @@ function apart(reading, part, chosen) {
 const main = readings[0];
 const state = { lock: null, hover: null, pin: null, aim: null, preview: null, metric: "link" };
 state.chosen = { part: 0, layer: null, head: null };
+state.view = "raw";
 
 const focusWord = () => state.lock ?? state.hover ?? state.last;
 const reads = (part, word) => word >= part.readers[0] && word < part.readers[0] + part.readers[1];
@@ -181,6 +183,7 @@ function written() {
   else if (layer !== null) said.push(`layer=${layer}`);
   else said.push(main.parts.length > 1 ? `all=${main.parts[part].kind}` : "all");
   if (state.pin !== null) said.push(`to=${state.pin}`);
+  if (state.view !== "raw") said.push(`view=${state.view}`);
   if (state.metric !== "link") said.push(`metric=${state.metric}`);
   const hash = `#${said.join("&")}`;
   // A notebook's frame has no address of its own
@@ -193,8 +196,8 @@ function readHash() {
     const number = Number.parseInt(said.get(key) ?? "", 10);
     return number >= 0 && number < main.words.length ? number : null;
   };
-  state.lock = word("word");
-  state.pin = word("to");
+  if (said.has("word") || said.has("to")) [state.lock, state.pin] = [word("word"), word("to")];
+  if (said.get("view") === "rest") state.view = "rest";
   if (Object.hasOwn(METRICS, said.get("metric") ?? "")) state.metric = said.get("metric");
   const [layer, head] = (said.get("head") ?? said.get("layer") ?? "").split(".").map(Number);
   const part = main.parts.findIndex((some) => some.layers.includes(layer));

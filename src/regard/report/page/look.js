@@ -7,13 +7,16 @@ function buildReading(reading) {
     block.append(make("h2", "which", `${said} · ${reading.model}`));
   }
   block.classList.toggle("long", reading.words.length > SHORT);
+  block.classList.toggle("single", single);
   const special = new Set(reading.special);
-  const kinds = { raw: "as computed", rest: "special tokens and sinks apart" };
-  reading.views = Object.entries(kinds).map(([kind, title]) => {
+  const kinds = Object.entries(VIEWS).slice(0, single ? 1 : 2);
+  reading.views = kinds.map(([kind, title]) => {
     const view = { kind, words: [], touched: [], room: reading.words.length > SHORT ? 22 : 40 };
     const section = make("section", "view");
     section.dataset.view = kind;
-    section.append(make("h2", "", title));
+    view.section = section;
+    view.title = make("h2", "", title);
+    section.append(view.title);
     view.scroll = make("div", "scroll");
     view.paper = make("div", "paper");
     view.fan = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -56,8 +59,10 @@ function buildReading(reading) {
     return view;
   });
   const [one, two] = reading.views;
-  one.scroll.addEventListener("scroll", () => (two.scroll.scrollTop = one.scroll.scrollTop));
-  two.scroll.addEventListener("scroll", () => (one.scroll.scrollTop = two.scroll.scrollTop));
+  if (two) {
+    one.scroll.addEventListener("scroll", () => (two.scroll.scrollTop = one.scroll.scrollTop));
+    two.scroll.addEventListener("scroll", () => (one.scroll.scrollTop = two.scroll.scrollTop));
+  }
   byId("readings").append(block);
 }
 
@@ -133,10 +138,10 @@ function buildAbout() {
     "This page says where heads read, not why: a large weight need not matter to the result.",
     "Weight of a word: summed over its tokens, averaged over the tokens of the word that reads " +
       `(Clark et al. 2019). Kept to ${1 / data.unit}.`,
-    "Sink: a word whose column mean in a head is above 0.3 (Gu et al. 2025); for several heads, " +
-      "a sink in at least half of them. Shades grow with the square root of the weight.",
-    "Keys: Tab reaches the text and the heads, arrows move, Enter keeps, Esc lets go. The " +
-      "address holds what is chosen.",
+    "Sink: a word whose column mean in a head is above 0.3 (Gu et al. 2025), over 8 queries " +
+      "or more; for several heads, a sink in at least half of them. Shades grow with the square root of the weight.",
+    "Keys: Tab reaches the text and the heads, arrows move, Enter keeps, Esc lets go, / finds. " +
+      "The address holds what is chosen.",
   ];
   if (data.cut)
     said.splice(1, 0, `The weights are those of the whole model: nothing is cut (${data.cut}).`);
@@ -151,17 +156,20 @@ async function start() {
   for (const reading of readings)
     for (const part of reading.parts) {
       part.layers = [...new Set(part.heads.map(([layer]) => layer))];
-      await load(part);
+      await load(part); // a turn for the browser to say that it is loading
     }
   readings.forEach(buildReading);
-  readings.forEach(fit);
+  buildSwitch();
+  buildFind();
   buildGrid();
+  buildWalk();
   buildEffects();
   buildAbout();
   const first = main.parts[0].readers[0];
   const readers = main.words.map((_, i) => i).filter((i) => !main.special.includes(i));
   state.last = main.starts[0] ?? readers.find((i) => i >= first) ?? first;
   state.chosen = strongestHead(state.last);
+  openOnChange();
   readHash();
   byId("metric").value = state.metric;
   main.views[0].words[focusWord()].tabIndex = 0;
@@ -178,8 +186,14 @@ async function start() {
   });
   addEventListener("resize", () => {
     readings.forEach(fit);
+    sizeGrid();
     changed();
   });
+  touch.addEventListener("change", changed);
+  byId("loading").remove();
+  document.documentElement.dataset.loaded = "";
+  readings.forEach(fit);
+  sizeGrid();
   reveal();
   document.documentElement.dataset.ready = "";
 }
