@@ -33,7 +33,6 @@ from .looking import Look
 from .parts import Part, Side
 from .screen import clean, word_name
 from .tables import tables
-from .versus import MIN_FLIP, sure_flips
 
 if TYPE_CHECKING:
     from ..comparing import Versus
@@ -107,7 +106,7 @@ def as_html(
         data["readings"].append(_reading(found.other, other, maps, progress))
         pairs = {one: two for one, two in align(found.words, found.other.words) if one is not None}
         data["aligned"] = [pairs.get(i) for i in range(len(found.words))]
-        data["min_flip"] = MIN_FLIP
+        data["min_flip"] = NOISE
         data["versus"] = [
             said for versus in found.versus for said in _versus(versus, found, found.other)
         ]
@@ -216,7 +215,7 @@ def _versus(versus: Versus, found: Look, other: Look) -> Iterator[dict[str, Any]
                 "to": [first + flip.one, second + flip.two],
                 "weights": [round(weight, 4) for weight in flip.weights],
             }
-            for flip in sure_flips(versus)
+            for flip in versus.flips
         ],
     }
 

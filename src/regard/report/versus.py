@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..comparing import Flip, Reading, Versus, align, compare, counterpart
+from ..comparing import Reading, Versus, align, compare, counterpart
 from ..errors import RegardError
 from .looking import Look, Row, look, rows_of
 
 if TYPE_CHECKING:
     from ..recording import Recording
-
-
-MIN_FLIP = 0.02
-"""A flip is counted where the word most read weighs this much in both texts: less is noise."""
-
-
-def sure_flips(versus: Versus) -> list[Flip]:
-    """The heads that flip, those left out that read nothing in particular."""
-    return [flip for flip in versus.flips if min(flip.weights[0], flip.weights[3]) >= MIN_FLIP]
 
 
 def reading(found: Look, row: Row) -> Reading:
