@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..comparing import align
+from ..comparing import NOISE, align
 from ..errors import RegardError
 from ..loading import DEFAULT
 from .looking import Look
