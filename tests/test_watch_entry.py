@@ -26,7 +26,7 @@ WRONG = {
     "a word among observers": (dict(observe=[TopK(3), "x"]), "observe holds 'x'; give observers"),
     "a cut alone": (dict(cut=Cut(0, Heads([1]))), "alone; give a list, such as [Cut(3, Heads"),
     "a mask for a cut": (dict(cut=Heads([1])), "alone; give a list, such as [Cut(3, Heads"),
-    "a mask in cuts": (dict(cut=[Heads([1])]), "cut holds Heads(heads=(1,)); give cuts"),
+    "a mask in cuts": (dict(cut=[Heads([1])]), "cut holds Heads([1]); give cuts"),
     "a pair": (dict(cut=[(0, Heads([1]))]), "give cuts, such as Cut(3, Heads([1]))"),
     "a number of a head": (dict(cut=[Cut(0, 1)]), "Cut(0, …): mask is a int; give a regard mask"),
     "half a layer's cut": (dict(cut=[Cut(0.5, Heads([1]))]), "Cut: layer takes numbers of layers"),

@@ -25,7 +25,7 @@ from .windows import Unseen, stitch, unseen, unseen_mass, unseen_recorded
 __all__ = [
     "ALiBi", "BigBird", "BlockSparse", "Causal", "Chunks", "Cut", "Dense", "Dilated", "Distances",
     "Documents", "Dropout", "Edges", "Effect", "Entropy", "Favor", "First", "Fixed", "Full",
-    "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "LookResult", "Longformer", "Map",
+    "H2O", "Heads", "KVCache", "LinearState", "LogSumExp", "Longformer", "LookResult", "Map",
     "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache", "Pages", "Predicate",
     "Received", "Recording", "RegardError", "RelativeBias", "Rows", "SnapKV", "Strided", "TOVA",
     "TopBlocks", "TopK", "Unseen", "Window", "WindowCache", "attention", "explain",
