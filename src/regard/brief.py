@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ class Brief:
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
+        given: Any = self
         if type(self).__str__ is not object.__str__:
             return str(self)
-        given: Any = self
+        if not is_dataclass(given):  # a base class alone
+            return f"{type(self).__name__}()"
         held = [f"{f.name}={in_short(getattr(self, f.name))}" for f in fields(given) if f.repr]
         return f"{type(self).__name__}({', '.join(held)})"
 
