@@ -23,6 +23,12 @@ settings.load_profile("regard")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """A test that draws without a seed of its own draws the same each time, alone or in company."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def interpreting(request):
     """A future for each job that this run selects, by two processes in which Triton interprets.

@@ -409,7 +409,8 @@ def test_vmap_drops_by_its_randomness():
     assert torch.equal(same[0], same[1])
     other = vmap(run, randomness="different")(*tensors)
     assert not torch.allclose(other[0], other[1])
-    assert abs(float((other != 0).float().mean()) - 1) < 0.01
+    # A row of a few keys is dropped whole now and then; its slice is another one each time
+    assert 0.9 < float((other != 0).float().mean()) <= 1
 
 
 def test_per_sample_gradients_of_a_model():
