@@ -51,7 +51,7 @@ from regard import (
     explain,
     observe,
 )
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import sdpa_cuda
 
 UNTIMED, TIMED = 5, 20

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from regard import Causal, Entropy, Full, Map, Received, TopK
-from regard.call import Call
+from regard.call.checked import Call
 from regard.kernels.cuda import listing, reading, rows, weighing
 
 TYPES = {

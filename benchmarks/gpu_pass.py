@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from regard import Causal, Entropy, Full, Map, Received, TopK
-from regard.call import Call
+from regard.call.checked import Call
 from regard.kernels.cuda import reading
 
 HEADS, TIMED = 32, 5

@@ -35,8 +35,8 @@ from regard import (
     TopBlocks,
     Window,
 )  # fmt: skip
-from regard.call import Call
-from regard.lowered import Span
+from regard.call.checked import Call
+from regard.call.geometry import Span
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

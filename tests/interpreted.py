@@ -32,9 +32,9 @@ from regard import (
     attention,
     observe,
 )
-from regard.call import Call
+from regard.call.checked import Call
+from regard.call.geometry import Span
 from regard.kernels.cuda import reading
-from regard.lowered import Span
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of inf · 0 where hidden

@@ -32,7 +32,7 @@ from regard import (
     attention,
     observe,
 )
-from regard.call import Call
+from regard.call.checked import Call
 from regard.kernels.cuda import chunks, few, reading
 
 SIZES = {

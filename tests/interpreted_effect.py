@@ -12,7 +12,7 @@ import test_effect
 from cases import Case, at
 from interpreted import case_of
 from regard import Causal, Dropout, Effect, TopK, attention
-from regard.call import Call
+from regard.call.checked import Call
 from regard.kernels.cuda import measuring, reading
 
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 import regard
+from regard.call.opcodes import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
 from regard.kernels import native
 from regard.kernels.described import TYPES
 from regard.kernels.structs import EVERY, Struct
-from regard.ops import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
 
 SOURCES = Path(__file__).parents[1] / "src/regard/kernels/cpu"
 

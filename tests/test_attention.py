@@ -25,8 +25,8 @@ from regard import (
     explain,
     observe,
 )
-from regard.biases import relative_bucket
-from regard.call import Call
+from regard.call.biases import relative_bucket
+from regard.call.checked import Call
 from regard.engines import ENGINES, preference, refusals, select
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -38,9 +38,9 @@ from regard import (
     WindowCache,
     attention,
 )
-from regard.call import Call
+from regard.call.checked import Call
+from regard.call.masks import And, Or
 from regard.engines import ENGINES
-from regard.masks import And, Or
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM, V_DIM = 2, 4, 2, 37, 8, 6
 EXACT = dict(rtol=0, atol=1e-12)

@@ -7,9 +7,8 @@ from torch import Tensor
 import regard.strips
 from cases import Case, at
 from regard import Causal, Dropout, Window, attention
-from regard.dropout import philox
-from regard.lowered import Span
-from regard.masks import Place
+from regard.call.dropout import philox
+from regard.call.geometry import Place, Span
 
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
 ONES = (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2

@@ -11,7 +11,7 @@ from torch import Tensor
 import regard
 from cases import CASES
 from regard import Causal, Effect, NormTopK, RegardError, attention
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import reference
 
 SMALL_CASES = [c for c in CASES if c.magnitude <= 100]

@@ -35,7 +35,7 @@ from regard import (
     WindowCache,
     attention,
 )
-from regard.biases import relative_bucket
+from regard.call.biases import relative_bucket
 
 EXACT = dict(rtol=0, atol=1e-12)
 

@@ -55,7 +55,7 @@ from regard import (
     Window,
     attention,
 )  # fmt: skip
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import cpu, reference
 from regard.kernels import native
 from test_gradients import by, gradients, typical

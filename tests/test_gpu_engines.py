@@ -6,7 +6,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from cases import FEW, Case, assert_within, plain
 from regard import ALiBi, Causal, Edges, Full, NoEngine, Window, attention
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import flex, sdpa_cuda
 
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)

@@ -37,9 +37,9 @@ from regard import (
     Window,
     attention,
 )
-from regard.call import Call
+from regard.call.checked import Call
+from regard.call.geometry import Span
 from regard.engines import ENGINES
-from regard.lowered import Span
 from test_observers import parts
 
 BATCH, HEADS, KV_HEADS, K_LEN, DIM = 2, 4, 2, 200, 16

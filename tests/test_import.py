@@ -41,10 +41,10 @@ def test_help_needs_no_torch(arguments):
     [
         "from regard import Causal, attention; attention, Causal",
         "from regard import *; attention, Causal",
-        "import regard; regard.masks.Causal, regard.Causal",
+        "import regard; regard.call.masks.Causal, regard.Causal",
         "import regard.weigh, regard.bench, regard; regard.attention",
         "import regard.report.looking, regard.cutting",
-        "import regard.masks, regard; regard.attention",
+        "import regard.call.masks, regard; regard.attention",
         "import regard; assert set(regard.__all__) <= set(dir(regard))",
         "import regard; assert not hasattr(regard, 'nope'); regard.attention",
         "import pickle, regard; w = regard.Window(3); assert pickle.loads(pickle.dumps(w)) == w",

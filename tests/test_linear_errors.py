@@ -16,7 +16,7 @@ from regard import (
     Window,
     linear_attention,
 )
-from regard.observers import Observer
+from regard.call.observers import Observer
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -32,8 +32,8 @@ from regard import (
     Window,
     attention,
 )
-from regard.lowered import Span
-from regard.masks import And, Not, Or, Place
+from regard.call.geometry import Place, Span
+from regard.call.masks import And, Not, Or
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import torch
 
 import regard
 from regard import Causal, Received
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import select
 from regard.kernels import measured, native
 

@@ -28,7 +28,7 @@ from regard import (
     attention,
     observe,
 )
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import ENGINES, reference
 from regard.topk import largest
 

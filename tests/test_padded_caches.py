@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regard import H2O, TOVA, ALiBi, Causal, KVCache, Padding, SnapKV, TopK, WindowCache, attention
-from regard.masks import Dense, First, Window
+from regard.call.masks import Dense, First, Window
 
 N, STEPS, HEADS, DIM = 21, 12, 2, 8
 WINDOWS = [WindowCache(6, first=3), WindowCache(1, first=4), WindowCache(9, first=2)]

@@ -36,10 +36,10 @@ from regard import (
     attention,
     piecewise,
 )
-from regard.call import Call
-from regard.lowered import Span
-from regard.masks import Lowering
-from regard.ops import Op
+from regard.call.checked import Call
+from regard.call.geometry import Span
+from regard.call.masks import Lowering
+from regard.call.opcodes import Op
 from regard.strips import Strips
 from test_masks import PLACES, check, grid, naively, place, tiles
 

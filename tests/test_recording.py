@@ -17,7 +17,7 @@ from torch import Tensor
 import regard.recording
 from cases import FEW, Case, at
 from regard import ALiBi, Causal, Full, Padding, Recording, RegardError, Window
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import reference
 from regard.recording import RecordedLayer
 

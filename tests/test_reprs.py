@@ -112,7 +112,7 @@ def test_a_result_says_its_numbers():
 
 def test_a_result_without_data_has_a_repr():
     q = torch.empty(1, 2, 7, 8, device="meta")
-    assert "batch 1, heads 2, q_len 7" in is_short(regard.results.EntropySeen(q[..., 0]))
+    assert "batch 1, heads 2, q_len 7" in is_short(regard.call.results.EntropySeen(q[..., 0]))
 
 
 def test_what_watch_saw_has_short_reprs():

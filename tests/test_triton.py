@@ -28,7 +28,7 @@ from regard import (
     attention,
     explain,
 )
-from regard.call import Call
+from regard.call.checked import Call
 from regard.kernels.cuda import geometry, instructions, reading
 from regard.kernels.cuda.launching import Shared
 

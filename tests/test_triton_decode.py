@@ -19,7 +19,7 @@ from regard import (
     TopK,
     explain,
 )
-from regard.call import Call
+from regard.call.checked import Call
 from regard.engines import sdpa, sdpa_cuda
 
 interpreted = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard import Causal, Effect, RegardError, TopK, explain
-from regard.call import Call
+from regard.call.checked import Call
 from regard.kernels.cuda import measuring
 
 interpreted = pytest.mark.skipif(

@@ -36,9 +36,9 @@ from regard import (
     unseen_mass,
     unseen_recorded,
 )
-from regard.call import Call
+from regard.call.checked import Call
+from regard.call.geometry import Span
 from regard.engines import reference
-from regard.lowered import Span
 from test_masks import naively, place
 
 rng = torch.Generator().manual_seed(9)
@@ -314,7 +314,7 @@ def test_observers_bound_the_mass(mask, k):
     query, key, _ = drawn(q_len=40, k_len=60)
     exact = unseen_mass(mask, query, key)
     top, received = observe(query, key, mask=Causal(), observe=[TopK(k), Received()])
-    for seen, whole in ((top, k == 60), (received, not isinstance(mask, regard.masks.Or))):
+    for seen, whole in ((top, k == 60), (received, not isinstance(mask, regard.call.masks.Or))):
         found = unseen(mask, 40, 60, seen=seen)
         assert torch.equal(found.hidden.expand_as(exact.hidden), exact.hidden)
         assert (found.low <= exact.low + 1e-12).all()

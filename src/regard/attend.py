@@ -8,15 +8,15 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .biases import Bias
-from .call import Call
-from .chosen import by_content
-from .dropout import Dropout
+from .call.biases import Bias
+from .call.checked import Call
+from .call.dropout import Dropout
+from .call.masks import Full, Mask
+from .call.observers import Observer
+from .call.pages import Pages
+from .call.top_blocks import by_content
 from .engines import cpu, order, refusals, run, spreading, tiled
 from .errors import RegardError
-from .masks import Full, Mask
-from .observers import Observer
-from .pages import Pages
 from .weigh import explained, weigh
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from .call import Call
+from .call.checked import Call
 from .engines import cpu, sdpa, tiled
 from .errors import RegardError
 from .weigh import whole_rows

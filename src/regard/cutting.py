@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .call.masks import Edges, Full, Heads, Mask
 from .comparing import Reading, Versus, compare
 from .errors import RegardError
-from .masks import Edges, Full, Heads, Mask
 from .probing import Probe
 from .recording import Recording
 from .watched import Cut

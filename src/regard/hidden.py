@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import transforms
-from .call import Call
-from .lowered import Span
+from .call.checked import Call
+from .call.geometry import Span
 
 ROWS = 256  # queries whose mask is looked at together
 Forward = Callable[[Call], tuple[Tensor, Tensor]]  # (out, lse)

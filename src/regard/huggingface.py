@@ -24,16 +24,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from . import beside
-from .biases import Bias, DenseBias
 from .caching import owner_of
-from .call import Call
+from .call.biases import Bias, DenseBias
+from .call.checked import Call
+from .call.geometry import Span
+from .call.masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
+from .call.observers import Effect
 from .engines import run
 from .errors import RegardError
 from .huggingface_config import NAME as NAME
-from .lowered import Span
-from .masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from .module_tree import kind_of
-from .observers import Effect
 from .swapped_configs import SKIPPED, Watching, watched_name
 from .watched import Watched, active
 from .weigh import whole_rows

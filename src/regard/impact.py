@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call.checked import Call
+from .call.observers import Effect
+from .call.results import EffectSeen
 from .errors import RegardError
-from .observers import Effect
-from .results import EffectSeen
 from .strips import Strips, product, take
 from .topk import largest
 from .weighed import Weighed

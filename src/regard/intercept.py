@@ -14,15 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 from . import beside
 from .attend import attention
-from .biases import DenseBias, Kind
 from .caching import tell
-from .call import Call
+from .call.biases import DenseBias, Kind
+from .call.checked import Call
+from .call.masks import Causal, Dense, Full, Mask, Padding
+from .call.observers import Effect
+from .call.opcodes import Op
 from .engines import run
 from .errors import RegardError
-from .masks import Causal, Dense, Full, Mask, Padding
 from .nn import functional
-from .observers import Effect
-from .ops import Op
 from .watched import Watched
 from .weigh import weigh, whole_rows
 

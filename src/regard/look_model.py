@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .brief import shortened
+from .call.brief import shortened
 from .errors import RegardError
 from .loading import EXTRA, Reader, family_of, load
 

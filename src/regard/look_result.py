@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .brief import shortened
-from .checks import at_least, whole, wholes
+from .call.brief import shortened
+from .call.numbers import at_least, whole, wholes
 from .errors import RegardError
 
 if TYPE_CHECKING:

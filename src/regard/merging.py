@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .attend import attention
-from .biases import Bias
-from .chosen import by_content
-from .dropout import Dropout
+from .call.biases import Bias
+from .call.dropout import Dropout
+from .call.masks import Full, Mask
+from .call.top_blocks import by_content
 from .errors import RegardError
-from .masks import Full, Mask
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

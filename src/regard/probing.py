@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call.observers import Observer
 from .errors import RegardError
 from .loading import Encoded, Reader, quiet
-from .observers import Observer
 from .recording import Recording
 from .watched import Cut, Layer
 from .watching import watch

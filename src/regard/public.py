@@ -2,21 +2,21 @@
 # ruff: noqa: I001, RUF022 (a name a line would hide the list; H2O is no constant)
 
 from .attend import attention, explain, observe
-from .biases import ALiBi, RelativeBias
+from .call.biases import ALiBi, RelativeBias
 from .caching import H2O, KVCache, PagedCache, SnapKV, TOVA, WindowCache
-from .chosen import TopBlocks
-from .dropout import Dropout
+from .call.top_blocks import TopBlocks
+from .call.dropout import Dropout
 from .errors import NoEngine, RegardError
 from .generating import generation_cache
 from .linear import Favor, LinearState, linear_attention
 from .look_result import LookResult, look
-from .masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask  # fmt: skip
-from .masks import Padding, Predicate, Window  # fmt: skip
+from .call.masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask
+from .call.masks import Padding, Predicate, Window
 from .merging import merge, piecewise
-from .observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore, NormTopK  # fmt: skip
-from .observers import Received, Rows, TopK  # fmt: skip
-from .pages import Pages
-from .patterns import BigBird, BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided  # fmt: skip
+from .call.observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore, NormTopK
+from .call.observers import Received, Rows, TopK
+from .call.pages import Pages
+from .call.sparse_masks import BigBird, BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided
 from .recording import Recording
 from .watched import Cut
 from .watching import watch

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .biases import Kind
-from .call import Call
+from .call.biases import Kind
+from .call.checked import Call
+from .call.observers import Distances, Map, Observer, Received
+from .call.opcodes import Op
+from .call.padding import kept
 from .engines import cpu
-from .observers import Distances, Map, Observer, Received
-from .ops import Op
-from .padding import kept
 from .weigh import weigh
 
 SUMMED = (Received, Map, Distances)  # observers that sum over queries

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .brief import Brief, shortened
-from .call import Call
+from .call.brief import Brief, shortened
+from .call.checked import Call
+from .call.op_schema import pack, unpack
 from .errors import RegardError
-from .packed import pack, unpack
 from .saved_files import Fields, checksum, whole_folder
 from .weigh import whole_rows
 

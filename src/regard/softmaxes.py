@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .beside import CHECKED_ROWS
-from .call import Call
+from .call.checked import Call
+from .call.geometry import Span
+from .call.masks import Dense, Full, Mask
+from .call.observers import Effect, NormTopK
 from .errors import RegardError
 from .layouts import Local, Scores, laid_out
-from .lowered import Span
-from .masks import Dense, Full, Mask
 from .module_tree import kind_of
-from .observers import Effect, NormTopK
 from .watched import Watched
 
 _NAMED = re.compile("Attention|Attn")

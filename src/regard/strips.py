@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .call import Call
-from .lowered import Span
+from .call.checked import Call
+from .call.geometry import Span
 
 BUDGET = 2**21  # numbers in a strip: more would leave the caches, fewer rows starve the matmul
 MOST_ROWS, LEAST_ROWS = 256, 16

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .call import Call
+from .call.checked import Call
+from .call.geometry import Span
 from .errors import RegardError
 from .loading import Encoded, _without_cache, quiet
-from .lowered import Span
 from .projection import output_projection
 from .tracing import Trace, moved, near
 from .tracking import module_of

@@ -15,15 +15,15 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from .beams import Trail, picked
-from .brief import shortened
-from .call import Call
-from .checks import whole
+from .call.brief import shortened
+from .call.checked import Call
+from .call.masks import Mask
+from .call.numbers import whole
+from .call.observers import NormTopK, Observer, listed
+from .call.picking import Which, pick
 from .errors import RegardError
 from .layer_list import Forward, LayerList
-from .masks import Mask
 from .module_tree import CROSS, Blocks, inside
-from .observers import NormTopK, Observer, listed
-from .picking import Which, pick
 from .projection import output_projection
 from .real_queries import SUMMED, real_queries, summed
 from .recording import RecordedLayer

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .call.observers import Observer
 from .errors import RegardError
 from .intercept import Intercept
 from .module_tree import of_hugging_face
-from .observers import Observer
 from .softmaxes import Softmaxes, attention_modules
 from .watched import Cut, Watched
 

@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from . import transforms
-from .call import Call
-from .errors import RegardError
-from .hidden import plus
-from .impact import Measure, attach
-from .kernels.cuda import measuring, reading
-from .lowered import Span
-from .observers import (
+from .call.checked import Call
+from .call.geometry import Span
+from .call.observers import (
     Distances,
     Effect,
     Entropy,
@@ -38,7 +34,11 @@ from .observers import (
     parse,
     written,
 )
-from .packed import SCHEMA, pack, unpack
+from .call.op_schema import SCHEMA, pack, unpack
+from .errors import RegardError
+from .hidden import plus
+from .impact import Measure, attach
+from .kernels.cuda import measuring, reading
 from .strips import Strips, take
 from .topk import largest
 from .weighed import Weighed

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call.checked import Call
 from .strips import Strip
 
 

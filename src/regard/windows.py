@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .brief import Brief
-from .call import Call
+from .call.brief import Brief
+from .call.checked import Call
+from .call.geometry import Place
+from .call.mask_program import Program
+from .call.masks import Causal, Lowering, Mask
+from .call.results import ReceivedSeen, TopKSeen
+from .call.sparse_masks import Chunks
 from .engines import tiled
 from .errors import RegardError
-from .lowered import Program
-from .masks import Causal, Lowering, Mask, Place
-from .patterns import Chunks
 from .recording import RecordedLayer
-from .results import ReceivedSeen, TopKSeen
 
 TILE = 128  # queries and keys that are decided at once where their tile is not mixed
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call.geometry import Span
+from ..call.observers import Entropy, Map, TopK
 from ..linear import linear_attention
-from ..lowered import Span
-from ..observers import Entropy, Map, TopK
 from .dense import Answer, attend, pooled, sides, statistics
 from .inputs import Inputs
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..observers import Entropy, Map, Observer, Received, TopK
-from ..results import Cells
+from ..call.observers import Entropy, Map, Observer, Received, TopK
+from ..call.results import Cells
 
 Answer = dict[str, Tensor]
 """What a side computed, by name: "out", gradients, statistics."""

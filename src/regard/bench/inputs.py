@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
-from ..lowered import Span
-from ..masks import Causal, Full
+from ..call.checked import Call
+from ..call.geometry import Span
+from ..call.masks import Causal, Full
 from .forms import FORMS
 from .problems import Problem
 

@@ -21,7 +21,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 from torch import Tensor
 
-from ..masks import And, Causal, Window
+from ..call.masks import And, Causal, Window
 from .inputs import Inputs
 from .sides import Refused, Side
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..masks import Full, Mask
-from ..observers import Observer
+from ..call.masks import Full, Mask
+from ..call.observers import Observer
 
 TYPES = {
     "fp32": (torch.float32, "highest"),

@@ -10,10 +10,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ..call.masks import Causal, Documents, First, Full, Window
+from ..call.observers import Entropy, Map, Observer, Received, TopK
+from ..call.sparse_masks import BlockSparse
 from ..errors import RegardError
-from ..masks import Causal, Documents, First, Full, Window
-from ..observers import Entropy, Map, Observer, Received, TopK
-from ..patterns import BlockSparse
 from .problems import TYPES, Problem
 
 HALVES = ("fp32", "bf16", "fp16")

@@ -14,12 +14,12 @@ from torch.overrides import (
 )
 
 from ..attend import attention
-from ..call import Call
-from ..dropout import Dropout
+from ..call.checked import Call
+from ..call.dropout import Dropout
+from ..call.masks import Causal, Mask
+from ..call.observers import Observer, listed
+from ..call.padding import kept
 from ..errors import RegardError
-from ..masks import Causal, Mask
-from ..observers import Observer, listed
-from ..padding import kept
 from ..weigh import weigh
 from .layout import Biases, InSlots, Layout
 from .seen import moved, moves, spread

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from ..call import Call
+from ..call.checked import Call
+from ..call.masks import Causal, Full, Mask
+from ..call.observers import Observer
 from ..errors import RegardError
 from ..kernels import native
-from ..masks import Causal, Full, Mask
-from ..observers import Observer
 from ..transforms import CPU, unwatched
 from .base import Cache
 from .layout import Biases, Layout, one

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from ..biases import ALiBi, Bias, DenseBias, RelativeBias, relative_bucket
-from ..lowered import Span
-from ..masks import (
+from ..call.biases import ALiBi, Bias, DenseBias, RelativeBias, relative_bucket
+from ..call.geometry import Place, Span
+from ..call.masks import (
     And,
     Causal,
     Dense,
@@ -31,7 +31,6 @@ from ..masks import (
     Not,
     Or,
     Padding,
-    Place,
     Window,
 )
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from ..attend import attention
+from ..call.pages import Pages
 from ..errors import RegardError
-from ..pages import Pages
 from .base import Cache
 from .layout import Layout
 

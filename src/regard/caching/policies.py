@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import whole_fields
+from ..call.numbers import whole_fields
+from ..call.observers import Received
 from ..errors import RegardError
-from ..observers import Received
 
 
 class Eviction:

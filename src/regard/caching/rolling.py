@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FARTHEST, whole
+from ..call.masks import First, Mask, Padding, Window
+from ..call.numbers import FARTHEST, whole
 from ..errors import RegardError
-from ..masks import First, Mask, Padding, Window
 from .held import KVCache
 from .real_tokens import NEVER, among, first_real
 

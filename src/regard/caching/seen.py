@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call.checked import Call
+from ..call.masks import Dense, Mask
+from ..call.observers import Entropy, LogSumExp, MaxScore, NormTopK, Observer, Received, TopK
+from ..call.results import NormTopKSeen, ReceivedSeen, TopKSeen
 from ..errors import RegardError
-from ..masks import Dense, Mask
-from ..observers import Entropy, LogSumExp, MaxScore, NormTopK, Observer, Received, TopK
-from ..results import NormTopKSeen, ReceivedSeen, TopKSeen
 from .layout import Biases, InSlots, Layout
 
 

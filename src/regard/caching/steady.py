@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call.checked import Call
 from ..engines import cpu, select
 from ..kernels import running
 from ..kernels.described import Buffers, received_alone

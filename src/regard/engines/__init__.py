@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .. import hidden
-from ..call import Call
+from ..call.checked import Call
 from ..errors import NoEngine, RegardError
 from ..kernels import measured
 from . import cpu, flex, reference, sdpa, tiled

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import transforms
-from ..call import Call
+from ..call.checked import Call
+from ..call.observers import Effect, Observer, parse, written
+from ..call.op_schema import SCHEMA, pack, unpack
 from ..impact import attach
 from ..kernels import native
 from ..kernels.described import FUSED, TYPES
 from ..kernels.running import effect, run, run_backward
-from ..observers import Effect, Observer, parse, written
-from ..packed import SCHEMA, pack, unpack
 
 name = "cpu"
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..biases import Added, Kind
-from ..call import Call
-from ..lowered import Program
-from ..ops import FULL_CELL, TILE_SIDE, Op
+from ..call.biases import Added, Kind
+from ..call.checked import Call
+from ..call.mask_program import Program
+from ..call.opcodes import FULL_CELL, TILE_SIDE, Op
 
 name = "flex"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import hidden
-from ..call import Call
-from ..lowered import Span
+from ..call.checked import Call
+from ..call.geometry import Span
 
 name = "reference"
 

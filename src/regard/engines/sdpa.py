@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..call import Call
-from ..lowered import Op, Program
+from ..call.checked import Call
+from ..call.mask_program import Program
+from ..call.opcodes import Op
 from . import sdpa_cuda
 from .sdpa_cuda import MASK_LIMIT, items, laid_out
 

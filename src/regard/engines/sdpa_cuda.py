@@ -13,8 +13,9 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from ..call import Call
-from ..lowered import Op, Span
+from ..call.checked import Call
+from ..call.geometry import Span
+from ..call.opcodes import Op
 
 MASK_LIMIT = 2**26  # elements of a materialised mask: beyond it this would not be O(N)
 HALF = (torch.float16, torch.bfloat16)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import hidden, transforms
-from ..call import Call
-from ..packed import SCHEMA, pack, unpack
+from ..call.checked import Call
+from ..call.op_schema import SCHEMA, pack, unpack
 from ..strips import Strips, product, take
 
 name = "tiled"

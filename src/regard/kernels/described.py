@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..biases import Kind
-from ..call import Call
-from ..errors import RegardError
-from ..observers import (
+from ..call.biases import Kind
+from ..call.checked import Call
+from ..call.observers import (
     Distances,
     Entropy,
     LogSumExp,
@@ -24,7 +23,8 @@ from ..observers import (
     Rows,
     TopK,
 )
-from ..ops import Op
+from ..call.opcodes import Op
+from ..errors import RegardError
 from . import native
 from .structs import CALL, DISTANCES, MAP, OBSERVE, PAGES, RECEIVED
 

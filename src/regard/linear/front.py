@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..call import Call
+from ..call.checked import Call
+from ..call.masks import Causal, Full, Mask
+from ..call.observers import Observer
 from ..errors import NoEngine, RegardError
-from ..masks import Causal, Full, Mask
-from ..observers import Observer
 from . import apart, by_triton, chunked, recurrent, reference
 from .chunks import CHUNK
 from .features import Favor

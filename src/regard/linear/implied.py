@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lowered import Span
+from ..call.geometry import Span
 from .chunks import CHUNK, Run, ungrouped
 from .flow import Flow
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call
-from ..errors import RegardError
-from ..observers import (
+from ..call.checked import Call
+from ..call.observers import (
     Distances,
     Effect,
     Entropy,
@@ -30,7 +29,8 @@ from ..observers import (
     parse,
     written,
 )
-from ..packed import SCHEMA, pack, unpack
+from ..call.op_schema import SCHEMA, pack, unpack
+from ..errors import RegardError
 from ..strips import Strip
 from ..topk import largest
 from ..weigh import DistancesReader, MapReader, Reader, ReceivedReader, RowsReader

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import FLOATS, Call
-from ..checks import real
+from ..call.checked import FLOATS, Call
+from ..call.numbers import real
+from ..call.opcodes import Op
 from ..errors import RegardError
-from ..lowered import Op
 from . import features
 from .state import LinearState
 

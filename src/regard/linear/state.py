@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..brief import Brief
+from ..call.brief import Brief
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..biases import Bias
+from ..call.biases import Bias
+from ..call.masks import Full, Mask
+from ..call.observers import Observer
 from ..errors import RegardError
-from ..masks import Full, Mask
-from ..observers import Observer
 from .multihead import Cache, Memory, MultiHeadAttention, start_of
 from .positions import Positions
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..attend import attention
+from ..call.masks import Causal, Dense, Full
+from ..call.observers import Observer
 from ..errors import NoEngine, RegardError
-from ..masks import Causal, Dense, Full
-from ..observers import Observer
 
 
 class RefusedError(RegardError, RuntimeError):

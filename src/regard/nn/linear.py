@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import head_counts
+from ..call.masks import Full, Mask
+from ..call.numbers import head_counts
+from ..call.observers import Observer
 from ..errors import RegardError
 from ..linear import Favor, LinearState, linear_attention
-from ..masks import Full, Mask
-from ..observers import Observer
 from .positions import Rotary
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attend import attention
-from ..biases import Bias
-from ..checks import head_counts
+from ..call.biases import Bias
+from ..call.masks import Full, Mask
+from ..call.numbers import head_counts
+from ..call.observers import Observer
 from ..errors import RegardError
-from ..masks import Full, Mask
-from ..observers import Observer
 from .positions import Positions, Rotary
 
 

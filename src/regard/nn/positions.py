@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..biases import RelativeBias
-from ..checks import at_least
+from ..call.biases import RelativeBias
+from ..call.numbers import at_least
 from ..errors import RegardError
 
 Positions = int | Tensor

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..biases import ALiBi, Bias
-from ..checks import head_counts
+from ..call.biases import ALiBi, Bias
+from ..call.masks import Causal, Full, Mask
+from ..call.numbers import head_counts
+from ..call.observers import Observer
 from ..errors import RegardError
-from ..masks import Causal, Full, Mask
-from ..observers import Observer
 from .blocks import Block, BlockSeen, norm_of
 from .multihead import Cache, Memory, start_of
 from .positions import (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...observers import Map
+from ...call.observers import Map
 from .launching import Launch, Shared, ends, on_device, power
 
 MOST_QUERIES = 16

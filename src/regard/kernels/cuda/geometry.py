@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...call import Call
-from ...lowered import Op
-from ...observers import Map
+from ...call.checked import Call
+from ...call.observers import Map
+from ...call.opcodes import Op
 from .launching import Shared, power
 
 MOST_LEAVES = 2048  # of a row: what the pass keeps of it for its list, see `listing`

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...biases import Kind
-from ...call import Call
-from ...observers import Distances, Entropy, Map, MaxScore, Observer, Received, TopK
+from ...call.biases import Kind
+from ...call.checked import Call
+from ...call.observers import Distances, Entropy, Map, MaxScore, Observer, Received, TopK
 from .instructions import Instructions, instructions
 
 MOST_DENSE = 2

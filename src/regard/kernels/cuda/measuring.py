@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...call import Call
+from ...call.checked import Call
+from ...call.observers import Effect
 from ...errors import RegardError
-from ...observers import Effect
 from . import geometry, reading
 from .launching import Shared, on_device, power, wide
 from .reading import MOST_DIM, MOST_LISTED

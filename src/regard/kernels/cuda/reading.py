@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...biases import Kind
-from ...call import Call
-from ...errors import RegardError
-from ...observers import (
+from ...call.biases import Kind
+from ...call.checked import Call
+from ...call.observers import (
     Distances,
     Entropy,
     LogSumExp,
@@ -27,6 +26,7 @@ from ...observers import (
     Rows,
     TopK,
 )
+from ...errors import RegardError
 from . import few
 from .geometry import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
 from .instructions import DEEPEST, LONGEST, depth

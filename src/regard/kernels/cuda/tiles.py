@@ -4,8 +4,7 @@
 import triton
 import triton.language as tl
 
-from ...lowered import Op
-from ...ops import FULL_CELL, TILE_SIDE
+from ...call.opcodes import FULL_CELL, TILE_SIDE, Op
 from .instructions import WORDS
 
 # The interpreter multiplies the bits of bfloat16 as if they were integers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from .errors import RegardError
+from ..errors import RegardError
 
 # Positions of queries and keys lie within ± this: engines and results count them in int32
 FARTHEST = 2**31

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import RegardError
+from ..errors import RegardError
 from .observers import Observer
 
 Which = type[Observer] | Observer | int

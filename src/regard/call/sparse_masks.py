@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import FARTHEST, whole, whole_fields, wholes
+from ..errors import RegardError
 from .dropout import philox
-from .errors import RegardError
 from .masks import Lowering, Mask, given_tensor, moved
-from .ops import Op
+from .numbers import FARTHEST, whole, whole_fields, wholes
+from .opcodes import Op
 
 _LOW = 0xFFFFFFFF
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .brief import Brief
-from .checks import real, whole
-from .errors import RegardError
-from .lowered import Span
-from .masks import Place
+from .geometry import Place, Span
+from .numbers import real, whole
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

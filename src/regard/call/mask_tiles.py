@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
+from .opcodes import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
 
 Answer = tuple[Tensor, Tensor]  # for tiles: (something may be visible, everything is visible)
 

@@ -15,33 +15,15 @@ key_start + j. Leaves that hold a tensor per query or key index it by i and j.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .ops import FULL_CELL, TILE_SIDE
-from .ops import Op as Op  # the name is part of what this module offers
-from .tiling import Answer, Side, Tiling
-
-
-@dataclass(frozen=True)
-class Span:
-    """A rectangle of one call: queries q0 ≤ i < q1, keys k0 ≤ j < k1, of some batches and heads."""
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    batch: slice = field(default_factory=lambda: slice(None))
-    heads: slice = field(default_factory=lambda: slice(None))
-
-    def cut(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor broadcastable to (batch, heads, q_len, k_len) inside this span."""
-        dims = (self.batch, self.heads, slice(self.q0, self.q1), slice(self.k0, self.k1))
-        wanted = (slice(None) if tensor.shape[d] == 1 else dims[d] for d in range(4))
-        return tensor[tuple(wanted)]
+from .geometry import Span
+from .mask_tiles import Answer, Side, Tiling
+from .opcodes import FULL_CELL, TILE_SIDE, Op
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import FARTHEST, whole_fields
-from .errors import RegardError
-from .lowered import Program
-from .masks import Full, Lowering, Mask, Place
-from .ops import Op
-from .patterns import BlockSparse, cells
+from ..errors import RegardError
+from .geometry import Place
+from .mask_program import Program
+from .masks import Full, Lowering, Mask
+from .numbers import FARTHEST, whole_fields
+from .opcodes import Op
+from .sparse_masks import BlockSparse, cells
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .biases import Added, Bias, DenseBias
-from .checks import FARTHEST, real, whole
-from .chosen import by_content
 from .dropout import Dropout
-from .errors import RegardError
-from .lowered import Program
-from .masks import Full, Mask, Padding, Place, given_tensor
+from .geometry import Place
+from .mask_program import Program
+from .masks import Full, Mask, Padding, given_tensor
+from .numbers import FARTHEST, real, whole
 from .observers import Observer, listed
-from .ops import Op
+from .opcodes import Op
 from .pages import Pages, check
+from .top_blocks import by_content
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

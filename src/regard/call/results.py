@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .brief import summary
-from .errors import RegardError
 
 _ROWS = ("batch", "heads", "q_len")
 _LISTS = (*_ROWS, "k")

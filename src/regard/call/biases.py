@@ -13,11 +13,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .brief import Brief
-from .checks import FARTHEST, whole_fields
-from .errors import RegardError
-from .lowered import Span
-from .masks import Place
+from .geometry import Place, Span
+from .numbers import FARTHEST, whole_fields
 
 
 class Kind(IntEnum):

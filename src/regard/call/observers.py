@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .brief import Brief
-from .checks import FARTHEST, whole_fields, wholes
-from .errors import RegardError
-from .masks import Place
+from .geometry import Place
+from .numbers import FARTHEST, whole_fields, wholes
 from .results import (
     Cells,
     DistancesSeen,

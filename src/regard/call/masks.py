@@ -23,28 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .brief import Brief, listed
-from .checks import FARTHEST, whole_fields, wholes
-from .errors import RegardError
-from .lowered import Program, pack
-from .ops import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
-
-
-@dataclass(frozen=True)
-class Place:
-    """The call that a mask is lowered for: its sizes, where it stands, and its device."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    q_len: int
-    k_len: int
-    query_start: int
-    key_start: int
-    device: torch.device
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+from .geometry import Place
+from .mask_program import Program, pack
+from .numbers import FARTHEST, whole_fields, wholes
+from .opcodes import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
 
 
 @dataclass(eq=False)

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from .biases import Added, Kind
-from .call import Call
+from .checked import Call
 from .dropout import Dropout
-from .lowered import Program
-from .masks import Full, Place
+from .geometry import Place
+from .mask_program import Program
+from .masks import Full
 
 SCHEMA = (
     "Tensor[] mask_tensors, Tensor[] bias_tensors, Tensor? sinks, Tensor? seed, int[] mask_code, "

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .brief import Brief
-from .errors import RegardError
 
 
 @dataclass(frozen=True, eq=False)
