@@ -26,7 +26,10 @@ from triton.compiler import ASTSource
 
 from regard import Causal, Entropy, Full, Map, Received, TopK
 from regard.call.checked import Call
-from regard.kernels.cuda import listing, reading, rows, weighing
+from regard.engines.second_pass.triton import read as reading
+from regard.engines.second_pass.triton import read_kernel as weighing
+from regard.engines.second_pass.triton import rows_kernel as rows
+from regard.engines.second_pass.triton import top_k_kernel as listing
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from regard import Causal, Entropy, Full, Map, Received, TopK
 from regard.call.checked import Call
-from regard.kernels.cuda import reading
+from regard.engines.second_pass.triton import read as reading
 
 HEADS, TIMED = 32, 5
 ASKED = {

@@ -12,7 +12,7 @@ import torch
 import triton.runtime.interpreter as triton_interpreter
 from torch import Tensor
 
-import regard.weigh
+import regard.engines.second_pass.weigh
 import test_observers
 from cases import CASES, Case
 from regard import (
@@ -34,7 +34,7 @@ from regard import (
 )
 from regard.call.checked import Call
 from regard.call.geometry import Span
-from regard.kernels.cuda import reading
+from regard.engines.second_pass.triton import read as reading
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of inf · 0 where hidden
@@ -193,17 +193,17 @@ def inside_attention() -> None:
     request = {"mask": Causal(), "engine": "tiled"}
     alone = attention(*tensors, **request)
     _, wanted = attention(*tensors, observe=asked, **request)
-    before = regard.weigh.kernel_refuses
+    before = regard.engines.second_pass.weigh.kernel_refuses
     calls = []
     read = reading.read
     try:
-        regard.weigh.kernel_refuses = reading.why_not
+        regard.engines.second_pass.weigh.kernel_refuses = reading.why_not
         reading.read = lambda call, observers, *rest: (
             calls.append(list(observers)) or read(call, observers, *rest)
         )
         out, seen = attention(*tensors, observe=asked, **request)
     finally:
-        regard.weigh.kernel_refuses, reading.read = before, read
+        regard.engines.second_pass.weigh.kernel_refuses, reading.read = before, read
     assert calls == [[TopK(3), Received(), TopK(3), Entropy()]]
     assert torch.equal(out, alone)
     for mine, truth in zip(seen, wanted, strict=True):

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Generator, Tensor
 
-import regard.weigh
+import regard.engines.second_pass.weigh
 import test_observers
 import test_pages
 from cases import MASKS, REQUESTS, Case, Sizes, at, bools, floats, left_padding
@@ -33,7 +33,9 @@ from regard import (
     observe,
 )
 from regard.call.checked import Call
-from regard.kernels.cuda import chunks, few, reading
+from regard.engines.second_pass.triton import few_queries as few
+from regard.engines.second_pass.triton import few_queries_kernel as chunks
+from regard.engines.second_pass.triton import read as reading
 
 SIZES = {
     "one query": at(1, 150),
@@ -160,13 +162,13 @@ def in_pages(
     query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]
 ) -> tuple[Tensor, tuple, list[Call]]:
     """attention with the kernels where there is no GPU, and the calls that they were given."""
-    before, read, calls = regard.weigh.kernel_refuses, reading.read, []
+    before, read, calls = regard.engines.second_pass.weigh.kernel_refuses, reading.read, []
     try:
-        regard.weigh.kernel_refuses = reading.why_not
+        regard.engines.second_pass.weigh.kernel_refuses = reading.why_not
         reading.read = lambda call, *rest: calls.append(call) or read(call, *rest)
         out, seen = attention(query, key, value, **request)
     finally:
-        regard.weigh.kernel_refuses, reading.read = before, read
+        regard.engines.second_pass.weigh.kernel_refuses, reading.read = before, read
     return out, seen, calls
 
 

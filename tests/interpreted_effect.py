@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import regard.weigh
+import regard.engines.second_pass.weigh
 import test_effect
 from cases import Case, at
 from interpreted import case_of
 from regard import Causal, Dropout, Effect, TopK, attention
 from regard.call.checked import Call
-from regard.kernels.cuda import measuring, reading
+from regard.engines.second_pass.triton import effect as measuring
+from regard.engines.second_pass.triton import read as reading
 
 
 def check(name: str, dtype: torch.dtype, k: int, blocks: tuple[int, int]) -> None:
@@ -93,17 +94,17 @@ def inside_attention() -> None:
         return [out, *(t.grad for t in given)], seen
 
     plain, wanted = run()
-    before, measure, ks = regard.weigh.kernel_refuses, measuring.effect, []
+    before, measure, ks = regard.engines.second_pass.weigh.kernel_refuses, measuring.effect, []
 
     def counted(call: Call, lse: Tensor, out: Tensor, k: int, grad: Tensor) -> tuple:
         ks.append(k)
         return measure(call, lse, out, k, grad)
 
     try:
-        regard.weigh.kernel_refuses, measuring.effect = reading.why_not, counted
+        regard.engines.second_pass.weigh.kernel_refuses, measuring.effect = reading.why_not, counted
         ours, seen = run()
     finally:
-        regard.weigh.kernel_refuses, measuring.effect = before, measure
+        regard.engines.second_pass.weigh.kernel_refuses, measuring.effect = before, measure
     assert ks == [3]
     for mine, theirs in zip(ours, plain, strict=True):
         assert torch.equal(mine, theirs)

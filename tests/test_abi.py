@@ -10,11 +10,11 @@ import pytest
 
 import regard
 from regard.call.opcodes import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
-from regard.kernels import native
-from regard.kernels.described import TYPES
-from regard.kernels.structs import EVERY, Struct
+from regard.engines.cpu import native
+from regard.engines.cpu.call_struct import TYPES
+from regard.engines.cpu.structs import EVERY, Struct
 
-SOURCES = Path(__file__).parents[1] / "src/regard/kernels/cpu"
+SOURCES = Path(__file__).parents[1] / "src/regard/engines/cpu/csrc"
 
 
 def code(header: str) -> str:

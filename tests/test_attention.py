@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.strips
+import regard.engines.second_pass.strips
 from cases import CASES, DTYPES, FEW, Case, assert_within, at, mapped, plain
 from regard import (
     ALiBi,
@@ -80,7 +80,7 @@ def test_reference_is_plain_torch(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c.sizes.q_len > 16], ids=str)
 def test_tiled_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""
-    monkeypatch.setattr(regard.strips, "BUDGET", 2**11)
+    monkeypatch.setattr(regard.engines.second_pass.strips, "BUDGET", 2**11)
     tensors, request = case.tensors(), case.request()
     ours = attention(*tensors, **request, engine="tiled", return_lse=True)
     for mine, truth in zip(ours, exact(case, torch.float64), strict=True):

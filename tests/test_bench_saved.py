@@ -11,7 +11,7 @@ from regard import Causal, Received, attention  # noqa: E402
 from regard.bench import chosen, cycles, run, saved, suites, written  # noqa: E402
 from regard.bench.running import Outcome, Settings  # noqa: E402
 from regard.bench.timing import Clock, Timing  # noqa: E402
-from regard.kernels import native  # noqa: E402
+from regard.engines.cpu import native  # noqa: E402
 from test_bench import bench, quick_turns, refused, small_suites, tiny  # noqa: E402, F401
 from test_bench_peers import problem  # noqa: E402
 

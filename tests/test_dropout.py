@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.strips
+import regard.engines.second_pass.strips
 from cases import Case, at
 from regard import Causal, Dropout, Window, attention
 from regard.call.dropout import philox
@@ -101,9 +101,9 @@ def test_a_place_in_the_sequence_has_one_mask():
     assert torch.equal(part, whole[:, :, 50:, 13:43])
 
 
-@pytest.mark.parametrize("budget", [regard.strips.BUDGET, 2**11])
+@pytest.mark.parametrize("budget", [regard.engines.second_pass.strips.BUDGET, 2**11])
 def test_engines_and_tilings_agree(budget, monkeypatch):
-    monkeypatch.setattr(regard.strips, "BUDGET", budget)
+    monkeypatch.setattr(regard.engines.second_pass.strips, "BUDGET", budget)
     request = {"mask": Causal() & Window(90), "dropout": Dropout(0.5, 3)}
     answers = [attention(*FULL.tensors(), **request, engine=e) for e in ("reference", "tiled")]
     torch.testing.assert_close(*answers, rtol=1e-12, atol=1e-12)

@@ -56,8 +56,9 @@ from regard import (
     attention,
 )  # fmt: skip
 from regard.call.checked import Call
-from regard.engines import cpu, reference
-from regard.kernels import native
+from regard.engines import reference
+from regard.engines.cpu import engine as cpu
+from regard.engines.cpu import native
 from test_gradients import by, gradients, typical
 from test_observers import CHECKS, Truth, parts, watchers
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import regard.strips
+import regard.engines.second_pass.strips
 from cases import CASES, DTYPES, FEW, Case, assert_within, at, mapped, plain
 from regard import (
     ALiBi,
@@ -30,7 +30,7 @@ from regard import (
     attention,
 )
 from regard.engines import tiled
-from regard.weigh import _weigh
+from regard.engines.second_pass.weigh import _weigh
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -74,7 +74,7 @@ def test_tiled_gradients_are_the_references(case):
 @pytest.mark.parametrize("case", [c for c in FEW if c.sizes.q_len > 16], ids=str)
 def test_gradients_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""
-    monkeypatch.setattr(regard.strips, "BUDGET", 2**11)
+    monkeypatch.setattr(regard.engines.second_pass.strips, "BUDGET", 2**11)
     ours = gradients(case.tensors(), case.request(), by("tiled"))
     assert_equal(ours, exact(case, torch.float64))
 

@@ -1,6 +1,6 @@
 """Engine cpu's float32 on inputs that are hard on rounding: its worst error beside PyTorch's own.
 
-Level amx multiplies floats in parts (kernels/cpu/parts.h), which loses in other places than a sum
+Level amx multiplies floats in parts (csrc/parts.h), which loses in other places than a sum
 of products: where terms cancel, mantissas split badly, or numbers are tiny or far apart.
 """
 
@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cases import assert_within, plain
 from regard import Received, TopK, attention
-from regard.kernels import native
+from regard.engines.cpu import native
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 

@@ -14,7 +14,7 @@ import regard
 from regard.cli import main
 from regard.cli.info import written
 from regard.engines import ENGINES
-from regard.kernels import native
+from regard.engines.cpu import native
 
 
 def said(*arguments: str) -> str:

@@ -7,7 +7,7 @@ import regard
 from regard import Causal, Received
 from regard.call.checked import Call
 from regard.engines import select
-from regard.kernels import measured, native
+from regard.engines.cpu import measured, native
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 

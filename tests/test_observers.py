@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.strips
+import regard.engines.second_pass.strips
 from cases import CASES, FEW, Case, at
 from regard import (
     ALiBi,
@@ -30,7 +30,7 @@ from regard import (
 )
 from regard.call.checked import Call
 from regard.engines import ENGINES, reference
-from regard.topk import largest
+from regard.engines.second_pass.top_k import largest
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -197,7 +197,7 @@ def test_all_observers_where_keys_are_cut_into_chunks(sizes, mask):
 @pytest.mark.parametrize("case", [c for c in FEW if c.sizes.q_len > 64], ids=str)
 def test_all_observers_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""
-    monkeypatch.setattr(regard.strips, "BUDGET", 2**14)
+    monkeypatch.setattr(regard.engines.second_pass.strips, "BUDGET", 2**14)
     look(case, "tiled", torch.float64, 1e-11)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.strips
+import regard.engines.second_pass.strips
 import zoo
 from cases import Case, at
 from regard import (
@@ -40,7 +40,7 @@ from regard.call.checked import Call
 from regard.call.geometry import Span
 from regard.call.masks import Lowering
 from regard.call.opcodes import Op
-from regard.strips import Strips
+from regard.engines.second_pass.strips import Strips
 from test_masks import PLACES, check, grid, naively, place, tiles
 
 rng = torch.Generator().manual_seed(4)
@@ -454,7 +454,7 @@ WORK = {
 @pytest.mark.parametrize("name", WORK)
 def test_work_is_what_is_shown(name, monkeypatch):
     """Scores computed, counted: those of the tiles that hold a visible pair, and no others."""
-    monkeypatch.setattr(regard.strips, "MOST_ROWS", 128)  # square tiles
+    monkeypatch.setattr(regard.engines.second_pass.strips, "MOST_ROWS", 128)  # square tiles
     mask, most = WORK[name]
     query = torch.zeros(1, 1, 4096, 1)
     call = Call.checked(query, query, None, mask=mask)
@@ -464,9 +464,11 @@ def test_work_is_what_is_shown(name, monkeypatch):
         for _, span in strip.spans():
             computed[span.q0 : span.q1, span.k0 : span.k1] = True
     shown = call.program.visible(Span(0, 4096, 0, 4096))[0, 0]
-    some, _ = tiles(shown[None, None], strips.rows, regard.strips.TILE_KEYS)
+    some, _ = tiles(shown[None, None], strips.rows, regard.engines.second_pass.strips.TILE_KEYS)
     held = (
-        some[0, 0].repeat_interleave(strips.rows, 0).repeat_interleave(regard.strips.TILE_KEYS, 1)
+        some[0, 0]
+        .repeat_interleave(strips.rows, 0)
+        .repeat_interleave(regard.engines.second_pass.strips.TILE_KEYS, 1)
     )
     assert torch.equal(computed, held)
     assert computed.sum() <= most * shown.sum()

@@ -20,7 +20,7 @@ from regard import (
     WindowCache,
 )
 from regard.caching.steady import Plan, Steady
-from regard.kernels import native
+from regard.engines.cpu import native
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cases import Case, at
 from regard import Causal, Received, TopK, attention
-from regard.kernels import native
+from regard.engines.cpu import native
 from test_observers import parts
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")

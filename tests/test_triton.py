@@ -29,8 +29,10 @@ from regard import (
     explain,
 )
 from regard.call.checked import Call
-from regard.kernels.cuda import geometry, instructions, reading
-from regard.kernels.cuda.launching import Shared
+from regard.engines.second_pass.triton import mask_records as instructions
+from regard.engines.second_pass.triton import read as reading
+from regard.engines.second_pass.triton import tile_grid as geometry
+from regard.engines.second_pass.triton.arguments import Shared
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"

@@ -7,7 +7,7 @@ import torch
 
 from regard import Causal, Effect, RegardError, TopK, explain
 from regard.call.checked import Call
-from regard.kernels.cuda import measuring
+from regard.engines.second_pass.triton import effect as measuring
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"

@@ -15,9 +15,10 @@ from .call.masks import Full, Mask
 from .call.observers import Observer
 from .call.pages import Pages
 from .call.top_blocks import by_content
-from .engines import cpu, order, refusals, run, spreading, tiled
+from .engines import order, refusals, run, spreading, tiled
+from .engines.cpu import engine as cpu
+from .engines.second_pass.weigh import explained, weigh
 from .errors import RegardError
-from .weigh import explained, weigh
 
 
 class Request(TypedDict, total=False):

@@ -17,9 +17,10 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from .call.checked import Call
-from .engines import cpu, sdpa, tiled
+from .engines import sdpa, tiled
+from .engines.cpu import engine as cpu
+from .engines.second_pass.weigh import whole_rows
 from .errors import RegardError
-from .weigh import whole_rows
 
 CHECKED_ROWS = 16  # of each call that is verified: the last ones, which see the most
 

@@ -31,12 +31,12 @@ from .call.geometry import Span
 from .call.masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from .call.observers import Effect
 from .engines import run
+from .engines.second_pass.weigh import whole_rows
 from .errors import RegardError
 from .huggingface_config import NAME as NAME
 from .module_tree import kind_of
 from .swapped_configs import SKIPPED, Watching, watched_name
 from .watched import Watched, active
-from .weigh import whole_rows
 
 _FOREVER = 2**31  # a window that ends nowhere
 

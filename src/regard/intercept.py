@@ -21,10 +21,10 @@ from .call.masks import Causal, Dense, Full, Mask, Padding
 from .call.observers import Effect
 from .call.opcodes import Op
 from .engines import run
+from .engines.second_pass.weigh import weigh, whole_rows
 from .errors import RegardError
 from .nn import functional
 from .watched import Watched
-from .weigh import weigh, whole_rows
 
 
 class Caught(NamedTuple):

@@ -14,8 +14,8 @@ from .call.checked import Call
 from .call.observers import Distances, Map, Observer, Received
 from .call.opcodes import Op
 from .call.padding import kept
-from .engines import cpu
-from .weigh import weigh
+from .engines.cpu import engine as cpu
+from .engines.second_pass.weigh import weigh
 
 SUMMED = (Received, Map, Distances)  # observers that sum over queries
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from .call.brief import Brief, shortened
 from .call.checked import Call
 from .call.op_schema import pack, unpack
+from .engines.second_pass.weigh import whole_rows
 from .errors import RegardError
 from .saved_files import Fields, checksum, whole_folder
-from .weigh import whole_rows
 
 FORMAT = 1
 INDEX = "recording.json"

@@ -21,6 +21,7 @@ from .call.masks import Mask
 from .call.numbers import whole
 from .call.observers import NormTopK, Observer, listed
 from .call.picking import Which, pick
+from .engines.second_pass.weigh import weigh
 from .errors import RegardError
 from .layer_list import Forward, LayerList
 from .module_tree import CROSS, Blocks, inside
@@ -28,7 +29,6 @@ from .projection import output_projection
 from .real_queries import SUMMED, real_queries, summed
 from .recording import RecordedLayer
 from .tracking import Tracker, module_of
-from .weigh import weigh
 
 _LOCAL = threading.local()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..engines.cpu import native
 from ..errors import RegardError
-from ..kernels import native
 from .inputs import Inputs
 from .peers import ours
 from .suites import Entry

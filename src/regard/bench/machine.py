@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..engines.cpu import native
 from ..errors import RegardError
-from ..kernels import native
 from .timing import Clock
 
 PROC = Path("/proc")

@@ -19,8 +19,8 @@ from ..call.dropout import Dropout
 from ..call.masks import Causal, Mask
 from ..call.observers import Observer, listed
 from ..call.padding import kept
+from ..engines.second_pass.weigh import weigh
 from ..errors import RegardError
-from ..weigh import weigh
 from .layout import Biases, InSlots, Layout
 from .seen import moved, moves, spread
 

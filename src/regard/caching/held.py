@@ -13,9 +13,9 @@ from torch.overrides import has_torch_function_unary
 from ..call.checked import Call
 from ..call.masks import Causal, Full, Mask
 from ..call.observers import Observer
+from ..engines.cpu import native
+from ..engines.functorch import CPU, unwatched
 from ..errors import RegardError
-from ..kernels import native
-from ..transforms import CPU, unwatched
 from .base import Cache
 from .layout import Biases, Layout, one
 from .policies import Eviction, first_to_go

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..call.checked import Call
-from ..engines import cpu, select
-from ..kernels import running
-from ..kernels.described import Buffers, received_alone
-from ..transforms import unwatched
+from ..engines import select
+from ..engines.cpu import calls as running
+from ..engines.cpu import engine as cpu
+from ..engines.cpu.call_struct import Buffers, received_alone
+from ..engines.functorch import unwatched
 
 CONTIGUOUS = torch.contiguous_format
 

@@ -45,7 +45,7 @@ def gather() -> dict[str, Any]:
     """What `--json` prints. RegardError if REGARD_ISA names what this machine does not have."""
     import torch
 
-    from ..kernels import native
+    from ..engines.cpu import native
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .. import hidden
 from ..call.checked import Call
 from ..errors import NoEngine, RegardError
-from ..kernels import measured
-from . import cpu, flex, reference, sdpa, tiled
+from . import flex, hidden, reference, sdpa, tiled
+from .cpu import engine as cpu
+from .cpu import measured
 
 
 class Engine(Protocol):

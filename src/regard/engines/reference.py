@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import hidden
 from ..call.checked import Call
 from ..call.geometry import Span
+from . import hidden
 
 name = "reference"
 

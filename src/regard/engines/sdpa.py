@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import transforms
 from ..call.checked import Call
 from ..call.mask_program import Program
 from ..call.opcodes import Op
+from . import functorch as transforms
 from . import sdpa_cuda
 from .sdpa_cuda import MASK_LIMIT, items, laid_out
 

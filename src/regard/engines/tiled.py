@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import hidden, transforms
 from ..call.checked import Call
 from ..call.op_schema import SCHEMA, pack, unpack
-from ..strips import Strips, product, take
+from . import functorch as transforms
+from . import hidden
+from .second_pass.strips import Strips, product, take
 
 name = "tiled"
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import transforms
-from ..hidden import filled, finite
+from ..engines import functorch as transforms
+from ..engines.hidden import filled, finite
 from . import recurrent
 from .flow import Flow
 

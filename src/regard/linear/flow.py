@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import transforms
+from ..engines import functorch as transforms
+from ..engines.hidden import finite
 from ..errors import RegardError
-from ..hidden import finite
 from .features import check_lengths, mapped
 from .request import Request, filled_ids
 from .state import LinearState

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
 from ..call.checked import Call
 from ..call.masks import Causal, Full, Mask
 from ..call.observers import Observer
+from ..engines import functorch as transforms
 from ..errors import NoEngine, RegardError
 from . import apart, by_triton, chunked, recurrent, reference
 from .chunks import CHUNK

@@ -30,11 +30,16 @@ from ..call.observers import (
     written,
 )
 from ..call.op_schema import SCHEMA, pack, unpack
+from ..engines.second_pass.readers import (
+    DistancesReader,
+    MapReader,
+    Reader,
+    ReceivedReader,
+    RowsReader,
+)
+from ..engines.second_pass.strips import Strip, Weighed
+from ..engines.second_pass.top_k import largest
 from ..errors import RegardError
-from ..strips import Strip
-from ..topk import largest
-from ..weigh import DistancesReader, MapReader, Reader, ReceivedReader, RowsReader
-from ..weighed import Weighed
 from . import implied
 from .flow import Flow, Prepared, full_precision
 from .implied import ImpliedRows

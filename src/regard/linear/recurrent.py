@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import transforms
-from ..hidden import finite
+from ..engines import functorch as transforms
+from ..engines.hidden import finite
 from .flow import Flow, with_ones
 
 

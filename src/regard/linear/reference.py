@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import hidden
+from ..engines import hidden
 from .features import Favor
 from .request import Request
 from .state import LinearState

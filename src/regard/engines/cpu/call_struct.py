@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.biases import Kind
-from ..call.checked import Call
-from ..call.observers import (
+from ...call.biases import Kind
+from ...call.checked import Call
+from ...call.observers import (
     Distances,
     Entropy,
     LogSumExp,
@@ -23,8 +23,8 @@ from ..call.observers import (
     Rows,
     TopK,
 )
-from ..call.opcodes import Op
-from ..errors import RegardError
+from ...call.opcodes import Op
+from ...errors import RegardError
 from . import native
 from .structs import CALL, DISTANCES, MAP, OBSERVE, PAGES, RECEIVED
 

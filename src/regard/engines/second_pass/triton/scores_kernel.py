@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from ...call.opcodes import FULL_CELL, TILE_SIDE, Op
-from .instructions import WORDS
+from ....call.opcodes import FULL_CELL, TILE_SIDE, Op
+from .mask_records import WORDS
 
 # The interpreter multiplies the bits of bfloat16 as if they were integers
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))

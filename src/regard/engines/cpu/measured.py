@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..call.checked import Call
+from ...call.checked import Call
 from . import native
 
 LONG = 1 << 62  # no limit

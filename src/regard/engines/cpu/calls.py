@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..call.biases import Kind
-from ..call.checked import Call
-from ..call.observers import Observer
+from ...call.biases import Kind
+from ...call.checked import Call
+from ...call.observers import Observer
 from . import native
-from .described import TYPES, Buffers, Watching, offsets, parts_of, words_of
+from .call_struct import TYPES, Buffers, Watching, offsets, parts_of, words_of
 from .structs import BACKWARD, CALL, EFFECT, EVICT, ROWS, VIEW
 
 NONE = torch.empty(0, dtype=torch.float32, device="cpu")

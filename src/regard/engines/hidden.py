@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
-from .call.checked import Call
-from .call.geometry import Span
+from ..call.checked import Call
+from ..call.geometry import Span
+from . import functorch as transforms
 
 ROWS = 256  # queries whose mask is looked at together
 Forward = Callable[[Call], tuple[Tensor, Tensor]]  # (out, lse)

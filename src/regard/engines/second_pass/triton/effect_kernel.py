@@ -10,8 +10,8 @@ sum, which 1 − p needs exactly, then for the effects. Lists live in registers.
 import triton
 import triton.language as tl
 
-from .tiles import WIDEN, scores
-from .weighing import LEAST, MOST
+from .read_kernel import LEAST, MOST
+from .scores_kernel import WIDEN, scores
 
 _ABSENT = tl.constexpr(-1)  # below the bits of every size, which are not negative
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .call.biases import Kind
-from .call.checked import Call
-from .call.mask_program import Program
-from .call.op_schema import BIAS_WORDS, pack
-from .errors import RegardError
+from ..call.biases import Kind
+from ..call.checked import Call
+from ..call.mask_program import Program
+from ..call.op_schema import BIAS_WORDS, pack
+from ..errors import RegardError
 
 CPU = torch.device("cpu")
 PLAIN = (Tensor, torch.nn.Parameter, type(None))

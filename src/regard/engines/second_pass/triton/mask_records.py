@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...call.mask_program import Program
-from ...call.opcodes import Op
+from ....call.mask_program import Program
+from ....call.opcodes import Op
 
 WORDS = 8  # of a record
 DEEPEST = 31  # answers on the stack: the bits of an int32

@@ -17,7 +17,7 @@ leaves or more come surely before any that is left out.
 import triton
 import triton.language as tl
 
-from .tiles import band_tiles, changed, in_band, keys_of, places, visible
+from .scores_kernel import band_tiles, changed, in_band, keys_of, places, visible
 
 MOST = tl.constexpr(2**31 - 1)
 FLOOR = tl.constexpr(-1e30)  # the power of a hidden weight: finite, so that 0 · FLOOR is 0

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import transforms
-from ..call.checked import Call
-from ..call.observers import Effect, Observer, parse, written
-from ..call.op_schema import SCHEMA, pack, unpack
-from ..impact import attach
-from ..kernels import native
-from ..kernels.described import FUSED, TYPES
-from ..kernels.running import effect, run, run_backward
+from ...call.checked import Call
+from ...call.observers import Effect, Observer, parse, written
+from ...call.op_schema import SCHEMA, pack, unpack
+from .. import functorch as transforms
+from ..second_pass.effect import attach
+from . import native
+from .call_struct import FUSED, TYPES
+from .calls import effect, run, run_backward
 
 name = "cpu"
 

@@ -12,13 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .call.checked import Call
-from .call.observers import Effect
-from .call.results import EffectSeen
-from .errors import RegardError
-from .strips import Strips, product, take
-from .topk import largest
-from .weighed import Weighed
+from ...call.checked import Call
+from ...call.observers import Effect
+from ...call.results import EffectSeen
+from ...errors import RegardError
+from .strips import Strips, Weighed, product, take
+from .top_k import largest
 
 Measured = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
 Measure = Callable[[Tensor], Measured]  # of a scalar's gradient

@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from .listing import LOG2E
-from .tiles import band_entry, band_tiles, changed, dots, in_band, keys_of, scores, visible
+from .scores_kernel import band_entry, band_tiles, changed, dots, in_band, keys_of, scores, visible
+from .top_k_kernel import LOG2E
 
 LARGE = tl.constexpr(32.0)
 

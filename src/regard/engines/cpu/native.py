@@ -1,6 +1,6 @@
 """The compiled CPU kernels: where the library lies, and which instruction sets it may use here.
 
-The library speaks plain C (kernels/cpu/abi.h) and is loaded by ctypes: one build serves every
+The library speaks plain C (engines/cpu/csrc/abi.h) and is loaded by ctypes: one build serves every
 Python. `REGARD_ISA` names the highest instruction set to use (`LEVELS`); `REGARD_KERNELS` another
 build of the library, as tests make it.
 """
@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from ..errors import RegardError
+from ...errors import RegardError
 from .structs import EVERY
 
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -25,7 +25,7 @@ def path() -> str | None:
     """Where the library lies; None if this installation was built without it."""
     if other := os.environ.get("REGARD_KERNELS"):
         return other
-    found = importlib.util.find_spec("regard.kernels._cpu")
+    found = importlib.util.find_spec("regard.engines.cpu._cpu")
     return None if found is None else found.origin
 
 

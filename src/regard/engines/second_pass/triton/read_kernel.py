@@ -17,8 +17,8 @@ about |lse| · 2⁻²³: blocks with an |lse| beyond `LARGE` are summed first, b
 import triton
 import triton.language as tl
 
-from .listing import FLOOR, LOG2E, choose, lanes
-from .tiles import band_entry, band_tiles, changed, dots, in_band, keys_of, visible
+from .scores_kernel import band_entry, band_tiles, changed, dots, in_band, keys_of, visible
+from .top_k_kernel import FLOOR, LOG2E, choose, lanes
 
 HIDDEN = tl.constexpr(-2139095041)  # ordered(−inf)
 LEAST = tl.constexpr(-(2**31))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...call.checked import Call
-from ...call.observers import Map
-from ...call.opcodes import Op
-from .launching import Shared, power
+from ....call.checked import Call
+from ....call.observers import Map
+from ....call.opcodes import Op
+from .arguments import Shared, power
 
 MOST_LEAVES = 2048  # of a row: what the pass keeps of it for its list, see `listing`
 LEAST_LEAF = 8  # keys

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...call.checked import Call
-from ...call.observers import Effect
-from ...errors import RegardError
-from . import geometry, reading
-from .launching import Shared, on_device, power, wide
-from .reading import MOST_DIM, MOST_LISTED
+from ....call.checked import Call
+from ....call.observers import Effect
+from ....errors import RegardError
+from . import read as reading
+from . import tile_grid as geometry
+from .arguments import Shared, on_device, power, wide
+from .read import MOST_DIM, MOST_LISTED
 
 
 def refuses(observer: Effect, call: Call) -> list[str]:
@@ -37,7 +38,7 @@ def effect(
     RegardError if `reading.why_not` or `refuses` has a reason. Memory beside the result: none that
     grows with the call, but the list of its tiles.
     """
-    from .removing import remove  # triton
+    from .effect_kernel import remove
 
     reasons = [*reading.why_not(call), *refuses(Effect(k), call)]
     if call.pages is not None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...call.biases import Kind
-from ...call.checked import Call
-from ...call.observers import (
+from ....call.biases import Kind
+from ....call.checked import Call
+from ....call.observers import (
     Distances,
     Entropy,
     LogSumExp,
@@ -26,11 +26,11 @@ from ...call.observers import (
     Rows,
     TopK,
 )
-from ...errors import RegardError
-from . import few
-from .geometry import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
-from .instructions import DEEPEST, LONGEST, depth
-from .launching import MOST_DENSE, Launch, Shared, ends, launches, on_device, power
+from ....errors import RegardError
+from . import few_queries as few
+from .arguments import MOST_DENSE, Launch, Shared, ends, launches, on_device, power
+from .mask_records import DEEPEST, LONGEST, depth
+from .tile_grid import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
 
 READS = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 MOST_LISTED = 64  # a row's list stands in registers
@@ -172,10 +172,10 @@ def _programs(call: Call, items: int) -> int:
 
 def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) -> None:
     """Launch the kernels once and put what they gathered into plan.found."""
-    from .listing import list_keys  # triton
-    from .rows import sum_rows
-    from .tiles import WIDEN
-    from .weighing import weigh
+    from .read_kernel import weigh
+    from .rows_kernel import sum_rows
+    from .scores_kernel import WIDEN
+    from .top_k_kernel import list_keys
 
     call, place = shared.call, shared.call.place
     block_q, block_k = blocks
@@ -289,7 +289,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
 
 def _rows(observer: Rows, shared: Shared, shard: bool) -> Tensor:
     """(batch, heads, n, k_len): the whole rows, normalised like all others."""
-    from .rows import weigh_rows  # triton
+    from .rows_kernel import weigh_rows
 
     call, place = shared.call, shared.call.place
     local = [row for _, row in observer.local(place)]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...call.observers import Map
-from .launching import Launch, Shared, ends, on_device, power
+from ....call.observers import Map
+from .arguments import Launch, Shared, ends, on_device, power
 
 MOST_QUERIES = 16
 CHUNK = 512  # keys of a program, whatever the call: an item's bits do not hang on its neighbours'
@@ -116,7 +116,7 @@ class _Few:
         self, given: dict[str, Tensor], before: Tensor, plan: Launch, SUMS: bool = False
     ) -> None:
         """Launch `weigh_few`, which fills `given`."""
-        from .chunks import weigh_few  # triton
+        from .few_queries_kernel import weigh_few
 
         call, place, shared = self.call, self.call.place, self.shared
 
@@ -149,7 +149,7 @@ class _Few:
         SUMS: bool = False,
     ) -> None:  # fmt: skip
         """Launch `join_few`, which makes `found` of `given`."""
-        from .chunks import join_few  # triton
+        from .few_queries_kernel import join_few
 
         place, shared = self.call.place, self.shared
 

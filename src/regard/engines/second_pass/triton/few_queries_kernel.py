@@ -11,9 +11,9 @@ the length of the neighbours in the batch.
 import triton
 import triton.language as tl
 
-from .rows import LARGE
-from .tiles import keys_of, scores
-from .weighing import HIDDEN, LEAST, MOST, insert, ordered, pool, unordered
+from .read_kernel import HIDDEN, LEAST, MOST, insert, ordered, pool, unordered
+from .rows_kernel import LARGE
+from .scores_kernel import keys_of, scores
 
 _PART = tl.constexpr(64)  # chunks, or listed keys, that are joined at once
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...call.biases import Kind
-from ...call.checked import Call
-from ...call.observers import Distances, Entropy, Map, MaxScore, Observer, Received, TopK
-from .instructions import Instructions, instructions
+from ....call.biases import Kind
+from ....call.checked import Call
+from ....call.observers import Distances, Entropy, Map, MaxScore, Observer, Received, TopK
+from .mask_records import Instructions, instructions
 
 MOST_DENSE = 2
 
