@@ -22,7 +22,7 @@ import torch
 
 import regard
 from regard import H2O, TOVA, KVCache, PagedCache, SnapKV, WindowCache
-from regard.caching import Cache
+from regard.ops.cache import Cache
 
 Run = Callable[[], object]
 HEADS = ((32, 32, 128), (32, 8, 128), (8, 2, 64))  # heads, kv heads, dim

@@ -29,7 +29,7 @@ import transformers
 
 import regard
 from regard import H2O, TOVA, KVCache, SnapKV, WindowCache
-from regard.caching import Cache
+from regard.ops.cache import Cache
 
 FIRST = 4  # StreamingLLM's attention sinks
 Make = Callable[[], Cache]

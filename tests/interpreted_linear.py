@@ -14,15 +14,15 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import interpreted  # noqa: F401  makes Triton's interpreter faster
-import regard.kernels.cuda.linear
-import regard.kernels.cuda.linear_bf16
+import regard.ops.linear.triton.launch
+import regard.ops.linear.triton.launch_bf16
 from cases import Case, Sizes, assert_within, at, floats
 from linear_cases import CASES, FORMS, gate, short
 from regard import Documents, LinearState, NoEngine, linear_attention
-from regard.linear import by_triton
+from regard.ops.linear.triton import engine as by_triton
 from test_linear import answers, by, in_pieces, plainly, typical
 
-regard.kernels.cuda.linear.CHUNK = regard.kernels.cuda.linear_bf16.CHUNK = 16
+regard.ops.linear.triton.launch.CHUNK = regard.ops.linear.triton.launch_bf16.CHUNK = 16
 by_triton.DEVICE = "cpu"
 
 

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard import Causal, Dropout, NoEngine, Pages, TopK, attention
-from regard.attend import Request
+from regard.ops.attend import Request
 from test_nn import drawn
 
 

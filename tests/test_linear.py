@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.linear.chunked
+import regard.ops.linear.chunked
 from cases import Case, assert_within, at, floats, mapped
 from linear_cases import CASES, CAUSAL, FEW, FORMS, gate, short
 from regard import (
@@ -21,9 +21,9 @@ from regard import (
     attention,
     linear_attention,
 )
-from regard.linear import front, reference
-from regard.linear.flow import prepared
-from regard.linear.front import asked
+from regard.ops.linear import front, reference
+from regard.ops.linear.front import asked
+from regard.ops.linear.recurrence import prepared
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -102,7 +102,7 @@ def test_float64_is_the_twins(case):
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 100], ids=str)
 def test_float64_in_small_segments(case, monkeypatch):
     """Segments of one chunk: the small cases, too, take many."""
-    monkeypatch.setattr(regard.linear.chunked, "MOST_CHUNKS", 1)
+    monkeypatch.setattr(regard.ops.linear.chunked, "MOST_CHUNKS", 1)
     for ours, truths in zip(
         answers(by("chunked"), case.tensors(), case.request()),
         exact(case, torch.float64),
@@ -329,7 +329,7 @@ def test_prefill_and_decode_are_the_whole(form, engine):
 def test_auto_decodes_by_steps(monkeypatch):
     """A few tokens without gradients take the recurrent step; any other call is chunked."""
     ran = []
-    for form in (regard.linear.chunked, regard.linear.recurrent):
+    for form in (regard.ops.linear.chunked, regard.ops.linear.token_by_token):
         monkeypatch.setattr(
             form,
             "forward",
@@ -339,7 +339,7 @@ def test_auto_decodes_by_steps(monkeypatch):
     linear_attention(query, key, value)
     linear_attention(query.clone().requires_grad_(), key, value)
     linear_attention(*Case("", at(5)).tensors())
-    chunked, recurrent = regard.linear.chunked, regard.linear.recurrent
+    chunked, recurrent = regard.ops.linear.chunked, regard.ops.linear.token_by_token
     assert ran == [recurrent, chunked, chunked]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard.linear.implied
+import regard.ops.linear.implied_weights
 from cases import Case, at, floats
 from linear_cases import CASES, FORMS, short
 from regard import (
@@ -28,8 +28,8 @@ from regard import (
     linear_attention,
     observe,
 )
-from regard.linear.front import asked
-from regard.linear.reference import phi
+from regard.ops.linear.front import asked
+from regard.ops.linear.reference import phi
 from test_gradients import Largest
 from test_observers import check_distances, check_entropy, check_lse, check_map, check_max_score
 
@@ -169,7 +169,7 @@ def test_all_observers_are_exact(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c.sizes.k_len > 100], ids=str)
 def test_all_observers_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""
-    monkeypatch.setattr(regard.linear.implied, "BUDGET", 2**12)
+    monkeypatch.setattr(regard.ops.linear.implied_weights, "BUDGET", 2**12)
     look(case, 1e-11)
 
 
@@ -294,9 +294,9 @@ def test_a_nan_surfaces():
 
 class LargestOfLinear(Largest):
     INSIDE: ClassVar = {
-        torch.ops.regard.linear.default: regard.linear.chunked._linear,
-        torch.ops.regard.linear_backward.default: regard.linear.chunked._backward,
-        torch.ops.regard.linear_weigh.default: regard.linear.observing._weigh,
+        torch.ops.regard.linear.default: regard.ops.linear.chunked._linear,
+        torch.ops.regard.linear_backward.default: regard.ops.linear.chunked._backward,
+        torch.ops.regard.linear_weigh.default: regard.ops.linear.second_pass._weigh,
     }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from regard import (
     Window,
     WindowCache,
 )
-from regard.caching.steady import Plan, Steady
 from regard.engines.cpu import native
+from regard.ops.cache.decode_step import Plan, Steady
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 

@@ -14,8 +14,8 @@ import torch
 from cases import at
 from linear_cases import FORMS
 from regard import Documents, NoEngine, linear_attention
-from regard.kernels.cuda import linear
-from regard.kernels.cuda.linear_bf16 import TILES
+from regard.ops.linear.triton import launch as linear
+from regard.ops.linear.triton.launch_bf16 import TILES
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .caching import Cache, KVCache
+from .ops.cache import Cache, KVCache
 
 
 def generation_cache(make: Callable[[], Cache] = KVCache, config: Any = None) -> Any:

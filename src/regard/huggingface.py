@@ -23,8 +23,6 @@ from transformers import masking_utils as hf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from . import beside
-from .caching import owner_of
 from .call.biases import Bias, DenseBias
 from .call.checked import Call
 from .call.geometry import Span
@@ -35,6 +33,8 @@ from .engines.second_pass.weigh import whole_rows
 from .errors import RegardError
 from .huggingface_config import NAME as NAME
 from .module_tree import kind_of
+from .ops import beside
+from .ops.cache import owner_of
 from .swapped_configs import SKIPPED, Watching, watched_name
 from .watched import Watched, active
 

@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import beside
-from .attend import attention
-from .caching import tell
 from .call.biases import DenseBias, Kind
 from .call.checked import Call
 from .call.masks import Causal, Dense, Full, Mask, Padding
@@ -24,6 +21,9 @@ from .engines import run
 from .engines.second_pass.weigh import weigh, whole_rows
 from .errors import RegardError
 from .nn import functional
+from .ops import beside
+from .ops.attend import attention
+from .ops.cache import tell
 from .watched import Watched
 
 

@@ -1,18 +1,18 @@
 """The public names; `import regard` brings them with the first that is asked for."""
 # ruff: noqa: I001, RUF022 (a name a line would hide the list; H2O is no constant)
 
-from .attend import attention, explain, observe
+from .ops.attend import attention, explain, observe
 from .call.biases import ALiBi, RelativeBias
-from .caching import H2O, KVCache, PagedCache, SnapKV, TOVA, WindowCache
+from .ops.cache import H2O, KVCache, PagedCache, SnapKV, TOVA, WindowCache
 from .call.top_blocks import TopBlocks
 from .call.dropout import Dropout
 from .errors import NoEngine, RegardError
 from .generating import generation_cache
-from .linear import Favor, LinearState, linear_attention
+from .ops.linear import Favor, LinearState, linear_attention
 from .look_result import LookResult, look
 from .call.masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask
 from .call.masks import Padding, Predicate, Window
-from .merging import merge, piecewise
+from .ops.merging import merge, piecewise
 from .call.observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore, NormTopK
 from .call.observers import Received, Rows, TopK
 from .call.pages import Pages
@@ -20,7 +20,8 @@ from .call.sparse_masks import BigBird, BlockSparse, Chunks, Dilated, Fixed, Lon
 from .recording import Recording
 from .watched import Cut
 from .watching import watch
-from .windows import Unseen, stitch, unseen, unseen_mass, unseen_recorded
+from .windows import Unseen, unseen, unseen_mass, unseen_recorded
+from .ops.merging import stitch
 
 __all__ = [
     "ALiBi", "BigBird", "BlockSparse", "Causal", "Chunks", "Cut", "Dense", "Dilated", "Distances",

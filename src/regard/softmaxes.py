@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .beside import CHECKED_ROWS
 from .call.checked import Call
 from .call.geometry import Span
 from .call.masks import Dense, Full, Mask
@@ -27,6 +26,7 @@ from .call.observers import Effect, NormTopK
 from .errors import RegardError
 from .layouts import Local, Scores, laid_out
 from .module_tree import kind_of
+from .ops.beside import CHECKED_ROWS
 from .watched import Watched
 
 _NAMED = re.compile("Attention|Attn")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from .call.geometry import Place
 from .call.mask_program import Program
 from .call.masks import Causal, Lowering, Mask
 from .call.results import ReceivedSeen, TopKSeen
-from .call.sparse_masks import Chunks
 from .engines import tiled
 from .errors import RegardError
 from .recording import RecordedLayer
@@ -245,37 +243,3 @@ def _listed(seen: TopKSeen, hidden: Program) -> Tensor:
         cols = (here - span.k0).clamp(0, span.k1 - span.k0 - 1)
         mine |= inside & visible.gather(-1, cols)
     return out & (seen.indices >= 0)
-
-
-def stitch(
-    parts: Sequence[Tensor], chunks: Chunks, length: int, *, causal: bool, dim: int = 1
-) -> Tensor:
-    """One result for a document of `length` positions, from a model's results for its chunks.
-
-        chunks = Chunks(512, overlap=128)
-        parts = [model(ids[:, a:b]).last_hidden_state for a, b in chunks.spans(length)]
-        states = regard.stitch(parts, chunks, length, causal=False)
-
-    parts: for each of `chunks.spans(length)` a tensor with its positions along `dim`. Where chunks
-    overlap, a position is taken from the chunk that shows it most: with causal=True the earliest,
-    which holds the most keys before it; else the one in which it stands farthest from an edge. So a
-    position keeps at least `overlap` keys before it (causal), or overlap / 2 to each side.
-    """
-    spans = chunks.spans(length)
-    sizes = [part.shape[dim] for part in parts]
-    if sizes != [stop - start for start, stop in spans]:
-        raise RegardError(
-            f"stitch: parts have {sizes} positions along dim {dim}; {chunks} cuts {length} into "
-            f"{spans}"
-        )
-    if not spans:
-        raise RegardError(f"stitch: the document has length {length}; there is nothing to stitch")
-    borders = [0]
-    for (_, stop), (start, _) in pairwise(spans):
-        borders.append(stop if causal else (start + stop + 1) // 2)
-    borders.append(length)
-    kept = [
-        part.narrow(dim, first - start, last - first)
-        for part, (start, _), (first, last) in zip(parts, spans, pairwise(borders), strict=True)
-    ]
-    return torch.cat(kept, dim)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..call.geometry import Span
 from ..call.observers import Entropy, Map, TopK
-from ..linear import linear_attention
+from ..ops.linear import linear_attention
 from .dense import Answer, attend, pooled, sides, statistics
 from .inputs import Inputs
 

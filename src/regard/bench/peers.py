@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attend import attention
 from ..call.masks import And, Causal, Documents, First, Full, Mask, Not, Or, Window
 from ..call.results import EntropySeen, MapSeen, ReceivedSeen, TopKSeen
 from ..call.sparse_masks import BlockSparse
 from ..engines import select
-from ..linear import linear_attention
+from ..ops.attend import attention
+from ..ops.linear import linear_attention
 from .checking import gradients
 from .dense import Answer, attend, statistics
 from .inputs import Inputs

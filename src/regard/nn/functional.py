@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attend import attention
 from ..call.masks import Causal, Dense, Full
 from ..call.observers import Observer
 from ..errors import NoEngine, RegardError
+from ..ops.attend import attention
 
 
 class RefusedError(RegardError, RuntimeError):

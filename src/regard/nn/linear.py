@@ -14,7 +14,7 @@ from ..call.masks import Full, Mask
 from ..call.numbers import head_counts
 from ..call.observers import Observer
 from ..errors import RegardError
-from ..linear import Favor, LinearState, linear_attention
+from ..ops.linear import Favor, LinearState, linear_attention
 from .positions import Rotary
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..attend import attention
 from ..call.biases import Bias
 from ..call.masks import Full, Mask
 from ..call.numbers import head_counts
 from ..call.observers import Observer
 from ..errors import RegardError
+from ..ops.attend import attention
 from .positions import Positions, Rotary
 
 

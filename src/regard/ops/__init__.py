@@ -1,0 +1,1 @@
+"""The functions: attention, linear attention, merging, caches."""

@@ -1,0 +1,163 @@
+"""Reading beside attention that something else computes: its output stays as it is, to the bit.
+
+The log-sum-exp comes from torch's own kernel where its inner op returns it, else from a pass of
+ours over queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+
+from ..call.checked import Call
+from ..engines import sdpa, tiled
+from ..engines.cpu import engine as cpu
+from ..engines.second_pass.weigh import whole_rows
+from ..errors import RegardError
+
+CHECKED_ROWS = 16  # of each call that is verified: the last ones, which see the most
+
+
+class Capture(TorchFunctionMode):
+    """While active, `F.scaled_dot_product_attention` keeps the log-sum-exp of its own kernel.
+
+    lse: of each call (…, q_len), None where torch does not say.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lse: list[Tensor | None] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        out, lse = scaled_dot_product_attention(*args, **(kwargs or {}))
+        self.lse.append(lse)
+        return out
+
+    def found(self, shape: torch.Size) -> Tensor | None:
+        """The lse of the only call, as (batch, heads, q_len); grouped heads may be packed there."""
+        lse = self.lse[0] if len(self.lse) == 1 else None
+        return lse.reshape(shape) if lse is not None and lse.numel() == shape.numel() else None
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """torch's function, and the log-sum-exp of the kernel that it chooses; None if that has none.
+
+    On CUDA the op is called that torch would call, with the arguments that it would give.
+    """
+    kernel = None
+    if query.is_cuda and query.dim() == 4 and attn_mask is None and not dropout_p:
+        kernel = _KERNELS.get(
+            torch._fused_sdp_choice(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        )  # fmt: skip
+    if kernel is None or query.shape[-1] % 8 or value.shape[-1] != query.shape[-1]:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out, None
+    out, lse = kernel(query, key, value, is_causal, scale)
+    return out, lse.detach().reshape(*query.shape[:2], -1)[..., : query.shape[2]]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Any:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, causal, False, scale=scale
+    )[:2]
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Any:
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, causal, scale=scale
+    )[:2]
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Any:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )[:2]
+
+
+_KERNELS: dict[int, Callable[..., Any]] = {
+    int(SDPBackend.FLASH_ATTENTION.value): _flash,
+    int(SDPBackend.EFFICIENT_ATTENTION.value): _efficient,
+    int(SDPBackend.CUDNN_ATTENTION.value): _cudnn,
+}
+
+
+def check_draws(dropout: Any, name: str) -> None:
+    """RegardError where regard would compute in a model's place, and drop other weights than it."""
+    if dropout:
+        raise RegardError(
+            f"{name} drops out weights, which cut and Effect, computed by regard, would draw "
+            "otherwise than the model; call model.eval(), or set its attention's dropout to 0"
+        )
+
+
+@torch.no_grad()
+def gathered(call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, Any]]:
+    """lse (batch, heads, q_len) of a call, and the results that come with it, by their number.
+
+    lse: where it is known already. The compiled engine gathers what it can on the way, without
+    mixing any values; on CUDA PyTorch's kernel is the fastest way to an lse.
+    """
+    if lse is not None:
+        return lse, {}
+    without = replace(call, value=call.key[..., :0])
+    if call.place.device.type == "cpu" and not cpu.why_not(without):
+        _, lse, seen = cpu.observed(without)
+        return lse, seen
+    if call.place.device.type == "cuda" and call.value is not None and not sdpa.why_not(call):
+        return sdpa.forward(call)[1], {}
+    return tiled.log_sum_exp(call), {}
+
+
+@torch.no_grad()
+def verify(call: Call, lse: Tensor, out: Tensor, name: str) -> None:
+    """RegardError unless the weights that are read explain the output that was computed.
+
+    out (batch, heads, q_len, v_dim). Rows that see nothing are left out: others mix there what
+    they like. The bar is that of two ways to compute the same in out's dtype.
+    """
+    assert call.value is not None
+    rows = (max(call.place.q_len - CHECKED_ROWS, 0), call.place.q_len)
+    if rows[0] == rows[1]:
+        return
+    weights = whole_rows(call, lse, rows)
+    value = call.value.to(weights.dtype)
+    # The heads of a group read the same values
+    mixed = (weights.unflatten(1, (call.place.kv_heads, -1)).flatten(2, 3) @ value).unflatten(
+        2, (-1, rows[1] - rows[0])
+    )
+    mixed = mixed.flatten(1, 2)
+    sees = (lse[:, :, rows[0] :] != -torch.inf)[..., None]
+    off = ((mixed - out[:, :, rows[0] :].to(mixed.dtype)).abs() * sees).amax()
+    near = 32 * max(torch.finfo(out.dtype).eps, 1e-7) * (1 + value.abs().amax())
+    if off > near:
+        raise RegardError(
+            f"{name}: the weights as read do not explain its output (it is off by {float(off):.2g},"
+            f" more than {float(near):.2g}): the model changes scores or weights in a way of its "
+            "own; watch(…, verify=False) reads them nonetheless"
+        )

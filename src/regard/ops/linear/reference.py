@@ -1,0 +1,122 @@
+"""The specification, token by token: readable, any float dtype, plain autograd.
+
+Shares only the request with the other forms: features, heads, documents, padding and the division
+are written again here, straight from their definitions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...engines import hidden
+from .features import Favor
+from .request import Request
+from .state import LinearState
+
+
+def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor, LinearState]:
+    """(out, state), computed wholly in dtype (default: the working dtype)."""
+    call = request.call
+    dtype = call.working if dtype is None else dtype
+    assert call.value is not None
+    each = request.state_heads  # of key and value: a state for each
+    unseen = torch.zeros(1, 1, dtype=torch.bool, device=call.query.device)
+    if request.key_ids is not None:
+        unseen = unseen | (request.key_ids < 0)
+    if request.keep is not None:
+        unseen = unseen | ~request.keep
+    key, value = (
+        t.to(dtype).masked_fill(unseen[:, None, :, None], 0) for t in (call.key, call.value)
+    )
+    query, key = (phi(request.feature_map, t) for t in (call.query.to(dtype), key))
+    key, value = (t.repeat_interleave(each // t.shape[1], 1) for t in (key, value))
+    query = request.scale * query
+    batch, heads, q_len = query.shape[:3]
+    k_len, features = key.shape[2:]
+    everywhere = torch.zeros(1, 1, dtype=torch.long, device=query.device)
+    key_ids = everywhere.expand(batch, k_len) if request.key_ids is None else request.key_ids
+    query_ids = everywhere.expand(batch, q_len) if request.query_ids is None else request.query_ids
+    keep = (key_ids >= 0) if request.keep is None else (key_ids >= 0) & request.keep
+
+    memory = value.new_zeros(batch, each, features, value.shape[-1])
+    total = value.new_zeros(batch, each, features)
+    document, length = None, 0
+    if request.state is not None:
+        memory = request.state.memory.to(dtype)
+        if request.state.normaliser is not None:
+            total = request.state.normaliser.to(dtype)
+        document, length = request.state.document, request.state.length
+
+    if not request.causal:
+        shown = (query_ids[:, :, None] == key_ids[:, None, :]) & keep[:, None, :]
+        across = heads // each
+        shown = shown[:, None].expand(-1, heads, -1, -1)
+        weights = hidden.dot(query, key.repeat_interleave(across, 1), lambda: shown)
+        weights = weights.masked_fill(~shown, 0)
+        out = hidden.mix(weights, value.repeat_interleave(across, 1), lambda: shown)
+        out = out + query @ memory.repeat_interleave(across, 1)
+        sums = weights.sum(-1) + (query * total.repeat_interleave(across, 1)[:, :, None]).sum(-1)
+        kept = key * keep[:, None, :, None]
+        memory, total = memory + kept.mT @ value, total + kept.sum(2)
+    else:
+        rows, row_sums = [], []
+        opened = (
+            torch.full((batch,), -1, device=query.device, dtype=torch.int64)
+            if document is None
+            else document
+        )
+        if request.key_ids is None:
+            opened = torch.zeros_like(opened)
+        for t in range(k_len):
+            begins = (key_ids[:, t] >= 0) & (key_ids[:, t] != opened)
+            opened = key_ids[:, t].where(begins, opened)
+            memory = memory.masked_fill(begins[:, None, None, None], 0)
+            total = total.masked_fill(begins[:, None, None], 0)
+
+            k, v = key[:, :, t], value[:, :, t]
+            factor = _factor(request, t, each, dtype)
+            decayed = factor[..., None] * memory
+            if request.beta is not None:
+                beta = request.beta[:, :, t].to(dtype)
+                beta = beta.repeat_interleave(each // beta.shape[1], 1)[..., None]
+                v = beta * (v - torch.einsum("bhf,bhfv->bhv", k, decayed))
+            written = decayed + torch.einsum("bhf,bhv->bhfv", k, v)
+            here = keep[:, t, None, None]
+            memory = torch.where(here[..., None], written, memory)
+            total = torch.where(here, factor * total + k, total)
+
+            q = query[:, :, t].unflatten(1, (each, -1))
+            rows.append(torch.einsum("bhgf,bhfv->bhgv", q, memory).flatten(1, 2))
+            row_sums.append(torch.einsum("bhgf,bhf->bhg", q, total).flatten(1, 2))
+        shape = (batch, heads, q_len)
+        out = torch.stack(rows, 2) if rows else query.new_zeros(*shape, value.shape[-1])
+        sums = torch.stack(row_sums, 2) if rows else query.new_zeros(shape)
+        if request.key_ids is not None:
+            document = opened
+    if request.normalise:
+        out = out / sums.masked_fill(sums == 0, 1)[..., None]
+    out = out.masked_fill((query_ids < 0)[:, None, :, None], 0)
+    normaliser = total if request.normalise else None
+    return out.to(call.query.dtype), LinearState(memory, normaliser, document, length + k_len)
+
+
+def phi(feature_map: object, x: Tensor) -> Tensor:
+    """The feature map, plainly."""
+    if feature_map == "elu":
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    if isinstance(feature_map, Favor):
+        return feature_map.exponents(x).exp()
+    return feature_map(x) if callable(feature_map) else x
+
+
+def _factor(request: Request, t: int, each: int, dtype: torch.dtype) -> Tensor:
+    """What token t leaves of the state: (batch or 1, state_heads, 1 or features)."""
+    decay = request.decay
+    if decay is None:
+        return torch.ones(1, each, 1, dtype=dtype, device=request.call.place.device)
+    if decay.dim() == 1:
+        decay = decay[None, :, None]
+    else:
+        decay = decay[:, :, t, None] if decay.dim() == 3 else decay[:, :, t]
+    return decay.to(dtype).exp().repeat_interleave(each // decay.shape[1], 1)

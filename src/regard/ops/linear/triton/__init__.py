@@ -1,0 +1,1 @@
+"""Linear attention by Triton on CUDA. Modules *_kernel import triton, once one is launched."""
