@@ -100,7 +100,7 @@ def generate(folder: str, prompt: int, new: int, rounds: int) -> list[str]:
     """Tokens of a model after a prompt: what eviction adds to each, or saves."""
     import transformers
 
-    regard.generation_cache()
+    regard.huggingface.generation_cache()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="regard"
     ).eval()
@@ -114,7 +114,9 @@ def generate(folder: str, prompt: int, new: int, rounds: int) -> list[str]:
         "TOVA": lambda: KVCache(evict=TOVA(budget)),
     }
 
-    sides = {name: (regard.generation_cache(make), [ids]) for name, make in makes.items()}
+    sides = {
+        name: (regard.huggingface.generation_cache(make), [ids]) for name, make in makes.items()
+    }
 
     def token(name: str) -> float:
         """Seconds from token to token, the median over some more of them."""

@@ -71,7 +71,7 @@ def measured(
                     continue
                 found, second, size = [], [], 0
                 for ids in texts:
-                    cache = regard.generation_cache(make)
+                    cache = regard.huggingface.generation_cache(make)
                     nll = surprises(model, ids, cache, chunk)
                     found.append(float(nll.mean()))
                     second.append(float(nll[tokens // 2 - 1 :].mean()))
@@ -101,7 +101,7 @@ def main() -> None:
     pieces = [ids[n * size : (n + 1) * size] for n in range(args.texts)]
     texts = [torch.tensor([start + piece]) for piece in pieces]
     # Before the model is told to use it, so that "regard" is known to transformers
-    regard.generation_cache()
+    regard.huggingface.generation_cache()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, attn_implementation="regard"
     ).eval()

@@ -100,7 +100,7 @@ def compared(seen: Any, given: list[Tensor]) -> str:
 
 def kinds(seen: Any, model: nn.Module) -> str:
     """How its layers attend, and whether any has no pattern."""
-    from regard.softmaxes import attention_modules
+    from regard.capture.softmaxes import attention_modules
 
     own = {
         n for n in attention_modules(model)

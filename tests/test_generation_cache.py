@@ -8,7 +8,7 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-import regard.huggingface  # makes attn_implementation="regard" valid
+import regard.huggingface
 import zoo
 from regard import (
     H2O,
@@ -22,8 +22,8 @@ from regard import (
     SnapKV,
     TopK,
     WindowCache,
-    generation_cache,
 )
+from regard.huggingface import generation_cache
 from zoo import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}

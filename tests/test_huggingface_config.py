@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 import regard
-import regard.huggingface  # makes attn_implementation="regard" valid
+import regard.huggingface
 import zoo
 
 FAMILIES = {f.name: f for f in zoo.FAMILIES}

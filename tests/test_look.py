@@ -386,7 +386,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(regard.recording, "save_file", save)
+    monkeypatch.setattr(regard.capture.recording, "save_file", save)
     assert "No space left on device" in refused("a", "--save", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import regard.recording
+import regard.capture.recording
 from cases import FEW, Case, at
 from regard import ALiBi, Causal, Full, Padding, Recording, RegardError, Window
 from regard.call.checked import Call
+from regard.capture.recording import RecordedLayer
 from regard.engines import reference
-from regard.recording import RecordedLayer
 
 ABOUT = {
     "model": "m",
@@ -190,7 +190,7 @@ def test_what_is_interrupted_leaves_what_was(before, tmp_path, monkeypatch):
     folder = tmp_path / "r"
     if before:
         build(*before).save(folder)
-    save_file, written = regard.recording.save_file, []
+    save_file, written = regard.capture.recording.save_file, []
 
     def interrupted(tensors, path):
         if written:
@@ -198,7 +198,7 @@ def test_what_is_interrupted_leaves_what_was(before, tmp_path, monkeypatch):
         written.append(path)
         save_file(tensors, path)
 
-    monkeypatch.setattr(regard.recording, "save_file", interrupted)
+    monkeypatch.setattr(regard.capture.recording, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build("a", "b").save(folder, overwrite=True)
     assert list(tmp_path.iterdir()) == ([folder] if before else [])
@@ -210,11 +210,11 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import regard.recording, test_recording
-save_file = regard.recording.save_file
+save_file = regard.capture.recording.save_file
 def killed(tensors, path):
     save_file(tensors, path)
     os.kill(os.getpid(), signal.SIGKILL)
-regard.recording.save_file = killed
+regard.capture.recording.save_file = killed
 test_recording.build("a", "b").save({folder!r}, overwrite=True)
 """
 

@@ -54,7 +54,7 @@ def test_many_rows_are_read_block_by_block(monkeypatch):
     given = tiny.inputs(model)
     observe = [EVERY_ROW, TopK(3), regard.Received(), regard.Map(8, 8)]
     _, _, seen = watched(model, given, observe)
-    monkeypatch.setattr("regard.layouts.ROWS", 5)
+    monkeypatch.setattr("regard.capture.layouts.ROWS", 5)
     _, _, again = watched(model, given, observe)
     for one, other in zip(seen, again, strict=True):
         for a, b in zip(one.seen, other.seen, strict=True):

@@ -6,8 +6,9 @@ import torch
 import regard
 import regard.huggingface
 import zoo
-from regard import H2O, KVCache, TopK, generation_cache
-from regard.beams import Trail, _same
+from regard import H2O, KVCache, TopK
+from regard.capture.beams import Trail, _same
+from regard.huggingface import generation_cache
 from test_watch_models import assert_weights
 
 BY_NAME = {family.name: family for family in zoo.FAMILIES}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regard
-import regard.huggingface  # makes attn_implementation="regard" valid
+import regard.huggingface
 import zoo
 from regard import Cut, Entropy, Heads, RegardError, Rows, TopK, attention
 from test_watch_models import BY_NAME, EVERY_KEY, patched_state

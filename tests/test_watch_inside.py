@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import regard
-import regard.huggingface  # makes attn_implementation="regard" valid
+import regard.huggingface
 import zoo
 from regard import Cut, Edges, RegardError, Rows, TopK
 from test_watch_models import BY_NAME, EVERY_KEY, dense, patched_state

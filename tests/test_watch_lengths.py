@@ -7,7 +7,7 @@ import transformers as hf
 from torch import nn
 
 import regard
-import regard.huggingface  # makes attn_implementation="regard" valid
+import regard.huggingface
 import zoo
 from regard import Causal, Dense, Full, Received, RegardError, Rows, attention
 from test_watch_bits import tensors
@@ -99,7 +99,7 @@ def test_lengths_and_kinds(build, inputs, layers, implementation):
     ("", "Attention", "self"),
 ])  # fmt: skip
 def test_kind_by_name(name, module, kind):
-    assert regard.module_tree.kind_of(type(module, (nn.Module,), {})(), name) == kind
+    assert regard.capture.module_tree.kind_of(type(module, (nn.Module,), {})(), name) == kind
 
 
 def minimax(layers: str, **more) -> nn.Module:

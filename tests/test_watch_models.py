@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import regard
-import regard.huggingface  # makes attn_implementation="regard" valid
+import regard.huggingface
 import zoo
 from cases import assert_within
 from regard.errors import RegardError

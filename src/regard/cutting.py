@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call.masks import Edges, Full, Heads, Mask
+from .capture.layers import Cut
+from .capture.recording import Recording
 from .comparing import Reading, Versus, compare
 from .errors import RegardError
 from .probing import Probe
-from .recording import Recording
-from .watched import Cut
 from .words import Words, find, from_word, label
 
 _SPEC = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*(?::(.*))?", re.DOTALL)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .call.observers import Effect, NormTopK, Observer
 from .call.results import NormTopKSeen
+from .capture.recording import Recording
 from .errors import RegardError
 from .probing import Probe, Run
-from .recording import Recording
 from .words import from_word
 
 LEAST = 32  # directions of a vector target, in a text of any length

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from .errors import RegardError
 
 if TYPE_CHECKING:
-    from .recording import Recording
+    from .capture.recording import Recording
 
 Family = Literal["encoder", "causal", "encoder-decoder"]
 
@@ -125,7 +125,7 @@ class Reader:
         """
         import torch
 
-        from .watching import watch
+        from .capture.watching import watch
 
         encoded = self.encode(text)
         self._fits(len(encoded.ids), generate)

@@ -16,7 +16,7 @@ from .call.numbers import at_least, whole, wholes
 from .errors import RegardError
 
 if TYPE_CHECKING:
-    from .recording import Recording
+    from .capture.recording import Recording
     from .report.looking import Look
     from .words import Link
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .call.observers import Observer
+from .capture.layers import Cut, Layer
+from .capture.recording import Recording
+from .capture.watching import watch
 from .errors import RegardError
 from .loading import Encoded, Reader, quiet
-from .recording import Recording
-from .watched import Cut, Layer
-from .watching import watch
 from .words import Words
 
 

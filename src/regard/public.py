@@ -7,7 +7,6 @@ from .ops.cache import H2O, KVCache, PagedCache, SnapKV, TOVA, WindowCache
 from .call.top_blocks import TopBlocks
 from .call.dropout import Dropout
 from .errors import NoEngine, RegardError
-from .generating import generation_cache
 from .ops.linear import Favor, LinearState, linear_attention
 from .look_result import LookResult, look
 from .call.masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask
@@ -17,9 +16,9 @@ from .call.observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore
 from .call.observers import Received, Rows, TopK
 from .call.pages import Pages
 from .call.sparse_masks import BigBird, BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided
-from .recording import Recording
-from .watched import Cut
-from .watching import watch
+from .capture.recording import Recording
+from .capture.layers import Cut
+from .capture.watching import watch
 from .windows import Unseen, unseen, unseen_mass, unseen_recorded
 from .ops.merging import stitch
 
@@ -30,6 +29,6 @@ __all__ = [
     "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache", "Pages", "Predicate",
     "Received", "Recording", "RegardError", "RelativeBias", "Rows", "SnapKV", "Strided", "TOVA",
     "TopBlocks", "TopK", "Unseen", "Window", "WindowCache", "attention", "explain",
-    "generation_cache", "linear_attention", "look", "merge", "observe", "piecewise", "stitch",
+    "linear_attention", "look", "merge", "observe", "piecewise", "stitch",
     "unseen", "unseen_mass", "unseen_recorded", "watch",
 ]  # fmt: skip

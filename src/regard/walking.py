@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from .call.checked import Call
 from .call.geometry import Span
+from .capture.module_stack import module_of
+from .capture.projection import output_projection
+from .capture.watching import watch
 from .errors import RegardError
 from .loading import Encoded, _without_cache, quiet
-from .projection import output_projection
 from .tracing import Trace, moved, near
-from .tracking import module_of
 from .walked import Check, Embedded, Side, Token, Walk, Weighing
-from .watching import watch
 from .words import Words, columns, find, label
 
 if TYPE_CHECKING:
+    from .capture.recording import Recording
     from .loading import Reader
-    from .recording import Recording
 
 _PLAIN = (-5.0, 12.0)  # largest scores of which exp prints well without anything taken off
 _ROUNDINGS = 256  # a difference is rounding up to so many ε of the largest number compared

@@ -20,9 +20,9 @@ from .call.geometry import Place
 from .call.mask_program import Program
 from .call.masks import Causal, Lowering, Mask
 from .call.results import ReceivedSeen, TopKSeen
+from .capture.recording import RecordedLayer
 from .engines import tiled
 from .errors import RegardError
-from .recording import RecordedLayer
 
 TILE = 128  # queries and keys that are decided at once where their tile is not mixed
 

@@ -21,7 +21,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..recording import Recording
+    from ..capture.recording import Recording
 
 _JSON = """\b
 --json prints one object:

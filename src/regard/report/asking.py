@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..capture.recording import Recording
 from ..cutting import Edge, cut
 from ..effects import effects
 from ..errors import RegardError
 from ..loading import Reader, load
 from ..probing import Probe
-from ..recording import Recording
 from .looking import Look
 from .versus import add_versus
 

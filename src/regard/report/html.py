@@ -35,9 +35,9 @@ from .screen import clean, word_name
 from .tables import tables
 
 if TYPE_CHECKING:
+    from ..capture.recording import Recording
     from ..comparing import Versus
     from ..effects import Effects
-    from ..recording import Recording
 
 UNIT = 10_000
 """Weights are written in units of 1/UNIT."""

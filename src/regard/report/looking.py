@@ -31,9 +31,9 @@ from .parts import Part, Side
 from .summary import Summary, gather
 
 if TYPE_CHECKING:
+    from ..capture.recording import Recording
     from ..cutting import Changed
     from ..effects import Effects
-    from ..recording import Recording
 
 
 @dataclass(frozen=True)

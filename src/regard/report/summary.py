@@ -21,7 +21,7 @@ from .parts import Part
 from .tables import tables
 
 if TYPE_CHECKING:
-    from ..recording import Recording
+    from ..capture.recording import Recording
 
 KNOWN = 0.5
 """A head has a known behaviour where it gives this share to one place, on average over words."""

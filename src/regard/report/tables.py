@@ -11,7 +11,7 @@ from torch import Tensor
 from ..words import Words
 
 if TYPE_CHECKING:
-    from ..recording import Recording
+    from ..capture.recording import Recording
 
 _TILE = 1 << 22  # weights held at once: 16 MB in float32
 

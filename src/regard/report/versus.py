@@ -10,7 +10,7 @@ from ..errors import RegardError
 from .looking import Look, Row, look, rows_of
 
 if TYPE_CHECKING:
-    from ..recording import Recording
+    from ..capture.recording import Recording
 
 
 def reading(found: Look, row: Row) -> Reading:

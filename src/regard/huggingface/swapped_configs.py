@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .huggingface_config import NAME
+from .config import NAME
 
 # Of masks that are left out, or copied on the way: (q_len, k_len) → starts
 SKIPPED = threading.local()

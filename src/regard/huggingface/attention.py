@@ -23,20 +23,21 @@ from transformers import masking_utils as hf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from .call.biases import Bias, DenseBias
-from .call.checked import Call
-from .call.geometry import Span
-from .call.masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
-from .call.observers import Effect
-from .engines import run
-from .engines.second_pass.weigh import whole_rows
-from .errors import RegardError
-from .huggingface_config import NAME as NAME
-from .module_tree import kind_of
-from .ops import beside
-from .ops.cache import owner_of
+from ..call.biases import Bias, DenseBias
+from ..call.checked import Call
+from ..call.geometry import Span
+from ..call.masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
+from ..call.observers import Effect
+from ..capture.layers import Watched
+from ..capture.module_tree import kind_of
+from ..engines import run
+from ..engines.second_pass.weigh import whole_rows
+from ..errors import RegardError
+from ..ops import beside
+from ..ops.cache import owner_of
+from ..ops.watches import active
+from .config import NAME
 from .swapped_configs import SKIPPED, Watching, watched_name
-from .watched import Watched, active
 
 _FOREVER = 2**31  # a window that ends nowhere
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .call.observers import Observer
-from .errors import RegardError
+from ..call.observers import Observer
+from ..errors import RegardError
 from .intercept import Intercept
+from .layers import Cut, Watched
 from .module_tree import of_hugging_face
 from .softmaxes import Softmaxes, attention_modules
-from .watched import Cut, Watched
 
 _LOCK = threading.Lock()
 _WATCHING: set[int] = set()
@@ -112,8 +112,8 @@ def _watching(
         unknown = sources is None
         interface = hugging and (unknown or any(w in s for s in sources or () for w in _INTERFACE))
         if interface:
-            from . import huggingface  # noqa: F401  (its functions are found by name)
-            from .swapped_configs import using_regard
+            from ..huggingface import attention as huggingface  # noqa: F401  (its functions are found by name)
+            from ..huggingface.swapped_configs import using_regard
 
             stack.enter_context(using_regard(model))
         if unknown or not interface or _calls_torch(model, sources or []):

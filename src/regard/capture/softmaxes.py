@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .call.checked import Call
-from .call.geometry import Span
-from .call.masks import Dense, Full, Mask
-from .call.observers import Effect, NormTopK
-from .errors import RegardError
+from ..call.checked import Call
+from ..call.geometry import Span
+from ..call.masks import Dense, Full, Mask
+from ..call.observers import Effect, NormTopK
+from ..errors import RegardError
+from ..ops.beside import CHECKED_ROWS
+from .layers import Watched
 from .layouts import Local, Scores, laid_out
 from .module_tree import kind_of
-from .ops.beside import CHECKED_ROWS
-from .watched import Watched
 
 _NAMED = re.compile("Attention|Attn")
 # What these take a softmax over is no key: sampled points, landmarks, lags, chosen queries, a map

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from .errors import RegardError
+from ..errors import RegardError
 from .recording import RecordedLayer, Recording
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .errors import RegardError
-from .tracking import module_of
+from ..errors import RegardError
+from .module_stack import module_of
 
 _NAMES = ("o_proj", "out_proj", "c_proj", "out_lin", "o", "wo", "out", "dense", "to_out")
 

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .call.brief import Brief, shortened
-from .call.checked import Call
-from .call.op_schema import pack, unpack
-from .engines.second_pass.weigh import whole_rows
-from .errors import RegardError
+from ..call.brief import Brief, shortened
+from ..call.checked import Call
+from ..call.op_schema import pack, unpack
+from ..engines.second_pass.weigh import whole_rows
+from ..errors import RegardError
 from .saved_files import Fields, checksum, whole_folder
 
 FORMAT = 1

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, cache_utils
 
-from .errors import RegardError
-from .huggingface_config import NAME
-from .ops.cache import Cache, mark
+from ..errors import RegardError
+from ..ops.cache import Cache, mark
+from .config import NAME
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 

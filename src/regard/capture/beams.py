@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call.checked import Call
-from .errors import RegardError
+from ..call.checked import Call
+from ..errors import RegardError
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

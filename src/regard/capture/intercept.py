@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .call.biases import DenseBias, Kind
-from .call.checked import Call
-from .call.masks import Causal, Dense, Full, Mask, Padding
-from .call.observers import Effect
-from .call.opcodes import Op
-from .engines import run
-from .engines.second_pass.weigh import weigh, whole_rows
-from .errors import RegardError
-from .nn import functional
-from .ops import beside
-from .ops.attend import attention
-from .ops.cache import tell
-from .watched import Watched
+from ..call.biases import DenseBias, Kind
+from ..call.checked import Call
+from ..call.masks import Causal, Dense, Full, Mask, Padding
+from ..call.observers import Effect
+from ..call.opcodes import Op
+from ..engines import run
+from ..engines.second_pass.weigh import weigh, whole_rows
+from ..errors import RegardError
+from ..nn import functional
+from ..ops import beside
+from ..ops.attend import attention
+from ..ops.cache import tell
+from .layers import Watched
 
 
 class Caught(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import RegardError
+from ..errors import RegardError
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -14,29 +13,22 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from ..call.brief import shortened
+from ..call.checked import Call
+from ..call.masks import Mask
+from ..call.numbers import whole
+from ..call.observers import NormTopK, Observer, listed
+from ..call.picking import Which, pick
+from ..engines.second_pass.weigh import weigh
+from ..errors import RegardError
+from ..ops.watches import _LOCAL
 from .beams import Trail, picked
-from .call.brief import shortened
-from .call.checked import Call
-from .call.masks import Mask
-from .call.numbers import whole
-from .call.observers import NormTopK, Observer, listed
-from .call.picking import Which, pick
-from .engines.second_pass.weigh import weigh
-from .errors import RegardError
 from .layer_list import Forward, LayerList
+from .module_stack import Tracker, module_of
 from .module_tree import CROSS, Blocks, inside
 from .projection import output_projection
 from .real_queries import SUMMED, real_queries, summed
 from .recording import RecordedLayer
-from .tracking import Tracker, module_of
-
-_LOCAL = threading.local()
-
-
-def active() -> list[Watched]:
-    """The watches that this thread is inside of, the newest first."""
-    watches: list[Watched] = getattr(_LOCAL, "watches", [])
-    return watches[::-1]
 
 
 class Cut(NamedTuple):

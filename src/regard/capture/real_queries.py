@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call.biases import Kind
-from .call.checked import Call
-from .call.observers import Distances, Map, Observer, Received
-from .call.opcodes import Op
-from .call.padding import kept
-from .engines.cpu import engine as cpu
-from .engines.second_pass.weigh import weigh
+from ..call.biases import Kind
+from ..call.checked import Call
+from ..call.observers import Distances, Map, Observer, Received
+from ..call.opcodes import Op
+from ..call.padding import kept
+from ..engines.cpu import engine as cpu
+from ..engines.second_pass.weigh import weigh
 
 SUMMED = (Received, Map, Distances)  # observers that sum over queries
 

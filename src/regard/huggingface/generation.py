@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .ops.cache import Cache, KVCache
+from ..ops.cache import Cache, KVCache
 
 
 def generation_cache(make: Callable[[], Cache] = KVCache, config: Any = None) -> Any:
@@ -25,6 +25,6 @@ def generation_cache(make: Callable[[], Cache] = KVCache, config: Any = None) ->
     Positions go on from the true length, whatever was evicted, and masks (padding, sliding windows)
     are asked at the positions that are held. `cache.caches` are the layers' caches.
     """
-    from .huggingface_cache import GenerationCache
+    from .cache import GenerationCache
 
     return GenerationCache(make, config)

@@ -1,0 +1,1 @@
+"""The attention of a live model, caught; and recordings of it."""
