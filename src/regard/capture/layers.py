@@ -21,11 +21,10 @@ from ..call.observers import NormTopK, Observer, listed
 from ..call.picking import Which, pick
 from ..engines.second_pass.weigh import weigh
 from ..errors import RegardError
-from ..ops.watches import _LOCAL
 from .beams import Trail, picked
 from .layer_list import Forward, LayerList
 from .module_stack import Tracker, module_of
-from .module_tree import CROSS, Blocks, inside
+from .module_tree import CROSS, Blocks, inside, kind_of
 from .projection import output_projection
 from .real_queries import SUMMED, real_queries, summed
 from .recording import RecordedLayer
@@ -172,6 +171,10 @@ class Watched(LayerList[Layer]):
         name = self.tracker.names.get(id(module))
         return None if name is None else self.tracker.call(name)
 
+    def kind_of(self, module: nn.Module, name: str) -> str:
+        """Self or cross: whose keys the call of this module reads."""
+        return kind_of(module, name)
+
     def wants(self, name: str) -> bool:
         """Whether `layers` names this module, by its layer's number, its name or a pattern."""
         self._touched.add(name)
@@ -312,13 +315,6 @@ class Watched(LayerList[Layer]):
     def undone(self) -> list[Cut]:
         """The cuts that matched no call."""
         return [c for number, c in enumerate(self._cuts) if number not in self._done]
-
-    def __enter__(self) -> Watched:
-        _LOCAL.watches = [*getattr(_LOCAL, "watches", []), self]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _LOCAL.watches = [w for w in _LOCAL.watches if w is not self]
 
     @property
     def touched(self) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..call.observers import Observer
 from ..errors import RegardError
+from ..ops.watches import inside_of
 from .intercept import Intercept
 from .layers import Cut, Watched
 from .module_tree import of_hugging_face
@@ -112,15 +113,14 @@ def _watching(
         unknown = sources is None
         interface = hugging and (unknown or any(w in s for s in sources or () for w in _INTERFACE))
         if interface:
-            from ..huggingface import attention as huggingface  # noqa: F401  (its functions are found by name)
-            from ..huggingface.swapped_configs import using_regard
+            from ..huggingface import using_regard
 
             stack.enter_context(using_regard(model))
         if unknown or not interface or _calls_torch(model, sources or []):
             stack.enter_context(Intercept(watched))
         if by_itself := attention_modules(model):
             stack.enter_context(Softmaxes(watched, model, by_itself))
-        stack.enter_context(watched)
+        stack.enter_context(inside_of(watched))
         yield watched
     if not watched.tracker.ran:
         return

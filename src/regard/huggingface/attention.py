@@ -28,14 +28,12 @@ from ..call.checked import Call
 from ..call.geometry import Span
 from ..call.masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
 from ..call.observers import Effect
-from ..capture.layers import Watched
-from ..capture.module_tree import kind_of
 from ..engines import run
 from ..engines.second_pass.weigh import whole_rows
 from ..errors import RegardError
 from ..ops import beside
 from ..ops.cache import owner_of
-from ..ops.watches import active
+from ..ops.watches import Watch, active
 from .config import NAME
 from .swapped_configs import SKIPPED, Watching, watched_name
 
@@ -242,7 +240,7 @@ def _own_function(name: str, names: tuple[str, ...], found: dict[str, Any]) -> C
 
 
 def _compute(
-    where: tuple[Watched, str] | None,
+    where: tuple[Watch, str] | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -283,7 +281,7 @@ def _compute(
 
 
 def _call(
-    where: tuple[Watched, str] | None,
+    where: tuple[Watch, str] | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -307,7 +305,7 @@ def _spread(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _request(
-    where: tuple[Watched, str] | None,
+    where: tuple[Watch, str] | None,
     module: nn.Module,
     query: Tensor,
     k_len: int,
@@ -327,7 +325,7 @@ def _request(
     """
     if cache is not None:
         raise RegardError("regard cannot read a paged cache yet; use the default cache")
-    kind = kind_of(module, where[1] if where else "")
+    kind = where[0].kind_of(module, where[1]) if where else "self"
     is_causal = False if eager else is_causal
     shown, biases, start, key_start = _shown(module, query, k_len, attention_mask, is_causal)
     if position_bias is not None:

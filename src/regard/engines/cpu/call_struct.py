@@ -1,4 +1,4 @@
-"""A call as the compiled kernels read it: numbers, strides and addresses (kernels/cpu/abi.h)."""
+"""A call as the compiled kernels read it: numbers, strides and addresses (csrc/abi.h)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _IN_ORDER = (0,) * PAGES.words
 def words_of(
     call: Call, out: Tensor, lse: Tensor, stats: Tensor | None, kept: Buffers, observe: int = 0
 ) -> bytes:
-    """The call as a RegardCall (kernels/cpu/abi.h)."""
+    """The call as a RegardCall (csrc/abi.h)."""
     place, value = call.place, call.value
     assert value is not None
     kind = TYPES[call.query.dtype]
@@ -116,10 +116,10 @@ def _pages(call: Call, kept: Buffers) -> Sequence[int]:
 
 
 def parts_of(dtype: torch.dtype) -> int:
-    """How many bf16 numbers stand for one in products (kernels/cpu/parts.h); 0: none do.
+    """How many bf16 numbers stand for one in products (csrc/parts.h); 0: none do.
 
     float32: as `torch.set_float32_matmul_precision` asks; "highest" keeps all 24 bits. Without AMX
-    only one part is faster than float32's own product (kernels/cpu/pairs.h).
+    only one part is faster than float32's own product (csrc/pairs.h).
     """
     if dtype == torch.float32:
         parts = PARTS[torch.get_float32_matmul_precision()]
@@ -241,7 +241,7 @@ class Watching:
         return [torch.zeros(shape, dtype=dtype, device="cpu") for shape, dtype in shapes]
 
     def packed(self, kept: Buffers) -> int:
-        """A RegardObserve (kernels/cpu/abi.h)."""
+        """A RegardObserve (csrc/abi.h)."""
         place = self.call.place
         one: dict[type, int] = {}
         received: list[int] = []

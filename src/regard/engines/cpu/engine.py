@@ -1,6 +1,6 @@
 """Compiled kernels for the CPU, with the observers inside the forward.
 
-Kernels: kernels/cpu (Dao et al. 2022; lanes are queries). They read the mask's program, strides and
+Kernels: csrc (Dao et al. 2022; lanes are queries). They read the mask's program, strides and
 grouped heads in place, in O(N) memory. Scores and sums are float32; the same input gives the same
 bits whatever the threads, the run, or the other items of the batch.
 """
@@ -27,7 +27,7 @@ from .calls import effect, run, run_backward
 
 name = "cpu"
 
-MOST_CODE = 1024  # integers of a mask's program (kernels/cpu/mask.h)
+MOST_CODE = 1024  # integers of a mask's program (csrc/mask.h)
 
 
 def why_not(call: Call) -> list[str]:

@@ -1,4 +1,4 @@
-"""The structs of kernels/cpu/abi.h, field by field: the one table by which Python packs them.
+"""The structs of csrc/abi.h, field by field: the one table by which Python packs them.
 
 The library says how large it was built to read each (`sizes`), which is compared when it is loaded;
 a test compares the fields with the header.
