@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.effects import edges
-from regard.loading import Reader, load
-from regard.probing import Probe
+from regard.analysis.effect import edges
+from regard.analysis.probe import Probe
+from regard.analysis.text_model import Reader, load
 
 TOP, LEAST, BATCH = 20, 0.001, 256
 

@@ -21,10 +21,10 @@ from rich.cells import cell_len
 from transformers import AttentionInterface
 
 import zoo
+from regard.analysis.cut import Edge, cut
+from regard.analysis.probe import Probe
+from regard.analysis.text_model import Reader, load
 from regard.cli import main
-from regard.cutting import Edge, cut
-from regard.loading import Reader, load
-from regard.probing import Probe
 
 ANIMAL = "The animal didn't cross the road because it was tired"
 FAMILIES = {str(f): f for f in zoo.FAMILIES}

@@ -254,9 +254,9 @@ def run(*arguments):
 
 def test_all_directions_are_exact():
     """A link's effect on a vector, from as many directions as it has, is the first-order change."""
-    from regard.effects import effects
-    from regard.loading import load
-    from regard.probing import Probe
+    from regard.analysis.effect import effects
+    from regard.analysis.probe import Probe
+    from regard.analysis.text_model import load
 
     probe = Probe(load(), "The cat sat because it was tired")
     word = next(i for i, w in enumerate(probe.words) if w.text == "it")
@@ -303,8 +303,8 @@ def test_the_command_ranks_links():
 def test_effect_on_the_next_token():
     """Signed, and the first-order change of the log-probability that cutting makes."""
     import test_cut
-    from regard.effects import effects
-    from regard.probing import Probe
+    from regard.analysis.effect import effects
+    from regard.analysis.probe import Probe
 
     reader = test_cut.writer()
     probe = Probe(reader, "the cat sat on the mat it sat")
@@ -338,7 +338,7 @@ def test_effect_finds_what_matters(shared):
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     bench.LEAST = 0.1
-    from regard.loading import load
+    from regard.analysis.text_model import load
 
     reader = load()
     text, pronoun = bench.sentences(shared / "data/dpr/test.c.txt", 2)[1]

@@ -10,10 +10,11 @@ pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
 
 from rich.cells import cell_len
 
-from regard.report import look, summary, tables
+from regard.analysis import summary, tables
+from regard.analysis.function_words import is_content
+from regard.analysis.words import Word
+from regard.report import look
 from regard.report.as_json import as_dict
-from regard.report.function_words import is_content
-from regard.words import Word
 from test_look import CAT, TROPHY, answered, printed
 
 PLACES = {"previous": -1, "self": 0, "next": 1}

@@ -43,7 +43,7 @@ def test_help_needs_no_torch(arguments):
         "from regard import *; attention, Causal",
         "import regard; regard.call.masks.Causal, regard.Causal",
         "import regard.engines.second_pass.weigh, regard.bench, regard; regard.attention",
-        "import regard.report.looking, regard.cutting",
+        "import regard.analysis.look, regard.analysis.cut",
         "import regard.call.masks, regard; regard.attention",
         "import regard; assert set(regard.__all__) <= set(dir(regard))",
         "import regard; assert not hasattr(regard, 'nope'); regard.attention",

@@ -18,8 +18,8 @@ from rich.cells import cell_len  # noqa: E402
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
 import regard  # noqa: E402
+from regard.analysis.text_model import Encoded, Reader, load  # noqa: E402
 from regard.cli import main  # noqa: E402
-from regard.loading import Encoded, Reader, load  # noqa: E402
 from regard.report import first_screen, look, terminal  # noqa: E402
 from regard.report.as_json import as_dict, as_json  # noqa: E402
 from regard.report.screen import Bit, bar, clean, fit, grid, wrapped  # noqa: E402

@@ -14,8 +14,8 @@ from click.testing import CliRunner  # noqa: E402
 
 import regard  # noqa: E402
 from regard import LookResult, RegardError  # noqa: E402
+from regard.analysis.text_model import load  # noqa: E402
 from regard.cli import main  # noqa: E402
-from regard.loading import load  # noqa: E402
 
 NAME = "all-MiniLM-L6-v2"
 CAT = "The cat sat on the mat because it was tired"
@@ -209,5 +209,10 @@ def test_nothing_is_imported_before_it_is_called():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "regard.look_result" in loaded
-    assert not loaded & {"regard.report", "regard.loading", "regard.look_model", "rich"}
+    assert not loaded & {
+        "regard.report",
+        "regard.analysis.text_model",
+        "regard.analysis.look_model",
+        "rich",
+    }
     assert not loaded & {"transformers", "tokenizers", "html.parser"}

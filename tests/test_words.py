@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import regard
-from regard import words as words_module
-from regard.words import Word, Words, columns, find, from_word, label
+from regard.analysis import words as words_module
+from regard.analysis.words import Word, Words, columns, find, from_word, label
 
 
 def split(text, *tokens, special=(), cuts=()):

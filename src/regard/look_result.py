@@ -16,9 +16,9 @@ from .call.numbers import at_least, whole, wholes
 from .errors import RegardError
 
 if TYPE_CHECKING:
+    from .analysis.look import Look
+    from .analysis.words import Link
     from .capture.recording import Recording
-    from .report.looking import Look
-    from .words import Link
 
 _FRAME = 'width="100%" height="{height}" style="border:0" sandbox="allow-scripts"'
 
@@ -125,9 +125,9 @@ def look(
 
     Nothing of a loaded model is changed. RegardError in one line for what cannot be looked at.
     """
-    from .look_model import read_as, reading
-    from .report.asking import Question
-    from .report.looking import look as gather
+    from .analysis.look import look as gather
+    from .analysis.look_model import read_as, reading
+    from .analysis.question import Question
 
     _check_text(text, "text")
     if versus is not None:

@@ -19,7 +19,7 @@ from .call.sparse_masks import BigBird, BlockSparse, Chunks, Dilated, Fixed, Lon
 from .capture.recording import Recording
 from .capture.layers import Cut
 from .capture.watching import watch
-from .windows import Unseen, unseen, unseen_mass, unseen_recorded
+from .analysis.context_loss import Unseen, unseen, unseen_mass, unseen_recorded
 from .ops.merging import stitch
 
 __all__ = [

@@ -124,10 +124,10 @@ def look(
     with warnings.catch_warnings(), progress() as told:
         warnings.simplefilter("ignore")
         told("loading the model", None)
-        from ..loading import load
-        from ..report.asking import Question
+        from ..analysis.look import look as gather
+        from ..analysis.question import Question
+        from ..analysis.text_model import load
         from ..report.html import check_html, write_html
-        from ..report.looking import look as gather
 
         if html is not None:
             check_html(html)

@@ -109,8 +109,8 @@ def walk(
             from ..report.html import check_html
 
             check_html(html)
-        from ..loading import load
-        from ..walking import walk as compute
+        from ..analysis.text_model import load
+        from ..analysis.walk import walk as compute
 
         reader = load(model, generate=generate > 0)
         reader.pieces = tokens

@@ -1,5 +1,5 @@
 """What `regard look` prints: gathered from a recording, as text or as JSON."""
 
-from .looking import Look, look
+from ..analysis.look import Look, look
 
 __all__ = ["Look", "look"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..analysis.look import Look
 from .asked_json import asked_dict
-from .looking import Look
 
 
 def as_dict(found: Look) -> dict[str, Any]:

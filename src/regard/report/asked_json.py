@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..comparing import Versus
+from ..analysis.compare import Versus
+from ..analysis.look import Look
 from .continuation import continuation_dict
-from .looking import Look
 
 if TYPE_CHECKING:
-    from ..cutting import Changed
-    from ..effects import Effects
+    from ..analysis.cut import Changed
+    from ..analysis.effect import Effects
 
 
 def asked_dict(found: Look) -> dict[str, Any]:

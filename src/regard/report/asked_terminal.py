@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from ..comparing import NOISE, Flip, Pair, Reading, Versus
+from ..analysis.compare import NOISE, Flip, Pair, Reading, Versus
+from ..analysis.look import Look
 from .continuation import continuation
-from .looking import Look
 from .screen import bar, clean, fit, word_name
 from .terminal import Page
 
 if TYPE_CHECKING:
-    from ..cutting import Changed
-    from ..effects import Effects
+    from ..analysis.cut import Changed
+    from ..analysis.effect import Effects
 
 _DIM, _HEAD = "dim", "bold"
 

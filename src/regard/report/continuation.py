@@ -10,7 +10,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from .looking import Look
+from ..analysis.look import Look
 from .screen import clean, word_name
 
 _WORDS = 60  # listed with a probability

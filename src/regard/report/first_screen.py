@@ -15,11 +15,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from ..words import Link
-from .function_words import is_content
-from .looking import Look
+from ..analysis.function_words import is_content
+from ..analysis.look import Look
+from ..analysis.summary import KNOWN, Behaviour, Pair
+from ..analysis.words import Link
 from .screen import bar, fit, head_label, percent, word_name
-from .summary import KNOWN, Behaviour, Pair
 
 _DIM, _HEAD = "dim", "bold"
 _SIDE = 17  # the column of names beside what stands apart

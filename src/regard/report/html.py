@@ -26,18 +26,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..comparing import NOISE, align
+from ..analysis.compare import NOISE, align
+from ..analysis.look import Look
+from ..analysis.parts import Part, Side
+from ..analysis.tables import tables
+from ..analysis.text_model import DEFAULT
 from ..errors import RegardError
-from ..loading import DEFAULT
-from .looking import Look
-from .parts import Part, Side
 from .screen import clean, word_name
-from .tables import tables
 
 if TYPE_CHECKING:
+    from ..analysis.compare import Versus
+    from ..analysis.effect import Effects
     from ..capture.recording import Recording
-    from ..comparing import Versus
-    from ..effects import Effects
 
 UNIT = 10_000
 """Weights are written in units of 1/UNIT."""

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ..words import SINK, SINK_QUERIES
+from ..analysis.look import Focus, Look, Row
+from ..analysis.parts import Part, Side
+from ..analysis.words import SINK, SINK_QUERIES
 from .continuation import continuation
 from .first_screen import OF, FirstScreen
-from .looking import Focus, Look, Row
-from .parts import Part, Side
 from .screen import (
     Bit,
     bar,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..walked import Side, Walk
+from ..analysis.walk_result import Side, Walk
 from .html import _digest, check_html, write_page
 from .screen import clean, word_name
 from .walk_steps import Line, Row, Step, checks, chosen_line, head_line, head_name, steps

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..walked import Token, Walk, Weighing
+from ..analysis.walk_result import Token, Walk, Weighing
 from .as_json import _escaped
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ..walked import Side, Walk
+from ..analysis.walk_result import Side, Walk
 from .screen import bar, clean, fit, word_name
 from .walk_steps import Line, Row, Step, checks, chosen_line, head_line, steps
 

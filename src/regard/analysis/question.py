@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..capture.recording import Recording
-from ..cutting import Edge, cut
-from ..effects import effects
 from ..errors import RegardError
-from ..loading import Reader, load
-from ..probing import Probe
-from .looking import Look
+from .cut import Edge, cut
+from .effect import effects
+from .look import Look
+from .probe import Probe
+from .text_model import Reader, load
 from .versus import add_versus
 
 

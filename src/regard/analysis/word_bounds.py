@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from .errors import RegardError
+from ..errors import RegardError
 
 # Scripts without spaces that UAX #29 joins: it parts Han, hiragana, Thai, Khmer and the like itself
 _UNSPACED = r"[\p{scx=Katakana}\p{sc=Bopomofo}\p{sc=Tibetan}\p{lb=AK}\p{lb=AS}]+"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..comparing import Reading, Versus, align, compare, counterpart
 from ..errors import RegardError
-from .looking import Look, Row, look, rows_of
+from .compare import Reading, Versus, align, compare, counterpart
+from .look import Look, Row, look, rows_of
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording

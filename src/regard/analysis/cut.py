@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call.masks import Edges, Full, Heads, Mask
-from .capture.layers import Cut
-from .capture.recording import Recording
-from .comparing import Reading, Versus, compare
-from .errors import RegardError
-from .probing import Probe
+from ..call.masks import Edges, Full, Heads, Mask
+from ..capture.layers import Cut
+from ..capture.recording import Recording
+from ..errors import RegardError
+from .compare import Reading, Versus, compare
+from .probe import Probe
 from .words import Words, find, from_word, label
 
 _SPEC = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*(?::(.*))?", re.DOTALL)

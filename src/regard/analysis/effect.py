@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call.observers import Effect, NormTopK, Observer
-from .call.results import NormTopKSeen
-from .capture.recording import Recording
-from .errors import RegardError
-from .probing import Probe, Run
+from ..call.observers import Effect, NormTopK, Observer
+from ..call.results import NormTopKSeen
+from ..capture.recording import Recording
+from ..errors import RegardError
+from .probe import Probe, Run
 from .words import from_word
 
 LEAST = 32  # directions of a vector target, in a text of any length

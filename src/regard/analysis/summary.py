@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..words import Link, Word, from_word, strongest_of
 from .function_words import is_content
 from .parts import Part
 from .tables import tables
+from .words import Link, Word, from_word, strongest_of
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording

@@ -13,27 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..comparing import Versus
 from ..errors import RegardError
-from ..words import (
-    Columns,
-    Found,
-    Link,
-    Word,
-    Words,
-    columns,
-    find,
-    from_word,
-    label,
-    strongest_of,
-)
+from .compare import Versus
 from .parts import Part, Side
 from .summary import Summary, gather
+from .words import Columns, Found, Link, Word, Words, columns, find, from_word, label, strongest_of
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording
-    from ..cutting import Changed
-    from ..effects import Effects
+    from .cut import Changed
+    from .effect import Effects
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from .errors import RegardError
+from ..errors import RegardError
 
 if TYPE_CHECKING:
-    from .capture.recording import Recording
+    from ..capture.recording import Recording
 
 Family = Literal["encoder", "causal", "encoder-decoder"]
 
@@ -125,7 +125,7 @@ class Reader:
         """
         import torch
 
-        from .capture.watching import watch
+        from ..capture.watching import watch
 
         encoded = self.encode(text)
         self._fits(len(encoded.ids), generate)

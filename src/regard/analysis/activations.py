@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import RegardError
+from ..errors import RegardError
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..words import Word
+from .words import Word
 
 _ENGLISH = """
 a an the this that these those some any no each every either neither both all such what which

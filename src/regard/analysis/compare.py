@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import RegardError
+from ..errors import RegardError
 from .words import Word
 
 NOISE = 0.02

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..words import Words
+from .words import Words
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording

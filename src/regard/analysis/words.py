@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .errors import RegardError
+from ..errors import RegardError
 from .word_bounds import pieces_of, strip
 
 if TYPE_CHECKING:
-    from .capture.recording import Recording
+    from ..capture.recording import Recording
 
 SINK = 0.3
 """A word is a sink of a head where its column mean is above this (Gu et al. 2025)."""

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call.brief import Brief
-from .call.checked import Call
-from .call.geometry import Place
-from .call.mask_program import Program
-from .call.masks import Causal, Lowering, Mask
-from .call.results import ReceivedSeen, TopKSeen
-from .capture.recording import RecordedLayer
-from .engines import tiled
-from .errors import RegardError
+from ..call.brief import Brief
+from ..call.checked import Call
+from ..call.geometry import Place
+from ..call.mask_program import Program
+from ..call.masks import Causal, Lowering, Mask
+from ..call.results import ReceivedSeen, TopKSeen
+from ..capture.recording import RecordedLayer
+from ..engines import tiled
+from ..errors import RegardError
 
 TILE = 128  # queries and keys that are decided at once where their tile is not mixed
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from .call.brief import shortened
-from .errors import RegardError
-from .loading import EXTRA, Reader, family_of, load
+from ..call.brief import shortened
+from ..errors import RegardError
+from .text_model import EXTRA, Reader, family_of, load
 
 _GIVE = "give a folder, a name, (model, tokenizer), or an object with .model and .tokenizer"
 

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .call.checked import Call
-from .call.geometry import Span
-from .capture.module_stack import module_of
-from .capture.projection import output_projection
-from .capture.watching import watch
-from .errors import RegardError
-from .loading import Encoded, _without_cache, quiet
-from .tracing import Trace, moved, near
-from .walked import Check, Embedded, Side, Token, Walk, Weighing
+from ..call.checked import Call
+from ..call.geometry import Span
+from ..capture.module_stack import module_of
+from ..capture.projection import output_projection
+from ..capture.watching import watch
+from ..errors import RegardError
+from .activations import Trace, moved, near
+from .text_model import Encoded, _without_cache, quiet
+from .walk_result import Check, Embedded, Side, Token, Walk, Weighing
 from .words import Words, columns, find, label
 
 if TYPE_CHECKING:
-    from .capture.recording import Recording
-    from .loading import Reader
+    from ..capture.recording import Recording
+    from .text_model import Reader
 
 _PLAIN = (-5.0, 12.0)  # largest scores of which exp prints well without anything taken off
 _ROUNDINGS = 256  # a difference is rounding up to so many ε of the largest number compared

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..words import Words
+from .words import Words
 
 Heads = list[tuple[int, int]]
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call.observers import Observer
-from .capture.layers import Cut, Layer
-from .capture.recording import Recording
-from .capture.watching import watch
-from .errors import RegardError
-from .loading import Encoded, Reader, quiet
+from ..call.observers import Observer
+from ..capture.layers import Cut, Layer
+from ..capture.recording import Recording
+from ..capture.watching import watch
+from ..errors import RegardError
+from .text_model import Encoded, Reader, quiet
 from .words import Words
 
 

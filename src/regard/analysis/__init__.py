@@ -1,0 +1,1 @@
+"""What can be asked of a text in a model: look, walk, versus, cut, effect."""
