@@ -16,19 +16,9 @@ from rich.cells import cell_len  # noqa: E402
 
 import regard.cli.bench as command  # noqa: E402
 from regard import Causal, RegardError, Window  # noqa: E402
-from regard.bench import (  # noqa: E402
-    Entry,
-    Settings,
-    chosen,
-    machine,
-    measure,
-    peers,
-    run,
-    running,
-    suites,
-    timing,
-    written,
-)
+from regard.bench import Entry, Settings, chosen, machine, measure, peers, run, suites, timing  # noqa: E402
+from regard.bench import runner as running  # noqa: E402
+from regard.bench import tables as written  # noqa: E402
 from regard.bench.sides import Side  # noqa: E402
 from regard.bench.timing import Clock, NeverQuiet, Timing, alternate  # noqa: E402
 from regard.cli import main  # noqa: E402

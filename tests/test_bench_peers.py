@@ -20,10 +20,10 @@ from regard import (
     TopK,
     Window,
 )
-from regard.bench import checking, peers, suites
-from regard.bench.checking import Truth
-from regard.bench.forms import FORMS
-from regard.bench.inputs import Inputs
+from regard.bench import accuracy as checking
+from regard.bench import peers, suites
+from regard.bench.accuracy import Truth
+from regard.bench.inputs import FORMS, Inputs
 from regard.bench.problems import TYPES, Problem
 from regard.bench.sides import Refused
 

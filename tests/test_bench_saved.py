@@ -8,8 +8,9 @@ for package in ("click", "rich"):
     pytest.importorskip(package, reason='needs pip install "regard[bench]"')
 
 from regard import Causal, Received, attention  # noqa: E402
-from regard.bench import chosen, cycles, run, saved, suites, written  # noqa: E402
-from regard.bench.running import Outcome, Settings  # noqa: E402
+from regard.bench import chosen, cycles, run, saved, suites  # noqa: E402
+from regard.bench import tables as written  # noqa: E402
+from regard.bench.runner import Outcome, Settings  # noqa: E402
 from regard.bench.timing import Clock, Timing  # noqa: E402
 from regard.engines.cpu import native  # noqa: E402
 from test_bench import bench, quick_turns, refused, small_suites, tiny  # noqa: E402, F401
@@ -95,7 +96,7 @@ def test_quick_has_no_slow_peers_and_ends():
     entries = [tiny("short", name, "flex") for name in ("fp32/a", "fp32/b")]
     ran = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regard.bench.running.measure", lambda e, *_: ran.append(e) or Outcome(e))
+        patch.setattr("regard.bench.runner.measure", lambda e, *_: ran.append(e) or Outcome(e))
         found = list(run(entries, Settings(within=45.0), clock))
     assert [o.entry for o in found] == ran == entries[:1]
 

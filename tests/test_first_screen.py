@@ -12,9 +12,9 @@ from rich.cells import cell_len
 
 from regard.analysis import summary, tables
 from regard.analysis.function_words import is_content
+from regard.analysis.look import look
 from regard.analysis.words import Word
-from regard.report import look
-from regard.report.as_json import as_dict
+from regard.report.look_json import as_dict
 from test_look import CAT, TROPHY, answered, printed
 
 PLACES = {"previous": -1, "self": 0, "next": 1}

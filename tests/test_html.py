@@ -20,11 +20,14 @@ from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
-from regard.analysis.look import rows_of  # noqa: E402
+from regard.analysis.look import (  # noqa: E402
+    look,
+    rows_of,
+)
 from regard.analysis.text_model import load  # noqa: E402
 from regard.cli import main  # noqa: E402
 from regard.errors import RegardError  # noqa: E402
-from regard.report import html, look  # noqa: E402
+from regard.report import look_html as html  # noqa: E402
 from test_look import piece_tokenizer  # noqa: E402
 
 TROPHY = "The trophy didn't fit in the suitcase because it was too big."

@@ -14,7 +14,7 @@ from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
 
 from regard.cli import main
-from regard.report import html
+from regard.report import look_html as html
 from test_html import ANIMAL, HOSTILE, TROPHY, Page, Written, browser, close, minilm
 
 __all__ = ["browser", "minilm"]

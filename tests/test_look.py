@@ -18,10 +18,12 @@ from rich.cells import cell_len  # noqa: E402
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
 import regard  # noqa: E402
+from regard.analysis.look import look  # noqa: E402
 from regard.analysis.text_model import Encoded, Reader, load  # noqa: E402
 from regard.cli import main  # noqa: E402
-from regard.report import first_screen, look, terminal  # noqa: E402
-from regard.report.as_json import as_dict, as_json  # noqa: E402
+from regard.report import first_screen  # noqa: E402
+from regard.report import look_terminal as terminal  # noqa: E402
+from regard.report.look_json import as_dict, as_json  # noqa: E402
 from regard.report.screen import Bit, bar, clean, fit, grid, wrapped  # noqa: E402
 
 TROPHY = "The trophy didn't fit in the suitcase because it was too big."

@@ -8,7 +8,7 @@ from .call.top_blocks import TopBlocks
 from .call.dropout import Dropout
 from .errors import NoEngine, RegardError
 from .ops.linear import Favor, LinearState, linear_attention
-from .look_result import LookResult, look
+from .report.look_result import LookResult, look
 from .call.masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask
 from .call.masks import Padding, Predicate, Window
 from .ops.merging import merge, piecewise

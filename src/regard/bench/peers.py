@@ -18,7 +18,7 @@ from ..call.sparse_masks import BlockSparse
 from ..engines import select
 from ..ops.attend import attention
 from ..ops.linear import linear_attention
-from .checking import gradients
+from .accuracy import gradients
 from .dense import Answer, attend, statistics
 from .inputs import Inputs
 from .machine import available_bytes

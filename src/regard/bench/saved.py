@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RegardError
-from .running import Outcome
+from .runner import Outcome
 from .timing import Ratio
 
 SAME = ("processor", "cores", "threads", "bound", "kernels", "torch")

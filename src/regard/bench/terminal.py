@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ..report.screen import fit
-from .running import OURS, Outcome, Settings
-from .written import (
+from .runner import OURS, Outcome, Settings
+from .tables import (
     COSTS,
     NAMES,
     Notes,
@@ -24,7 +24,7 @@ from .written import (
     span,
     told,
     why_not,
-)  # fmt: skip
+)
 
 _DIM, _HEAD = "dim", "bold"
 _BESIDE = 58  # columns of a line beside the shape's

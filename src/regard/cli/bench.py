@@ -92,7 +92,8 @@ def bench(
     """
     import torch
 
-    from ..bench import Settings, chosen, cycles, machine, run, saved, written
+    from ..bench import Settings, chosen, cycles, machine, run, saved
+    from ..bench import tables as written
 
     if threads is not None:  # the suite `threads` goes up to it
         ctx.call_on_close(partial(torch.set_num_threads, torch.get_num_threads()))

@@ -127,7 +127,7 @@ def look(
         from ..analysis.look import look as gather
         from ..analysis.question import Question
         from ..analysis.text_model import load
-        from ..report.html import check_html, write_html
+        from ..report.look_html import check_html, write_html
 
         if html is not None:
             check_html(html)
@@ -166,14 +166,14 @@ def look(
             saved = _save(recording, save)
     replace_unprintable()
     if as_object:
-        from ..report.as_json import as_json
+        from ..report.look_json import as_json
 
         click.echo(as_json(found, ascii_only()))
     elif html is None:
         from rich.console import Console
 
-        from ..report.asked_terminal import print_asked
-        from ..report.terminal import print_look
+        from ..report.answers_terminal import print_asked
+        from ..report.look_terminal import print_look
 
         (print_asked if found.asked else print_look)(found, Console())
         if save is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..analysis.walk_result import Side, Walk
-from .html import _digest, check_html, write_page
+from .look_html import _digest, check_html, write_page
 from .screen import clean, word_name
 from .walk_steps import Line, Row, Step, checks, chosen_line, head_line, head_name, steps
 from .walk_terminal import vector

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.walk_result import Token, Walk, Weighing
-from .as_json import _escaped
+from .look_json import _escaped
 
 
 class Line(NamedTuple):

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from . import saved
-from .running import OURS, Outcome, Settings
+from .runner import OURS, Outcome, Settings
 from .suites import SUITES, Entry
 from .timing import Ratio
 

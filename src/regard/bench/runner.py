@@ -13,7 +13,7 @@ import torch
 from ..engines import ENGINES
 from ..errors import NoEngine, RegardError
 from . import machine
-from .checking import Truth
+from .accuracy import Truth
 from .inputs import Inputs
 from .peers import PEERS, engine_of, ours
 from .problems import Problem

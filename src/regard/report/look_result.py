@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .call.brief import shortened
-from .call.numbers import at_least, whole, wholes
-from .errors import RegardError
+from ..call.brief import shortened
+from ..call.numbers import at_least, whole, wholes
+from ..errors import RegardError
 
 if TYPE_CHECKING:
-    from .analysis.look import Look
-    from .analysis.words import Link
-    from .capture.recording import Recording
+    from ..analysis.look import Look
+    from ..analysis.words import Link
+    from ..capture.recording import Recording
 
 _FRAME = 'width="100%" height="{height}" style="border:0" sandbox="allow-scripts"'
 
@@ -45,13 +45,13 @@ class LookResult:
 
     def as_dict(self) -> dict[str, Any]:
         """What `json()` writes, as an object; `regard look --help` says what each field means."""
-        from .report.as_json import as_dict
+        from .look_json import as_dict
 
         return as_dict(self.found)
 
     def json(self) -> str:
         """One JSON object in one line: what `regard look --json` prints."""
-        from .report.as_json import as_json
+        from .look_json import as_json
 
         return as_json(self.found)
 
@@ -60,7 +60,7 @@ class LookResult:
 
         RegardError where it cannot be written.
         """
-        from .report.html import write_html
+        from .look_html import write_html
 
         if not isinstance(file, str | Path):
             raise RegardError(f"html writes a file; {shortened(repr(file), 60)} is no path")
@@ -74,8 +74,8 @@ class LookResult:
             from rich.console import Console
         except ImportError as error:
             raise RegardError('printing needs rich: pip install "regard[look]"') from error
-        from .report.asked_terminal import print_asked
-        from .report.terminal import print_look
+        from .answers_terminal import print_asked
+        from .look_terminal import print_look
 
         written = io.StringIO()
         console = Console(file=written, width=whole(width, "width"), color_system=None)
@@ -89,7 +89,7 @@ class LookResult:
         """The page in a frame of its own, which may run its script and nothing else."""
         from html import escape
 
-        from .report.html import as_html
+        from .look_html import as_html
 
         page = as_html(self.found, self.recording, other=self.other)
         return f'<iframe {_FRAME.format(height=720)} srcdoc="{escape(page)}"></iframe>'
@@ -125,9 +125,9 @@ def look(
 
     Nothing of a loaded model is changed. RegardError in one line for what cannot be looked at.
     """
-    from .analysis.look import look as gather
-    from .analysis.look_model import read_as, reading
-    from .analysis.question import Question
+    from ..analysis.look import look as gather
+    from ..analysis.look_model import read_as, reading
+    from ..analysis.question import Question
 
     _check_text(text, "text")
     if versus is not None:

@@ -13,8 +13,8 @@ from rich.text import Text
 from ..analysis.compare import NOISE, Flip, Pair, Reading, Versus
 from ..analysis.look import Look
 from .continuation import continuation
+from .look_terminal import Page
 from .screen import bar, clean, fit, word_name
-from .terminal import Page
 
 if TYPE_CHECKING:
     from ..analysis.cut import Changed

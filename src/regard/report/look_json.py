@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..analysis.look import Look
-from .asked_json import asked_dict
+from .answers_json import asked_dict
 
 
 def as_dict(found: Look) -> dict[str, Any]:

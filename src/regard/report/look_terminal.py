@@ -16,18 +16,7 @@ from ..analysis.parts import Part, Side
 from ..analysis.words import SINK, SINK_QUERIES
 from .continuation import continuation
 from .first_screen import OF, FirstScreen
-from .screen import (
-    Bit,
-    bar,
-    clean,
-    counted,
-    fit,
-    grid,
-    head_label,
-    percent,
-    word_name,
-    wrapped,
-)
+from .screen import Bit, bar, clean, counted, fit, grid, head_label, percent, word_name, wrapped
 
 _READS = {
     "self": "reads",
