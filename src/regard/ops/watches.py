@@ -22,7 +22,7 @@ class Watch(Protocol):
     `name` is that of a module's call, as `call_of` gives it.
     """
 
-    observe: list[Observer]
+    observe: tuple[Observer, ...]
     verifying: bool
 
     def call_of(self, module: nn.Module) -> str | None:
