@@ -41,7 +41,7 @@ def test_help_needs_no_torch(arguments):
     [
         "from regard import Causal, attention; attention, Causal",
         "from regard import *; attention, Causal",
-        "import regard; regard.call.masks.Causal, regard.Causal",
+        "import regard; regard.errors.RegardError, regard.Causal",
         "import regard.engines.second_pass.weigh, regard.bench, regard; regard.attention",
         "import regard.analysis.look, regard.analysis.cut",
         "import regard.call.masks, regard; regard.attention",
