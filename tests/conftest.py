@@ -64,3 +64,80 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder 'shared' (models and data) beside the repository")
     return folder
+
+
+# Models and what else takes long to make: once a run, for all files
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The packaged model."""
+    from regard.analysis.text_model import load
+
+    return load()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    """Small random models on disk: `gpt2` and `t5`."""
+    from small_tokenizers import write_models
+
+    root = tmp_path_factory.mktemp("models")
+    write_models(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """One Chromium."""
+    from browsing import chromium
+
+    driver = chromium(tmp_path_factory.mktemp("chromium"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
+def trophy(minilm, tmp_path_factory):
+    """A text read by the packaged model, and its page."""
+    from browsing import Written
+    from texts import TROPHY
+
+    return Written(minilm.record(TROPHY), tmp_path_factory.mktemp("page") / "look.html", ["it"])
+
+
+# Benchmarks without their patience
+
+
+@pytest.fixture
+def quick_turns(monkeypatch):
+    """Turns of one call, which wait for nothing."""
+    from regard.bench import timing
+
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
+    monkeypatch.setattr(timing, "TIMED", 0.0)
+
+
+@pytest.fixture
+def small_suites(monkeypatch, quick_turns, tmp_path):
+    """Two suites of tiny shapes, on a machine that is always quiet, where no run is saved."""
+    import regard.bench.tables as written
+    from regard import Causal
+    from regard.bench import machine, suites
+    from test_bench import quiet, tiny
+    from test_bench_peers import OBSERVED
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def short():
+        """tiny ones"""
+        yield tiny("short", "fp32/n96", "sdpa", "eager")
+        yield tiny("short", "bf16/n96", "onnxruntime", type="bf16")
+
+    def observed():
+        """with the weights in sight"""
+        yield tiny("observed", "fp32/all/n96", "plain", "sdpa", mask=Causal(), observe=OBSERVED)
+
+    monkeypatch.setattr(suites, "SUITES", {"short": short, "observed": observed})
+    monkeypatch.setattr(written, "SUITES", suites.SUITES)
+    monkeypatch.setattr(machine, "clock", quiet)
