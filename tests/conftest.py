@@ -1,5 +1,6 @@
 """What every test shares: no network, no clock, and the folder of larger models and data."""
 
+import importlib.util
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,38 @@ settings.load_profile("regard")
 
 # Tests are many small operations: threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Two processes for the whole suite; for some files none, as starting them takes longer."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    return min(2, os.cpu_count() or 1) if whole else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process, and so do all of `TOGETHER`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return next((kind for kind in TOGETHER if kind in file), file)
+
+    return ByFile(config, log)
+
+
+# One browser, and one pair of processes that interpret: not one for each process of tests
+TOGETHER = ("test_html", "test_triton")
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("triton") is None:
+        missing = pytest.mark.skip('triton is not installed; pip install ".[dev,cuda]"')
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(missing)
 
 
 @pytest.fixture(autouse=True)
