@@ -7,6 +7,7 @@ from torch import Tensor
 import regard
 import zoo
 from cases import Case, assert_within, at, floats
+from naive_masks import naively, place
 from regard import (
     ALiBi,
     BlockSparse,
@@ -39,7 +40,6 @@ from regard import (
 from regard.call.checked import Call
 from regard.call.geometry import Span
 from regard.engines import reference
-from test_masks import naively, place
 
 rng = torch.Generator().manual_seed(9)
 
