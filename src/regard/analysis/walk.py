@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..call.checked import Call
 from ..call.geometry import Span
 from ..capture.module_stack import module_of
+from ..capture.options import WatchOptions
 from ..capture.projection import output_projection
-from ..capture.watching import watch
+from ..capture.watching import WatchBlock
 from ..errors import RegardError
 from .activations import Trace, moved, near
 from .text_model import Encoded, _without_cache, quiet
@@ -55,16 +56,8 @@ def walk(
     """
     model, inputs, texts = _prepared(reader, text, generate, target, step)
     sides = _sides(texts)
-    calls: dict[str, Call] = {}
     with quiet(), torch.no_grad():
-        with watch(model, keep_qk=True) as seen:
-            recorded = seen.record
-
-            def record(name: str, kind: str, call: Call, *rest: Any) -> None:
-                calls[name] = call
-                recorded(name, kind, call, *rest)
-
-            seen.record = record  # type: ignore[method-assign, assignment]
+        with WatchBlock(model, WatchOptions(keep_qk=True, keep_calls=True)) as seen:
             model(**inputs)
         recording = seen.recording(model=reader.name)
         number, (index, which), chosen = _place(recording, sides, word, *_pair(layer, head))
@@ -74,7 +67,9 @@ def walk(
             model(**inputs)
     name = recording.layers[index].name
     source = sides[0] if _kind(recording, index, len(sides)) in ("encoder", "cross") else side
-    parts = _steps(model, trace, calls[name], name, at, which)
+    call = seen[name].call
+    assert call is not None
+    parts = _steps(model, trace, call, name, at, which)
     exact = recording.weights(index, which, rows=[at])[0]
     weights = parts["weighing"].weights
     checks = [_check("weights", weights, exact, torch.float32), *parts.pop("checks")]
