@@ -22,7 +22,7 @@ from ..capture.projection import output_projection
 from ..capture.watching import WatchBlock
 from ..errors import RegardError
 from .activations import Trace, moved, near
-from .text_model import Encoded, _without_cache, quiet
+from .text_model import Encoded, quiet, without_cache
 from .walk_result import Check, Embedded, Side, Token, Walk, Weighing
 from .words import Words, columns, find, label
 
@@ -107,18 +107,18 @@ def _prepared(
     if target is not None and generate:
         raise RegardError("give a target, or let the model generate: not both")
     encoded = reader.encode(text)
-    reader._fits(len(encoded.ids), generate)
+    reader.check_length(len(encoded.ids), generate)
     ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
     with quiet(), torch.no_grad():
-        new = reader._generate(ids, generate, step)[0] if generate else []
+        new = reader.generate(ids, generate, step)[0] if generate else []
     model, texts = reader.model.base_model, [encoded]
     if reader.family == "causal" and generate:
-        texts = [reader._continued(encoded, new)]
+        texts = [reader.continued(encoded, new)]
     elif reader.family == "encoder-decoder" and generate:
-        texts.append(reader._continued(Encoded("", []), new))
+        texts.append(reader.continued(Encoded("", []), new))
     elif target is not None:
         texts.append(_target(reader, target))
-        reader._fits(len(texts[1].ids), 0)
+        reader.check_length(len(texts[1].ids), 0)
     elif reader.family == "encoder-decoder":
         model = reader.model.get_encoder()
     inputs: dict[str, Any] = {
@@ -126,7 +126,7 @@ def _prepared(
     }
     if len(texts) > 1:
         inputs["decoder_input_ids"] = torch.tensor([texts[1].ids], dtype=torch.int64, device="cpu")
-    return model, inputs | _without_cache(model), texts
+    return model, inputs | without_cache(model), texts
 
 
 def _target(reader: Reader, text: str) -> Encoded:
@@ -141,7 +141,7 @@ def _target(reader: Reader, text: str) -> Encoded:
     return Encoded(
         text,
         [start, *said.ids[:stop]],
-        [*reader._names([start]), *said.tokens[:stop]],
+        [*reader.names([start]), *said.tokens[:stop]],
         [(0, 0), *said.offsets[:stop]],
         [True, *said.special[:stop]],
         reader.pieces,
