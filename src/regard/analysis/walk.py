@@ -22,6 +22,7 @@ from ..capture.projection import output_projection
 from ..capture.watching import WatchBlock
 from ..errors import RegardError
 from .activations import Trace, moved, near
+from .parts import kind_of
 from .text_model import Encoded, quiet, without_cache
 from .walk_result import Check, Embedded, Side, Token, Walk, Weighing
 from .words import Words, columns, find, label
@@ -66,7 +67,9 @@ def walk(
         with Trace(model, at) as trace:
             model(**inputs)
     name = recording.layers[index].name
-    source = sides[0] if _kind(recording, index, len(sides)) in ("encoder", "cross") else side
+    source = (
+        sides[0] if kind_of(recording.layers[index], len(sides)) in ("encoder", "cross") else side
+    )
     call = seen[name].call
     assert call is not None
     parts = _steps(model, trace, call, name, at, which)
@@ -76,7 +79,7 @@ def walk(
     return Walk(
         model=reader.name,
         module=name,
-        kind=_kind(recording, index, len(sides)),
+        kind=kind_of(recording.layers[index], len(sides)),
         layer=index,
         head=which,
         block=seen.layers[index].index,
@@ -172,15 +175,6 @@ def _of_word(sides: Sequence[Side], number: int) -> int:
     return 1 if len(sides) > 1 and number >= sides[1].first else 0
 
 
-def _kind(recording: Recording, layer: int, sides: int) -> str:
-    recorded = recording.layers[layer]
-    if sides == 1:
-        return "self"
-    if recorded.kind == "cross":
-        return "cross"
-    return "decoder" if "decoder" in recorded.name.split(".") else "encoder"
-
-
 def _among(layer: int | None, head: tuple[int, int] | int | None) -> str:
     """The heads that one is chosen from, where it is."""
     if head is None:
@@ -206,7 +200,7 @@ def _place(
     heads = recording.layer(layer).heads
     if not 0 <= which < heads:
         raise RegardError(f"no head {which}: layer {layer} has heads 0 to {heads - 1}")
-    side = sides[_kind(recording, layer, len(sides)) in ("decoder", "cross")]
+    side = sides[kind_of(recording.layers[layer], len(sides)) in ("decoder", "cross")]
     try:
         number = find(words, name).number
     except RegardError:
@@ -226,7 +220,7 @@ def _strongest(
     at = side.words[number - side.first].tokens[-1]
     best: tuple[float, int, int, str] | None = None
     for i, recorded in enumerate(recording.layers):
-        kind = _kind(recording, i, len(sides))
+        kind = kind_of(recording.layers[i], len(sides))
         if not recorded.pattern or (kind in ("decoder", "cross")) != bool(own):
             continue
         if layer not in (None, i) or (head is not None and head >= recorded.heads):
