@@ -79,7 +79,7 @@ def walk(
     return Walk(
         model=reader.name,
         module=name,
-        kind=kind_of(recording.layers[index], len(sides)),
+        kind=kind,
         layer=index,
         head=which,
         block=seen.layers[index].index,
