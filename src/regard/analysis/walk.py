@@ -66,10 +66,8 @@ def walk(
         at = side.words[number - side.first].tokens[-1]
         with Trace(model, at) as trace:
             model(**inputs)
-    name = recording.layers[index].name
-    source = (
-        sides[0] if kind_of(recording.layers[index], len(sides)) in ("encoder", "cross") else side
-    )
+    name, kind = recording.layers[index].name, kind_of(recording.layers[index], len(sides))
+    source = sides[0] if kind in ("encoder", "cross") else side
     call = seen[name].call
     assert call is not None
     parts = _steps(model, trace, call, name, at, which)
