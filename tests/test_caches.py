@@ -20,14 +20,12 @@ from regard import (
     First,
     Full,
     Heads,
-    KVCache,
     LogSumExp,
     Map,
     Mask,
     MaxScore,
     NormTopK,
     Padding,
-    PagedCache,
     Predicate,
     Received,
     RegardError,
@@ -35,9 +33,9 @@ from regard import (
     Rows,
     TopK,
     Window,
-    WindowCache,
     attention,
 )
+from regard.cache import KVCache, PagedCache, WindowCache
 from regard.call.checked import Call
 from regard.call.masks import And, Or
 from regard.engines import ENGINES

@@ -10,17 +10,8 @@ from torch import Tensor
 import regard.ops.linear.chunked
 from cases import Case, assert_within, at, floats, mapped
 from linear_cases import CASES, CAUSAL, FEW, FORMS, gate, short
-from regard import (
-    Causal,
-    Documents,
-    Favor,
-    LinearState,
-    Padding,
-    RegardError,
-    Rows,
-    attention,
-    linear_attention,
-)
+from regard import Causal, Documents, Padding, RegardError, Rows, attention, linear_attention
+from regard.linear import Favor, LinearState
 from regard.ops.linear import front, reference
 from regard.ops.linear.front import asked
 from regard.ops.linear.recurrence import prepared

@@ -10,30 +10,32 @@ import torch
 from hypothesis import given, settings
 
 from regard import (
-    BigBird,
-    BlockSparse,
     Causal,
-    Chunks,
     Dense,
-    Dilated,
     Documents,
     Edges,
     First,
-    Fixed,
     Full,
     Heads,
-    Longformer,
     Mask,
     Padding,
     Predicate,
     RegardError,
-    Strided,
-    TopBlocks,
     Window,
     attention,
 )
 from regard.call.geometry import Place, Span
 from regard.call.masks import And, Not, Or
+from regard.sparse import (
+    BigBird,
+    BlockSparse,
+    Chunks,
+    Dilated,
+    Fixed,
+    Longformer,
+    Strided,
+    TopBlocks,
+)
 
 CPU = torch.device("cpu")
 

@@ -12,25 +12,17 @@ import regard.engines.second_pass.strips
 import zoo
 from cases import Case, at
 from regard import (
-    BigBird,
-    BlockSparse,
     Causal,
-    Chunks,
     Cut,
     Dense,
-    Dilated,
     Documents,
     First,
-    Fixed,
     Full,
     Heads,
-    Longformer,
     Mask,
     Padding,
     Received,
     RegardError,
-    Strided,
-    TopBlocks,
     TopK,
     Window,
     attention,
@@ -41,6 +33,16 @@ from regard.call.geometry import Span
 from regard.call.masks import Lowering
 from regard.call.opcodes import Op
 from regard.engines.second_pass.strips import Strips
+from regard.sparse import (
+    BigBird,
+    BlockSparse,
+    Chunks,
+    Dilated,
+    Fixed,
+    Longformer,
+    Strided,
+    TopBlocks,
+)
 from test_masks import PLACES, check, grid, naively, place, tiles
 
 rng = torch.Generator().manual_seed(4)

@@ -6,7 +6,8 @@ import torch
 import regard
 import regard.huggingface
 import zoo
-from regard import H2O, KVCache, TopK
+from regard import TopK
+from regard.cache import H2O, KVCache
 from regard.capture.beams import Trail, _same
 from regard.huggingface import generation_cache
 from test_watch_models import assert_weights
