@@ -6,7 +6,8 @@ import torch
 import regard
 import regard.huggingface
 import zoo
-from regard import H2O, KVCache, TopK
+from regard import TopK
+from regard.cache import H2O, KVCache
 from regard.call.checked import Call
 from regard.capture.beams import Trail, _same
 from regard.huggingface import generation_cache
