@@ -12,6 +12,7 @@ from .call.masks import Padding, Predicate, Window
 from .ops.merging import merge, piecewise
 from .call.observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore, NormTopK
 from .call.observers import Received, Rows, TopK
+from .capture.record import record
 from .capture.recording import Recording
 from .capture.layers import Cut
 from .capture.watching import watch
@@ -21,7 +22,7 @@ __all__ = [
     "Entropy", "First", "Full", "Heads", "LogSumExp", "LookResult", "Map", "Mask", "MaxScore",
     "NoEngine", "NormTopK", "Padding", "Predicate", "Received", "Recording", "RegardError",
     "RelativeBias", "Rows", "TopK", "Window", "attention", "explain", "linear_attention", "look",
-    "merge", "observe", "piecewise", "watch",
+    "merge", "observe", "piecewise", "record", "watch",
 ]  # fmt: skip
 
 NAMESPACES = ["cache", "context", "linear", "nn", "sparse"]  # `huggingface` needs transformers

@@ -11,7 +11,7 @@ from torch import Tensor
 from .words import Words
 
 if TYPE_CHECKING:
-    from ..capture.recording import RecordedLayer
+    from ..capture.recorded_layer import RecordedLayer
 
 Heads = list[tuple[int, int]]
 

@@ -17,7 +17,7 @@ from ..call.picking import Which, pick
 from ..errors import RegardError
 from .beams import Trail, picked
 from .layer_list import Forward, LayerList
-from .recording import RecordedLayer
+from .recorded_layer import RecordedLayer, recorded
 
 
 class Cut(NamedTuple):
@@ -108,8 +108,8 @@ class Layer:
                 self.qk.pick(order)
         self._results.append(results)
         if keep_qk:
-            self.qk = self.qk or RecordedLayer(self.name, self.index, self.kind)
-            self.qk.add(call, lse)
+            self.qk = self.qk or recorded(self.name, self.index, self.kind)
+            self._results = self.qk.take(call, lse, self._results)
         self.heads, self.kv_heads = place.heads, place.kv_heads
         self.q_len, self.k_len = self.q_len + place.q_len, place.k_len
         self._end = place.query_start + place.q_len
