@@ -6,7 +6,7 @@ Functions   attention: softmax attention; observe: its weights again
             merge, piecewise: keys that come in parts
 In words    look: which words a text's words read; LookResult
 In models   watch: a live model's attention; Cut: run without some of it
-            record: to a folder while it runs; Recording: any weight, exactly
+            record: streamed to a folder; Recording: any weight, exactly
 Masks       Full, Causal, Window, First, Documents, Padding, Edges, Heads,
             Dense, Predicate; join them with & | ~; each is a Mask
 Biases      ALiBi, RelativeBias: added to scores; Dropout: seeded
