@@ -1,11 +1,13 @@
 """What Triton's kernels and their functions take, read from their sources: no triton is needed."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import regard
+from regard.call.opcodes import Op
 from regard.engines.second_pass.triton import effect, few_queries, kernel_tuples
 from regard.ops.linear.triton import launch
 
@@ -50,6 +52,24 @@ def test_what_kernels_take_is_flat(module):
     for each in tuples:
         fields = [ast.unparse(f.annotation) for f in each.body if isinstance(f, ast.AnnAssign)]
         assert set(fields) <= {"Tensor", "int", "float", "bool"}, each.name
+
+
+def test_every_instruction_of_a_mask_has_its_branch_in_the_kernels():
+    """As in mask.h, which test_abi.py compares with the same table."""
+    (path,) = (p for p in SOURCES if p.stem == "scores_kernel")
+    tree = ast.parse(path.read_text("utf-8"))
+    text = ast.unparse(tree)
+    constants = dict(
+        re.findall(r"^_(\w+) = tl\.constexpr\(int\(Op\.(\w+)\)\)$", text, re.MULTILINE)
+    )
+    assert constants == {op.name: op.name for op in Op}
+    (visible,) = (f for f in jitted(path) if f.name == "visible")
+    branches = re.findall(r"if op == _(\w+):", ast.unparse(visible))
+    assert sorted(branches) == sorted(op.name for op in Op)
+    # A leaf's branch is compiled where the program has that instruction, and no other
+    asked = re.findall(r"if _ONE << _(\w+) & KINDS:\n\s+if op == _(\w+):", ast.unparse(visible))
+    leaves = sorted(op.name for op in Op if op not in (Op.AND, Op.OR, Op.NOT))
+    assert sorted(asked) == [(name, name) for name in leaves]
 
 
 def test_flags_are_made_once():
