@@ -164,7 +164,7 @@ def auto() -> None:
     )  # fmt: skip
     grads = (torch.randn_like(query), torch.zeros(1, 2, 4, 4))
     torch.library.opcheck(
-        torch.ops.regard.linear_triton_backward.default, (*given, *grads, True, 1.0),
+        torch.ops.regard.linear_triton_backward.default, (*given, True, 1.0, *grads),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
