@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +19,15 @@ from torch import Tensor
 
 from ..call.brief import Brief, shortened
 from ..call.checked import Call
+from ..call.observers import Entropy, Observer, listed
 from ..call.op_schema import pack, unpack
-from ..engines.second_pass.weigh import whole_rows
+from ..engines.second_pass.weigh import weigh, whole_rows
 from ..errors import RegardError
+from .head_grid import grid, layers_box, plot
 from .saved_files import Fields, checksum, whole_folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FORMAT = 1
 INDEX = "recording.json"
@@ -146,6 +151,16 @@ class RecordedLayer(Brief):
         start, stop = (k - self.key_start for k in chunk.keys)
         return unpack(chunk.query, self.key[:, :, start:stop], None, *chunk.packed).item(batch)
 
+    def observed(self, observer: Observer, batch: int = 0) -> Any:
+        """What an observer sees of the weights of one batch item."""
+        if not 0 <= batch < self.batch:
+            raise RegardError(f"batch {batch}: layer {self.name} has {self.batch}")
+        parts: list[Any] = []
+        for chunk in self.chunks:
+            call = replace(self.call(chunk, batch), observers=listed([observer]))
+            parts += weigh(call, chunk.lse[batch : batch + 1])
+        return reduce(lambda a, b: a.then(b), parts)
+
     def weights(self, rows: slice, batch: int = 0) -> Tensor:
         """The exact weights (heads, rows, k_len), float32, of some queries of one batch item."""
         first, last, _ = rows.indices(self.q_len)
@@ -236,6 +251,19 @@ class Recording(Brief):
                 raise RegardError(f"cols {list(cols)}: layer {found.name} has {n} keys")
             out = out[:, :, cols if isinstance(cols, slice) else list(cols)]
         return out if head is None else out[head]
+
+    def plot(
+        self, observer: Observer = Entropy(), ax: Axes | None = None, *, batch: int = 0
+    ) -> Axes:
+        """Layers × heads, as `plot` of a watched model, by one observer of the weights; the Axes.
+
+        They are read again from q, k and lse. RegardError where matplotlib is missing.
+        """
+        observed = [x.observed(observer, batch) if x.pattern else None for x in self.layers]
+        return plot(grid(self.layers, observed, 0), ax)
+
+    def _repr_html_(self) -> str:
+        return layers_box(repr(self), self.layers)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the recording as a new folder, which is there once it is whole.
