@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,13 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..call.brief import Brief, shortened
+from ..call.observers import Entropy, Observer
 from ..engines.second_pass.pooled import Reduce
 from ..errors import RegardError
 from . import reading
 from .chunk_json import from_json, to_json
+from .head_grid import grid, layers_box, plot
 from .opened import layer_files, open_layers, verify
 from .recorded_layer import RecordedLayer
 from .saved_files import Fields, checksum, whole_folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FORMAT, STREAMED = 1, 2  # what `save` writes, and `record`
 INDEX = "recording.json"
@@ -199,6 +204,19 @@ class Recording(Brief):
         if head is None:
             return found
         return reading.ByDistance(found.past[head], found.future[head], found.edges)
+
+    def plot(
+        self, observer: Observer = Entropy(), ax: Axes | None = None, *, batch: int = 0
+    ) -> Axes:
+        """Layers × heads, as `plot` of a watched model, by one observer of the weights; the Axes.
+
+        They are read again from q, k and lse. RegardError where matplotlib is missing.
+        """
+        observed = [x.observed(observer, batch) if x.pattern else None for x in self.layers]
+        return plot(grid(self.layers, observed, 0), ax)
+
+    def _repr_html_(self) -> str:
+        return layers_box(repr(self), self.layers)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the recording as a new folder, which is there once it is whole.
