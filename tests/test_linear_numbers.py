@@ -186,6 +186,7 @@ def test_the_ops_are_what_they_say(form):
     torch.library.opcheck(torch.ops.regard.favor_directions.default, (like, 5, 1))
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("form", ["elu", "gla", "channel delta", "favor", "packed"])
 def test_compiles_whole(form):
     """torch.compile keeps the call in one graph: forward, backward, state and observers."""

@@ -89,6 +89,7 @@ def test_a_long_text_is_cut_around_the_word():
     assert len([line for line in head.splitlines() if not set(line) <= set(" ░▒▓")]) <= 12
 
 
+@pytest.mark.slow
 def test_what_the_output_cannot_encode_is_replaced():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
     command = [sys.executable, "-m", "regard.cli", "look", "naïve it → 👍", "--from", "it"]
