@@ -18,10 +18,15 @@ def mark_others_slow(items) -> None:
             tests.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in tests.values():
         (strength,) = cases[0].get_closest_marker("sample").args
-        kept = covering([item.callspec.indices for item in cases], strength)
+        kept = covering([_values(item.callspec.params) for item in cases], strength)
         for n, item in enumerate(cases):
             if n not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+def _values(params: dict[str, object]) -> dict[str, int]:
+    """A parameter's values are told apart by which objects of its list they are."""
+    return {name: id(value) for name, value in params.items()}
 
 
 def covering(cases: list[dict[str, int]], strength: int) -> set[int]:
