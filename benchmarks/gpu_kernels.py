@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from hopper import compiling
 
 from regard import Causal, Entropy, Full, Map, Received, TopK
 from regard.call.checked import Call
@@ -31,10 +30,6 @@ from regard.engines.second_pass.triton import read_kernel as weighing
 from regard.engines.second_pass.triton import rows_kernel as rows
 from regard.engines.second_pass.triton import top_k_kernel as listing
 
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8",
-}  # fmt: skip
 ASKED = {
     "entropy": [Entropy()],
     "received": [Received()],
@@ -48,57 +43,15 @@ HEADINGS = (
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-class Compiled:
-    """Stands in a kernel's place: compiles what would be launched, and reports a line."""
-
-    def __init__(self, kernel: Any, report: Callable[[str], None]) -> None:
-        self.kernel, self.report = kernel, report
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.launch
-
-    def launch(
-        self,
-        *given: Any,
-        num_warps: int = 4,
-        num_stages: int = 3,
-        maxnreg: int | None = None,
-        enable_fp_fusion: bool = True,
-        **constants: Any,
-    ) -> None:
-        names = self.kernel.arg_names
-        types, divisible = {}, {}
-        for n, value in enumerate(given):
-            types[names[n]] = _type(value)
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-                divisible[(n,)] = [["tt.divisibility", 16]]
-            if isinstance(value, int) and value == 1:  # as Triton does at a launch
-                constants[names[n]] = 1
-        source = ASTSource(
-            self.kernel,
-            types | dict.fromkeys(constants, "constexpr"),
-            {(names.index(n),): value for n, value in constants.items()},
-            divisible,
-        )
-        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-        made = triton.compile(
-            source,
-            target=GPUTarget("cuda", 90, 32),
-            options=options | {"enable_fp_fusion": enable_fp_fusion},
-        )
-        registers, code = _read(made.asm["cubin"])
-        loop = _loop(code)
-        spilled = sum(text.startswith("STL") for _, text in code)
-        self.report(
-            f"{registers} | {spilled} | {made.metadata.shared / 1024:.0f} | {len(code)} | "
-            f"{len(loop) or '–'} | {Counter(text.split('.')[0] for text in loop)['HGMMA'] or '–'} |"
-        )
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return "*" + TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
+def measured(made: Any) -> str:
+    """The columns of a line of the table, of a compiled kernel."""
+    registers, code = _read(made.asm["cubin"])
+    loop = _loop(code)
+    spilled = sum(text.startswith("STL") for _, text in code)
+    return (
+        f"{registers} | {spilled} | {made.metadata.shared / 1024:.0f} | {len(code)} | "
+        f"{len(loop) or '–'} | {Counter(text.split('.')[0] for text in loop)['HGMMA'] or '–'} |"
+    )
 
 
 def _read(cubin: bytes) -> tuple[int, list[tuple[int, str]]]:
@@ -140,23 +93,19 @@ def main() -> int:
     lines = [HEADINGS, "|---" * HEADINGS[1:].count("|") + "|"]
     where = ""
 
-    def report(kernel: str) -> Callable[[str], None]:
-        def add(text: str) -> None:
-            lines.append(f"| {kernel} | {where} | {text}")
-            print(lines[-1], flush=True)
+    def report(kernel: Any, made: Any) -> None:
+        lines.append(f"| {kernel.__name__} | {where} | {measured(made)}")
+        print(lines[-1], flush=True)
 
-        return add
-
-    for module, name in ((weighing, "weigh"), (rows, "sum_rows"), (listing, "list_keys")):
-        setattr(module, name, Compiled(getattr(module, name), report(name)))
     print("\n".join(lines), flush=True)
     for dim in asked.dims:
         query = torch.zeros(1, 1, asked.tokens, dim, dtype=torch.bfloat16)
         lse = torch.zeros(1, 1, asked.tokens)
-        for mask in (Full(), Causal()):
-            for name, observers in ASKED.items():
-                where = f"{name} | {dim} | {mask}"
-                reading.read(Call.checked(query, query, None, mask=mask), observers, lse, False)
+        for mask, (name, observers) in product((Full(), Causal()), ASKED.items()):
+            where = f"{name} | {dim} | {mask}"
+            call = Call.checked(query, query, None, mask=mask)
+            with compiling({weighing: "weigh", rows: "sum_rows", listing: "list_keys"}, report):
+                reading.read(call, observers, lse, False)
     if asked.write:
         head = f"Triton {triton.__version__}, sm_90, bfloat16, {asked.tokens} tokens\n\n"
         asked.write.write_text(head + "\n".join(lines) + "\n", "utf-8")

@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regard import (
-    H2O,
-    TOVA,
-    SnapKV,
-)
+from regard.cache import H2O, TOVA, SnapKV
 
 
 @dataclass

@@ -18,7 +18,8 @@ import regard.ops.linear.triton.launch
 import regard.ops.linear.triton.launch_bf16
 from cases import Case, Sizes, assert_within, at, floats
 from linear_cases import CASES, FORMS, gate, short
-from regard import Documents, LinearState, NoEngine, linear_attention
+from regard import Documents, NoEngine, linear_attention
+from regard.linear import LinearState
 from regard.ops.linear.triton import engine as by_triton
 from test_linear import answers, by, in_pieces, plainly, typical
 
@@ -163,7 +164,7 @@ def auto() -> None:
     )  # fmt: skip
     grads = (torch.randn_like(query), torch.zeros(1, 2, 4, 4))
     torch.library.opcheck(
-        torch.ops.regard.linear_triton_backward.default, (*given, *grads, True, 1.0),
+        torch.ops.regard.linear_triton_backward.default, (*given, True, 1.0, *grads),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 

@@ -5,26 +5,21 @@ import itertools
 import torch
 
 from regard import (
-    BlockSparse,
     Causal,
-    Chunks,
     Dense,
-    Dilated,
     Documents,
     Edges,
     First,
-    Fixed,
     Full,
     Heads,
-    Longformer,
     Mask,
     Padding,
     Predicate,
-    Strided,
     Window,
 )
 from regard.call.geometry import Place, Span
 from regard.call.masks import And, Not, Or
+from regard.sparse import BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided
 
 CPU = torch.device("cpu")
 

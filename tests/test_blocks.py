@@ -198,7 +198,7 @@ def test_a_real_model(shared):
         wanted = model(given).logits
         out = ours(given)
         torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
-        caches = [regard.KVCache() for _ in ours.decoder.layers]
+        caches = [regard.cache.KVCache() for _ in ours.decoder.layers]
         steps = [ours(given[:, n : n + 1], caches=caches) for n in range(given.shape[1])]
         torch.testing.assert_close(torch.cat(steps, 1), wanted, rtol=1e-3, atol=1e-3)
         half = ours.bfloat16()(given).float()
@@ -320,9 +320,9 @@ def test_dropout_is_of_training():
 # Caches
 
 CACHES = {
-    "full": regard.KVCache,
-    "window": lambda: regard.WindowCache(40, first=2),
-    "paged": regard.PagedCache,
+    "full": regard.cache.KVCache,
+    "window": lambda: regard.cache.WindowCache(40, first=2),
+    "paged": regard.cache.PagedCache,
 }
 
 
@@ -360,7 +360,7 @@ def test_a_window_cache_is_a_window_mask():
     given = tokens(20)
     with torch.no_grad():
         whole = model(given, mask=Window(5) | regard.First(2))
-        caches = [regard.WindowCache(5, first=2) for _ in range(2)]
+        caches = [regard.cache.WindowCache(5, first=2) for _ in range(2)]
         steps = [model(given[:, n : n + 1], caches=caches) for n in range(20)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
@@ -370,7 +370,7 @@ def test_observing_a_cached_step():
     x = drawn(2, 9, DIM)
     with torch.no_grad():
         _, (whole,) = module(x, mask=Causal(), observe=[TopK(3)])
-        cache = regard.KVCache()
+        cache = regard.cache.KVCache()
         module(x[:, :8], mask=Causal(), cache=cache)
         out, (top,) = module(x[:, 8:], mask=Causal(), cache=cache, observe=[TopK(3)])
     assert out.shape == (2, 1, DIM)

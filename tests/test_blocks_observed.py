@@ -90,7 +90,7 @@ def test_watch_follows_a_decoding_model():
             model(target, source)
         with regard.watch(model, observe=[TopK(2)]) as seen:
             memory = model.remember(model.encode(source))
-            caches = [regard.KVCache() for _ in range(2)]
+            caches = [regard.cache.KVCache() for _ in range(2)]
             for a, b in ((0, 4), (4, 5), (5, 7)):
                 model.decode(target[:, a:b], memory, caches=caches)
     for layer in seen:

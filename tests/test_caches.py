@@ -20,14 +20,12 @@ from regard import (
     First,
     Full,
     Heads,
-    KVCache,
     LogSumExp,
     Map,
     Mask,
     MaxScore,
     NormTopK,
     Padding,
-    PagedCache,
     Predicate,
     Received,
     RegardError,
@@ -35,9 +33,9 @@ from regard import (
     Rows,
     TopK,
     Window,
-    WindowCache,
     attention,
 )
+from regard.cache import KVCache, PagedCache, WindowCache
 from regard.call.masks import And, Or
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM, V_DIM = 2, 4, 2, 37, 8, 6

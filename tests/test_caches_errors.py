@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from regard import (
-    KVCache,
-    Padding,
-    PagedCache,
-    RegardError,
-    TopK,
-    WindowCache,
-)
+from regard import Padding, RegardError, TopK
+from regard.cache import KVCache, PagedCache, WindowCache
 from test_caches import LENGTH, caches, drawn
 from test_caches_memory import go_on
 

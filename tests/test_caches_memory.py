@@ -5,16 +5,8 @@ import torch
 from torch import Tensor
 
 from cases import assert_within, floats
-from regard import (
-    Causal,
-    Full,
-    KVCache,
-    Mask,
-    PagedCache,
-    RegardError,
-    WindowCache,
-    attention,
-)
+from regard import Causal, Full, Mask, RegardError, attention
+from regard.cache import KVCache, PagedCache, WindowCache
 from regard.call.checked import Call
 from regard.engines import ENGINES
 from test_caches import (

@@ -11,29 +11,24 @@ import zoo
 from cases import assert_within, bools, floats
 from eager_eviction import Eager
 from regard import (
-    H2O,
-    TOVA,
     ALiBi,
     Causal,
     Dense,
     Distances,
     Entropy,
     First,
-    KVCache,
     Map,
     NormTopK,
     Padding,
-    PagedCache,
     Received,
     RegardError,
     RelativeBias,
     Rows,
-    SnapKV,
     TopK,
     Window,
-    WindowCache,
     attention,
 )
+from regard.cache import H2O, TOVA, KVCache, PagedCache, SnapKV, WindowCache
 from regard.call.biases import relative_bucket
 
 EXACT = dict(rtol=0, atol=1e-12)

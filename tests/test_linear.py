@@ -10,14 +10,8 @@ from torch import Tensor
 import regard.ops.linear.chunked
 from cases import Case, assert_within, at, floats, mapped
 from linear_cases import CASES, CAUSAL, FEW, FORMS, gate, short
-from regard import (
-    Documents,
-    LinearState,
-    Padding,
-    RegardError,
-    Rows,
-    linear_attention,
-)
+from regard import Documents, Padding, RegardError, Rows, linear_attention
+from regard.linear import LinearState
 from regard.ops.linear import front, reference
 from regard.ops.linear.front import asked
 

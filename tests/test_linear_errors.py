@@ -7,8 +7,6 @@ from regard import (
     Causal,
     Documents,
     Effect,
-    Favor,
-    LinearState,
     NoEngine,
     Padding,
     RegardError,
@@ -17,6 +15,7 @@ from regard import (
     linear_attention,
 )
 from regard.call.observers import Observer
+from regard.linear import Favor, LinearState
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -170,31 +169,3 @@ def test_favor_checks_itself(make):
 def test_the_recurrent_form_needs_an_order():
     with pytest.raises(NoEngine, match=r"recurrent cannot run query .* token by token"):
         linear_attention(ones(*Q), ones(*K), ones(*V), causal=False, engine="recurrent")
-
-
-@pytest.mark.parametrize("engine", ["auto", "chunked", "recurrent", "reference"])
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 7, 8])
-def test_random_features_of_long_vectors(size, engine):
-    """They leave float32 for |x| above some 40: right, or refused, and never a row of zeros."""
-    rng = torch.Generator().manual_seed(0)
-    # |query| and |key| are about 8 · size
-    query, key, value = (torch.randn(1, 1, 32, 64, generator=rng) for _ in range(3))
-    tensors = query * size, key * size, value
-    if size > 4:
-        with pytest.raises(RegardError, match=r"features of \d+ keys vanish in float32, for they"):
-            linear_attention(*tensors, feature_map=Favor(128, 0), engine=engine)
-        return
-    exact = linear_attention(*(t.double() for t in tensors), feature_map=Favor(128, 0))
-    out = linear_attention(*tensors, feature_map=Favor(128, 0), engine=engine)
-    torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-2)
-
-
-def test_a_hidden_key_may_be_as_long_as_it_likes():
-    query, key, value = (torch.ones(1, 1, 4, 8) for _ in range(3))
-    key[:, :, 0] = 1e4
-    keep = torch.tensor([False, True, True, True])
-    request = {"feature_map": Favor(16), "mask": Padding(keep)}
-    right = linear_attention(query, torch.ones_like(key), value, **request)
-    assert torch.equal(linear_attention(query, key, value, **request), right)
-    with pytest.raises(RegardError, match="features of 1 keys vanish"):
-        linear_attention(query, key, value, feature_map=Favor(16))

@@ -6,16 +6,8 @@ from torch import Tensor
 
 from cases import Case, assert_within, at, floats
 from linear_cases import CASES, FEW, FORMS, gate, short
-from regard import (
-    Causal,
-    Documents,
-    Favor,
-    LinearState,
-    Padding,
-    Rows,
-    attention,
-    linear_attention,
-)
+from regard import Causal, Documents, Padding, Rows, attention, linear_attention
+from regard.linear import Favor, LinearState
 from regard.ops.linear.front import asked
 from regard.ops.linear.recurrence import prepared
 from test_linear import typical

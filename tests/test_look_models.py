@@ -81,7 +81,7 @@ def test_characters_of_several_generated_tokens():
     before.tokens, before.offsets, before.special = ["it"], [(0, 2)], [False]
     assert len(before.ids) == 1
     new = its(" a👍, the")["input_ids"]
-    after = reader._continued(before, [*new, 1])
+    after = reader.continued(before, [*new, 1])
     assert after.text == "it a👍, the"
     spans = [after.text[a:b] for a, b in after.offsets]
     assert spans.count("👍") == 4

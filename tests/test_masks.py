@@ -10,30 +10,32 @@ from hypothesis import given, settings
 
 from naive_masks import PLACES, check, grid, naively, place
 from regard import (
-    BigBird,
-    BlockSparse,
     Causal,
-    Chunks,
     Dense,
-    Dilated,
     Documents,
     Edges,
     First,
-    Fixed,
     Full,
     Heads,
-    Longformer,
     Mask,
     Padding,
     Predicate,
     RegardError,
-    Strided,
-    TopBlocks,
     Window,
     attention,
 )
 from regard.call.geometry import Place, Span
 from regard.call.masks import And, Not, Or
+from regard.sparse import (
+    BigBird,
+    BlockSparse,
+    Chunks,
+    Dilated,
+    Fixed,
+    Longformer,
+    Strided,
+    TopBlocks,
+)
 
 rng = torch.Generator().manual_seed(0)
 BLOCKS = [(1, 1), (3, 5), (16, 16), (64, 64), (64, 128), (128, 64), (200, 200), (7, 133)]

@@ -350,11 +350,11 @@ WRONG = {
         "key and value must agree in batch, kv_heads and length",
     ),
     "cache of cross": (
-        lambda: build()(drawn(2, 3, 20), drawn(2, 5, 20), cache=regard.KVCache()),
+        lambda: build()(drawn(2, 3, 20), drawn(2, 5, 20), cache=regard.cache.KVCache()),
         "a cache grows by the queries' own keys",
     ),
     "cache in training": (
-        lambda: build(dropout=0.1)(drawn(2, 3, 20), cache=regard.KVCache()),
+        lambda: build(dropout=0.1)(drawn(2, 3, 20), cache=regard.cache.KVCache()),
         "a cache is for inference, without dropout; call eval() first",
     ),
     "activation": (lambda: FeedForward(8, activation="tanh"), "activation is 'tanh'; give relu"),
@@ -370,7 +370,7 @@ WRONG = {
     "remember": (lambda: Block(8, 2).remember(drawn(1, 3, 8)), "no cross-attention to remember"),
     "depth": (lambda: Encoder(0, 8, 2), "depth is 0"),
     "caches": (
-        lambda: Decoder(2, 8, 2)(drawn(1, 3, 8), caches=[regard.KVCache()]),
+        lambda: Decoder(2, 8, 2)(drawn(1, 3, 8), caches=[regard.cache.KVCache()]),
         "caches are 1 for 2 blocks; give one a block",
     ),
     "memories": (

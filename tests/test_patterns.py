@@ -9,29 +9,22 @@ from torch import Tensor
 
 import regard.engines.second_pass.strips
 from naive_masks import PLACES, check, grid, naively, place, tiles
-from regard import (
-    BigBird,
-    BlockSparse,
-    Causal,
-    Chunks,
-    Dilated,
-    First,
-    Fixed,
-    Longformer,
-    Mask,
-    Padding,
-    Received,
-    RegardError,
-    Strided,
-    TopBlocks,
-    TopK,
-    attention,
-)
+from regard import Causal, First, Mask, Padding, Received, RegardError, TopK, attention
 from regard.call.checked import Call
 from regard.call.geometry import Span
 from regard.call.masks import Lowering
 from regard.call.opcodes import Op
 from regard.engines.second_pass.strips import Strips
+from regard.sparse import (
+    BigBird,
+    BlockSparse,
+    Chunks,
+    Dilated,
+    Fixed,
+    Longformer,
+    Strided,
+    TopBlocks,
+)
 from test_top_blocks import drawn
 
 rng = torch.Generator().manual_seed(4)

@@ -12,7 +12,6 @@ import zoo
 from cases import Case, at
 from naive_masks import PLACES, grid, naively, place
 from regard import (
-    BlockSparse,
     Causal,
     Cut,
     Dense,
@@ -24,7 +23,6 @@ from regard import (
     Padding,
     Received,
     RegardError,
-    TopBlocks,
     TopK,
     Window,
     attention,
@@ -32,6 +30,7 @@ from regard import (
 )
 from regard.call.checked import Call
 from regard.call.geometry import Span
+from regard.sparse import BlockSparse, TopBlocks
 
 JOINED = {
     "alone": lambda t, here: t,

@@ -33,6 +33,7 @@ from regard.engines.second_pass.triton import read as reading
 from regard.engines.second_pass.triton import tile_grid as geometry
 from regard.engines.second_pass.triton.arguments import Shared
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"  # where `hopper` compiles
 # In turn over the cases, as an interpreted kernel takes a second
 SETS = [
     [Received(), MaxScore()],
@@ -85,55 +86,35 @@ def test_interpreted(job, interpreting):
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from hopper import compiling
 
 from regard import *
-from regard.call import Call
-from regard.kernels.cuda import chunks, listing, measuring, reading, removing, rows, weighing
+from regard.call.checked import Call
+from regard.engines.second_pass.triton import effect, read
+from regard.engines.second_pass.triton import effect_kernel, few_queries_kernel, read_kernel
+from regard.engines.second_pass.triton import rows_kernel, top_k_kernel
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
-         torch.uint8: "u8"}
+def report(kernel, made):
+    print(kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
-class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.compile
-
-    def compile(self, *given, num_warps=4, num_stages=3, maxnreg=None, enable_fp_fusion=True,
-                **constants):
-        names = self.kernel.arg_names
-        types = {n: "*" + NAMES[g.dtype] if isinstance(g, torch.Tensor)
-                 else "fp32" if isinstance(g, float) else "i32" for n, g in zip(names, given)}
-        source = ASTSource(self.kernel, types | dict.fromkeys(constants, "constexpr"),
-                           {(names.index(n),): value for n, value in constants.items()})
-        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg,
-                   "enable_fp_fusion": enable_fp_fusion}
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        print(self.kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
-
-for module, *names in ((rows, "sum_rows", "weigh_rows"), (weighing, "weigh"),
-                       (listing, "list_keys"), (removing, "remove"),
-                       (chunks, "weigh_few", "join_few")):
-    for name in names:
-        setattr(module, name, Compiled(getattr(module, name)))
-query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
-call = Call.checked(query, query[:, :2], None, mask=Causal() & (Window(64) | First(4)))
-asked = [TopK(8), Received(), Entropy(), Map(16, 16), Rows([1])]
-lse = torch.zeros(1, 4, 256)
-reading.read(call, asked, lse, False)
-value = query[:, :2]
-wide = torch.zeros(1, 4, 256, 128, dtype=torch.bfloat16)  # no square tiles
-call = Call.checked(wide, wide[:, :2], value, mask=Causal(), dropout=Dropout(0.1, 3))
-measuring.effect(call, lse, query, 8, query)
-pages = Pages(torch.arange(4).view(1, 4), torch.tensor([256]))
-pool = torch.zeros(4, 2, 64, 64, dtype=torch.bfloat16)
-asked = [TopK(8), Received(), Entropy(), MaxScore(), Map(16, 16), Distances(), Rows([-1])]
-call = Call.checked(query[:, :, :2], pool, None, mask=Causal(), bias=ALiBi(), pages=pages)
-reading.read(call, asked, lse[:, :, :2].clone(), False)
+kernels = {rows_kernel: "sum_rows weigh_rows", read_kernel: "weigh", top_k_kernel: "list_keys",
+           effect_kernel: "remove", few_queries_kernel: "weigh_few join_few"}
+with compiling(kernels, report):
+    query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
+    call = Call.checked(query, query[:, :2], None, mask=Causal() & (Window(64) | First(4)))
+    asked = [TopK(8), Received(), Entropy(), Map(16, 16), Rows([1])]
+    lse = torch.zeros(1, 4, 256)
+    read.read(call, asked, lse, False)
+    value = query[:, :2]
+    wide = torch.zeros(1, 4, 256, 128, dtype=torch.bfloat16)  # no square tiles
+    call = Call.checked(wide, wide[:, :2], value, mask=Causal(), dropout=Dropout(0.1, 3))
+    effect.effect(call, lse, query, 8, query)
+    pages = Pages(torch.arange(4).view(1, 4), torch.tensor([256]))
+    pool = torch.zeros(4, 2, 64, 64, dtype=torch.bfloat16)
+    asked = [TopK(8), Received(), Entropy(), MaxScore(), Map(16, 16), Distances(), Rows([-1])]
+    call = Call.checked(query[:, :, :2], pool, None, mask=Causal(), bias=ALiBi(), pages=pages)
+    read.read(call, asked, lse[:, :, :2].clone(), False)
 """
 
 
@@ -143,7 +124,7 @@ def test_compiles_for_a_gpu(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        | {"TRITON_CACHE_DIR": str(tmp_path)},
+        | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(BENCHMARKS)},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

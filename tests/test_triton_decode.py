@@ -11,12 +11,12 @@ from regard import (
     Map,
     MaxScore,
     Padding,
-    Pages,
     Received,
     Rows,
     TopK,
     explain,
 )
+from regard.cache import Pages
 from regard.call.checked import Call
 from regard.engines import sdpa, sdpa_cuda
 

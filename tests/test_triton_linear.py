@@ -14,6 +14,7 @@ from regard import Documents, NoEngine, linear_attention
 from regard.ops.linear.triton import launch as linear
 from regard.ops.linear.triton.launch_bf16 import TILES
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"  # where `hopper` compiles
 # An interpreted kernel takes a second: few and short sequences, chunks of 16 tokens
 SMALL = at(37, batch=1, heads=2, kv_heads=1, dim=5, v_dim=3)
 TWO = at(20, batch=2, heads=2, kv_heads=2, dim=3, v_dim=4)
@@ -65,45 +66,26 @@ def test_interpreted(job, interpreting):
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from hopper import compiling
 
-from regard.kernels.cuda import linear, recurrence, recurrence_back, recurrence_bf16
+from regard.ops.linear.triton import backward_kernel, forward_bf16_kernel, forward_kernel
+from regard.ops.linear.triton import launch
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+def report(kernel, made):
+    fits = made.metadata.shared <= 227 * 1024 and len(made.asm["cubin"]) > 0
+    print(kernel.__name__, "wgmma" in made.asm["ptx"], fits)
 
-class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.compile
-
-    def compile(self, *given, num_warps=4, num_stages=3, **constants):
-        names = self.kernel.arg_names
-        numbers = {int: "i32", float: "fp32"}
-        types = {n: "*" + NAMES[g.dtype] if isinstance(g, torch.Tensor) else numbers[type(g)]
-                 for n, g in zip(names, given)}
-        source = ASTSource(self.kernel, types | dict.fromkeys(constants, "constexpr"),
-                           {(names.index(n),): value for n, value in constants.items()})
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        fits = made.metadata.shared <= 227 * 1024 and len(made.asm["cubin"]) > 0
-        print(self.kernel.__name__, "wgmma" in made.asm["ptx"], fits)
-
-for module, names in ((recurrence, "pairs inverse walk read"),
-                      (recurrence_back, "give walk_back products gradients"),
-                      (recurrence_bf16, "sums pairs solve scan read")):
-    for name in names.split():
-        setattr(module, name, Compiled(getattr(module, name)))
-
-query, key = torch.zeros(1, 4, 256, 64), torch.zeros(1, 2, 256, 64)
-value, beta, memory = key.bfloat16(), torch.zeros(1, 2, 256), torch.zeros(1, 2, 64, 64)
-linear.forward(query, key, value, key, beta, memory, False)
-linear.backward(query, key, value, key[..., :1], None, memory, query, memory, False)
-query, key = query.bfloat16(), key.bfloat16()
-linear.forward(query, key, value, key.float(), beta, memory, False, 0.5)
+kernels = {forward_kernel: "pairs inverse walk read",
+           backward_kernel: "give walk_back products gradients",
+           forward_bf16_kernel: "sums pairs solve scan read"}
+with compiling(kernels, report):
+    query, key = torch.zeros(1, 4, 256, 64), torch.zeros(1, 2, 256, 64)
+    value, beta, memory = key.bfloat16(), torch.zeros(1, 2, 256), torch.zeros(1, 2, 64, 64)
+    launch.forward(query, key, value, key, beta, memory, False)
+    launch.backward(query, key, value, key[..., :1], None, memory, query, memory, False)
+    query, key = query.bfloat16(), key.bfloat16()
+    launch.forward(query, key, value, key.float(), beta, memory, False, 0.5)
 """
 
 
@@ -121,7 +103,7 @@ def test_compiles_for_a_gpu(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        | {"TRITON_CACHE_DIR": str(tmp_path)},
+        | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(BENCHMARKS)},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from ..call.checked import Call
 from ..call.op_schema import SCHEMA, pack, unpack
 from . import functorch as transforms
 from . import hidden
+from .op_with_backward import op_with_backward
 from .second_pass.strips import Strips, product, take
 
 name = "tiled"
@@ -45,12 +46,7 @@ def _run(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@torch.library.custom_op(
-    "regard::tiled",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {SCHEMA}) -> (Tensor, Tensor)",
-)
-def _tiled(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
+def _computed(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
     call = unpack(query, key, value, *packed)
     value = value.to(call.working).contiguous()
     out, lse = _walk(call, value)
@@ -94,20 +90,7 @@ def _product(weights: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
     return clean + hidden.visible_rest(weights, value, seen)
 
 
-@_tiled.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
-    rows = query.shape[:3]
-    working = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*rows, value.shape[-1]), query.new_empty(rows, dtype=working)
-
-
-@torch.library.custom_op(
-    "regard::tiled_backward",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {SCHEMA}, Tensor out, Tensor lse, "
-    "Tensor grad_out, Tensor grad_lse, bool[] wanted) -> Tensor[]",
-)
-def _backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+def _computed_back(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     """Gradients of query, key, value, the biases (empty where not wanted), and the sinks."""
     *packed, out, lse, grad_out, grad_lse, wanted = rest
     call = unpack(query, key, value, *packed)
@@ -184,39 +167,20 @@ def _walk_back(
     return grads
 
 
-@_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
-    _, bias_tensors, sinks = rest[:3]
-    grads = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
-    ]
-    grads += [
-        torch.empty_like(t) if want else query.new_empty(0)
-        for t, want in zip(bias_tensors, rest[-1], strict=True)
-    ]
-    return grads if sinks is None else [*grads, torch.empty_like(sinks)]
+def _shapes(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
+    rows = query.shape[:3]
+    working = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(*rows, value.shape[-1]), query.new_empty(rows, dtype=working)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask_tensors, bias_tensors, sinks, seed, *numbers = inputs
-    ctx.counts, ctx.numbers = (len(mask_tensors), len(bias_tensors)), numbers
-    ctx.save_for_backward(query, key, value, sinks, seed, *output, *mask_tensors, *bias_tensors)
-    ctx.set_materialize_grads(True)
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    query, key, value, sinks, seed, out, lse, *lists = ctx.saved_tensors
-    masks, biases = lists[: ctx.counts[0]], lists[ctx.counts[0] :]
-    wanted = [b.requires_grad for b in biases]
-    grads = torch.ops.regard.tiled_backward(
-        query, key, value, masks, biases, sinks, seed, *ctx.numbers,
-        out, lse, grad_out, grad_lse, wanted,
-    )  # fmt: skip
-    d_query, d_key, d_value, *more = grads
-    d_biases = [g if want else None for g, want in zip(more, wanted, strict=False)]
-    d_sinks = None if sinks is None else more[-1]
-    nothing: list[Any] = [[] if n == [] else None for n in ctx.numbers]
-    return d_query, d_key, d_value, [None] * len(masks), d_biases, d_sinks, None, *nothing
-
-
-_tiled.register_autograd(_gradients, setup_context=_save)
+_tiled, _backward = op_with_backward(
+    "tiled",
+    f"Tensor query, Tensor key, Tensor value, {SCHEMA}",
+    "(Tensor, Tensor)",
+    forward=_computed,
+    fake=_shapes,
+    backward=_computed_back,
+    differentiable=("query", "key", "value", "bias_tensors", "sinks"),
+    kept={0: "out", 1: "lse"},
+    gradients=("Tensor grad_out", "Tensor grad_lse"),
+)

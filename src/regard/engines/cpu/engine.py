@@ -20,6 +20,7 @@ from ...call.checked import Call
 from ...call.observers import Effect, Observer, parse, written
 from ...call.op_schema import SCHEMA, pack, unpack
 from .. import functorch as transforms
+from ..op_with_backward import op_with_backward
 from ..second_pass.effect import attach
 from . import native
 from .call_struct import FUSED, TYPES
@@ -133,19 +134,12 @@ def _filled(
     return replace(call, query=query, key=key, value=value, sinks=sinks, biases=own)
 
 
-@torch.library.custom_op(
-    "regard::cpu",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {SCHEMA}, str observers, bool stats) "
-    "-> Tensor[]",
-)
-def _op(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     *packed, observers, stats = rest
     return run(unpack(query, key, value, *packed), parse(observers), stats)
 
 
-@_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+def _shapes(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     *packed, observers, stats = rest
     call = unpack(query, key, value, *packed)
     rows = query.shape[:3]
@@ -159,13 +153,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     ]
 
 
-@torch.library.custom_op(
-    "regard::cpu_backward",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {SCHEMA}, Tensor out, Tensor stats, "
-    "Tensor grad_out, Tensor? grad_lse, bool[] wanted) -> Tensor[]",
-)
-def _backward_op(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+def _backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     """Gradients of query, key, value, the biases (empty where not wanted), and the sinks."""
     *packed, out, stats, grad_out, grad_lse, wanted = rest
     call = unpack(query, key, value, *packed)
@@ -174,41 +162,15 @@ def _backward_op(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[
     return grads if d_sinks is None else [*grads, d_sinks]
 
 
-@_backward_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
-    _, bias_tensors, sinks = rest[:3]
-    like = [query, key, value]
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
-    grads += [
-        torch.empty_like(t) if want else query.new_empty(0)
-        for t, want in zip(bias_tensors, rest[-1], strict=True)
-    ]
-    return grads if sinks is None else [*grads, torch.empty_like(sinks)]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    query, key, value, mask_tensors, bias_tensors, sinks, seed, *numbers, _, _ = inputs
-    ctx.counts, ctx.numbers = (len(mask_tensors), len(bias_tensors)), numbers
-    out, _, stats = output[:3]
-    ctx.save_for_backward(query, key, value, sinks, seed, out, stats, *mask_tensors, *bias_tensors)
-
-
-def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    query, key, value, sinks, seed, out, stats, *lists = ctx.saved_tensors
-    masks, biases = lists[: ctx.counts[0]], lists[ctx.counts[0] :]
-    wanted = [b.requires_grad for b in biases]
-    grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
-    answers = torch.ops.regard.cpu_backward(
-        query, key, value, masks, biases, sinks, seed, *ctx.numbers,
-        out, stats, grad_out, grads[1], wanted,
-    )  # fmt: skip
-    d_query, d_key, d_value, *more = answers
-    d_biases = [g if want else None for g, want in zip(more, wanted, strict=False)]
-    d_sinks = None if sinks is None else more[-1]
-    nothing: list[Any] = [[] if n == [] else None for n in ctx.numbers]
-    return (
-        d_query, d_key, d_value, [None] * len(masks), d_biases, d_sinks, None, *nothing, None, None
-    )  # fmt: skip
-
-
-_op.register_autograd(_gradients, setup_context=_save)
+op_with_backward(
+    "cpu",
+    f"Tensor query, Tensor key, Tensor value, {SCHEMA}, str observers, bool stats",
+    "Tensor[]",
+    forward=_forward,
+    fake=_shapes,
+    backward=_backward,
+    differentiable=("query", "key", "value", "bias_tensors", "sinks"),
+    kept={0: "out", 2: "stats"},
+    gradients=("Tensor grad_out", "Tensor? grad_lse"),
+    unread=("observers", "stats"),
+)

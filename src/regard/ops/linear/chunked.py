@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...engines.op_with_backward import op_with_backward
 from .recurrence import Flow, full_precision, with_ones
 from .within_chunk import CHUNK, Run, chunk_size, fit, grouped, pairs_gradient, split, ungrouped
 
 BUDGET = 2**21  # numbers that a segment's largest tensor may hold
 MOST_CHUNKS = 32  # of a segment
+
+# Of the registered ops of all forms that have a backward
+ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor memory"
+DIFFERENTIABLE = ("query", "key", "value", "decay", "beta", "memory")
 
 
 def forward(flow: Flow) -> tuple[Tensor, Tensor]:
@@ -67,13 +72,7 @@ class Segments:
         return run, split(value, run.size)
 
 
-@torch.library.custom_op(
-    "regard::linear",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor memory, "
-    "bool keep) -> (Tensor, Tensor, Tensor)",
-)
-def _linear(
+def _computed(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
     memory: Tensor, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -95,24 +94,9 @@ def _linear(
     return mixed, state.clone() if state is memory else state, between
 
 
-@_linear.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, decay: Any, beta: Any, memory: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    mixed = query.new_empty(*query.shape[:3], memory.shape[-1])
-    between = memory.new_empty(_count(query, memory.shape[-1]) if keep else 0, *memory.shape)
-    return mixed, memory.new_empty(memory.shape), between
-
-
-@torch.library.custom_op(
-    "regard::linear_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor between, "
-    "Tensor grad_mixed, Tensor grad_last) -> Tensor[]",
-)
-def _backward(
+def _computed_back(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
-    between: Tensor, grad_mixed: Tensor, grad_last: Tensor,
+    memory: Tensor, between: Tensor, grad_mixed: Tensor, grad_last: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of query, key, value, then decay and beta if they are there, and memory."""
     grads = [
@@ -208,36 +192,23 @@ def _of_solved(
     return d_value, d_reading, d_beta, levels
 
 
-@_backward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Any,
-    beta: Any,
-    between: Tensor,
-    *grads: Tensor,
-) -> list[Tensor]:
-    given = [t for t in (query, key, value, decay, beta) if t is not None]
-    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
-    return [*like, between.new_empty(between.shape[1:])]
+def _shapes(
+    query: Tensor, key: Tensor, value: Tensor, decay: Any, beta: Any, memory: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mixed = query.new_empty(*query.shape[:3], memory.shape[-1])
+    between = memory.new_empty(_count(query, memory.shape[-1]) if keep else 0, *memory.shape)
+    return mixed, memory.new_empty(memory.shape), between
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(True)
-
-
-def _gradients(ctx: Any, grad_mixed: Tensor, grad_last: Tensor, _: Any) -> tuple[Any, ...]:
-    query, key, value, decay, beta, between = ctx.saved_tensors
-    found = torch.ops.regard.linear_backward(
-        query, key, value, decay, beta, between, grad_mixed, grad_last
-    )
-    more = iter(found[3:])
-    d_decay = None if decay is None else next(more)
-    d_beta = None if beta is None else next(more)
-    return *found[:3], d_decay, d_beta, next(more), None
-
-
-_linear.register_autograd(_gradients, setup_context=_save)
+_linear, _backward = op_with_backward(
+    "linear",
+    f"{ARGUMENTS}, bool keep",
+    "(Tensor, Tensor, Tensor)",
+    forward=_computed,
+    fake=_shapes,
+    backward=_computed_back,
+    differentiable=DIFFERENTIABLE,
+    kept={2: "between"},
+    gradients=("Tensor grad_mixed", "Tensor grad_last"),
+    unread=("keep",),
+)

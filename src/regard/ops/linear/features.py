@@ -28,8 +28,9 @@ class Favor:
     from the seed alone: the same on every device. Another seed draws others.
 
     The features of long keys, exp(−‖x‖² / (2 √dim)), leave the dtype: in float32 at a length of
-    some 40 for dim 64. Where weights are normalised that is a RegardError (but under a compiler or
-    a transform, which see no numbers).
+    some 25 for dim 64. Where weights are normalised they are then taken relative to the largest so
+    far (`running_shift`), so that a row is right at any length. Without that division they vanish.
+    A vector with a number that is not finite, or whose square is not, has features NaN.
     """
 
     features: int = 256
@@ -48,6 +49,8 @@ class Favor:
         # A product for each item and head: folded into one, its bits would depend on the batch
         along = x @ directions.mT.expand(*x.shape[:-2], -1, -1)
         half_square = x.square().sum(-1, keepdim=True) / 2
+        # NaN surfaces in the rows that see it; exp(−∞) would vanish
+        half_square = half_square.masked_fill(half_square == torch.inf, torch.nan)
         return along - (half_square + 0.5 * math.log(self.features))
 
 
@@ -104,25 +107,10 @@ def _above_and_below(x: Tensor, exponent: Tensor) -> Tensor:
     return above.add_(exponent.exp())
 
 
-def check_lengths(feature_map: object, key: Tensor, hidden: Tensor | None) -> None:
-    """RegardError where a key is so long that its features leave the dtype: rows would be wrong.
-
-    key: its features (batch, kv_heads, k_len, features); hidden bool (batch, k_len) or None. A
-    factor of the keys does not cancel as one of a query does: a later key may be far larger, and
-    earlier rows must not vanish beside it.
-    """
-    if not isinstance(feature_map, Favor) or not key.numel():
-        return
-    # What is 1e-12 of the largest is still a normal number
-    vanished = key.detach().amax(-1) < torch.finfo(key.dtype).tiny * 1e12
-    if hidden is not None:
-        vanished = vanished & ~hidden[:, None]
-    if bool(vanished.any()):
-        raise RegardError(
-            f"{feature_map}: the random features of {int(vanished.sum())} keys vanish in "
-            f"{str(key.dtype).removeprefix('torch.')}, for they are too long; scale query and key "
-            "down, or compute in float64"
-        )
+def relative_to_largest(exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """The features (…, features) of ln φ without their largest factor; its logarithm (…)."""
+    taken = exponents.detach().amax(-1, keepdim=True)
+    return (exponents - taken).exp(), taken[..., 0]
 
 
 def mapped(
@@ -131,15 +119,11 @@ def mapped(
     """φ(query), φ(key), and ln of what was taken out of each query's features (None: nothing).
 
     query (batch, heads, q_len, dim), key (batch, kv_heads, k_len, dim) in the working dtype; the
-    features stand in the last dimension, the logarithm is (batch, heads, q_len).
+    features stand in the last dimension, the logarithm is (batch, heads, q_len). Favor's features
+    of weights that are normalised are made in `recurrence`.
     """
     if isinstance(feature_map, Favor):
-        exponents, shift = feature_map.exponents(query), None
-        if normalise:
-            shift = exponents.detach().amax(-1, keepdim=True)
-            exponents = exponents - shift
-        taken = None if shift is None else shift[..., 0]
-        return exponents.exp(), feature_map.exponents(key).exp(), taken
+        return feature_map.exponents(query).exp(), feature_map.exponents(key).exp(), None
     if feature_map == "elu":
         if not normalise or not query.shape[-1]:
             return elu(query), elu(key), None

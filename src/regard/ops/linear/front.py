@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -156,19 +157,35 @@ def _part(request: Request) -> int:
 
 
 def _whole(ready: Prepared, engine: str) -> tuple[Tensor, LinearState]:
-    request, flow = ready.request, ready.flow
+    request = ready.request
     if engine == "recurrent" and not request.causal:
         raise NoEngine(f"recurrent cannot run {request.call}: it goes token by token, causal=True")
     if engine == "triton" and (reasons := by_triton.why_not(ready)):
         raise NoEngine(f"triton cannot run {request.call}: {'; '.join(reasons)}")
     if not request.causal:
         return _everything(ready, engine)
+    mixed, memory = _by_item(ready, lambda part: _in_order(ready, part, engine))
+    return ready.out(mixed), ready.state(memory)
+
+
+def _by_item(ready: Prepared, by: apart.Forward) -> tuple[Tensor, Tensor]:
+    """Items that need a shift apart from those that do not, whose bits it must not change."""
+    if ready.short is None:
+        return by(ready.flow)
+    short, decay = ready.short
+    rows = short.nonzero()[:, 0], (~short).nonzero()[:, 0]
+    flows = replace(ready.flow, decay=decay), ready.flow
+    parts = [by(flow.items(at)) for flow, at in zip(flows, rows, strict=True)]
+    back = torch.cat(rows).argsort()
+    mixed, memory = (torch.cat(both)[back] for both in zip(*parts, strict=True))
+    return mixed, memory
+
+
+def _in_order(ready: Prepared, flow: Flow, engine: str) -> tuple[Tensor, Tensor]:
     few = flow.query.shape[2] <= MOST_STEPS and not flow.needs_grad
     if engine == "recurrent" or (engine == "auto" and few):
-        mixed, memory = recurrent.forward(flow.widened())
-    else:
-        mixed, memory = _in_chunks(ready, flow, engine)
-    return ready.out(mixed), ready.state(memory)
+        return recurrent.forward(flow.widened())
+    return _in_chunks(ready, flow, engine)
 
 
 def _in_chunks(ready: Prepared, flow: Flow, engine: str) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from ...engines import functorch as transforms
 from ...engines.hidden import finite
 from ...errors import RegardError
-from .features import check_lengths, mapped
+from . import running_shift
+from .features import Favor, mapped, relative_to_largest
 from .request import Request, filled_ids
 from .state import LinearState
 
@@ -60,17 +61,28 @@ class Flow:
             query = query * self.scale
         return replace(self, query=query, key=key, scale=1.0)
 
+    def items(self, rows: Tensor) -> Flow:
+        """Of these items of the batch (int64)."""
+        query, key, memory = (t[rows] for t in (self.query, self.key, self.memory))
+        decay, beta = (None if t is None else t[rows] for t in (self.decay, self.beta))
+        return Flow(query, key, self.value[rows], decay, beta, memory, self.scale)
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A request's flow, and what turns the recurrence's results into the request's.
 
     taken (batch, heads, q_len): ln of the factor that the query's features lack, or None.
+    shift (batch, state_heads, features): ln of the factor that the last state lacks, or None.
+    short: the items of the batch, bool (batch,), that need no shift, and their decay; None: all
+        items are alike.
     """
 
     request: Request
     flow: Flow
     taken: Tensor | None
+    shift: Tensor | None = None
+    short: tuple[Tensor, Tensor | None] | None = None
 
     def widened(self) -> Prepared:
         """With a flow that is not narrow."""
@@ -95,7 +107,7 @@ class Prepared:
             before = filled_ids(request.key_ids, before)[:, -1]
         length = request.call.place.k_len + (0 if request.state is None else request.state.length)
         memory = memory[..., :-1] if request.normalise else memory
-        return LinearState(memory, normaliser, before, length)
+        return LinearState(memory, normaliser, before, length, self.shift)
 
 
 def with_ones(value: Tensor, columns: int) -> Tensor:
@@ -113,15 +125,19 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     """The flow of a request, its queries and keys in their own order; narrow: see `Flow`."""
     call, working = request.call, request.call.working
     assert call.value is not None
-    query, key, taken = call.query, call.key, None
+    query, key, taken, exponents = call.query, call.key, None, None
     hidden = _hidden(request)
-    if call.needs_grad and not finite(query, key):
-        # Through a feature map, a gradient of 0 would be NaN there
-        if hidden is not None:
-            key = key.masked_fill(hidden[:, None, :, None], 0)
-        if request.query_ids is not None:
-            query = query.masked_fill((request.query_ids < 0)[:, None, :, None], 0)
-    if not narrow:
+    favor = request.feature_map if isinstance(request.feature_map, Favor) else None
+    spoiled = call.needs_grad and not finite(query, key)
+    # Through a feature map, a gradient of 0 would be NaN there; and no hidden key is a long one
+    if hidden is not None and (spoiled or favor is not None):
+        key = key.masked_fill(hidden[:, None, :, None], 0)
+    if request.query_ids is not None and spoiled:
+        query = query.masked_fill((request.query_ids < 0)[:, None, :, None], 0)
+    if favor is not None and request.normalise:
+        exponents = favor.exponents(query.to(working)), favor.exponents(key.to(working))
+        (query, taken), key = relative_to_largest(exponents[0]), exponents[1].exp()
+    elif not narrow:
         query, key, taken = mapped(
             request.feature_map, query.to(working), key.to(working), request.normalise
         )
@@ -131,8 +147,6 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     value = call.value
     decay, beta = _decay(request, key.shape[-1]), request.beta
     beta = None if beta is None else _headed(beta.to(working), request)
-    if request.normalise and not (torch.compiler.is_compiling() or transforms.active()):
-        check_lengths(request.feature_map, key, hidden)
     if hidden is not None:
         key = key.masked_fill(hidden[:, None, :, None], 0)
         value = value.masked_fill(hidden[:, None, :, None], 0)
@@ -147,7 +161,42 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     key, value = (_headed(t, request) for t in (key, value))
     scale = request.scale if narrow else 1.0
     flow = Flow(query, key, value, decay, beta, _memory(request, key, value), scale)
+    if exponents is not None:
+        long = running_shift.long_items(request, exponents[1])
+        if long is not None:
+            return _shifted(request, flow, exponents, hidden, long)
     return Prepared(request, flow, taken)
+
+
+def _shifted(
+    request: Request, flow: Flow, exponents: tuple[Tensor, Tensor], hidden: Tensor | None,
+    long: Tensor,
+) -> Prepared:  # fmt: skip
+    """With the random features of `long` items relative to the largest so far."""
+    of_key = _headed(exponents[1], request)
+    if hidden is not None:
+        of_key = of_key.masked_fill(hidden[:, None, :, None], -torch.inf)
+    given = None if request.state is None else request.state.shift
+    start, memory = running_shift.carried(given, flow.memory, long)
+    if request.causal:
+        seen, decay = running_shift.running(of_key, flow.decay, start, long)
+        own, last = seen, torch.cat([start[:, :, None], seen], 2)[:, :, -1]
+    else:
+        own, seen = running_shift.at_once(of_key, start, request, long)
+        last, decay = start, None
+        if request.key_ids is None:
+            last = own[:, :, 0]
+            by = (start - last).masked_fill(start == -torch.inf, 0).exp()
+            memory = memory * by[..., None]
+    query, taken = running_shift.of_queries(exponents[0], seen)
+    if request.query_ids is not None:
+        query = query.masked_fill((request.query_ids < 0)[:, None, :, None], 0)
+    key = running_shift.of_keys(of_key, own)
+    short = None
+    if request.causal and transforms.unwatched(long) and not bool(long.all()):
+        short = ~long, flow.decay
+    flow = replace(flow, query=query, key=key, decay=decay, memory=memory)
+    return Prepared(request, flow, taken, running_shift.no_less(last), short)
 
 
 def _headed(tensor: Tensor, request: Request) -> Tensor:

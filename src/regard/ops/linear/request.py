@@ -122,6 +122,10 @@ class Request:
             raise RegardError(f"state has {has} normaliser, and this call {does} normalise")
         if self.normalise:
             wanted["normaliser"] = row
+        if state.shift is not None:
+            if not (self.normalise and isinstance(self.feature_map, features.Favor)):
+                raise RegardError("state has a shift, as random features do; give the same Favor")
+            wanted["shift"] = row
         for name, shape in wanted.items():
             given = getattr(state, name)
             if given.shape != shape or (given.dtype, given.device) != (

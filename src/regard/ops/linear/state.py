@@ -18,6 +18,8 @@ class LinearState(Brief):
     normaliser (batch, state_heads, features): Σ φ(k), where the weights are normalised.
     document (batch,): the id of the last document, −1 before the first; None without documents.
     length: the tokens so far; the next call's positions begin there.
+    shift (batch, state_heads, features): memory and normaliser lack the factor exp(shift), which
+        would leave the dtype (random features of long keys); None: they lack none.
     float32; float64 where the call is float64. Gradients flow through it.
     """
 
@@ -25,6 +27,7 @@ class LinearState(Brief):
     normaliser: Tensor | None = None
     document: Tensor | None = None
     length: int = 0
+    shift: Tensor | None = None
 
     def detach(self) -> LinearState:
         """Cut off from the graph of the tokens before: truncated backpropagation through time."""

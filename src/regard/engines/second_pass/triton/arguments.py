@@ -13,6 +13,7 @@ from torch import Tensor
 from ....call.biases import Kind
 from ....call.checked import Call
 from ....call.observers import Distances, Entropy, Map, MaxScore, Observer, Received, TopK
+from .kernel_tuples import BiasArgs, CallArgs, Form, MaskArgs, fixed, strides
 from .mask_records import Instructions, instructions
 
 MOST_DENSE = 2
@@ -93,12 +94,12 @@ class Shared:
                 self.relative = self.relative + along if self.has_relative else along
                 self.has_relative = True
         self.dense = len(dense)
-        self.biases: list[Any] = []
+        added: list[Any] = []
         for n in range(MOST_DENSE):
             tensor = dense[n] if n < len(dense) else nothing.view(1, 1, 1, 1)
-            strides = (0 if tensor.shape[d] == 1 else tensor.stride(d) for d in range(4))
-            self.biases += [tensor, *strides]
-        self.relative_zero = -least
+            steps = (0 if tensor.shape[d] == 1 else tensor.stride(d) for d in range(4))
+            added += [tensor, *steps]
+        self.biases = BiasArgs(self.slopes, self.relative, self.width, -least, *added)
         self.table = self.lengths = torch.empty(1, dtype=torch.int32, device=device)
         self.paged, self.page_size = call.pages is not None, 1
         if call.pages is not None:
@@ -111,30 +112,36 @@ class Shared:
         """The mask's program: its records are copied to the device, where a kernel reads them."""
         return instructions(self.call.program)
 
-    def front(self, by_program: bool = True) -> list[Any]:
-        """Strides and sizes, after the tensors. by_program: kernels ask the mask's program."""
+    @cached_property
+    def args(self) -> CallArgs:
+        """The call, for every kernel: made once, as each attribute of a tensor takes its time."""
         call, place = self.call, self.call.place
-        mask, length = [self.none, self.none, self.none], 0
-        if self.masked and by_program:
-            mask = [self.mask.records, self.mask.integers, self.mask.octets]
-            length = len(self.mask.records)
-        return [
-            *call.query.stride(), *call.key.stride(), call.query.shape[-1], place.heads,
-            place.heads // place.kv_heads, place.q_len, place.k_len, call.scale,
-            call.softcap or 1.0, place.query_start, place.key_start, self.slopes, self.relative,
-            self.width, self.relative_zero, *self.biases, mask[0], length, mask[1], mask[2],
+        return CallArgs(
+            call.query, call.key, self.lse, self.sinks, *strides(call.query), *strides(call.key),
+            call.query.shape[-1], place.heads, place.heads // place.kv_heads, place.q_len,
+            place.k_len, call.scale, call.softcap or 1.0, place.query_start, place.key_start,
             self.table, self.table.stride(0), self.page_size, self.lengths,
-        ]  # fmt: skip
+        )  # fmt: skip
 
-    def flags(self, block_q: int, block_k: int, by_program: bool = True) -> dict[str, Any]:
-        """What the kernels are compiled for."""
+    def mask_args(self, by_program: bool = True) -> MaskArgs:
+        """by_program: the kernel asks the mask's program, which not every mask needs."""
+        if self.masked and by_program:
+            mask = self.mask
+            return MaskArgs(mask.records, len(mask.records), mask.integers, mask.octets)
+        return MaskArgs(self.none, 0, self.none, self.none)
+
+    def form(self, block_q: int, block_k: int, band: bool = False) -> Form:
+        """What the kernels are compiled for. band: the mask is two numbers, and no program."""
+        kinds = self.mask.kinds if self.masked and not band else 0
         dim = wide(self.call.query.shape[-1])
-        return {
-            "SOFTCAP": self.call.softcap is not None, "ALIBI": self.alibi,
-            "RELATIVE": self.has_relative, "DENSE": self.dense, "MASKED": self.masked,
-            "KINDS": self.mask.kinds if self.masked and by_program else 0, "PAGED": self.paged,
-            "M": block_q, "N": block_k, "D": dim,
-        }  # fmt: skip
+        return fixed(
+            Form(
+                SOFTCAP=self.call.softcap is not None, ALIBI=self.alibi,
+                RELATIVE=self.has_relative, DENSE=self.dense, MASKED=self.masked, KINDS=kinds,
+                BAND=band, PAGED=self.paged, SINKS=self.call.sinks is not None,
+                M=block_q, N=block_k, D=dim,
+            )
+        )  # fmt: skip
 
 
 def ends(edges: Sequence[int], device: torch.device) -> Tensor:

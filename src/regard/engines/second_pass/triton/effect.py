@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,31 @@ from ....errors import RegardError
 from . import read as reading
 from . import tile_grid as geometry
 from .arguments import Shared, on_device, power, wide
+from .kernel_tuples import TileArgs, strides
 from .read import MOST_DIM, MOST_LISTED
+
+
+class ValueArgs(NamedTuple):
+    """The values, the scalar's gradient and what came out, with their strides as in `CallArgs`."""
+
+    value: Tensor
+    v_b: int
+    v_h: int
+    v_n: int
+    v_d: int
+    grad: Tensor
+    g_b: int
+    g_h: int
+    g_n: int
+    g_d: int
+    out: Tensor
+    o_b: int
+    o_h: int
+    o_n: int
+    o_d: int
+    dim: int  # of values
+    seed: Tensor  # dropout's, and below what a word drops
+    keep: float  # the factor of a kept weight
 
 
 def refuses(observer: Effect, call: Call) -> list[str]:
@@ -59,13 +85,16 @@ def effect(
         drawn = 0 if call.dropout.seed is None else int(call.dropout.seed)
         seed = torch.tensor([drawn, round(call.dropout.p * 2**32)], dtype=torch.int64, device="cpu")
         seed, kept = seed.to(device, non_blocking=True), 1 / (1 - call.dropout.p)
+    values = ValueArgs(
+        value, *strides(value), grad, *strides(grad), out, *strides(out), value.shape[-1], seed,
+        kept,
+    )  # fmt: skip
+    args = TileArgs(*tiles, 0, 0, *lead, *counts)
     with on_device(device):
         remove[(place.batch * place.heads * counts[0],)](
-            call.query, call.key, shared.lse, value, grad, out, shared.sinks, seed, kept,
-            *value.stride(), *grad.stride(), *out.stride(), value.shape[-1], *shared.front(),
-            *tiles, *lead, *counts, names, effects, weights, k,
-            SINKS=call.sinks is not None, DROPOUT=call.dropout is not None, TOP=power(k),
-            DV=wide(value.shape[-1]), **shared.flags(*blocks), num_warps=8, enable_fp_fusion=True,
+            shared.args, shared.mask_args(), shared.biases, args, values, names, effects, weights,
+            k, shared.form(*blocks), DROPOUT=call.dropout is not None, TOP=power(k),
+            DV=wide(value.shape[-1]), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return names, effects, weights
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .read_kernel import LEAST, MOST
-from .scores_kernel import WIDEN, scores
+from .scores_kernel import WIDEN, queries, scores
 
 _ABSENT = tl.constexpr(-1)  # below the bits of every size, which are not negative
 
@@ -58,65 +58,59 @@ def _factors(seed, query, first, row, keep, N: tl.constexpr):
 
 @triton.jit
 def remove(
-    q, k, lse, v, grad, out, sinks, seed, keep, v_b, v_h, v_n, v_d, g_b, g_h, g_n, g_d,
-    o_b, o_h, o_n, o_d, v_dim,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
-    query_start, key_start, slopes, relative, relative_width, relative_zero,
-    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets, table, table_b, page_size, lengths,
-    tiles, tile_counts, tiles_b, tiles_h, q_lead, k_lead, q_blocks, k_blocks,
-    names_out, effects_out, weights_out, listed,
-    SINKS: tl.constexpr, DROPOUT: tl.constexpr, TOP: tl.constexpr, DV: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    call, mask, biases, tiles, values, names_out, effects_out, weights_out, listed, form,
+    DROPOUT: tl.constexpr, TOP: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """See `measuring.effect`, which gives it its arguments. `listed` edges a row, in TOP slots."""
+    """See `effect.effect`, which gives it its arguments. `listed` edges a row, in TOP slots."""
+    M: tl.constexpr = form.M
+    N: tl.constexpr = form.N
+    MASKED: tl.constexpr = form.MASKED
+    SINKS: tl.constexpr = form.SINKS
+    q_len = call.q_len
+    q_blocks = tiles.q_blocks
     pid = tl.program_id(0)
     # Late blocks see the most under a causal mask: they go first
     block = q_blocks - 1 - pid % q_blocks
     bh = (pid // q_blocks).to(tl.int64)
-    b = bh // heads
-    h = bh % heads
-    k = k + b * k_b + (h // group) * k_h
-    v = v + b * v_b + (h // group) * v_h
-    dims = tl.arange(0, D)
+    b = bh // call.heads
+    h = bh % call.heads
+    k = call.key + b * call.k_b + (h // call.group) * call.k_h
+    v = values.value + b * values.v_b + (h // call.group) * values.v_h
     v_dims = tl.arange(0, DV)
     slots = tl.arange(0, TOP)[None, :]
-    rows = block * M + tl.arange(0, M) - q_lead
+    rows = block * M + tl.arange(0, M) - tiles.q_lead
     row_in = (rows >= 0) & (rows < q_len)
+    query = queries(call.query + b * call.q_b + h * call.q_h, rows, row_in, call, form)
     far = rows[:, None].to(tl.int64)
-    own = q + b * q_b + h * q_h + far * q_n + dims[None, :] * q_d
-    query = tl.load(own, mask=row_in[:, None] & (dims < dim)[None, :], other=0)
-    here = row_in[:, None] & (v_dims < v_dim)[None, :]
-    g = tl.load(grad + b * g_b + h * g_h + far * g_n + v_dims[None, :] * g_d, mask=here, other=0)
-    o = tl.load(out + b * o_b + h * o_h + far * o_n + v_dims[None, :] * o_d, mask=here, other=0)
+    here = row_in[:, None] & (v_dims < values.dim)[None, :]
+    own = values.grad + b * values.g_b + h * values.g_h
+    g = tl.load(own + far * values.g_n + v_dims[None, :] * values.g_d, mask=here, other=0)
+    own = values.out + b * values.o_b + h * values.o_h
+    o = tl.load(own + far * values.o_n + v_dims[None, :] * values.o_d, mask=here, other=0)
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     if WIDEN:
         g = g.to(tl.float32)
-    given = tl.load(lse + bh * q_len + rows, mask=row_in, other=float("-inf"))
+    given = tl.load(call.lse + bh * q_len + rows, mask=row_in, other=float("-inf"))
     blind = given == float("-inf")
     safe = tl.where(blind, 0.0, given)
-    list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
-    count = k_blocks
+    list_at = (b * tiles.by_item + h * tiles.by_head + block) * tiles.k_blocks
+    count = tiles.k_blocks
     if MASKED:
-        count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block)
+        count = tl.load(tiles.counts + b * tiles.by_item + h * tiles.by_head + block)
 
     total = tl.zeros([M], tl.float32)
     if SINKS:
-        total = tl.where(blind, 0.0, tl.exp(tl.load(sinks + h) - safe))
+        total = tl.where(blind, 0.0, tl.exp(tl.load(call.sinks + h) - safe))
     seen = tl.zeros([M], tl.int32)
     for turn_ahead in range(count):
         entry = turn_ahead * 2 + 1
         if MASKED:
-            entry = tl.load(tiles + list_at + turn_ahead)
-        cols = (entry >> 1) * N + tl.arange(0, N) - k_lead
-        col_in = (cols >= 0) & (cols < k_len)
+            entry = tl.load(tiles.entries + list_at + turn_ahead)
+        cols = (entry >> 1) * N + tl.arange(0, N) - tiles.k_lead
+        col_in = (cols >= 0) & (cols < call.k_len)
         s, shown = scores(
-            query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h, entry & 1, scale, softcap,
-            query_start, key_start, slopes, relative, relative_width, relative_zero, bias0, b0_b,
-            b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, records, length, integers, octets,
-            table, page_size, k_b, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, PAGED, M, N, D,
+            query, k, call.table, call, mask, biases, rows, cols, row_in, col_in, b, h, entry & 1,
+            form,
         )  # fmt: skip
         total += tl.sum(tl.where(shown, tl.exp(s - safe[:, None]), 0.0), 1)
         seen += tl.sum((s != float("-inf")).to(tl.int32), 1)
@@ -132,23 +126,23 @@ def remove(
     for turn in range(count):
         entry = turn * 2 + 1
         if MASKED:
-            entry = tl.load(tiles + list_at + turn)
-        start = (entry >> 1) * N - k_lead
+            entry = tl.load(tiles.entries + list_at + turn)
+        start = (entry >> 1) * N - tiles.k_lead
         cols = start + tl.arange(0, N)
-        col_in = (cols >= 0) & (cols < k_len)
+        col_in = (cols >= 0) & (cols < call.k_len)
         s, shown = scores(
-            query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h, entry & 1, scale, softcap,
-            query_start, key_start, slopes, relative, relative_width, relative_zero, bias0, b0_b,
-            b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, records, length, integers, octets,
-            table, page_size, k_b, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, PAGED, M, N, D,
+            query, k, call.table, call, mask, biases, rows, cols, row_in, col_in, b, h, entry & 1,
+            form,
         )  # fmt: skip
-        beside = v + cols[None, :].to(tl.int64) * v_n + v_dims[:, None] * v_d
-        values = tl.load(beside, mask=col_in[None, :] & (v_dims < v_dim)[:, None], other=0)
+        beside = v + cols[None, :].to(tl.int64) * values.v_n + v_dims[:, None] * values.v_d
+        given_to = tl.load(beside, mask=col_in[None, :] & (v_dims < values.dim)[:, None], other=0)
         if WIDEN:
-            values = values.to(tl.float32)
-        dp = tl.dot(g, values, input_precision="ieee")
+            given_to = given_to.to(tl.float32)
+        dp = tl.dot(g, given_to, input_precision="ieee")
         if DROPOUT:
-            dp = dp * _factors(seed, rows + query_start, start + key_start, bh, keep, N)
+            dp = dp * _factors(
+                values.seed, rows + call.query_start, start + call.key_start, bh, values.keep, N
+            )
         hidden = s == float("-inf")
         p = tl.where(hidden, 0.0, tl.exp(s - safe[:, None]) / total[:, None])
         left = tl.where(alone, 0.0, 1.0 - p)
@@ -169,7 +163,7 @@ def remove(
         absent = first == _ABSENT
         effect = tl.sum(tl.where(chosen, effects, 0.0), 1)
         weight = tl.sum(tl.where(chosen, weights, 0.0), 1)
-        tl.store(names_out + at + place, tl.where(absent, -1, name + key_start), row_in)
+        tl.store(names_out + at + place, tl.where(absent, -1, name + call.key_start), row_in)
         tl.store(effects_out + at + place, tl.where(absent, 0.0, effect), row_in)
         tl.store(weights_out + at + place, tl.where(absent, 0.0, weight), row_in)
         # Empty slots have one name: they may all go only once nothing else is left

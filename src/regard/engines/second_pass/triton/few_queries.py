@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ....call.observers import Map
 from .arguments import Launch, Shared, ends, on_device, power
+from .kernel_tuples import BinArgs, ColumnArgs, fixed
 
 MOST_QUERIES = 16
 CHUNK = 512  # keys of a program, whatever the call: an item's bits do not hang on its neighbours'
 LEAST_ROWS, MOST_ROWS = 16, 64  # of a tile: those of the heads that share their keys
+
+
+class ChunkArgs(NamedTuple):
+    """How keys are cut: `_Few._classes` says what a class is."""
+
+    classes: Tensor
+    classes_b: int
+    classes_h: int
+    k_lead: int
+    k_blocks: int
+    chunks: int
+    parts: int  # tiles that hold the heads of one key head
+
+
+class ChunkSums(NamedTuple):
+    """What rows gather, once a chunk: (batch, heads, q_len, chunks), and `listed` of the best."""
+
+    mass: Tensor
+    spread: Tensor
+    highest: Tensor
+    best: Tensor
+    names: Tensor
+    listed: int
+
+
+class RowResults(NamedTuple):
+    """What rows gather in all: (batch, heads, q_len), and `listed` of the names and weights."""
+
+    mass: Tensor
+    entropy: Tensor
+    score: Tensor
+    names: Tensor
+    weights: Tensor
+    listed: int
+
+
+class GatheredByFew(NamedTuple):
+    """What `weigh_few` is compiled to gather; a flag of 0 leaves an observer out."""
+
+    SUMS: bool  # only what the rows with a large lse sum to
+    ENTROPY: bool
+    SCORE: bool
+    TOP: int
+    RECEIVED: bool
+    MAP: bool
+    MAX: bool
+    NC: int  # cells of the map in a tile
+    BINS: int
+    CHUNK: int  # tiles of a chunk
+    Q: int  # the power of two that holds q_len
 
 
 def gather(plan: Launch, shared: Shared, shard: bool, block_k: int | None) -> None:
@@ -92,7 +144,7 @@ class _Few:
         self.k_blocks = -(-(place.k_len + self.lead) // self.block_k)
         self.per_chunk = max(CHUNK // self.block_k, 1)
         self.chunks = -(-self.k_blocks // self.per_chunk)
-        self.classes, self.classes_b, self.classes_h = self._classes()
+        self.classes = self._classes()
         self.unused = torch.empty(1, dtype=torch.float32, device=place.device)
 
     def _classes(self) -> tuple[Tensor, int, int]:
@@ -118,31 +170,49 @@ class _Few:
         """Launch `weigh_few`, which fills `given`."""
         from .few_queries_kernel import weigh_few
 
-        call, place, shared = self.call, self.call.place, self.shared
-
-        def at(name: str) -> Tensor:
-            return given.get(name, self.unused)
-
-        edges: Any = self.unused
+        place, shared = self.call.place, self.shared
+        edges = self.unused
         if plan.distances is not None:
             edges = ends(plan.distances, place.device)
-        counted = given["counts"].shape[:2] if "counts" in given else (0, 0)
+        items, heads = given["counts"].shape[:2] if "counts" in given else (0, 0)
+        args = ChunkArgs(*self.classes, self.lead, self.k_blocks, self.chunks, self.parts)
+        at = self.named(given)
         first, last = plan.received or (0, 0)
+        columns = ColumnArgs(at("columns"), at("counts"), items, heads, first, last)
+        bins = BinArgs(at("past"), at("future"), edges, len(plan.distances or ()))
+        gathered = fixed(
+            GatheredByFew(
+                SUMS=SUMS, ENTROPY=plan.entropy, SCORE=plan.score, TOP=self.top(plan),
+                RECEIVED=plan.received is not None, MAP=plan.map is not None,
+                MAX=plan.map is not None and plan.map.reduce == "max",
+                NC=1 if plan.map is None else self.cells_of_a_tile(plan.map),
+                BINS=self.bins(plan), CHUNK=self.per_chunk, Q=self.padded,
+            )
+        )  # fmt: skip
         with on_device(place.device):
             weigh_few[(place.batch * place.kv_heads * self.parts * self.chunks,)](
-                call.query, call.key, shared.lse, before, *shared.front(),
-                self.classes, self.classes_b, self.classes_h, self.lead, self.k_blocks,
-                self.chunks, self.parts, at("mass"), at("spread"), at("highest"), at("best"),
-                at("names"), plan.listed, at("columns"), at("counts"), *counted, first, last,
-                at("cells"), at("past"), at("future"), edges, len(plan.distances or ()),
-                SUMS=SUMS, ENTROPY=plan.entropy, SCORE=plan.score,
-                TOP=power(plan.listed) if plan.listed else 0, RECEIVED=plan.received is not None,
-                MAP=plan.map is not None, MAX=plan.map is not None and plan.map.reduce == "max",
-                NC=1 if plan.map is None else self.cells_of_a_tile(plan.map),
-                BINS=power(len(plan.distances)) if plan.distances is not None else 0,
-                CHUNK=self.per_chunk, Q=self.padded, **shared.flags(self.block_q, self.block_k),
+                shared.args, shared.mask_args(), shared.biases, args, before,
+                self.sums(given, plan), columns, at("cells"), bins,
+                shared.form(self.block_q, self.block_k), gathered,
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
+
+    def named(self, tensors: dict[str, Tensor]) -> Callable[[str], Tensor]:
+        """The tensor of a name, or what is not read in its place."""
+        return lambda name: tensors.get(name, self.unused)
+
+    def sums(self, given: dict[str, Tensor], plan: Launch) -> ChunkSums:
+        at = self.named(given)
+        each = (at("mass"), at("spread"), at("highest"), at("best"), at("names"))
+        return ChunkSums(*each, plan.listed)
+
+    @staticmethod
+    def top(plan: Launch) -> int:
+        return power(plan.listed) if plan.listed else 0
+
+    @staticmethod
+    def bins(plan: Launch) -> int:
+        return power(len(plan.distances)) if plan.distances is not None else 0
 
     def join(
         self, given: dict[str, Tensor], found: dict[str, Tensor], plan: Launch, shard: bool,
@@ -152,20 +222,15 @@ class _Few:
         from .few_queries_kernel import join_few
 
         place, shared = self.call.place, self.shared
-
-        def of(tensors: dict[str, Tensor], *names: str) -> list[Tensor]:
-            return [tensors.get(name, self.unused) for name in names]
-
+        at, to = self.named(given), self.named(found)
+        rows = (to("mass"), to("entropy"), to("score"), to("names"), to("listed"))
         with on_device(place.device):
             join_few[(place.batch * place.heads * place.q_len,)](
-                shared.lse, shared.sinks,
-                *of(given, "mass", "spread", "highest", "best", "names", "past", "future"),
+                shared.lse, shared.sinks, self.sums(given, plan), at("past"), at("future"),
                 place.heads, place.q_len, place.key_start, self.chunks,
-                *of(found, "mass", "entropy", "score", "names", "listed"), plan.listed,
-                *of(found, "past", "future"),
+                RowResults(*rows, plan.listed), to("past"), to("future"),
                 SUMS=SUMS, SHARD=shard, SINKS=self.call.sinks is not None, ENTROPY=plan.entropy,
-                SCORE=plan.score, TOP=power(plan.listed) if plan.listed else 0,
-                BINS=power(len(plan.distances)) if plan.distances is not None else 0,
+                SCORE=plan.score, TOP=self.top(plan), BINS=self.bins(plan),
                 num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
 

@@ -13,42 +13,40 @@ import triton.language as tl
 
 from .read_kernel import HIDDEN, LEAST, MOST, insert, ordered, pool, unordered
 from .rows_kernel import LARGE
-from .scores_kernel import keys_of, scores
+from .scores_kernel import keys_of, queries, scores
 
 _PART = tl.constexpr(64)  # chunks, or listed keys, that are joined at once
 
 
 @triton.jit
-def weigh_few(
-    q, k, lse, before,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
-    query_start, key_start, slopes, relative, relative_width, relative_zero,
-    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets, table, table_b, page_size, lengths,
-    classes, classes_b, classes_h, k_lead, k_blocks, chunks, parts,
-    mass_out, spread_out, highest_out, best_out, names_out, listed,
-    columns_out, counts_out, counts_b, counts_h, first_row, last_row,
-    cells_out, past_out, future_out, edges, bins,
-    SUMS: tl.constexpr, ENTROPY: tl.constexpr, SCORE: tl.constexpr, TOP: tl.constexpr,
-    RECEIVED: tl.constexpr, MAP: tl.constexpr, MAX: tl.constexpr, NC: tl.constexpr,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """See `few.gather`, which gives it its arguments. A flag of 0 leaves an observer out.
+def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, form, gathered):
+    """See `few_queries.gather`, which gives it its arguments, and `few_queries.GatheredByFew`.
 
-    Q: the power of two that holds q_len; M // Q heads stand in a tile. CHUNK: tiles of a chunk.
-    SUMS: only what the rows with a large lse sum to. Columns divide by `before`.
+    M // Q heads stand in a tile. Columns divide by `before`.
     """
+    M: tl.constexpr = form.M
+    N: tl.constexpr = form.N
+    MASKED: tl.constexpr = form.MASKED
+    TOP: tl.constexpr = gathered.TOP
+    BINS: tl.constexpr = gathered.BINS
+    NC: tl.constexpr = gathered.NC
+    MAX: tl.constexpr = gathered.MAX
+    Q: tl.constexpr = gathered.Q
     G: tl.constexpr = M // Q
+    COLUMNS: tl.constexpr = gathered.RECEIVED or gathered.MAP or BINS > 0
+    heads = call.heads
+    group = call.group
+    q_len = call.q_len
+    k_blocks = chunked.k_blocks
+    chunks = chunked.chunks
+    listed = found.listed
     pid = tl.program_id(0)
     chunk = pid % chunks
-    part = pid // chunks % parts
-    owner = (pid // chunks // parts).to(tl.int64)
+    part = pid // chunks % chunked.parts
+    owner = (pid // chunks // chunked.parts).to(tl.int64)
     b = owner // (heads // group)
     kv_head = owner % (heads // group)
-    k, table, end = keys_of(k, k_b, k_h, b, kv_head, k_len, table, table_b, lengths, PAGED)
+    k, table, end = keys_of(call, b, kv_head, form)
     lane = tl.arange(0, M)
     rows = lane % Q
     of_group = part * G + lane // Q
@@ -59,26 +57,24 @@ def weigh_few(
     head_in = own_head < group
     own_head = kv_head * group + own_head
     h = h[:, None]
-    dims = tl.arange(0, D)
-    own = q + b * q_b + h * q_h + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d
-    query = tl.load(own, mask=row_in[:, None] & (dims < dim)[None, :], other=0)
-    given = tl.load(lse + at, mask=row_in, other=float("-inf"))
+    query = queries(call.query + b * call.q_b + h * call.q_h, rows, row_in, call, form)
+    given = tl.load(call.lse + at, mask=row_in, other=float("-inf"))
     safe = tl.where(given == float("-inf"), 0.0, given)
 
     # From the first tile of the chunk that is not empty to the last
-    begin = chunk * CHUNK
-    stop = tl.minimum(begin + CHUNK, k_blocks)
-    line = classes + b * classes_b + kv_head * classes_h
+    begin = chunk * gathered.CHUNK
+    stop = tl.minimum(begin + gathered.CHUNK, k_blocks)
+    line = chunked.classes + b * chunked.classes_b + kv_head * chunked.classes_h
     if MASKED:
-        numbers = begin + tl.arange(0, CHUNK)
+        numbers = begin + tl.arange(0, gathered.CHUNK)
         some = tl.load(line + numbers, mask=numbers < k_blocks, other=0) != 0
         begin = tl.min(tl.where(some, numbers, k_blocks), 0)
         stop = tl.max(tl.where(some, numbers + 1, 0), 0)
-    if SUMS:
+    if gathered.SUMS:
         large = tl.max((row_in & (tl.abs(safe) > LARGE)).to(tl.int32), 0)
         stop = tl.where(large > 0, stop, 0)
     divisor = tl.full([M], 1.0, tl.float32)
-    if RECEIVED or MAP or BINS > 0:
+    if COLUMNS:
         divisor = tl.load(before + at, mask=row_in, other=1.0)
 
     slots = tl.arange(0, TOP if TOP > 0 else 2)[None, :]
@@ -94,52 +90,49 @@ def weigh_few(
         whole = 1
         if MASKED:
             whole = tl.load(line + tile).to(tl.int32) >> 1
-        start = tile * N - k_lead
+        start = tile * N - chunked.k_lead
         cols = start + tl.arange(0, N)
         col_in = (cols >= 0) & (cols < end)
         s, shown = scores(
-            query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h, whole, scale, softcap,
-            query_start, key_start, slopes, relative, relative_width, relative_zero, bias0, b0_b,
-            b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, records, length, integers, octets,
-            table, page_size, k_b, SOFTCAP, ALIBI, RELATIVE, DENSE, MASKED, KINDS, PAGED, M, N, D,
-        )  # fmt: skip
+            query, k, table, call, mask, biases, rows, cols, row_in, col_in, b, h, whole, form
+        )
         log = tl.where(shown, s - safe[:, None], float("-inf"))
         e = tl.exp(log)
         mass += tl.sum(e, 1)
-        if ENTROPY:
+        if gathered.ENTROPY:
             spread += tl.sum(tl.where(log == float("-inf"), 0.0, e * log), 1)
-        if SCORE:
+        if gathered.SCORE:
             highest = tl.maximum(highest, tl.max(ordered(s), 1))
         if TOP > 0:
             best, names = insert(best, names, ordered(log), cols, TOP)
-        if RECEIVED or MAP or BINS > 0:
+        if COLUMNS:
             p = e / divisor[:, None]
-            if RECEIVED:
-                counted = ((rows >= first_row) & (rows < last_row))[:, None]
+            if gathered.RECEIVED:
+                counted = ((rows >= columns.first_row) & (rows < columns.last_row))[:, None]
                 given_to = tl.sum(tl.reshape(tl.where(counted, p, 0.0), [G, Q, N]), 1)
-                to = (b * heads + own_head)[:, None] * k_len + cols[None, :]
-                tl.store(columns_out + to, given_to, head_in[:, None] & col_in[None, :])
+                to = (b * heads + own_head)[:, None] * call.k_len + cols[None, :]
+                tl.store(columns.sums + to, given_to, head_in[:, None] & col_in[None, :])
                 seen = tl.sum(tl.reshape((shown & counted).to(tl.int32), [G, Q, N]), 1)
-                to = (b * counts_h + own_head)[:, None] * k_len + cols[None, :]
-                kept = (head_in & (own_head < counts_h))[:, None] & col_in[None, :]
-                if b < counts_b:
-                    tl.store(counts_out + to, seen, kept)
-            if MAP:
+                to = (b * columns.counts_h + own_head)[:, None] * call.k_len + cols[None, :]
+                kept = (head_in & (own_head < columns.counts_h))[:, None] & col_in[None, :]
+                if b < columns.counts_b:
+                    tl.store(columns.counts + to, seen, kept)
+            if gathered.MAP:
                 to = (at * k_blocks + tile)[:, None] * NC + tl.arange(0, NC)[None, :]
                 if MAX:
                     # Weights are not negative: their bits are in order, NaN last
                     p_bits = p.to(tl.int32, bitcast=True) & 0x7FFFFFFF
                     pooled = pool(p_bits, MAX, M, 1, NC, N // NC).to(tl.float32, bitcast=True)
-                    tl.store(cells_out + to, pooled, row_in[:, None])
+                    tl.store(cells + to, pooled, row_in[:, None])
                 else:
-                    tl.store(cells_out + to, pool(p, MAX, M, 1, NC, N // NC), row_in[:, None])
+                    tl.store(cells + to, pool(p, MAX, M, 1, NC, N // NC), row_in[:, None])
             if BINS > 0:
-                back = (rows + query_start)[:, None] - (cols + key_start)[None, :]
-                most = q_len - 1 + query_start - start - key_start
-                least = query_start - start - key_start - N + 1
-                for bin_at in range(bins):
-                    low = tl.load(edges + bin_at)
-                    high = tl.load(edges + bin_at + 1)
+                back = (rows + call.query_start)[:, None] - (cols + call.key_start)[None, :]
+                most = q_len - 1 + call.query_start - start - call.key_start
+                least = call.query_start - start - call.key_start - N + 1
+                for bin_at in range(bins.number):
+                    low = tl.load(bins.edges + bin_at)
+                    high = tl.load(bins.edges + bin_at + 1)
                     if (most >= low) & (least < high):
                         there = (back >= low) & (back < high)
                         total = tl.sum(tl.where(there, p, 0.0), 1)
@@ -152,33 +145,36 @@ def weigh_few(
                         future += tl.where(bars == bin_at, total[:, None], 0.0)
 
     to = at * chunks + chunk
-    tl.store(mass_out + to, mass, row_in)
-    if ENTROPY:
-        tl.store(spread_out + to, spread, row_in)
-    if SCORE:
-        tl.store(highest_out + to, highest, row_in)
+    tl.store(found.mass + to, mass, row_in)
+    if gathered.ENTROPY:
+        tl.store(found.spread + to, spread, row_in)
+    if gathered.SCORE:
+        tl.store(found.highest + to, highest, row_in)
     if TOP > 0:
         to = to[:, None] * listed + slots
-        tl.store(best_out + to, best, row_in[:, None] & (slots < listed))
-        tl.store(names_out + to, names, row_in[:, None] & (slots < listed))
+        tl.store(found.best + to, best, row_in[:, None] & (slots < listed))
+        tl.store(found.names + to, names, row_in[:, None] & (slots < listed))
     if BINS > 0:
         to = ((b * heads + own_head) * chunks + chunk)[:, None] * BINS + bars
-        tl.store(past_out + to, past, head_in[:, None])
-        tl.store(future_out + to, future, head_in[:, None])
+        tl.store(bins.past + to, past, head_in[:, None])
+        tl.store(bins.future + to, future, head_in[:, None])
 
 
 @triton.jit
 def join_few(
-    lse, sinks, mass, spread, highest, best, names, past, future, heads, q_len, key_start, chunks,
-    mass_out, entropy_out, score_out, names_out, listed_out, listed, past_out, future_out,
+    lse, sinks, given, past, future, heads, q_len, key_start, chunks, found, past_out, future_out,
     SUMS: tl.constexpr, SHARD: tl.constexpr, SINKS: tl.constexpr, ENTROPY: tl.constexpr,
     SCORE: tl.constexpr, TOP: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """One row's chunks together, in their order. SUMS: only what its columns divide by."""
+    """One row's chunks (given, past, future) together, in their order.
+
+    SUMS: only what its columns divide by.
+    """
+    listed = found.listed
     at = tl.program_id(0).to(tl.int64)
     bh = at // q_len
-    given = tl.load(lse + at)
-    blind = given == float("-inf")
+    own_lse = tl.load(lse + at)
+    blind = own_lse == float("-inf")
     numbers = tl.arange(0, _PART)
     summed = tl.zeros([1], tl.float32)
     spread_sum = tl.zeros([1], tl.float32)
@@ -187,27 +183,29 @@ def join_few(
         chunk = first + numbers
         inside = chunk < chunks
         own = at * chunks + chunk
-        summed += tl.sum(tl.load(mass + own, mask=inside, other=0.0), 0)
+        summed += tl.sum(tl.load(given.mass + own, mask=inside, other=0.0), 0)
         if ENTROPY:
-            spread_sum += tl.sum(tl.load(spread + own, mask=inside, other=0.0), 0)
+            spread_sum += tl.sum(tl.load(given.spread + own, mask=inside, other=0.0), 0)
         if SCORE:
-            top = tl.maximum(top, tl.max(tl.load(highest + own, mask=inside, other=HIDDEN), 0))
+            top = tl.maximum(
+                top, tl.max(tl.load(given.highest + own, mask=inside, other=HIDDEN), 0)
+            )
     taken = tl.zeros([1], tl.float32)
     if SINKS:
-        taken += tl.exp(tl.load(sinks + bh % heads) - given)
+        taken += tl.exp(tl.load(sinks + bh % heads) - own_lse)
     own_sum = tl.full([1], 1.0, tl.float32)
     if not SHARD:
         own_sum = tl.where(blind, 1.0, summed + taken)
     one = tl.arange(0, 1)
     if SUMS:
-        tl.store(mass_out + at + one, tl.where(tl.abs(given) > LARGE, own_sum, 1.0))
+        tl.store(found.mass + at + one, tl.where(tl.abs(own_lse) > LARGE, own_sum, 1.0))
     else:
         whole = summed / own_sum
-        tl.store(mass_out + at + one, whole)
+        tl.store(found.mass + at + one, whole)
         if ENTROPY:
-            tl.store(entropy_out + at + one, whole * tl.log(own_sum) - spread_sum / own_sum)
+            tl.store(found.entropy + at + one, whole * tl.log(own_sum) - spread_sum / own_sum)
         if SCORE:
-            tl.store(score_out + at + one, unordered(top))
+            tl.store(found.score + at + one, unordered(top))
         if TOP > 0:
             slots = tl.arange(0, TOP)[None, :]
             held = tl.zeros([1, TOP], tl.int32) + tl.where(slots < listed, HIDDEN, MOST)
@@ -217,8 +215,8 @@ def join_few(
                 place = first + numbers
                 inside = place < chunks * listed
                 own = at * chunks * listed + place
-                new = tl.load(best + own, mask=inside, other=HIDDEN)
-                name = tl.load(names + own, mask=inside, other=-1)
+                new = tl.load(given.best + own, mask=inside, other=HIDDEN)
+                name = tl.load(given.names + own, mask=inside, other=-1)
                 held, held_names = insert(held, held_names, new[None, :], name, TOP)
             held = tl.where(slots < listed, held, LEAST)
             for place in range(listed):
@@ -227,8 +225,8 @@ def join_few(
                 absent = largest == HIDDEN
                 to = at * listed + place + one
                 weight = tl.exp(unordered(largest)) / own_sum
-                tl.store(names_out + to, tl.where(absent, -1, name + key_start))
-                tl.store(listed_out + to, tl.where(absent, 0.0, weight))
+                tl.store(found.names + to, tl.where(absent, -1, name + key_start))
+                tl.store(found.weights + to, tl.where(absent, 0.0, weight))
                 gone = (held == largest[:, None]) & (held_names == name[:, None])
                 held = tl.where(gone & (absent == 0)[:, None], LEAST, held)
         if BINS > 0:

@@ -28,7 +28,8 @@ from ....call.observers import (
 )
 from ....errors import RegardError
 from . import few_queries as few
-from .arguments import MOST_DENSE, Launch, Shared, ends, launches, on_device, power
+from .arguments import MOST_DENSE, Launch, Shared, ends, launches, on_device, power, wide
+from .kernel_tuples import BinArgs, CellArgs, ColumnArgs, Gathered, ListArgs, TileArgs, fixed
 from .mask_records import DEEPEST, LONGEST, depth
 from .tile_grid import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
 
@@ -232,47 +233,46 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     first, last = plan.received or (0, 0)
     even = not shared.paged and not lead[1] and place.k_len % block_k == 0
     options = _options(call, plan)
-    front = shared.front(by_program=band is None)
-    flags = shared.flags(block_q, block_k, by_program=band is None)
-    flags["BAND"] = band is not None
+    form = shared.form(block_q, block_k, band is not None)
     none = shared.none
-    tiles = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
-    listed = (*tiles, *(band or (0, 0)))
-    before = unused
-    with on_device(device):
-        if plan.columns and not shard:
-            before = new(*rows)
-            sum_rows[(q_blocks * place.heads * place.batch,)](
-                call.query, call.key, shared.lse, shared.sinks, before, *front, *listed, *lead,
-                q_blocks, k_blocks, SINKS=call.sinks is not None, **flags, **options,
-            )  # fmt: skip
-        weigh[(grid_size,)](
-            call.query, call.key, shared.lse, shared.sinks, before, *front,
-            *listed, *lead, q_blocks, k_blocks, splits, items, queue,
-            found["mass"], found["entropy"], found["score"],
-            maxima, fans, chosen, totals, plan.listed, kept, columns, seen, *spread, first, last,
-            cells, grid.size, grid.first, grid.width, past, future, edges,
-            len(plan.distances or ()),
+    listed = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
+    tiles = TileArgs(*listed, *(band or (0, 0)), *lead, q_blocks, k_blocks)
+    common = (shared.args, shared.mask_args(band is None), shared.biases, tiles)
+    gathered = fixed(
+        Gathered(
             SHARD=shard, ENTROPY=plan.entropy, SCORE=plan.score, TOP=top, WIDTH=leaves.width,
             TILES=leaves.tiles, FAN=FAN, FANS=leaves.fans,
             TURN_ROWS=min(block_q, max(CHOSEN_AT_ONCE // max(leaves.fans, top * FAN), 1)),
             RECEIVED=plan.received is not None, COUNTED=spread != (0, 0),
             ALL_ROWS=first <= 0 and last >= place.q_len, EVEN=even, MAP=plan.map is not None,
             MAX=plan.map is not None and plan.map.reduce == "max", NR=grid.rows, NC=grid.cols,
-            BINS=bins, SINKS=call.sinks is not None, **flags, **options,
+            BINS=bins,
+        )
+    )  # fmt: skip
+    before = unused
+    with on_device(device):
+        if plan.columns and not shard:
+            before = new(*rows)
+            sum_rows[(q_blocks * place.heads * place.batch,)](*common, before, form, **options)
+        weigh[(grid_size,)](
+            *common, before, splits, items, queue,
+            found["mass"], found["entropy"], found["score"],
+            ListArgs(maxima, fans, chosen, totals, plan.listed, kept),
+            ColumnArgs(columns, seen, *spread, first, last),
+            CellArgs(cells, grid.size, grid.first, grid.width),
+            BinArgs(past, future, edges, len(plan.distances or ())), form, gathered, **options,
         )  # fmt: skip
         if plan.listed:
             found["names"] = new(*rows, plan.listed, dtype=torch.int32)
             found["listed"] = new(*rows, plan.listed)
             at_once = power(plan.listed)  # leaves
-            warps, depth = _warps(at_once * leaves.size(block_k), flags["D"])
+            warps, depth = _warps(at_once * leaves.size(block_k), wide(call.query.shape[-1]))
             turn_rows = 32 if WIDEN.value else 1  # the interpreter takes many at once
             parts = -(-place.q_len // turn_rows)
             list_keys[(parts * place.heads * place.batch,)](
-                call.query, call.key, shared.lse, totals, chosen, kept, *front, *listed, *lead,
-                k_blocks, parts, found["names"], found["listed"], plan.listed,
-                TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles, R=turn_rows, DEPTH=depth,
-                **flags, num_warps=warps, enable_fp_fusion=True,
+                *common, totals, chosen, kept, parts, found["names"], found["listed"],
+                plan.listed, form, TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles,
+                R=turn_rows, DEPTH=depth, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     if plan.received is not None:
         found["columns"] = columns.sum(2)
@@ -305,8 +305,8 @@ def _rows(observer: Rows, shared: Shared, shard: bool) -> Tensor:
     row_blocks, k_blocks = -(-len(local) // block_q), -(-place.k_len // block_k)
     with on_device(place.device):
         weigh_rows[(place.batch * place.heads * row_blocks * k_blocks,)](
-            call.query, call.key, shared.lse, wanted, len(local), *shared.front(), out,
-            row_blocks, k_blocks, **shared.flags(block_q, block_k), enable_fp_fusion=True,
+            shared.args, shared.mask_args(), shared.biases, wanted, len(local), out, row_blocks,
+            k_blocks, shared.form(block_q, block_k), enable_fp_fusion=True,
         )  # fmt: skip
     if shard:
         return out

@@ -17,7 +17,16 @@ about |lse| · 2⁻²³: blocks with an |lse| beyond `LARGE` are summed first, b
 import triton
 import triton.language as tl
 
-from .scores_kernel import band_entry, band_tiles, changed, dots, in_band, keys_of, visible
+from .scores_kernel import (
+    band_entry,
+    band_tiles,
+    changed,
+    dots,
+    in_band,
+    keys_of,
+    queries,
+    visible,
+)
 from .top_k_kernel import FLOOR, LOG2E, choose, lanes
 
 HIDDEN = tl.constexpr(-2139095041)  # ordered(−inf)
@@ -80,91 +89,79 @@ def pool(
 
 @triton.jit
 def weigh(
-    q, k, lse, sinks, before,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
-    query_start, key_start, slopes, relative, relative_width, relative_zero,
-    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets, table, table_b, page_size, lengths,
-    tiles, tile_counts, tiles_b, tiles_h, behind, ahead, q_lead, k_lead, q_blocks, k_blocks,
-    splits, items, queue, mass_out, entropy_out, score_out,
-    leaves, fans, chosen, totals, listed, kept,
-    columns_out, counts_out, counts_b, counts_h, first_row, last_row,
-    cells_out, cell_size, first_cell, cell_cols,
-    past_out, future_out, edges, bins,
-    SHARD: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    RELATIVE: tl.constexpr, DENSE: tl.constexpr, MASKED: tl.constexpr, KINDS: tl.constexpr,
-    BAND: tl.constexpr, PAGED: tl.constexpr, ENTROPY: tl.constexpr, SCORE: tl.constexpr,
-    TOP: tl.constexpr,
-    WIDTH: tl.constexpr, TILES: tl.constexpr, FAN: tl.constexpr, FANS: tl.constexpr,
-    TURN_ROWS: tl.constexpr,
-    RECEIVED: tl.constexpr, COUNTED: tl.constexpr, ALL_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    MAP: tl.constexpr,
-    MAX: tl.constexpr, NR: tl.constexpr, NC: tl.constexpr, BINS: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    call, mask, biases, tiles, before, splits, items, queue, mass_out, entropy_out, score_out,
+    lists, columns, cells, bins, form, gathered,
 ):  # fmt: skip
-    """See `reading.read`, which gives it its arguments. A flag of 0 leaves an observer out.
+    """See `read.read`, which gives it its arguments, and `kernel_tuples.Gathered`.
 
-    TOP: a power of two that holds the leaves kept of a row, `listing` says which; BINS: the bins.
-    NR × NC: cells of the map in a tile (a cell of more columns than a tile is gathered over its
-    tiles). EVEN: all tiles end where the keys do, or before. ALL_ROWS: columns add up every row.
-    COUNTED: how many queries see a key is to be counted, too.
     Programs take items, the blocks of one split of one head, from a queue until it is empty.
     """
-    PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or RELATIVE or DENSE > 0)
-    COLUMNS: tl.constexpr = RECEIVED or MAP or BINS > 0
+    M: tl.constexpr = form.M
+    N: tl.constexpr = form.N
+    BAND: tl.constexpr = form.BAND
+    MASKED: tl.constexpr = form.MASKED
+    WIDTH: tl.constexpr = gathered.WIDTH
+    # As numbers: what stands right of a % must be one where the interpreter counts the turns
+    TILES: tl.constexpr = gathered.TILES.value
+    FAN: tl.constexpr = gathered.FAN.value
+    TOP: tl.constexpr = gathered.TOP
+    BINS: tl.constexpr = gathered.BINS
+    NR: tl.constexpr = gathered.NR
+    NC: tl.constexpr = gathered.NC
+    MAP: tl.constexpr = gathered.MAP
+    MAX: tl.constexpr = gathered.MAX
+    SCORE: tl.constexpr = gathered.SCORE
+    PLAIN: tl.constexpr = not (form.SOFTCAP or form.ALIBI or form.RELATIVE or form.DENSE > 0)
+    COLUMNS: tl.constexpr = gathered.RECEIVED or MAP or BINS > 0
     CELLS: tl.constexpr = MAP and not MAX and N // NC >= 8  # cells that sum up what lanes hold
     G: tl.constexpr = NC if CELLS else 1
-    dims = tl.arange(0, D)
+    q_len = call.q_len
+    k_len = call.k_len
+    q_blocks = tiles.q_blocks
     bars = tl.arange(0, BINS if BINS > 0 else 2)
     widths = tl.arange(0, WIDTH)
     unit = LOG2E
     if PLAIN:
-        unit = scale * LOG2E
+        unit = call.scale * LOG2E
     if TOP > 0:
-        lines = (k_blocks + TILES - 1) // TILES
-        leaves += tl.program_id(0).to(tl.int64) * lines * (M * WIDTH)
-        fans += tl.program_id(0).to(tl.int64) * ((lines + FAN - 1) // FAN) * (M * WIDTH)
+        lines = (tiles.k_blocks + TILES - 1) // TILES
+        leaves = lists.leaves + tl.program_id(0).to(tl.int64) * lines * (M * WIDTH)
+        fans = lists.fans + tl.program_id(0).to(tl.int64) * ((lines + FAN - 1) // FAN) * (M * WIDTH)
     item = tl.atomic_add(queue, 1)
     while item < items:
         split = item % splits
         bh = (item // splits).to(tl.int64)
-        b = bh // heads
-        h = bh % heads
-        own_q = q + b * q_b + h * q_h
-        own_k, own_table, end = keys_of(
-            k, k_b, k_h, b, h // group, k_len, table, table_b, lengths, PAGED
-        )
+        b = bh // call.heads
+        h = bh % call.heads
+        own_q = call.query + b * call.q_b + h * call.q_h
+        own_k, own_table, end = keys_of(call, b, h // call.group, form)
         past = tl.zeros([BINS if BINS > 0 else 2], tl.float32)
         future = past
-        counts_here = (b < counts_b) & (h < counts_h)
+        counts_here = (b < columns.counts_b) & (h < columns.counts_h)
         # Late blocks see the most under a causal mask: they go first
         for turn in range((q_blocks - split + splits - 1) // splits):
             block = q_blocks - 1 - split - turn * splits
-            rows = block * M + tl.arange(0, M) - q_lead
+            rows = block * M + tl.arange(0, M) - tiles.q_lead
             row_in = (rows >= 0) & (rows < q_len)
-            own = own_q + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d
-            query = tl.load(own, mask=row_in[:, None] & (dims < dim)[None, :], other=0)
-            given = tl.load(lse + bh * q_len + rows, mask=row_in, other=float("-inf"))
+            query = queries(own_q, rows, row_in, call, form)
+            given = tl.load(call.lse + bh * q_len + rows, mask=row_in, other=float("-inf"))
             blind = given == float("-inf")
             safe = tl.where(blind, 0.0, given)
             taken = tl.zeros([M], tl.float32)
-            if SINKS:
-                taken = tl.exp(tl.load(sinks + h) - given)
-            list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
-            count = k_blocks
+            if form.SINKS:
+                taken = tl.exp(tl.load(call.sinks + h) - given)
+            list_at = (b * tiles.by_item + h * tiles.by_head + block) * tiles.k_blocks
+            count = tiles.k_blocks
             if BAND:
-                begin, count, low, high = band_tiles(
-                    block, behind, ahead, q_lead, k_lead, q_len, query_start, key_start, k_blocks,
-                    M, N,
-                )  # fmt: skip
+                begin, count, low, high = band_tiles(block, tiles, call, form)
             elif MASKED:
-                count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block)
+                count = tl.load(tiles.counts + b * tiles.by_item + h * tiles.by_head + block)
 
             # A weight is 2 to the power of its score · unit − shift; a blind row has none
             shift = safe * LOG2E
             divisor = tl.full([M], 1.0, tl.float32)
             if COLUMNS:
-                if not SHARD:
+                if not gathered.SHARD:
                     divisor = tl.load(before + bh * q_len + rows, mask=row_in, other=1.0)
             factor = 1.0 / divisor
             rounded = tl.max((divisor != 1.0).to(tl.int32), 0) > 0
@@ -175,73 +172,65 @@ def weigh(
             highest = tl.full([M, 4], float("-inf"), tl.float32)
             leaf = tl.full([M, WIDTH], FLOOR, tl.float32)
             fan = tl.full([M, WIDTH], FLOOR, tl.float32)
-            gathered = tl.zeros([NR, NC], tl.int32 if MAX else tl.float32)
+            pooled_before = tl.zeros([NR, NC], tl.int32 if MAX else tl.float32)
             last_cell = -1
-            counted = (rows >= first_row) & (rows < last_row)
+            counted = (rows >= columns.first_row) & (rows < columns.last_row)
             all_counted = tl.sum(counted.to(tl.int32), 0)
             counting = tl.where(counted, 1.0, 0.0)
             own_lanes = tl.arange(0, M)[:, None] * WIDTH + widths[None, :]
             for turn_at in range(count):
                 entry = turn_at * 2 + 1
                 if BAND:
-                    entry = band_entry(
-                        begin + turn_at, low, high, behind, ahead, k_lead, key_start, N
-                    )
+                    entry = band_entry(begin + turn_at, low, high, tiles, call, form)
                 elif MASKED:
-                    entry = tl.load(tiles + list_at + turn_at)
-                start = (entry >> 1) * N - k_lead
+                    entry = tl.load(tiles.entries + list_at + turn_at)
+                start = (entry >> 1) * N - tiles.k_lead
                 cols = start + tl.arange(0, N)
                 col_in = (cols >= 0) & (cols < end)
-                s = dots(
-                    query, own_k, k_n, k_d, dim, cols, col_in, own_table, page_size, k_b, PAGED, D
-                )
+                s = dots(query, own_k, own_table, call, cols, col_in, form)
                 if not PLAIN:
                     s = changed(
-                        s * scale, rows[:, None], cols[None, :], row_in[:, None], col_in[None, :],
-                        b, h, softcap, query_start, key_start, slopes, relative, relative_width,
-                        relative_zero, bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q,
-                        b1_k, SOFTCAP, ALIBI, RELATIVE, DENSE,
+                        s * call.scale, call, biases, rows[:, None], cols[None, :],
+                        row_in[:, None], col_in[None, :], b, h, form,
                     )  # fmt: skip
                 log = s * unit - shift[:, None]
                 mixed = (entry & 1) == 0
-                if not EVEN:
+                if not gathered.EVEN:
                     mixed = mixed | (start < 0) | (start + N > end)
                 elif not MASKED:
                     mixed = False
                 if mixed:
                     # Rows outside the call are blind: they need no hiding
-                    if not EVEN:
+                    if not gathered.EVEN:
                         log = tl.where(col_in[None, :], log, FLOOR)
                         if SCORE:
                             s = tl.where(col_in[None, :], s, float("-inf"))
                     if MASKED:
                         if (entry & 1) == 0:
                             if BAND:
-                                shown = in_band(
-                                    rows[:, None], cols[None, :], behind, ahead, query_start,
-                                    key_start,
-                                )  # fmt: skip
+                                shown = in_band(rows[:, None], cols[None, :], tiles, call)
                             else:
                                 shown = visible(
-                                    records, length, integers, octets, rows[:, None],
-                                    cols[None, :], row_in[:, None], col_in[None, :], b, h,
-                                    query_start, key_start, KINDS, M, N,
+                                    mask, call, rows[:, None], cols[None, :], row_in[:, None],
+                                    col_in[None, :], b, h, form.KINDS, M, N,
                                 )  # fmt: skip
                             # Else rows outside the call would see a NaN that nobody sees
                             shown = shown & row_in[:, None]
                             log = tl.where(shown, log, FLOOR)
                             if SCORE:
                                 s = tl.where(shown, s, float("-inf"))
-                            if COUNTED:
+                            if gathered.COUNTED:
                                 if counts_here:
-                                    to = ((b * counts_h + h) * splits + split) * k_len + cols
+                                    to = (
+                                        (b * columns.counts_h + h) * splits + split
+                                    ) * k_len + cols
                                     seen = tl.sum((shown & counted[:, None]).to(tl.int32), 0)
                                     seen -= all_counted  # which is added below
-                                    tl.atomic_add(counts_out + to, seen, col_in, sem="relaxed")
-                if COUNTED:
+                                    tl.atomic_add(columns.counts + to, seen, col_in, sem="relaxed")
+                if gathered.COUNTED:
                     if counts_here:
-                        to = ((b * counts_h + h) * splits + split) * k_len + cols
-                        tl.atomic_add(counts_out + to, all_counted, col_in, sem="relaxed")
+                        to = ((b * columns.counts_h + h) * splits + split) * k_len + cols
+                        tl.atomic_add(columns.counts + to, all_counted, col_in, sem="relaxed")
                 if TOP > 0:
                     # Nothing is decided here: a maximum a leaf, kept when its last tile was read
                     tops = tl.reshape(lanes(log, True, WIDTH // 4), [M, WIDTH])
@@ -263,15 +252,15 @@ def weigh(
                 e = tl.exp2(log)
                 parts = lanes(e, False, G)
                 mass += tl.sum(parts, 1)
-                if ENTROPY:
+                if gathered.ENTROPY:
                     terms = e * log
-                    if DENSE > 0:
+                    if form.DENSE > 0:
                         terms = tl.where(log == float("-inf"), 0.0, terms)
                     spread += tl.sum(lanes(terms, False, 1), 1)
                 if SCORE:
                     scaled = s
                     if PLAIN:
-                        scaled = s * scale
+                        scaled = s * call.scale
                         if mixed:
                             scaled = tl.where(s == float("-inf"), s, scaled)
                     highest = tl.maximum(highest, tl.max(lanes(scaled, True, 1), 1))
@@ -279,13 +268,13 @@ def weigh(
                 if COLUMNS:
                     if rounded:
                         e = e * factor[:, None]
-                if RECEIVED:
+                if gathered.RECEIVED:
                     to = (bh * splits + split) * k_len + cols
-                    if ALL_ROWS:
+                    if gathered.ALL_ROWS:
                         sums = tl.sum(e, 0)
                     else:
                         sums = tl.sum(e * counting[:, None], 0)
-                    tl.atomic_add(columns_out + to, sums, col_in, sem="relaxed")
+                    tl.atomic_add(columns.sums + to, sums, col_in, sem="relaxed")
                 if MAP:
                     if MAX:
                         # Weights are not negative: their bits are in order, NaN last
@@ -296,27 +285,28 @@ def weigh(
                         pooled = pool(own_cells, MAX, NR, M // NR, NC, 1)
                     else:
                         pooled = pool(e, MAX, NR, M // NR, NC, N // NC)
-                    cell = (start + key_start) // cell_size
+                    cell = (start + call.key_start) // cells.size
                     if NC == 1:
-                        kept_cells = tl.where(cell == last_cell, gathered, 0)
+                        kept_cells = tl.where(cell == last_cell, pooled_before, 0)
                         pooled = tl.maximum(kept_cells, pooled) if MAX else kept_cells + pooled
-                        gathered = pooled
+                        pooled_before = pooled
                         last_cell = cell
-                    cell_ids = cell - first_cell + tl.arange(0, NC)
+                    cell_ids = cell - cells.first + tl.arange(0, NC)
                     row_cells = (bh * q_blocks + block) * NR + tl.arange(0, NR)
-                    to_cells = cells_out + row_cells[:, None] * cell_cols + cell_ids[None, :]
-                    cell_in = (cell_ids >= 0) & (cell_ids < cell_cols)
+                    to_cells = cells.out + row_cells[:, None] * cells.cols + cell_ids[None, :]
+                    cell_in = (cell_ids >= 0) & (cell_ids < cells.cols)
                     if MAX:
                         tl.store(to_cells, pooled.to(tl.float32, bitcast=True), cell_in[None, :])
                     else:
                         tl.store(to_cells, pooled, cell_in[None, :])
                 if BINS > 0:
-                    back = (rows + query_start)[:, None] - (cols + key_start)[None, :]
-                    most = block * M + M - 1 - q_lead + query_start - start - key_start
+                    back = (rows + call.query_start)[:, None] - (cols + call.key_start)[None, :]
+                    most = block * M + M - 1 - tiles.q_lead + call.query_start
+                    most = most - start - call.key_start
                     nearest = most - M - N + 2
-                    for bin_at in range(bins):
-                        low = tl.load(edges + bin_at)
-                        high = tl.load(edges + bin_at + 1)
+                    for bin_at in range(bins.number):
+                        low = tl.load(bins.edges + bin_at)
+                        high = tl.load(bins.edges + bin_at + 1)
                         if (most >= low) & (nearest < high):
                             there = (back >= low) & (back < high)
                             total = tl.sum(tl.sum(tl.where(there, e, 0.0), 1), 0)
@@ -328,12 +318,12 @@ def weigh(
 
             row_mass = tl.sum(mass, 1)
             own_sum = tl.full([M], 1.0, tl.float32)
-            if not SHARD:
+            if not gathered.SHARD:
                 own_sum = tl.where(blind, 1.0, row_mass + taken)
             at = bh * q_len + rows
             row_mass = row_mass / own_sum
             tl.store(mass_out + at, row_mass, row_in)
-            if ENTROPY:
+            if gathered.ENTROPY:
                 entropy = row_mass * tl.log(own_sum) - tl.sum(spread, 1) * LN2 / own_sum
                 tl.store(entropy_out + at, entropy, row_in)
             if SCORE:
@@ -342,16 +332,17 @@ def weigh(
                 high_in = tl.where(row_mass == row_mass, row_high, row_mass)
                 tl.store(score_out + at, high_in, row_in)
             if TOP > 0:
-                tl.store(totals + at, own_sum, row_in)
+                tl.store(lists.totals + at, own_sum, row_in)
                 tl.debug_barrier()  # `choose` reads what other threads have stored
                 choose(
-                    leaves, fans, (count + TILES - 1) // TILES, chosen + bh * q_len * kept,
-                    block * M - q_lead, q_len, listed, kept, M, TURN_ROWS, TOP, WIDTH, FAN, FANS,
+                    leaves, fans, (count + TILES - 1) // TILES,
+                    lists.chosen + bh * q_len * lists.kept, block * M - tiles.q_lead, q_len,
+                    lists.listed, lists.kept, M, gathered.TURN_ROWS, TOP, WIDTH, FAN, gathered.FANS,
                 )  # fmt: skip
             # What the next block adds to the columns comes after what this one has added
             tl.debug_barrier()
         if BINS > 0:
             to = (bh * splits + split) * BINS + bars
-            tl.store(past_out + to, past)
-            tl.store(future_out + to, future)
+            tl.store(bins.past + to, past)
+            tl.store(bins.future + to, future)
         item = tl.atomic_add(queue, 1)

@@ -47,7 +47,7 @@ def _quotient(a, n):
 
 @triton.jit
 def visible(
-    records, length, integers, octets, rows, cols, row_in, col_in, b, h, query_start, key_start,
+    mask, call, rows, cols, row_in, col_in, b, h,
     KINDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Bool (M, N): what the program shows of the pairs of rows and cols, indices of the call.
@@ -55,15 +55,17 @@ def visible(
     rows and row_in (M, 1), cols and col_in (1, N), or (M, N) where each row has keys of its own.
     The stack stands in the bits of one integer a pair: bit 0 is its top.
     """
-    query = rows + query_start
-    key = cols + key_start
+    query = rows + call.query_start
+    key = cols + call.key_start
     if KINDS == (_ONE << _CAUSAL):  # the most usual of all: a stack of one
         return key <= query
+    integers = mask.integers
+    octets = mask.octets
     inside = row_in & col_in
     zeros = tl.zeros([M, N], tl.int32)
     stack = zeros
-    for n in range(length):
-        at = records + n * _WORDS
+    for n in range(mask.length):
+        at = mask.records + n * _WORDS
         op = tl.load(at).to(tl.int32)
         if op == _AND:
             stack = (stack >> 1) & (stack | -2)
@@ -151,77 +153,70 @@ def visible(
 
 
 @triton.jit
-def band_tiles(
-    block, behind, ahead, q_lead, k_lead, q_len, query_start, key_start, k_blocks,
-    M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+def band_tiles(block, tiles, call, form):
     """Of a mask that shows the keys from query − behind to query + ahead: a block's tiles.
 
     (the first, how many, the positions of the block's first and last query).
     """
-    low = tl.maximum(block * M - q_lead, 0) + query_start
-    high = tl.minimum(block * M - q_lead + M, q_len) - 1 + query_start
-    origin = key_start - k_lead
-    begin = tl.maximum(low - behind - origin, 0) // N
-    end = tl.minimum(tl.maximum(high + ahead - origin + N, 0) // N, k_blocks)
+    low = tl.maximum(block * form.M - tiles.q_lead, 0) + call.query_start
+    high = tl.minimum(block * form.M - tiles.q_lead + form.M, call.q_len) - 1 + call.query_start
+    origin = call.key_start - tiles.k_lead
+    begin = tl.maximum(low - tiles.behind - origin, 0) // form.N
+    past = tl.maximum(high + tiles.ahead - origin + form.N, 0) // form.N
+    end = tl.minimum(past, tiles.k_blocks)
     return begin, tl.maximum(end - begin, 0), low, high
 
 
 @triton.jit
-def in_band(rows, cols, behind, ahead, query_start, key_start):
+def in_band(rows, cols, tiles, call):
     """What such a mask shows; rows and cols as `visible` takes them."""
-    offset = (cols + key_start) - (rows + query_start)
-    return (offset <= ahead) & (offset >= -behind)
+    offset = (cols + call.key_start) - (rows + call.query_start)
+    return (offset <= tiles.ahead) & (offset >= -tiles.behind)
 
 
 @triton.jit
-def band_entry(tile, low, high, behind, ahead, k_lead, key_start, N: tl.constexpr):
+def band_entry(tile, low, high, tiles, call, form):
     """As in a list of tiles: 2 · its number, + 1 where the block's queries see all of it."""
-    first = tile * N + key_start - k_lead
-    whole = (first >= high - behind) & (first + N - 1 <= low + ahead)
+    first = tile * form.N + call.key_start - tiles.k_lead
+    whole = (first >= high - tiles.behind) & (first + form.N - 1 <= low + tiles.ahead)
     return tile * 2 + whole.to(tl.int32)
 
 
 @triton.jit
-def _added(bias, b_stride, h_stride, q_stride, k_stride, rows, cols, row_in, col_in, b, h):
-    """A tile of a dense bias, float32; a stride is 0 where one number serves all."""
-    own = bias + b * b_stride + h * h_stride
-    own = own + rows.to(tl.int64) * q_stride + cols.to(tl.int64) * k_stride
-    return tl.load(own, mask=row_in & col_in, other=0).to(tl.float32)
-
-
-@triton.jit
-def places(cols, col_in, k_row, table, page_size, k_page, PAGED: tl.constexpr):
+def places(cols, col_in, table, call, form):
     """Where the keys of cols begin, from the first one's place; in pages, from the pool's."""
-    if PAGED:
-        page = tl.load(table + cols // page_size, mask=col_in, other=0).to(tl.int64)
-        return page * k_page + (cols % page_size).to(tl.int64) * k_row
+    if form.PAGED:
+        page = tl.load(table + cols // call.page_size, mask=col_in, other=0).to(tl.int64)
+        return page * call.k_b + (cols % call.page_size).to(tl.int64) * call.k_n
     else:
-        return cols.to(tl.int64) * k_row
+        return cols.to(tl.int64) * call.k_n
 
 
 @triton.jit
-def keys_of(
-    k, k_b, k_h, b, kv_head, k_len, table, table_b, lengths, PAGED: tl.constexpr
-):  # fmt: skip
+def keys_of(call, b, kv_head, form):
     """(the head's first key, the item's row of the table, how many keys the item has)."""
-    k = k + kv_head * k_h
-    if PAGED:
-        return k, table + b * table_b, tl.load(lengths + b).to(tl.int32)
+    k = call.key + kv_head * call.k_h
+    if form.PAGED:
+        return k, call.table + b * call.table_b, tl.load(call.lengths + b).to(tl.int32)
     else:
-        return k + b * k_b, table, k_len
+        return k + b * call.k_b, call.table, call.k_len
 
 
 @triton.jit
-def dots(
-    q, k, k_row, k_dim, dim, cols, col_in, table, page_size, k_page,
-    PAGED: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+def queries(q, rows, row_in, call, form):
+    """(M, D): the queries of rows, from their head's first; 0 outside."""
+    dims = tl.arange(0, form.D)
+    own = q + rows[:, None].to(tl.int64) * call.q_n + dims[None, :] * call.q_d
+    return tl.load(own, mask=row_in[:, None] & (dims < call.dim)[None, :], other=0)
+
+
+@triton.jit
+def dots(q, k, table, call, cols, col_in, form):
     """q · kᵀ of a tile, (M, N), without its scale; `scores` says what is what."""
-    dims = tl.arange(0, D)
-    own = places(cols, col_in, k_row, table, page_size, k_page, PAGED)
-    own = k + own[None, :] + dims[:, None] * k_dim
-    keys = tl.load(own, mask=col_in[None, :] & (dims < dim)[:, None], other=0)
+    dims = tl.arange(0, form.D)
+    own = places(cols, col_in, table, call, form)
+    own = k + own[None, :] + dims[:, None] * call.k_d
+    keys = tl.load(own, mask=col_in[None, :] & (dims < call.dim)[:, None], other=0)
     if WIDEN:
         q = q.to(tl.float32)
         keys = keys.to(tl.float32)
@@ -229,61 +224,47 @@ def dots(
 
 
 @triton.jit
-def changed(
-    s, rows, cols, row_in, col_in, b, h, softcap,
-    query_start, key_start, slopes, relative, relative_width, relative_zero,
-    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
+def changed(s, call, biases, rows, cols, row_in, col_in, b, h, form):
     """What a cap and biases make of scaled scores; rows and cols as `visible` takes them."""
-    if SOFTCAP:
+    if form.SOFTCAP:
         # tanh x = 1 − 2 / (e^2x + 1), off by float32's rounding at 1
-        s = softcap * (1 - 2 / (tl.exp(2 * (s / softcap)) + 1))
-    offset = (cols + key_start) - (rows + query_start)
+        s = call.softcap * (1 - 2 / (tl.exp(2 * (s / call.softcap)) + 1))
+    offset = (cols + call.key_start) - (rows + call.query_start)
     inside = row_in & col_in
-    if ALIBI:
-        s = s - tl.load(slopes + h) * tl.abs(offset).to(tl.float32)
-    if RELATIVE:
-        along = relative + h.to(tl.int64) * relative_width + offset + relative_zero
-        s = s + tl.load(along, mask=inside, other=0)
-    if DENSE > 0:
-        s = s + _added(bias0, b0_b, b0_h, b0_q, b0_k, rows, cols, row_in, col_in, b, h)
-    if DENSE > 1:
-        s = s + _added(bias1, b1_b, b1_h, b1_q, b1_k, rows, cols, row_in, col_in, b, h)
+    if form.ALIBI:
+        s = s - tl.load(biases.slopes + h) * tl.abs(offset).to(tl.float32)
+    if form.RELATIVE:
+        along = biases.relative + h.to(tl.int64) * biases.relative_width + offset
+        s = s + tl.load(along + biases.relative_zero, mask=inside, other=0)
+    if form.DENSE > 0:
+        own = biases.first + b * biases.first_b + h * biases.first_h
+        own = own + rows.to(tl.int64) * biases.first_q + cols.to(tl.int64) * biases.first_k
+        s = s + tl.load(own, mask=inside, other=0).to(tl.float32)
+    if form.DENSE > 1:
+        own = biases.second + b * biases.second_b + h * biases.second_h
+        own = own + rows.to(tl.int64) * biases.second_q + cols.to(tl.int64) * biases.second_k
+        s = s + tl.load(own, mask=inside, other=0).to(tl.float32)
     return s
 
 
 @triton.jit
-def scores(
-    q, k, k_row, k_dim, dim, rows, cols, row_in, col_in, b, h, whole, scale, softcap,
-    query_start, key_start, slopes, relative, relative_width, relative_zero,
-    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets, table, page_size, k_page,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+def scores(q, k, table, call, mask, biases, rows, cols, row_in, col_in, b, h, whole, form):
     """(scores, shown), each (M, N): float32, −inf where hidden; shown by the mask.
 
     q (M, D): the tile's queries. k: the first of its head's keys; of pages, of the head's part of
     the pool, and `table` is the item's. h: the head, or those of the rows, (M, 1). whole: the mask
     shows all of the tile.
     """
-    s = dots(q, k, k_row, k_dim, dim, cols, col_in, table, page_size, k_page, PAGED, D) * scale
+    s = dots(q, k, table, call, cols, col_in, form) * call.scale
     rows = rows[:, None]
     cols = cols[None, :]
     row_in = row_in[:, None]
     col_in = col_in[None, :]
-    s = changed(
-        s, rows, cols, row_in, col_in, b, h, softcap, query_start, key_start, slopes, relative,
-        relative_width, relative_zero, bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q,
-        b1_k, SOFTCAP, ALIBI, RELATIVE, DENSE,
-    )  # fmt: skip
+    s = changed(s, call, biases, rows, cols, row_in, col_in, b, h, form)
     shown = row_in & col_in
-    if MASKED:
+    if form.MASKED:
         if whole == 0:
             shown = shown & visible(
-                records, length, integers, octets, rows, cols, row_in, col_in, b, h,
-                query_start, key_start, KINDS, M, N,
-            )  # fmt: skip
+                mask, call, rows, cols, row_in, col_in, b, h, form.KINDS, form.M, form.N
+            )
     return tl.where(shown, s, float("-inf")), shown

@@ -105,46 +105,38 @@ def choose(
 
 @triton.jit
 def list_keys(
-    q, k, lse, totals, chosen, kept,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
-    query_start, key_start, slopes, relative, relative_width, relative_zero,
-    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets, table, table_b, page_size, lengths,
-    tiles, tile_counts, tiles_b, tiles_h, behind, ahead, q_lead, k_lead, k_blocks, parts,
-    names_out, listed_out, listed,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, BAND: tl.constexpr, PAGED: tl.constexpr,
+    call, mask, biases, tiles, totals, chosen, kept, parts, names_out, listed_out, listed, form,
     TOP: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
     DEPTH: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The largest weights of R rows from the keys of their chosen leaves, TOP leaves at a time.
 
     totals (batch, heads, q_len): the rows' sums of exp(score − lse). M, N, tiles: as `weigh` had
     them. TILES: of a leaf. DEPTH: dims at a time.
     """
+    M: tl.constexpr = form.M
+    N: tl.constexpr = form.N
     LEAF: tl.constexpr = N // WIDTH * TILES  # keys of a leaf
     pid = tl.program_id(0)
     bh = (pid // parts).to(tl.int64)
-    b = bh // heads
-    h = bh % heads
-    q = q + b * q_b + h * q_h
-    k, table, end = keys_of(k, k_b, k_h, b, h // group, k_len, table, table_b, lengths, PAGED)
+    b = bh // call.heads
+    h = bh % call.heads
+    q = call.query + b * call.q_b + h * call.q_h
+    k, table, end = keys_of(call, b, h // call.group, form)
     rows = pid % parts * R + tl.arange(0, R)
-    row_in = rows < q_len
-    at = bh * q_len + rows
-    given = tl.load(lse + at, mask=row_in, other=0.0)
+    row_in = rows < call.q_len
+    at = bh * call.q_len + rows
+    given = tl.load(call.lse + at, mask=row_in, other=0.0)
     shift = tl.where(given == float("-inf"), -FLOOR, given * LOG2E)
     total = tl.load(totals + at, mask=row_in, other=1.0)
-    block = (rows + q_lead) // M
-    list_at = (b * tiles_b + h * tiles_h + block) * k_blocks
-    count = tl.full([R], 1, tl.int32) * k_blocks
-    if BAND:
-        begin, count, _, _ = band_tiles(
-            block, behind, ahead, q_lead, k_lead, q_len, query_start, key_start, k_blocks, M, N
-        )
-    elif MASKED:
-        count = tl.load(tile_counts + b * tiles_b + h * tiles_h + block, mask=row_in, other=0)
+    block = (rows + tiles.q_lead) // M
+    list_at = (b * tiles.by_item + h * tiles.by_head + block) * tiles.k_blocks
+    count = tl.full([R], 1, tl.int32) * tiles.k_blocks
+    if form.BAND:
+        begin, count, _, _ = band_tiles(block, tiles, call, form)
+    elif form.MASKED:
+        of_block = tiles.counts + b * tiles.by_item + h * tiles.by_head + block
+        count = tl.load(of_block, mask=row_in, other=0)
     slots = tl.arange(0, TOP)[None, :]
     depth = tl.arange(0, DEPTH)
     number = tl.arange(0, LEAF)[None, None, :]
@@ -160,39 +152,39 @@ def list_keys(
             turn = (leaf // WIDTH * TILES)[:, :, None] + number // (N // WIDTH)
             there = (leaf >= 0)[:, :, None] & (turn < count[:, None, None])
             tile = turn
-            if BAND:
+            if form.BAND:
                 tile = begin[:, None, None] + turn
-            elif MASKED:
-                tile = tl.load(tiles + list_at[:, None, None] + turn, mask=there, other=0) >> 1
+            elif form.MASKED:
+                tile = (
+                    tl.load(tiles.entries + list_at[:, None, None] + turn, mask=there, other=0) >> 1
+                )
             place = key_in_tile((leaf % WIDTH)[:, :, None], number % (N // WIDTH), N, WIDTH)
-            cols = tl.reshape(tile * N + place - k_lead, [R, TOP * LEAF])
+            cols = tl.reshape(tile * N + place - tiles.k_lead, [R, TOP * LEAF])
             col_in = tl.reshape(there, [R, TOP * LEAF]) & (cols >= 0) & (cols < end)
-            own = places(cols, col_in, k_n, table, page_size, k_b, PAGED)
+            own = places(cols, col_in, table, call, form)
             dots = tl.zeros([R, TOP * LEAF, DEPTH], tl.float32)
-            for low in tl.static_range(0, D, DEPTH):  # unrolled: all keys are asked for at once
+            for low in tl.static_range(
+                0, form.D, DEPTH
+            ):  # unrolled: all keys are asked for at once
                 dims = low + depth
                 query = tl.load(
-                    q + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d,
-                    mask=row_in[:, None] & (dims < dim)[None, :], other=0,
+                    q + rows[:, None].to(tl.int64) * call.q_n + dims[None, :] * call.q_d,
+                    mask=row_in[:, None] & (dims < call.dim)[None, :], other=0,
                 )  # fmt: skip
                 keys = tl.load(
-                    k + own[:, :, None] + dims[None, None, :] * k_d,
-                    mask=col_in[:, :, None] & (dims < dim)[None, None, :], other=0,
+                    k + own[:, :, None] + dims[None, None, :] * call.k_d,
+                    mask=col_in[:, :, None] & (dims < call.dim)[None, None, :], other=0,
                 )  # fmt: skip
                 dots += query[:, None, :].to(tl.float32) * keys.to(tl.float32)
-            s = tl.sum(dots, 2) * scale
-            s = changed(
-                s, rows[:, None], cols, row_in[:, None], col_in, b, h, softcap, query_start,
-                key_start, slopes, relative, relative_width, relative_zero, bias0, b0_b, b0_h,
-                b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k, SOFTCAP, ALIBI, RELATIVE, DENSE,
-            )  # fmt: skip
+            s = tl.sum(dots, 2) * call.scale
+            s = changed(s, call, biases, rows[:, None], cols, row_in[:, None], col_in, b, h, form)
             shown = row_in[:, None] & col_in
-            if BAND:
-                shown = shown & in_band(rows[:, None], cols, behind, ahead, query_start, key_start)
-            elif MASKED:
+            if form.BAND:
+                shown = shown & in_band(rows[:, None], cols, tiles, call)
+            elif form.MASKED:
                 shown = shown & visible(
-                    records, length, integers, octets, rows[:, None], cols, row_in[:, None],
-                    col_in, b, h, query_start, key_start, KINDS, R, TOP * LEAF,
+                    mask, call, rows[:, None], cols, row_in[:, None], col_in, b, h, form.KINDS,
+                    R, TOP * LEAF,
                 )  # fmt: skip
             log = tl.where(shown, s * LOG2E - shift[:, None], FLOOR)
             log = tl.where(log == log, log, FLOOR)  # NaN is not listed
@@ -216,5 +208,5 @@ def list_keys(
     lost = absent & (total == total)[:, None]
     to = at[:, None] * listed + slots
     mine = row_in[:, None] & (slots < listed)
-    tl.store(names_out + to, tl.where(absent, -1, names + key_start), mine)
+    tl.store(names_out + to, tl.where(absent, -1, names + call.key_start), mine)
     tl.store(listed_out + to, tl.where(lost, 0.0, weight), mine)

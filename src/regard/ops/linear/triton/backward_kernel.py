@@ -15,22 +15,25 @@ from .forward_kernel import along, between, corner, factors, put, square, tile, 
 
 @triton.jit
 def give(
-    key, decay, scores, grad, after, out,
-    tokens, features, columns, decay_width, group, chunks, v_blocks,
+    flow, scores, grad, after, out, sizes,
     KIND: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of u in V columns of a chunk; with the delta rule without the state's part."""
+    tokens = sizes.tokens
+    features = sizes.features
+    columns = sizes.columns
+    chunks = sizes.chunks
     at = tl.program_id(0)
-    n = (at // (chunks * v_blocks)).to(tl.int64)
-    chunk = at // v_blocks % chunks
-    v = at % v_blocks * V + tl.arange(0, V)
+    n = (at // (chunks * sizes.v_blocks)).to(tl.int64)
+    chunk = at // sizes.v_blocks % chunks
+    v = at % sizes.v_blocks * V + tl.arange(0, V)
     i = tl.arange(0, T)
     rows = chunk * T + i
     row_in = rows < tokens
     total = tl.zeros([T, V], tl.float32)
-    for g in range(group):
-        head = n * group + g
+    for g in range(sizes.group):
+        head = n * sizes.group + g
         read = tile(grad + head * tokens * columns, rows, row_in, v, columns)
         weights = tl.trans(square(scores, head * chunks + chunk, i, T))
         total += tl.dot(weights, read, input_precision=PRECISION)
@@ -38,8 +41,8 @@ def give(
         after += (n * chunks + chunk) * features * columns
         for first in range(0, features, F):
             f = first + tl.arange(0, F)
-            k = tile(key + n * tokens * features, rows, row_in, f, features)
-            own = decay + n * tokens * decay_width
+            k = tile(flow.key + n * tokens * features, rows, row_in, f, features)
+            own = flow.decay + n * tokens * sizes.decay_width
             _, end, _ = factors(own, rows, i, tokens, f, features, KIND, T)
             state = tile(after, f, f < features, v, columns)
             total += tl.dot(k * end, state, input_precision=PRECISION)
@@ -48,8 +51,7 @@ def give(
 
 @triton.jit
 def walk_back(
-    query, key, decay, beta, inverses, grad, given, grad_last, after, solved, d_memory,
-    tokens, features, columns, decay_width, group, chunks, f_blocks, v_blocks,
+    flow, inverses, grad, given, grad_last, after, solved, d_memory, sizes,
     KIND: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -57,12 +59,16 @@ def walk_back(
 
     As `walk`, from the last chunk to the first. given: of u, from `give`; solved: e.
     """
+    tokens = sizes.tokens
+    features = sizes.features
+    columns = sizes.columns
+    chunks = sizes.chunks
     at = tl.program_id(0)
-    n = (at // (f_blocks * v_blocks)).to(tl.int64)
-    f = at // v_blocks % f_blocks * F + tl.arange(0, F)
-    v = at % v_blocks * V + tl.arange(0, V)
+    n = (at // (sizes.f_blocks * sizes.v_blocks)).to(tl.int64)
+    f = at // sizes.v_blocks % sizes.f_blocks * F + tl.arange(0, F)
+    v = at % sizes.v_blocks * V + tl.arange(0, V)
     i = tl.arange(0, T)
-    decay += n * tokens * decay_width
+    decay = flow.decay + n * tokens * sizes.decay_width
     f_in = f < features
     state = tile(grad_last + n * features * columns, f, f_in, v, columns)
     for back in range(chunks):
@@ -72,19 +78,19 @@ def walk_back(
         row_in = rows < tokens
         start, end, through = factors(decay, rows, i, tokens, f, features, KIND, T)
         before = state * through
-        for g in range(group):
-            head = (n * group + g) * tokens
-            q = tile(query + head * features, rows, row_in, f, features)
+        for g in range(sizes.group):
+            head = (n * sizes.group + g) * tokens
+            q = tile(flow.query + head * features, rows, row_in, f, features)
             read = tile(grad + head * columns, rows, row_in, v, columns)
             before += tl.dot(tl.trans(q * start), read, input_precision=PRECISION)
         if DELTA:
-            k = tile(key + n * tokens * features, rows, row_in, f, features)
+            k = tile(flow.key + n * tokens * features, rows, row_in, f, features)
             e = tile(given + n * tokens * columns, rows, row_in, v, columns)
             e += tl.dot(k * end, state, input_precision=PRECISION)
             by_chunk = tl.trans(square(inverses, n * chunks + chunk, i, T))
             e = tl.dot(by_chunk, e, input_precision=PRECISION)
             put(solved + n * tokens * columns, e, rows, row_in, v, columns)
-            e *= tl.load(beta + n * tokens + rows, mask=row_in, other=0)[:, None]
+            e *= tl.load(flow.beta + n * tokens + rows, mask=row_in, other=0)[:, None]
             before -= tl.dot(tl.trans(k * start), e, input_precision=PRECISION)
         state = before
     put(d_memory + n * features * columns, state, f, f_in, v, columns)
@@ -164,9 +170,7 @@ def through_pairs(
 
 @triton.jit
 def gradients(
-    query, key, value, decay, beta, grad, solved, states, after, d_pairs, d_overlap,
-    d_query, d_key, d_decay,
-    tokens, features, v_dim, columns, decay_width, group, chunks, f_blocks, state_heads,
+    flow, value, grad, solved, states, after, d_pairs, d_overlap, d_query, d_key, d_decay, sizes,
     KIND: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
     LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,20 +179,27 @@ def gradients(
     d_decay: (batch · state_heads, tokens, features), or where one decay serves all features
     (blocks of features, batch · state_heads, tokens), to be summed, without what comes by pairs.
     """
+    tokens = sizes.tokens
+    features = sizes.features
+    columns = sizes.columns
+    chunks = sizes.chunks
+    group = sizes.group
+    v_dim = sizes.v_dim
+    beta = flow.beta
     at = tl.program_id(0)
-    n = (at // (chunks * f_blocks)).to(tl.int64)
-    chunk = at // f_blocks % chunks
-    block = at % f_blocks
+    n = (at // (chunks * sizes.f_blocks)).to(tl.int64)
+    chunk = at // sizes.f_blocks % chunks
+    block = at % sizes.f_blocks
     f = block * F + tl.arange(0, F)
     f_in = f < features
     i = tl.arange(0, T)
     rows = chunk * T + i
     row_in = rows < tokens
     here = n * tokens
-    decay += here * decay_width
+    decay = flow.decay + here * sizes.decay_width
     states += (n * chunks + chunk) * features * columns
     after += (n * chunks + chunk) * features * columns
-    k = tile(key + here * features, rows, row_in, f, features)
+    k = tile(flow.key + here * features, rows, row_in, f, features)
     start, end, through = factors(decay, rows, i, tokens, f, features, KIND, T)
     d_k = tl.zeros([T, F], tl.float32)
     d_from_start = tl.zeros([T, F], tl.float32)
@@ -216,7 +227,7 @@ def gradients(
     by_decay = tl.zeros([T, F], tl.float32)
     for g in range(group):
         head = n * group + g
-        q = tile(query + head * tokens * features, rows, row_in, f, features)
+        q = tile(flow.query + head * tokens * features, rows, row_in, f, features)
         d_q = tl.zeros([T, F], tl.float32)
         for first in range(0, columns, V):
             v = first + tl.arange(0, V)
@@ -248,4 +259,4 @@ def gradients(
         by_token = tl.sum(by_end, 1)
         total = tl.cumsum(tl.sum(by_start, 1), 0, reverse=True) + tl.cumsum(by_token, 0) - by_token
         total += tl.sum(by_through, 0) * through
-        tl.store(d_decay + (block * state_heads + n) * tokens + rows, total, mask=row_in)
+        tl.store(d_decay + (block * sizes.states + n) * tokens + rows, total, mask=row_in)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....engines.op_with_backward import op_with_backward
+from ..chunked import ARGUMENTS, DIFFERENTIABLE
 from ..recurrence import Flow, Prepared, full_precision
 from ..request import Request
 from . import launch as linear
@@ -54,13 +56,7 @@ def forward(ready: Prepared, flow: Flow) -> tuple[Tensor, Tensor]:
     return mixed, last
 
 
-@torch.library.custom_op(
-    "regard::linear_triton",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor memory, "
-    "bool exact, float scale) -> (Tensor, Tensor)",
-)
-def _linear(
+def _forward(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
     memory: Tensor, exact: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -68,23 +64,16 @@ def _linear(
         return linear.forward(query, key, value, decay, beta, memory, exact, scale)
 
 
-@_linear.register_fake
-def _(
+def _shapes(
     query: Tensor, key: Tensor, value: Tensor, decay: Any, beta: Any, memory: Tensor, exact: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return query.new_empty(*query.shape[:3], memory.shape[-1]), memory.new_empty(memory.shape)
 
 
-@torch.library.custom_op(
-    "regard::linear_triton_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor memory, "
-    "Tensor grad_mixed, Tensor grad_last, bool exact, float scale) -> Tensor[]",
-)
 def _backward(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None,
-    memory: Tensor, grad_mixed: Tensor, grad_last: Tensor, exact: bool, scale: float,
+    memory: Tensor, exact: bool, scale: float, grad_mixed: Tensor, grad_last: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of query, key, value, then decay and beta if they are there, and memory."""
     with full_precision(query):
@@ -93,29 +82,14 @@ def _backward(
         )  # fmt: skip
 
 
-@_backward.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, decay: Any, beta: Any, memory: Tensor, *rest: Any
-) -> list[Tensor]:
-    given = [t for t in (query, key, value, decay, beta, memory) if t is not None]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.exact, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(True)
-
-
-def _gradients(ctx: Any, grad_mixed: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
-    query, key, value, decay, beta, memory = ctx.saved_tensors
-    found = torch.ops.regard.linear_triton_backward(
-        query, key, value, decay, beta, memory, grad_mixed, grad_last, ctx.exact, ctx.scale
-    )
-    more = iter(found[3:])
-    d_decay = None if decay is None else next(more)
-    d_beta = None if beta is None else next(more)
-    return *found[:3], d_decay, d_beta, next(more), None, None
-
-
-_linear.register_autograd(_gradients, setup_context=_save)
+op_with_backward(
+    "linear_triton",
+    f"{ARGUMENTS}, bool exact, float scale",
+    "(Tensor, Tensor)",
+    forward=_forward,
+    fake=_shapes,
+    backward=_backward,
+    differentiable=DIFFERENTIABLE,
+    kept={},
+    gradients=("Tensor grad_mixed", "Tensor grad_last"),
+)

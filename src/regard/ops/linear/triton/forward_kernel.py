@@ -181,8 +181,7 @@ def inverse(
 
 @triton.jit
 def walk(
-    key, value, decay, beta, inverses, memory, states, news, last,
-    tokens, features, v_dim, columns, decay_width, chunks, f_blocks, v_blocks,
+    flow, inverses, memory, states, news, last, sizes,
     KIND: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -191,15 +190,19 @@ def walk(
     A program for each block of F features (all of them with the delta rule) and V columns of a
     state: it holds its part in registers from the first chunk to the last.
     """
+    tokens = sizes.tokens
+    features = sizes.features
+    columns = sizes.columns
+    chunks = sizes.chunks
     at = tl.program_id(0)
-    n = (at // (f_blocks * v_blocks)).to(tl.int64)
-    f = at // v_blocks % f_blocks * F + tl.arange(0, F)
-    v = at % v_blocks * V + tl.arange(0, V)
+    n = (at // (sizes.f_blocks * sizes.v_blocks)).to(tl.int64)
+    f = at // sizes.v_blocks % sizes.f_blocks * F + tl.arange(0, F)
+    v = at % sizes.v_blocks * V + tl.arange(0, V)
     i = tl.arange(0, T)
-    key += n * tokens * features
-    value += n * tokens * v_dim
-    decay += n * tokens * decay_width
-    beta += n * tokens
+    key = flow.key + n * tokens * features
+    value = flow.value + n * tokens * sizes.v_dim
+    decay = flow.decay + n * tokens * sizes.decay_width
+    beta = flow.beta + n * tokens
     news += n * tokens * columns
     states += n * chunks * features * columns
     f_in = f < features
@@ -211,7 +214,7 @@ def walk(
         row_in = rows < tokens
         k = tile(key, rows, row_in, f, features)
         start, end, through = factors(decay, rows, i, tokens, f, features, KIND, T)
-        new = written(value, beta, rows, row_in, v, v_dim, columns, False)
+        new = written(value, beta, rows, row_in, v, sizes.v_dim, columns, False)
         if DELTA:
             new -= tl.dot(k * start, state, input_precision=PRECISION)
             by_chunk = square(inverses, n * chunks + chunk, i, T)
@@ -225,29 +228,40 @@ def walk(
 
 @triton.jit
 def read(
-    query, value, decay, beta, scores, states, out,
-    tokens, features, v_dim, columns, decay_width, group, chunks, v_blocks,
+    flow, value, scores, states, out, sizes,
     KIND: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries of a chunk read in V columns. value: r with the delta rule."""
+    tokens = sizes.tokens
+    features = sizes.features
+    columns = sizes.columns
+    chunks = sizes.chunks
+    v_dim = sizes.v_dim
     at = tl.program_id(0)
-    n = (at // (chunks * v_blocks)).to(tl.int64)
-    chunk = at // v_blocks % chunks
-    v = at % v_blocks * V + tl.arange(0, V)
+    n = (at // (chunks * sizes.v_blocks)).to(tl.int64)
+    chunk = at // sizes.v_blocks % chunks
+    v = at % sizes.v_blocks * V + tl.arange(0, V)
     i = tl.arange(0, T)
     rows = chunk * T + i
     row_in = rows < tokens
-    mine = n // group
-    decay += mine * tokens * decay_width
+    mine = n // sizes.group
+    decay = flow.decay + mine * tokens * sizes.decay_width
     states += (mine * chunks + chunk) * features * columns
     u = written(
-        value + mine * tokens * v_dim, beta + mine * tokens, rows, row_in, v, v_dim, columns, DELTA
+        value + mine * tokens * v_dim,
+        flow.beta + mine * tokens,
+        rows,
+        row_in,
+        v,
+        v_dim,
+        columns,
+        DELTA,
     )
     mixed = tl.dot(square(scores, n * chunks + chunk, i, T), u, input_precision=PRECISION)
     for first in range(0, features, F):
         f = first + tl.arange(0, F)
-        q = tile(query + n * tokens * features, rows, row_in, f, features)
+        q = tile(flow.query + n * tokens * features, rows, row_in, f, features)
         start, _, _ = factors(decay, rows, i, tokens, f, features, KIND, T)
         state = tile(states, f, f < features, v, columns)
         mixed += tl.dot(q * start, state, input_precision=PRECISION)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,31 @@ from .launch_bf16 import block
 INSTALLED = importlib.util.find_spec("triton") is not None
 CHUNK = 64  # tokens; a power of two from 16
 MOST = 256  # features, and columns of values
+
+
+class FlowArgs(NamedTuple):
+    """What goes in, as the kernels take it; flat, see `second_pass.triton.kernel_tuples`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    decay: Tensor
+    beta: Tensor
+
+
+class SizeArgs(NamedTuple):
+    """How much of what there is."""
+
+    tokens: int
+    features: int
+    v_dim: int  # columns that the values have; `columns` may be one more, of ones
+    columns: int
+    decay_width: int  # 1, or features
+    group: int  # query heads of a state
+    chunks: int
+    states: int
+    f_blocks: int  # programs that share the features, and the columns
+    v_blocks: int
 
 
 def why_not(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
@@ -129,9 +155,19 @@ class _Run:
         device = self.query.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    def sizes(self, **more: int) -> dict[str, Any]:
+    def form(self, **more: int) -> dict[str, Any]:
         """What every kernel is compiled for."""
         return {"T": self.size, "PRECISION": self.precision, **more}
+
+    @cached_property
+    def flow(self) -> FlowArgs:
+        return FlowArgs(self.query, self.key, self.value, self.decay, self.beta)
+
+    def sizes(self, columns: int, v_dim: int, f_blocks: int = 1, v_blocks: int = 1) -> SizeArgs:
+        return SizeArgs(
+            self.tokens, self.features, v_dim, columns, self.width, self.group, self.chunks,
+            self.states, f_blocks, v_blocks,
+        )  # fmt: skip
 
     def blocks(self, columns: int) -> tuple[int, int, int, int]:
         """(F, blocks of features, V, blocks of columns) of a walk: what registers hold."""
@@ -150,7 +186,7 @@ class _Run:
                 left, self.key, self.decay, out, self.tokens, self.features, self.width,
                 heads // self.state_heads, self.chunks,
                 KIND=self.kind, OWN=own, LEVELS=self.levels,
-                **self.sizes(F=block(self.features, 32 if self.kind == 2 else 64)),
+                **self.form(F=block(self.features, 32 if self.kind == 2 else 64)),
                 num_warps=self.warps, num_stages=2,
             )  # fmt: skip
         return out
@@ -190,11 +226,9 @@ class _Run:
         news = self.new(*self.key.shape[:3], columns) if self.delta else self.value
         with self.device():
             recurrence.walk[(self.states * f_blocks * v_blocks,)](
-                self.key, self.value, self.decay, self.beta,
-                self.query if solved is None else solved, memory.contiguous(), states, news, last,
-                self.tokens, self.features, self.v_dim, columns, self.width, self.chunks,
-                f_blocks, v_blocks,
-                KIND=self.kind, DELTA=self.delta, **self.sizes(F=size, V=width),
+                self.flow, self.query if solved is None else solved, memory.contiguous(), states,
+                news, last, self.sizes(columns, self.v_dim, f_blocks, v_blocks),
+                KIND=self.kind, DELTA=self.delta, **self.form(F=size, V=width),
                 num_warps=8 if size > 64 else 4, num_stages=self.stages(size),
             )  # fmt: skip
         return states, news, last
@@ -213,11 +247,10 @@ class _Run:
         out = self.new(*self.query.shape[:3], columns)
         with self.device():
             recurrence.read[(self.batch * self.heads * self.chunks * v_blocks,)](
-                self.query, news, self.decay, self.beta, scores, states, out,
-                self.tokens, self.features, news.shape[-1], columns, self.width, self.group,
-                self.chunks, v_blocks,
+                self.flow, news, scores, states, out,
+                self.sizes(columns, news.shape[-1], v_blocks=v_blocks),
                 KIND=self.kind, DELTA=self.delta,
-                **self.sizes(F=block(self.features, 64), V=width), num_warps=4, num_stages=2,
+                **self.form(F=block(self.features, 64), V=width), num_warps=4, num_stages=2,
             )  # fmt: skip
         return out
 
@@ -264,10 +297,10 @@ class _Run:
         out = self.new(*self.key.shape[:3], columns)
         with self.device():
             recurrence_back.give[(self.states * self.chunks * v_blocks,)](
-                self.key, self.decay, scores, grad, grad if after is None else after, out,
-                self.tokens, self.features, columns, self.width, self.group, self.chunks, v_blocks,
+                self.flow, scores, grad, grad if after is None else after, out,
+                self.sizes(columns, self.v_dim, v_blocks=v_blocks),
                 KIND=self.kind, DELTA=self.delta,
-                **self.sizes(F=block(self.features, 64), V=width), num_warps=4, num_stages=2,
+                **self.form(F=block(self.features, 64), V=width), num_warps=4, num_stages=2,
             )  # fmt: skip
         return out
 
@@ -284,12 +317,10 @@ class _Run:
         d_memory = torch.empty_like(grad_last)
         with self.device():
             recurrence_back.walk_back[(self.states * f_blocks * v_blocks,)](
-                self.query, self.key, self.decay, self.beta,
-                grad if by_row is None else by_row, grad, grad if given is None else given,
-                grad_last, after, solved, d_memory,
-                self.tokens, self.features, columns, self.width, self.group, self.chunks,
-                f_blocks, v_blocks,
-                KIND=self.kind, DELTA=self.delta, **self.sizes(F=size, V=width),
+                self.flow, grad if by_row is None else by_row, grad,
+                grad if given is None else given, grad_last, after, solved, d_memory,
+                self.sizes(columns, self.v_dim, f_blocks, v_blocks),
+                KIND=self.kind, DELTA=self.delta, **self.form(F=size, V=width),
                 num_warps=8 if size > 64 else 4, num_stages=self.stages(size),
             )  # fmt: skip
         return after, solved, d_memory
@@ -307,7 +338,7 @@ class _Run:
             recurrence_back.products[(self.batch * heads * self.chunks,)](
                 left, news, self.decay, self.beta, scores, out, by_pairs,
                 self.tokens, columns, news.shape[-1], heads // self.state_heads, self.chunks,
-                KIND=self.kind, DELTA=self.delta, OWN=own, **self.sizes(V=block(columns, 64)),
+                KIND=self.kind, DELTA=self.delta, OWN=own, **self.form(V=block(columns, 64)),
                 num_warps=4, num_stages=2,
             )  # fmt: skip
         return out, by_pairs
@@ -327,12 +358,10 @@ class _Run:
         d_decay = self.new(*whole)
         with self.device():
             recurrence_back.gradients[(self.states * self.chunks * f_blocks,)](
-                self.query, self.key, news, self.decay, self.beta, grad,
-                grad if solved is None else solved, states, after, d_pairs,
+                self.flow, news, grad, grad if solved is None else solved, states, after, d_pairs,
                 d_pairs if d_overlap is None else d_overlap, d_query, d_key, d_decay,
-                self.tokens, self.features, news.shape[-1], columns, self.width, self.group,
-                self.chunks, f_blocks, self.states,
+                self.sizes(columns, news.shape[-1], f_blocks),
                 KIND=self.kind, DELTA=self.delta, LEVELS=self.levels,
-                **self.sizes(F=size, V=block(columns, 32)), num_warps=self.warps, num_stages=2,
+                **self.form(F=size, V=block(columns, 32)), num_warps=self.warps, num_stages=2,
             )  # fmt: skip
         return d_query, d_key, d_decay
