@@ -279,6 +279,7 @@ def test_all_directions_are_exact():
     assert all(p.grad is None for p in probe.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_command_ranks_links():
     result = run(ANIMAL, "--effect", "--from", "it", "--json")
     assert result.exit_code == 0, result.stderr

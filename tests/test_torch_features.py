@@ -170,7 +170,7 @@ def test_inductor():
     torch.testing.assert_close(stepped(compiled, module, given), stepped(module, module, given))
 
 
-@pytest.mark.sample(0)
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "tiled"])
 def test_one_graph_for_all_lengths(engine):
     model = translator(decoder=1, engine=engine).eval()
