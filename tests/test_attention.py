@@ -241,6 +241,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize(
     "engine, named", [*((engine, name) for engine in OURS for name in COMPILED), ("sdpa", "window")]
 )

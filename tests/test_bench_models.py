@@ -39,6 +39,7 @@ def test_what_it_says_of_some(script, tmp_path):
     assert "| `gptj` | own softmax | equal | equal | same |" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_page_has_no_outcome_that_is_wrong():
     """What stands in the documentation: no other bits, no other tokens."""
     page = (SCRIPT.parents[1] / "docs" / "models.md").read_text()

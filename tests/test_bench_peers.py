@@ -208,6 +208,7 @@ def test_a_mask_that_flex_is_not_told_is_refused():
         peers.flex_mask(Causal() & Dilated(3, 2), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled by g++")
 def test_flex_is_compiled_and_right():
     inputs = Inputs(problem(mask=Causal() & Window(20), kv_heads=2))

@@ -131,6 +131,7 @@ def whole(data: Drawn, shown: Mask, request: Whole, engine="reference", **more) 
     return attention(data.query, data.key, data.value, **request, engine=engine, **more)
 
 
+@pytest.mark.sample(2)
 @requests
 @chunks
 @caches
@@ -260,6 +261,7 @@ def ragged_feed(cache, data, **request):
         starts = [s + n for s, n in zip(starts, new, strict=True)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("request_", RAGGED_REQUESTS.values(), ids=RAGGED_REQUESTS)
 @caches
 def test_ragged(make, shown, request_):

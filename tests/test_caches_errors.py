@@ -40,6 +40,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("given, more, said", WRONG.values(), ids=WRONG)
 @caches
 def test_wrong_input_leaves_the_cache_as_it_was(make, shown, given, more, said):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import floats
+from cases import assert_within, floats
 from regard import Causal, Full, Mask, RegardError, attention
 from regard.cache import KVCache, PagedCache, WindowCache
 from regard.call.checked import Call
@@ -63,6 +63,15 @@ def test_a_window_holds_no_more_than_it_shows(sizes):
     length = sum(sizes)
     expected = [0, 1, 2, 3, *range(length - window + 1, length)]
     assert torch.equal(cache.positions, torch.tensor(expected).expand(2, 2, -1))
+
+
+def plain_and_exact(data: Drawn) -> list[Tensor]:
+    """The reference in float32, and the truth in float64."""
+    made = (data.query, data.key, data.value)
+    return [
+        whole(Drawn(*(t.to(dtype) for t in made)), Full(), {})
+        for dtype in (torch.float32, torch.float64)
+    ]
 
 
 def go_on(cache, data: Drawn, rows, start: int, stop: int, shown: Mask) -> None:
@@ -234,23 +243,22 @@ def test_a_freed_block_brings_nothing_along(dtype):
     bad = torch.full((1, KV_HEADS, 48, DIM), torch.nan, dtype=dtype)
     cache.append(bad, bad[..., :V_DIM])
     cache.select([])
-    exact = whole(data, Full(), {})
+    plain, exact = plain_and_exact(data)
     for out, starts, new in ragged_feed(cache, data):
         for item, (start, n) in enumerate(zip(starts, new, strict=True)):
-            truth = exact[item, :, start : start + n]
-            torch.testing.assert_close(out[item, :, :n], truth, rtol=0, atol=1e-5)
+            at = (item, slice(None), slice(start, start + n))
+            assert_within(out[item, :, :n], plain[at], exact[at], dtype)
 
 
 def test_engine_cpu_reads_the_blocks_in_place(monkeypatch):
     data, cache, out = drawn(dtype=torch.float32), PagedCache(4), []
-    plain = whole(data, Full(), {})
     if ENGINES["cpu"].why_not(Call.checked(data.query, data.key, data.value)):
         pytest.skip("engine cpu is not built here")
     monkeypatch.setattr(PagedCache, "read", lambda self: pytest.fail("it gathers"))
     for at in pieces(CHUNKS["chunks"]):
         given = (data.query[:, :, at], data.key[:, :, at], data.value[:, :, at])
         out.append(cache.attend(*given))
-    torch.testing.assert_close(torch.cat(out, 2), plain, rtol=0, atol=1e-5)
+    assert_within(torch.cat(out, 2), *plain_and_exact(data))
 
 
 @pytest.mark.parametrize("engine", ["reference", "tiled", "sdpa"])
@@ -263,5 +271,4 @@ def test_a_named_engine_is_taken(engine):
         for at in pieces(CHUNKS["prompt and steps"]):
             given = (same.query[:, :, at], same.key[:, :, at], same.value[:, :, at])
             out.append(cache.attend(*given, engine=engine))
-        exact = whole(same, Full(), {})
-        torch.testing.assert_close(torch.cat(out, 2), exact, rtol=0, atol=1e-5)
+        assert_within(torch.cat(out, 2), *plain_and_exact(same))

@@ -33,6 +33,7 @@ WRITES = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(0)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
 def test_a_full_disk_is_one_line(arguments):
@@ -44,6 +45,7 @@ def test_a_full_disk_is_one_line(arguments):
     assert done.stderr.splitlines() == ["regard: cannot write: No space left on device"]
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
 def test_a_closed_pipe_is_silent(arguments):
     running = subprocess.Popen(
@@ -70,6 +72,7 @@ def test_an_interrupt_has_no_traceback():
     running.stdin.close()
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize(
     "arguments",
     [["look"], ["walk", "--from", "cat"], ["look", "--effect", "--from", "cat"]],

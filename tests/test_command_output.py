@@ -155,6 +155,7 @@ def test_a_plain_look_has_no_continuation():
     assert "generated" not in answered("look")
 
 
+@pytest.mark.slow
 def test_effect_keeps_its_numbers():
     text = "It was antidisestablishmentarianism, 日本語の長い文章, that tired it."
     asked = ["look", text, "--effect", "--from", "it", "--top", "6"]

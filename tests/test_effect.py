@@ -279,6 +279,7 @@ def test_all_directions_are_exact():
     assert all(p.grad is None for p in probe.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_command_ranks_links():
     result = run(ANIMAL, "--effect", "--from", "it", "--json")
     assert result.exit_code == 0, result.stderr
@@ -331,6 +332,7 @@ def test_effect_refuses_what_it_cannot_measure():
     assert "leave --generate out" in run(ANIMAL, "--effect", "--generate", "3").stderr
 
 
+@pytest.mark.slow
 def test_effect_finds_what_matters(shared):
     """One sentence of the benchmark, of the edges with a weight above 0.1: each cut by itself."""
     path = Path(__file__).resolve().parents[1] / "benchmarks/effect.py"

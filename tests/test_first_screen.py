@@ -202,6 +202,7 @@ def test_the_hints_can_be_followed():
     assert "--html" in page
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("width", [40, 59, 60, 80, 100])
 @pytest.mark.parametrize("text", [CAT, "Hello", "奖杯放不进手提箱，因为它太大了。", "... !!"])
 def test_it_fits_any_text(text, width):

@@ -50,6 +50,7 @@ def given_to(model, make):
     return cache, cache
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
 @pytest.mark.parametrize("family", [*DECODERS, *SEQ2SEQ])
 def test_greedy_tokens_are_those_of_their_cache(family, make):

@@ -239,6 +239,7 @@ LONG_MASKS = {
 }
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("mask", LONG_MASKS.values(), ids=LONG_MASKS)
 def test_no_tensor_grows_with_the_square(mask):
     """Forward, every observer, and backward: nothing larger than some 256 rows."""

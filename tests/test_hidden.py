@@ -131,6 +131,7 @@ def results(tensors: list[Tensor], engine: str, request: dict[str, Any]) -> list
     return found + [t.grad for t in leaves]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("part", ["key", "value"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", HIDING)
@@ -154,6 +155,7 @@ def test_what_no_row_sees_changes_no_bit(engine, dtype, kind, rows, part):
             assert torch.equal(a, b), (bad, n)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("part", ["key", "value"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", HIDING)

@@ -51,6 +51,7 @@ def run(tensors: list[Tensor], engine: str, request: dict[str, Any], rows: slice
     return [out.detach(), *grads]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("part", ["key", "value"])
 @pytest.mark.parametrize("where", HIDING)
 @pytest.mark.parametrize("form", FORMS)

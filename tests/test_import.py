@@ -50,6 +50,7 @@ def test_help_needs_no_torch(arguments):
     assert not loaded & {"torch", "numpy", "transformers", "rich"}
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize(
     "use",
     [

@@ -87,6 +87,7 @@ def test_without_the_kernels(monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.sample(0)
 @pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 @pytest.mark.parametrize("isa", native.levels())
 def test_an_instruction_set_that_runs_here(isa):
@@ -94,6 +95,7 @@ def test_an_instruction_set_that_runs_here(isa):
     assert (found["instruction_sets"]["asked"], found["instruction_sets"]["used"]) == (isa, isa)
 
 
+@pytest.mark.sample(0)
 @pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 @pytest.mark.parametrize("isa", ["neon", "AVX2", "", "portable,avx2"])
 def test_an_instruction_set_that_does_not(isa):

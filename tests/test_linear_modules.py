@@ -209,6 +209,7 @@ def test_autocast(make, dtype):
     assert float(error) < 0.05 * float(exact.detach().abs().mean())
 
 
+@pytest.mark.sample(0)
 @every_module
 def test_compiles_whole(make):
     """One graph, forward and backward."""

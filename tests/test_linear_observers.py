@@ -300,6 +300,7 @@ class LargestOfLinear(Largest):
     }  # fmt: skip
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("form", ["elu", "retention", "gla", "gated delta", "documents"])
 def test_no_tensor_grows_with_the_square(form):
     """Forward, backward and every observer: nothing larger than a few strips; linear in N."""

@@ -49,6 +49,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("given, arguments", OPTIONS.values(), ids=OPTIONS)
 def test_it_says_what_the_command_says(given, arguments):
     found = regard.look(None, CAT, **given)
@@ -65,6 +66,7 @@ class Encoder(torch.nn.Sequential):
         self.tokenizer = tokenizer
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("how", ["pair", "reversed", "pipeline", "encoder"])
 def test_a_loaded_model_is_read_as_it_is(loaded, how):
     model, tokenizer = loaded

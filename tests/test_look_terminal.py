@@ -49,6 +49,7 @@ def test_the_page_without_a_word():
     assert sum(line.startswith("layer ") for line in page.splitlines()) == 6
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("width", [40, 60, 79, 80, 200])
 @pytest.mark.parametrize("arguments", [(), ("--from", "it"), ("--from", "The", "--layer", "5")])
 def test_the_page_fits(width, arguments):
@@ -89,6 +90,7 @@ def test_a_long_text_is_cut_around_the_word():
     assert len([line for line in head.splitlines() if not set(line) <= set(" ░▒▓")]) <= 12
 
 
+@pytest.mark.slow
 def test_what_the_output_cannot_encode_is_replaced():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
     command = [sys.executable, "-m", "regard.cli", "look", "naïve it → 👍", "--from", "it"]
@@ -99,6 +101,7 @@ def test_what_the_output_cannot_encode_is_replaced():
     assert b"####" in done.stdout
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_command():
     """A process of its own, piped: nothing of other libraries on either stream."""
     done = subprocess.run(

@@ -180,6 +180,7 @@ def test_all_observers_are_exact(case):
     look(case, "tiled", torch.float64, 1e-11)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_case
 def test_all_observers_inside_the_kernels(case, dtype):

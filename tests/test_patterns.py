@@ -211,6 +211,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("engine", ["auto", "tiled"])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_whole(name, engine):

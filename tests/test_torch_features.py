@@ -80,6 +80,7 @@ def stepped(run: Any, module: nn.Module, given: tuple[Tensor, ...]) -> list[Tens
 # torch.compile
 
 
+@pytest.mark.sample(0)
 @every_module
 def test_compiles_whole(make, given):
     """One graph, forward and backward."""
@@ -114,6 +115,7 @@ SDPA: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("request_", SDPA.values(), ids=SDPA)
 def test_the_function_compiles_whole(request_):
     def run(*t: Tensor) -> Tensor:
@@ -131,6 +133,7 @@ def test_the_function_compiles_whole(request_):
     torch.testing.assert_close(answers[1], answers[0])
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("request_", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
 def test_the_function_compiles_for_any_length(request_, marked):
@@ -167,6 +170,7 @@ def test_inductor():
     torch.testing.assert_close(stepped(compiled, module, given), stepped(module, module, given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "tiled"])
 def test_one_graph_for_all_lengths(engine):
     model = translator(decoder=1, engine=engine).eval()
@@ -197,6 +201,7 @@ def test_a_compiled_model_cannot_be_watched_but_observed():
 # torch.export
 
 
+@pytest.mark.sample(0)
 @every_module
 def test_exports(make, given):
     """Saved, loaded again, and the same numbers."""
@@ -210,6 +215,7 @@ def test_exports(make, given):
         torch.testing.assert_close(again(*given), module(*given))
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("engine", ["auto", "tiled"])
 @pytest.mark.parametrize("mask", [Causal(), Causal() & Window(3)], ids=str)
 def test_exports_with_any_batch_and_length(mask, engine):

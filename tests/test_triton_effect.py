@@ -33,6 +33,7 @@ def jobs() -> dict[str, tuple]:
 JOBS = jobs()
 
 
+@pytest.mark.sample(0)
 @pytest.mark.triton
 @pytest.mark.parametrize("job", JOBS)
 def test_interpreted(job, interpreting):

@@ -58,6 +58,7 @@ def jobs() -> dict[str, tuple]:
 JOBS = jobs()
 
 
+@pytest.mark.sample(0)
 @pytest.mark.triton
 @pytest.mark.parametrize("job", JOBS)
 def test_interpreted(job, interpreting):
@@ -95,6 +96,7 @@ def test_no_scan_of_one_stage():
     assert all(tile.stages > 1 for tiles in scans for tile in tiles.values())
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_compiles_for_a_gpu(tmp_path):
     """To machine code for Hopper, with its matrix instructions, where there is no GPU either."""

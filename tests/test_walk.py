@@ -326,6 +326,7 @@ def test_it_fits_the_screen(width):
     assert all(f"\n{n} " in page for n in range(1, 8))
 
 
+@pytest.mark.slow
 def test_colour_and_ascii():
     plain = printed(TROPHY, "--from", "it", "--head", "3.1")
     assert "\x1b" not in plain
