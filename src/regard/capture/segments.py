@@ -120,9 +120,9 @@ def ranges_of(given: Given, about: Mapping[str, Any]) -> list[tuple[str, tuple[i
         raise RegardError(f"the pattern {given!r} is none: {error}") from None
     if not matches:
         raise RegardError(f"the pattern {given!r} matches nothing in the text")
-    starts = [int(first) for first, _ in offsets]
+    ends = [int(last) for _, last in offsets]
     cuts = [("", 0)] + [(_name(m), m.start()) for m in matches]
-    edges = [_token_at(starts, at) for _, at in cuts] + [len(starts)]
+    edges = [0, *(_token_at(ends, at) for _, at in cuts[1:]), len(ends)]
     named = [(name, (edges[n], edges[n + 1])) for n, (name, _) in enumerate(cuts)]
     return [each for each in named if each[0] or each[1][0] < each[1][1]]
 
@@ -134,6 +134,6 @@ def _name(match: re.Match[str]) -> str:
     return " ".join(named.split())
 
 
-def _token_at(starts: Sequence[int], at: int) -> int:
-    """The first token that begins at a character, or after it."""
-    return next((n for n, start in enumerate(starts) if start >= at), len(starts))
+def _token_at(ends: Sequence[int], at: int) -> int:
+    """The token that covers a character: it may begin with the space before."""
+    return next((n for n, end in enumerate(ends) if end > at), len(ends))
