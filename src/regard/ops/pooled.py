@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ..call.checked import Call
+from ..engines.cpu import calls, native
+from ..engines.cpu.engine import MOST_CODE
+from ..engines.cpu.call_struct import TYPES
 from ..engines.second_pass.pooled import Tile, tiles_in_torch
 from ..errors import RegardError
 
@@ -39,4 +42,20 @@ def pooled_tiles(
             raise RegardError(f"{tile}: {wrong}")
     call = call.gathered()
     with torch.no_grad():
+        if not kernel_refuses(call):
+            return calls.pooled(call, lse, asked, reduce == "max")
         return tiles_in_torch(call, lse, asked, reduce == "max")
+
+
+def kernel_refuses(call: Call) -> list[str]:
+    """The reasons why the tiles are not by the compiled kernel; empty if they are."""
+    reasons = []
+    if not native.AVAILABLE:
+        reasons.append("this installation was built without the compiled kernels")
+    if call.place.device.type != "cpu":
+        reasons.append(f"query is on {call.place.device}; the kernel runs on cpu")
+    if call.query.dtype not in TYPES:
+        reasons.append("query is float64; the kernel computes in float32")
+    if len(call.program.code) > MOST_CODE:
+        reasons.append(f"the mask has {len(call.program.code)} integers, more than {MOST_CODE}")
+    return reasons

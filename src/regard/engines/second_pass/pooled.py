@@ -89,7 +89,7 @@ def _pieces(call: Call, lse: Tensor, tile: Tile) -> Iterator[tuple[Span, Tensor]
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """The pieces of a range that are `size` long, counted from its start, without what is below 0."""
+    """The pieces of a range, `size` long from its start on, without what lies below 0."""
     first = start + max(-start, 0) // size * size
     for at in range(first, stop, size):
         if at + size > 0:
