@@ -10,14 +10,18 @@ from torch import Tensor
 
 from ..call.checked import Call
 from ..engines.cpu import calls, native
-from ..engines.cpu.engine import MOST_CODE
 from ..engines.cpu.call_struct import TYPES
+from ..engines.cpu.engine import MOST_CODE
 from ..engines.second_pass.pooled import Tile, tiles_in_torch
+from ..engines.second_pass.triton import pooled as by_triton
 from ..errors import RegardError
 
 
 def pooled_tiles(
-    call: Call, lse: Tensor, tiles: Sequence[Tile], reduce: Literal["sum", "max"] = "sum"
+    call: Call,
+    lse: Tensor,
+    tiles: Sequence[Tile | tuple[int, ...]],
+    reduce: Literal["sum", "max"] = "sum",
 ) -> Tensor:
     """(tiles, 128, 128) float32: cells of 2^zoom × 2^zoom weights exp(score − lse), pooled.
 
@@ -36,15 +40,21 @@ def pooled_tiles(
             f"lse is {tuple(lse.shape)}; this call needs (batch, heads, q_len), "
             f"{(place.batch, place.heads, place.q_len)}"
         )
+    for given in tiles:
+        if not 4 <= len(given) <= 5 or not all(isinstance(n, int) for n in given):
+            raise RegardError(
+                f"a tile is {given!r}; give integers, (head, zoom, row, col[, batch])"
+            )
     asked = [Tile(*tile) for tile in tiles]
     for tile in asked:
         if wrong := tile.wrong(call):
             raise RegardError(f"{tile}: {wrong}")
-    call = call.gathered()
     with torch.no_grad():
         if not kernel_refuses(call):
             return calls.pooled(call, lse, asked, reduce == "max")
-        return tiles_in_torch(call, lse, asked, reduce == "max")
+        if call.place.device.type == "cuda" and not by_triton.why_not(call, asked):
+            return by_triton.pooled(call, lse, asked, reduce == "max")
+        return tiles_in_torch(call.gathered(), lse, asked, reduce == "max")
 
 
 def kernel_refuses(call: Call) -> list[str]:

@@ -79,13 +79,22 @@ def _pieces(call: Call, lse: Tensor, tile: Tile) -> Iterator[tuple[Span, Tensor]
             key = call.key[batch, kv : kv + 1, k0:k1].to(call.working)
             scores = product(query, key.mT)
             if call.softcap is not None:
-                scores = call.softcap * torch.tanh(scores / call.softcap)
+                scores.div_(call.softcap).tanh_().mul_(call.softcap)
             for bias in call.biases:
-                scores = scores + bias.tile(span, scores.dtype)
-            given = lse[batch, heads, q0:q1, None].to(call.working)
-            given = given.masked_fill(given == torch.inf, torch.nan)
-            hidden = ~seen | (scores == -torch.inf)
-            yield span, (scores - given).exp().masked_fill(hidden, 0)[0, 0]
+                scores += bias.tile(span, scores.dtype)
+            if not seen.all():
+                scores.masked_fill_(~seen, -torch.inf)
+            yield span, _weights(scores, lse[batch, heads, q0:q1, None].to(call.working))[0, 0]
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(score − lse), in the scores' memory. lse: (…, rows, 1)."""
+    lse = lse.masked_fill(lse == -torch.inf, 0)  # such a row sees nothing
+    if lse.isfinite().all():
+        return scores.sub_(lse).exp_()
+    hidden = scores == -torch.inf  # weighs 0 whatever the row's lse
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)
+    return scores.sub_(lse).exp_().masked_fill_(hidden, 0)
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -77,21 +77,24 @@ class Pooling {
     const RegardCall& c;
     const RegardPooled& o;
     const Shaping& shaping;
-    float *query, *line, *key, *score, *biases, *lanes, *halved, *shift;
+    float *query, *line, *key, *clean, *score, *biases, *lanes, *halved, *shift;
     double* cells;  // [row][CELLS] of the item at hand
     uint16_t *query_parts, *own_keys;
     uint64_t *visible, *stack;
     float after, by;  // scores are to be multiplied by `after`; in units of `power`, by `by`
     // Of each block of queries at hand
     Block block[MOST_BLOCKS];
-    bool fits[MOST_BLOCKS];    // its queries stand as parts
-    bool careful[MOST_BLOCKS]; // the lse of some row is no number: hidden pairs still weigh 0
+    bool fits[MOST_BLOCKS];     // its queries stand as parts
+    bool careful[MOST_BLOCKS];  // the lse of some row is no number: hidden pairs still weigh 0
+    uint64_t odd_queries[MOST_BLOCKS][PANELS];  // lanes that are not finite: 0 stands there on tiles
+    Odd odd_keys;               // of the tile at hand, likewise
     long blocks;
 
     void lay_out(Cutter& cut) {
         query = cut.cut(MOST_BLOCKS * LANES * c.dim);
         line = cut.cut(W * c.dim);
         key = cut.cut(KEYS * c.dim);
+        clean = cut.cut(KEYS * c.dim);
         score = cut.cut(KEYS * PW);
         biases = cut.cut(KEYS * LANES);
         lanes = cut.cut(KEYS * LANES);
@@ -109,6 +112,9 @@ class Pooling {
         return {query_parts + (i * PANELS + p) * panel_parts(), PW / SIDE, sh.tiles.dim * DEPTH * PW};
     }
     float* query_of(long i, int p) const { return query + (i * LANES + p * PW) * c.dim; }
+
+    // The keys that an item of the batch has.
+    long keys_of(long b) const { return c.pages.table ? c.pages.lengths[b] : c.k_len; }
 
     // One item: its cells, from nothing to the output.
     void rows_of_cells(const Cut& cut, long t, long item) {
@@ -150,10 +156,32 @@ class Pooling {
     }
     bool as_parts(long i) {
         return with_parts(sh.tiles.parts, [&](auto of) {
-            bool fit = true;
-            for (int p = 0; p < block[i].panels; p++)
-                fit &= pack_columns<of.count, false>(query_of(i, p), PW, c.dim, PW, query_tiles(i, p));
-            return fit;
+            bool all_fit = true;
+            for (int p = 0; p < block[i].panels; p++) {
+                auto pack = [&](const float* x) {
+                    return pack_columns<of.count, false>(x, PW, c.dim, PW, query_tiles(i, p));
+                };
+                bool fit = pack(query_of(i, p));
+                odd_queries[i][p] = fit ? 0 : odd_lanes(query_of(i, p), c.dim);
+                if (odd_queries[i][p]) {
+                    memcpy(clean, query_of(i, p), c.dim * PW * sizeof(float));
+                    fill_odd(clean, c.dim * PW);
+                    fit = pack(clean);
+                }
+                all_fit &= fit;
+            }
+            return all_fit;
+        });
+    }
+    bool keys_as_parts(const Rows& rows, int n) {
+        return with_parts(sh.tiles.parts, [&](auto of) {
+            auto pack = [&](Rows x) {
+                return pack_rows<of.count>(x.data, x.ld, n, c.dim, sh.tiles.keys(own_keys));
+            };
+            odd_keys.count = 0;
+            if (pack(rows)) return true;
+            odd_keys.find(rows, n, c.dim);
+            return odd_keys.count > 0 && pack(odd_keys.filled(n, c.dim, clean));
         });
     }
     // What is taken from a row's scores. A row that sees nothing has none of them; one whose lse is
@@ -173,13 +201,14 @@ class Pooling {
     // All keys of the rectangle, for the blocks at hand: the queries q0 … q1 − 1.
     void walk(const Cut& cut, long row, long q0, long q1) {
         const RegardTile& tile = cut.tile;
-        if (!c.k_len) return;
-        long begin = most(-tile.col, 0) / KEYS * KEYS, end = least(cut.side, c.k_len - tile.col);
+        long length = keys_of(tile.batch);
+        if (!length) return;
+        long begin = most(-tile.col, 0) / KEYS * KEYS, end = least(cut.side, length - tile.col);
         for (long far = begin; far < end; far += FAR_KEYS) {
             Answer several = {true, true};
             if (!shaping.sees_all())
                 several = shaping.mask.classify({tile.batch, tile.head, q0, q1, Cut::from(tile.col, far),
-                                                 Cut::to(tile.col, far, FAR_KEYS, c.k_len)});
+                                                 Cut::to(tile.col, far, FAR_KEYS, length)});
             if (!several.some) continue;
             for (long at = far; at < least(far + FAR_KEYS, end); at += KEYS)
                 keys_of_tile(cut, row, at, several.every);
@@ -190,7 +219,8 @@ class Pooling {
     void keys_of_tile(const Cut& cut, long row, long at, bool all) {
         const RegardTile& tile = cut.tile;
         long k0 = Cut::from(tile.col, at), kv = tile.head / (c.heads / c.kv_heads);
-        int n = (int)(Cut::to(tile.col, at, KEYS, c.k_len) - k0), left = (int)(k0 - tile.col - at);
+        int n = (int)(Cut::to(tile.col, at, KEYS, keys_of(tile.batch)) - k0);
+        int left = (int)(k0 - tile.col - at);  // keys of the tile that there are not
         Rows rows{};
         bool as_tiles = false;
         for (long i = 0; i < blocks; i++) {
@@ -199,9 +229,7 @@ class Pooling {
             if (!a.some) continue;
             if (!rows.data) {
                 rows = rows_of(c.key, c.pages, tile.batch, kv, k0, n, c.dim, key);
-                as_tiles = sh.tiles.parts && with_parts(sh.tiles.parts, [&](auto of) {
-                    return pack_rows<of.count>(rows.data, rows.ld, n, c.dim, sh.tiles.keys(own_keys));
-                });
+                as_tiles = sh.tiles.parts && keys_as_parts(rows, n);
             }
             if (!a.every) shaping.look(block[i], k0, n, visible, stack);
             if (shaping.biased) shaping.bias(block[i], k0, n, biases);
@@ -222,10 +250,13 @@ class Pooling {
     // score[key][PW] of one panel, in units of `by`; −∞ where hidden.
     template <int NV>
     void panel(long i, int p, const Rows& rows, bool as_tiles, int n, bool every) {
-        if (as_tiles)
+        if (as_tiles) {
             tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, n, c.dim,
                                     sh.tiles.keys(own_keys), query_tiles(i, p), score, PW);
-        else
+            if (odd_keys.count || odd_queries[i][p])
+                odd_products(odd_keys, rows, odd_queries[i][p], query_of(i, p), c.dim, 0, n, NV * W,
+                             score, PW);
+        } else
             product<false, NV>(n, c.dim, rows.data, rows.ld, 1, query_of(i, p), PW, score, PW);
         if (after != 1.f) multiply<NV>(n, score, PW, after);
         if (!every || shaping.shaped())
