@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..call.brief import Brief, shortened
-from ..engines.second_pass.pooled import Reduce
 from ..errors import RegardError
 from . import reading
 from .by_words import ByWords
@@ -189,7 +188,7 @@ class Recording(Brief):
         return reading.zooms(self.layer(layer))
 
     def tile(
-        self, layer: int | str, head: int, zoom: int, row: int, col: int, reduce: Reduce = "sum",
+        self, layer: int | str, head: int, zoom: int, row: int, col: int, reduce: reading.Reduce = "sum",
         batch: int = 0,
     ) -> Tensor:  # fmt: skip
         """One tile (128, 128) of a head's map, float32: cells of 2**zoom queries × 2**zoom keys.
@@ -200,7 +199,7 @@ class Recording(Brief):
         return self.tiles(layer, [(head, zoom, row, col)], reduce, batch)[0]
 
     def tiles(
-        self, layer: int | str, wanted: Sequence[Sequence[int]], reduce: Reduce = "sum",
+        self, layer: int | str, wanted: Sequence[Sequence[int]], reduce: reading.Reduce = "sum",
         batch: int = 0,
     ) -> Tensor:  # fmt: skip
         """Several tiles (n, 128, 128) of one layer, each (head, zoom, row, col): see `tile`."""
