@@ -23,6 +23,7 @@ from .by_words import ByWords
 from .chunk_json import from_json, to_json
 from .compared import Comparison
 from .opened import layer_files, open_layers, verify
+from .reading import Reduce
 from .recorded_layer import RecordedLayer
 from .rollout import rollout
 from .saved_files import Fields, checksum, whole_folder
@@ -188,7 +189,7 @@ class Recording(Brief):
         return reading.zooms(self.layer(layer))
 
     def tile(
-        self, layer: int | str, head: int, zoom: int, row: int, col: int, reduce: reading.Reduce = "sum",
+        self, layer: int | str, head: int, zoom: int, row: int, col: int, reduce: Reduce = "sum",
         batch: int = 0,
     ) -> Tensor:  # fmt: skip
         """One tile (128, 128) of a head's map, float32: cells of 2**zoom queries × 2**zoom keys.
@@ -199,7 +200,7 @@ class Recording(Brief):
         return self.tiles(layer, [(head, zoom, row, col)], reduce, batch)[0]
 
     def tiles(
-        self, layer: int | str, wanted: Sequence[Sequence[int]], reduce: reading.Reduce = "sum",
+        self, layer: int | str, wanted: Sequence[Sequence[int]], reduce: Reduce = "sum",
         batch: int = 0,
     ) -> Tensor:  # fmt: skip
         """Several tiles (n, 128, 128) of one layer, each (head, zoom, row, col): see `tile`."""
