@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,18 @@ from torch import Tensor
 from ..call.brief import Brief
 from ..call.checked import Call
 from ..call.observers import Distances, Entropy, Received, TopK
-from ..engines.second_pass.pooled import SIDE, Rectangle, Reduce, pooled_tiles
+from ..engines.second_pass.pooled import SIDE, Tile
 from ..engines.second_pass.readers import READERS, Reader
 from ..engines.second_pass.strips import Strips, Weighed
 from ..errors import RegardError
+from ..ops.pooled import pooled_tiles
 from .pyramid import BINS
 from .recorded_layer import RecordedLayer
 
+Reduce = Literal["sum", "max"]
 
-class Tile(NamedTuple):
+
+class MapTile(NamedTuple):
     """A tile of a head's map: `SIDE` × `SIDE` cells, a cell being 2**zoom queries × 2**zoom keys.
 
     Its first cell is the one of row row · SIDE and column col · SIDE.
@@ -101,26 +104,24 @@ def tiles(
     if all(found is not None for found in held):
         return out
     for at, call, lse, first_key in _calls(layer, batch):
-        rectangles = [
-            Rectangle(
-                t.head, (t.row * SIDE << t.zoom) - at, (t.col * SIDE << t.zoom) - first_key,
-                1 << t.zoom,
+        inner = [
+            Tile(
+                t.head, t.zoom, (t.row * SIDE << t.zoom) - at, (t.col * SIDE << t.zoom) - first_key
             )
             for t in asked
-        ]  # fmt: skip
-        inside = [n for n, r in enumerate(rectangles) if held[n] is None and _meets(r, call)]
+        ]
+        inside = [n for n, t in enumerate(inner) if held[n] is None and _meets(t, call)]
         if inside:
-            found = pooled_tiles(call, lse, [rectangles[n] for n in inside], reduce)
-            found = found.to(out)
+            found = pooled_tiles(call, lse, [inner[n] for n in inside], reduce).to(out)
             out[inside] = (
                 out[inside] + found if reduce == "sum" else torch.maximum(out[inside], found)
             )
     return out
 
 
-def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:
+def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> MapTile:
     """RegardError for a tile that no such layer has."""
-    tile = Tile(*wanted)
+    tile = MapTile(*wanted)
     if not 0 <= tile.head < layer.heads:
         raise RegardError(f"head {tile.head} of layer {layer.name}: it has {layer.heads}")
     if not 0 <= tile.zoom < zooms(layer):
@@ -130,9 +131,9 @@ def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:
     return tile
 
 
-def _meets(tile: Rectangle, call: Call) -> bool:
+def _meets(tile: Tile, call: Call) -> bool:
     """Whether a tile has cells in the call."""
-    side = SIDE * tile.cell
+    side = SIDE << tile.zoom
     return (
         -side < tile.row < call.place.q_len
         and -side < tile.col < call.place.k_len
