@@ -40,10 +40,13 @@ def jobs() -> dict[str, tuple]:
 
 
 JOBS = jobs()
+SHORT = ("causal", "alibi", "dim 80, v_dim 80 torch.bfloat16", "same_bits")
 
 
 @interpreted
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job", [pytest.param(j, marks=() if j in SHORT else pytest.mark.slow) for j in JOBS]
+)
 def test_interpreted(job, interpreting):
     assert not interpreting(JOBS[job])
 
