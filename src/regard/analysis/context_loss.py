@@ -20,7 +20,7 @@ from ..call.geometry import Place
 from ..call.mask_program import Program
 from ..call.masks import Causal, Lowering, Mask
 from ..call.results import ReceivedSeen, TopKSeen
-from ..capture.recording import RecordedLayer
+from ..capture.recorded_layer import RecordedLayer
 from ..engines import tiled
 from ..errors import RegardError
 
@@ -88,7 +88,7 @@ def unseen(
 ) -> Unseen:
     """How many of the query–key pairs that `of` shows are hidden by `mask`; O(N) memory.
 
-        print(regard.unseen(Window(1024) | First(4), 8192))
+        print(regard.context.unseen(Window(1024) | First(4), 8192))
 
     k_len: default q_len. query_start, key_start: as in `attention`.
     seen: what an observer saw of the weights under `of`; it bounds the mass that fell on hidden
