@@ -5,29 +5,23 @@ import triton
 import triton.language as tl
 
 from .read_kernel import pool
-from .scores_kernel import keys_of, scores
+from .scores_kernel import keys_of, queries, scores
 
 
 @triton.jit
 def pool_rectangles(
-    q, k, lse,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, dim, heads, group, q_len, k_len, scale, softcap,
-    query_start, key_start, slopes, relative, relative_width, relative_zero,
-    bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-    records, length, integers, octets, table, table_b, page_size, lengths,
-    places, out, row_blocks, behind, ahead,
-    MAX: tl.constexpr, CELL: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RELATIVE: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, KINDS: tl.constexpr, PAGED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    call, mask, biases, places, out, row_blocks, behind, ahead, form,
+    MAX: tl.constexpr, CELL: tl.constexpr, GROUPS: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Of each rectangle, cells of CELL × CELL weights: out (rectangles, row blocks, NR, 128).
 
     places (rectangles, 4): batch, head, first query, first key. A program has one block of M
     queries, counted from the rectangle's first, and one of GROUPS parts of its columns: NR rows of
-    cells, or a part of one that is added up later. BAND: the mask shows keys from query − behind to
+    cells, or a part of one that is added up later. NEAR: the mask shows keys from query − behind to
     query + ahead alone, so that blocks beyond are left out; who sees whom the program says.
     """
+    M: tl.constexpr = form.M
+    N: tl.constexpr = form.N
     NR: tl.constexpr = M // CELL if CELL < M else 1
     NC: tl.constexpr = N // CELL if CELL < N else 1
     STEPS: tl.constexpr = CELL // N if CELL > N else 1  # tiles in a row that one store pools
@@ -41,19 +35,17 @@ def pool_rectangles(
     q0 = tl.load(places + 4 * t + 2) + block * M
     k0 = tl.load(places + 4 * t + 3) + part * WIDE * CELL
     rows = q0 + tl.arange(0, M)
-    row_in = (rows >= 0) & (rows < q_len)
-    dims = tl.arange(0, D)
-    own = q + b * q_b + h * q_h + rows[:, None].to(tl.int64) * q_n + dims[None, :] * q_d
-    query = tl.load(own, mask=row_in[:, None] & (dims < dim)[None, :], other=0)
-    given = tl.load(lse + (b * heads + h) * q_len + rows, mask=row_in, other=0)
+    row_in = (rows >= 0) & (rows < call.q_len)
+    query = queries(call.query + b * call.q_b + h * call.q_h, rows, row_in, call, form)
+    given = tl.load(call.lse + (b * call.heads + h) * call.q_len + rows, mask=row_in, other=0)
     given = tl.where(given == float("-inf"), 0.0, given)  # such a row sees nothing
     given = tl.where(given == float("inf"), float("nan"), given)
-    k, table, end = keys_of(k, k_b, k_h, b, h // group, k_len, table, table_b, lengths, PAGED)
-    low = tl.maximum(q0, 0) + query_start
-    high = tl.minimum(q0 + M, q_len) - 1 + query_start
+    k, table, end = keys_of(call, b, h // call.group, form)
+    low = tl.maximum(q0, 0) + call.query_start
+    high = tl.minimum(q0 + M, call.q_len) - 1 + call.query_start
     to = out + ((t * row_blocks + block) * NR + tl.arange(0, NR)[:, None]) * 128
     to = to + part * WIDE + tl.arange(0, NC)[None, :]
-    some = (q0 < q_len) & (q0 + M > 0)
+    some = (q0 < call.q_len) & (q0 + M > 0)
     turns = 0
     if some:
         turns = WIDE // NC
@@ -64,19 +56,15 @@ def pool_rectangles(
         for step in range(steps):
             c0 = first + step * N
             near = c0 + N > 0
-            if BAND:
-                near = near & (c0 + key_start <= high + ahead)
-                near = near & (c0 + N - 1 + key_start >= low - behind)
+            if NEAR:
+                near = near & (c0 + call.key_start <= high + ahead)
+                near = near & (c0 + N - 1 + call.key_start >= low - behind)
             if near:
                 cols = c0 + tl.arange(0, N)
                 col_in = (cols >= 0) & (cols < end)
                 s, _shown = scores(
-                    query, k, k_n, k_d, dim, rows, cols, row_in, col_in, b, h,
-                    0, scale, softcap, query_start, key_start, slopes, relative, relative_width,
-                    relative_zero, bias0, b0_b, b0_h, b0_q, b0_k, bias1, b1_b, b1_h, b1_q, b1_k,
-                    records, length, integers, octets, table, page_size, k_b, SOFTCAP, ALIBI,
-                    RELATIVE, DENSE, MASKED, KINDS, PAGED, M, N, D,
-                )  # fmt: skip
+                    query, k, table, call, mask, biases, rows, cols, row_in, col_in, b, h, 0, form
+                )
                 e = tl.where(s == float("-inf"), 0.0, tl.exp(s - given[:, None]))
                 if MAX:  # weights are not below 0, so bits compare as they do, and NaN is above
                     bits = e.to(tl.int32, bitcast=True) & 0x7FFFFFFF
