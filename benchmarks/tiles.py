@@ -22,13 +22,13 @@ from torch import Tensor
 
 from regard import Causal, Map, observe
 from regard.call.checked import Call
-from regard.engines.second_pass.pooled import SIDE, Tile, tiles_in_torch
+from regard.engines.second_pass.pooled import SIDE, Rectangle, tiles_in_torch
 from regard.ops.pooled import kernel_refuses, pooled_tiles
 
 RIVALS = ("1 thread", "2 threads", "max, 1", "max, 2", "torch, 1", "Map, 1")
 
 
-def ways(call: Call, lse: Tensor, tile: Tile) -> dict[str, tuple[int, Callable[[], object]]]:
+def ways(call: Call, lse: Tensor, tile: Rectangle) -> dict[str, tuple[int, Callable[[], object]]]:
     """Threads, and what to run, by their name."""
     end, last = (min(at + (SIDE << tile.zoom), call.place.k_len) for at in (tile.row, tile.col))
     rows, cols = slice(tile.row, end), slice(tile.col, last)
@@ -60,7 +60,7 @@ def timed(threads: int, run: Callable[[], object]) -> float:
 
 
 def measure(
-    call: Call, lse: Tensor, tile: Tile, left: set[str], seconds: float
+    call: Call, lse: Tensor, tile: Rectangle, left: set[str], seconds: float
 ) -> dict[str, float]:
     """The median seconds of each way that is left, in turns."""
     here = {n: way for n, way in ways(call, lse, tile).items() if n in left}
@@ -97,7 +97,7 @@ def main() -> None:
         print("tokens a cell  " + "".join(f"{r:>11}" for r in RIVALS))
         left = set(RIVALS)
         for zoom in range(asked.most.bit_length()):
-            tile = Tile(0, zoom, max(n - (SIDE << zoom), 0), 0)
+            tile = Rectangle(0, zoom, max(n - (SIDE << zoom), 0), 0)
             found = measure(call, lse, tile, left, asked.seconds)
             shown = (f"{found[r] * 1e3:11.2f}" if r in found else f"{'–':>11}" for r in RIVALS)
             print(f"{1 << zoom:13,}  " + "".join(shown), flush=True)

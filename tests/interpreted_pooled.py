@@ -8,7 +8,7 @@ from torch import Tensor
 from interpreted import case_of
 from regard import Causal, Padding
 from regard.call.checked import Call
-from regard.engines.second_pass.pooled import Tile, tiles_in_torch
+from regard.engines.second_pass.pooled import Rectangle, tiles_in_torch
 from regard.engines.second_pass.triton import pooled
 from test_pooled import REDUCE, odd_call, truth
 
@@ -16,7 +16,7 @@ PLACES = [(0, 0, 20), (1, -3, 5), (3, 7, -1), (6, 0, 0), (7, -100, -9), (9, 1, 2
 BIG = [(0, 64, 40), (2, 0, 0), (8, -5, 0)]
 
 
-def compare(call: Call, lse: Tensor, tiles: list[Tile], near: float) -> None:
+def compare(call: Call, lse: Tensor, tiles: list[Rectangle], near: float) -> None:
     """Both reductions, against the definition in torch."""
     for reduce in REDUCE:
         ours = pooled.pooled(call, lse, tiles, reduce == "max")
@@ -32,7 +32,7 @@ def check(name: str, dtype: torch.dtype, first: int) -> str:
     call = Call.checked(query, key, None, **case.request(dtype))
     heads, batch = call.place.heads, call.place.batch
     places = [PLACES[(first + n) % len(PLACES)] for n in (0, 2)]
-    tiles = [Tile(n % heads, *p, (n + 1) % batch) for n, p in enumerate(places, first)]
+    tiles = [Rectangle(n % heads, *p, (n + 1) % batch) for n, p in enumerate(places, first)]
     if pooled.why_not(call, tiles):
         return "; ".join(pooled.why_not(call, tiles))
     _, lse = truth(case, dtype)
@@ -46,7 +46,7 @@ def long_cells() -> None:
     query, key = torch.randn(1, 1, 300, 16), torch.randn(1, 1, 420, 16)
     for mask in (Causal(), Padding(torch.arange(420) % 7 > 0)):
         call = Call.checked(query, key, None, mask=mask)
-        compare(call, torch.full((1, 1, 300), 5.0), [Tile(0, *p) for p in BIG], 1e-5)
+        compare(call, torch.full((1, 1, 300), 5.0), [Rectangle(0, *p) for p in BIG], 1e-5)
 
 
 def bad_numbers() -> None:
@@ -57,7 +57,7 @@ def bad_numbers() -> None:
             lse = torch.full((1, 1, 200), 3.0)
             rows = slice(100, 101) if which == "query" else slice(100, 190)
             lse[:, :, rows] = value
-            compare(call, lse, [Tile(0, *p) for p in BIG[:2]], 1e-5)
+            compare(call, lse, [Rectangle(0, *p) for p in BIG[:2]], 1e-5)
 
 
 def same_bits() -> None:
@@ -65,7 +65,7 @@ def same_bits() -> None:
     query, key = torch.randn(1, 2, 150, 16), torch.randn(1, 1, 150, 16)
     call = Call.checked(query, key, None, mask=Causal())
     lse = torch.full((1, 2, 150), 4.0)
-    tiles = [Tile(1, 3, 0, 0), Tile(0, 0, 20, 10), Tile(0, 3, -9, 4)]
+    tiles = [Rectangle(1, 3, 0, 0), Rectangle(0, 0, 20, 10), Rectangle(0, 3, -9, 4)]
     together = pooled.pooled(call, lse, tiles, False)
     alone = [pooled.pooled(call, lse, [t], False) for t in tiles]
     assert torch.equal(together, torch.cat(alone))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cases import CASES, FEW, Case, assert_within, at, plain
-from regard import Causal, Documents, Full, Pages, RegardError, Window
+from regard import Causal, Documents, Full, RegardError, Window
 from regard.call.checked import Call
+from regard.call.pages import Pages
 from regard.engines import reference
-from regard.engines.second_pass.pooled import Tile, tiles_in_torch
+from regard.engines.second_pass.pooled import Rectangle, tiles_in_torch
 from regard.ops.pooled import kernel_refuses, pooled_tiles
 
 # (zoom, row, col): whole and cut cells, tiles that begin before the call, in it, and reach beyond
@@ -23,13 +24,13 @@ PLACES = [
 REDUCE = ("sum", "max")
 
 
-def tiles_of(call: Call) -> list[Tile]:
+def tiles_of(call: Call) -> list[Rectangle]:
     """A tile at each place, of the call's heads and items in turn."""
     place = call.place
-    return [Tile(n % place.heads, *where, n % place.batch) for n, where in enumerate(PLACES)]
+    return [Rectangle(n % place.heads, *where, n % place.batch) for n, where in enumerate(PLACES)]
 
 
-def pooled(weights: Tensor, tiles: list[Tile], reduce: str) -> Tensor:
+def pooled(weights: Tensor, tiles: list[Rectangle], reduce: str) -> Tensor:
     """The definition, weight by weight. weights (batch, heads, q_len, k_len)."""
     out = torch.zeros(len(tiles), 128 * 128, dtype=torch.float64)
     rows, cols = (torch.arange(n) for n in weights.shape[-2:])
@@ -77,7 +78,7 @@ def check(case: Case, dtype: torch.dtype, compute, roundings: int = 1) -> None:
             assert_within(mine, other.to(theirs.dtype), wanted, roundings=roundings)
 
 
-def in_torch(call: Call, lse: Tensor, tiles: list[Tile], reduce: str) -> Tensor:
+def in_torch(call: Call, lse: Tensor, tiles: list[Rectangle], reduce: str) -> Tensor:
     return tiles_in_torch(call, lse, tiles, reduce == "max")
 
 
@@ -122,7 +123,9 @@ def test_same_bits_on_any_threads_and_beside_any_tiles(mask, dtype):
     query, key = torch.randn(1, 2, 2500, 24).to(dtype), torch.randn(1, 1, 2500, 24).to(dtype)
     call = Call.checked(query, key, None, mask=mask)
     lse = torch.randn(1, 2, 2500) + 4
-    tiles = [Tile(h, z, r, c) for h in (0, 1) for z, r, c in ((0, 900, 850), (3, 0, 7), (4, -9, 0))]
+    tiles = [
+        Rectangle(h, z, r, c) for h in (0, 1) for z, r, c in ((0, 900, 850), (3, 0, 7), (4, -9, 0))
+    ]
     for reduce in REDUCE:
         alone = [pooled_tiles(call, lse, [t], reduce) for t in tiles]
         threads = torch.get_num_threads()
@@ -143,9 +146,11 @@ def test_a_cell_pools_the_cells_inside_it():
     call = Call.checked(query, key, None, mask=Causal())
     for zoom in range(1, 4):
         row, col = 300, 5
-        whole = pooled_tiles(call, lse, [Tile(0, zoom, row, col)])[0]
+        whole = pooled_tiles(call, lse, [Rectangle(0, zoom, row, col)])[0]
         half = 64 << zoom
-        parts = [Tile(0, zoom - 1, row + half * r, col + half * c) for r in (0, 1) for c in (0, 1)]
+        parts = [
+            Rectangle(0, zoom - 1, row + half * r, col + half * c) for r in (0, 1) for c in (0, 1)
+        ]
         finer = pooled_tiles(call, lse, parts).view(2, 2, 128, 128).transpose(1, 2)
         finer = finer.reshape(128, 2, 128, 2).sum((1, 3))
         torch.testing.assert_close(whole, finer, rtol=1e-6, atol=1e-7)
@@ -169,7 +174,7 @@ def test_bad_numbers_surface_where_they_are_seen_and_nowhere_else(compute, which
     odd = lse.isnan() | (lse == torch.inf)
     expected = (odd[..., None] & shown).float()
     assert expected.any()
-    tiles = [Tile(0, z, r, c) for z, r, c in ((0, 64, 40), (0, 90, 90), (1, 0, 0), (4, -5, 0))]
+    tiles = [Rectangle(0, z, r, c) for z, r, c in ((0, 64, 40), (0, 90, 90), (1, 0, 0), (4, -5, 0))]
     for reduce in REDUCE:
         found = compute(call, lse, tiles, reduce)
         wanted = pooled(expected, tiles, "max") > 0
@@ -191,7 +196,7 @@ def test_what_is_hidden_changes_no_bit(dtype):
         ids[50] = -1
         query[:, :, 50] = 1
         call = Call.checked(query, key, None, mask=Documents(ids))
-        tiles = [Tile(1, z, 0, 0) for z in (0, 1, 4)]
+        tiles = [Rectangle(1, z, 0, 0) for z in (0, 1, 4)]
         found.append(pooled_tiles(call, torch.ones(1, 2, 200), tiles))
     assert found[0].isfinite().all()
     assert torch.equal(found[0], found[1])
@@ -204,7 +209,7 @@ def test_keys_in_pages():
     pages = Pages(table, torch.tensor([48, 33]))
     call = Call.checked(query, key, None, mask=Causal(), pages=pages)
     lse = torch.full((2, 2, 30), 3.0)
-    tiles = [Tile(1, z, 0, 0, b) for z in (0, 2, 9) for b in (0, 1)]
+    tiles = [Rectangle(1, z, 0, 0, b) for z in (0, 2, 9) for b in (0, 1)]
     for reduce in REDUCE:
         ours = pooled_tiles(call, lse, tiles, reduce)
         theirs = in_torch(call.gathered(), lse, tiles, reduce)
@@ -214,7 +219,9 @@ def test_keys_in_pages():
 
 def test_gradients_are_not_asked_for():
     query = torch.randn(1, 1, 9, 8, requires_grad=True)
-    found = pooled_tiles(Call.checked(query, query, None), torch.ones(1, 1, 9), [Tile(0, 0, 0, 0)])
+    found = pooled_tiles(
+        Call.checked(query, query, None), torch.ones(1, 1, 9), [Rectangle(0, 0, 0, 0)]
+    )
     assert not found.requires_grad
 
 
@@ -222,7 +229,7 @@ def test_no_tile_and_a_tile_of_nothing():
     call = Call.checked(torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8), None)
     lse = torch.ones(1, 1, 9)
     assert pooled_tiles(call, lse, []).shape == (0, 128, 128)
-    assert not pooled_tiles(call, lse, [Tile(0, 2, 9, 0), Tile(0, 0, 0, -128)]).any()
+    assert not pooled_tiles(call, lse, [Rectangle(0, 2, 9, 0), Rectangle(0, 0, 0, -128)]).any()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Pooled tiles by Triton, interpreted, on the shared cases; and that they compile for a GPU."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,12 +10,9 @@ import torch
 
 from regard import RegardError
 from regard.call.checked import Call
-from regard.engines.second_pass.pooled import Tile
+from regard.engines.second_pass.pooled import Rectangle
 from regard.engines.second_pass.triton import pooled
 
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"
-)
 # Every instruction of a mask is tested in test_triton.py, by the same function
 CHOSEN = [
     "full", "causal", "sinks and window", "an item of padding", "predicate by head", "nothing",
@@ -40,23 +36,26 @@ def jobs() -> dict[str, tuple]:
 
 
 JOBS = jobs()
+SHORT = ("causal", "alibi", "dim 80, v_dim 80 torch.bfloat16", "same_bits")
 
 
-@interpreted
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "job", [pytest.param(j, marks=() if j in SHORT else pytest.mark.slow) for j in JOBS]
+)
 def test_interpreted(job, interpreting):
     assert not interpreting(JOBS[job])
 
 
 def test_says_what_it_cannot_pool():
     call = Call.checked(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), None)
-    assert pooled.why_not(call, [Tile(0, 21, 0, 0)]) == []
+    assert pooled.why_not(call, [Rectangle(0, 21, 0, 0)]) == []
     said = "a tile reaches beyond 2²⁸ of the call; it counts positions in int32"
-    assert pooled.why_not(call, [Tile(0, 0, 0, 0), Tile(0, 22, 0, 0)]) == [said]
-    assert pooled.why_not(call, [Tile(0, 0, -(2**30), 0)]) == [said]
+    assert pooled.why_not(call, [Rectangle(0, 0, 0, 0), Rectangle(0, 22, 0, 0)]) == [said]
+    assert pooled.why_not(call, [Rectangle(0, 0, -(2**30), 0)]) == [said]
     double = Call.checked(call.query.double(), call.key.double(), None)
     with pytest.raises(RegardError, match=r"cannot pool tiles of .* float64"):
-        pooled.pooled(double, torch.zeros(1, 2, 5), [Tile(0, 0, 0, 0)], False)
+        pooled.pooled(double, torch.zeros(1, 2, 5), [Rectangle(0, 0, 0, 0)], False)
 
 
 COMPILE = """
@@ -66,7 +65,7 @@ from triton.compiler import ASTSource
 
 from regard import *
 from regard.call.checked import Call
-from regard.engines.second_pass.pooled import Tile
+from regard.engines.second_pass.pooled import Rectangle
 from regard.engines.second_pass.triton import pooled, pooled_kernel
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
@@ -94,11 +93,11 @@ query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
 lse = torch.zeros(1, 4, 256)
 call = Call.checked(query, query[:, :2], None, mask=Causal() & (Window(64) | First(4)))
 for zoom in (0, 3, 9):
-    pooled.pooled(call, lse, [Tile(1, zoom, 0, 0)], zoom == 3)
+    pooled.pooled(call, lse, [Rectangle(1, zoom, 0, 0)], zoom == 3)
 """
 
 
-@interpreted
+@pytest.mark.triton
 def test_compiles_for_a_gpu(tmp_path):
     """To machine code for Hopper, with its matrix instructions, where there is no GPU either."""
     done = subprocess.run(

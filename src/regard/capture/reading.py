@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..call.brief import Brief
 from ..call.checked import Call
 from ..call.observers import Distances, Entropy, Received, TopK
-from ..engines.second_pass.pooled import SIDE, Tile
+from ..engines.second_pass.pooled import SIDE, Rectangle, Reduce
 from ..engines.second_pass.readers import READERS, Reader
 from ..engines.second_pass.strips import Strips, Weighed
 from ..errors import RegardError
@@ -24,10 +24,8 @@ from ..ops.pooled import pooled_tiles
 from .pyramid import BINS
 from .recorded_layer import RecordedLayer
 
-Reduce = Literal["sum", "max"]
 
-
-class MapTile(NamedTuple):
+class Tile(NamedTuple):
     """A tile of a head's map: `SIDE` × `SIDE` cells, a cell being 2**zoom queries × 2**zoom keys.
 
     Its first cell is the one of row row · SIDE and column col · SIDE.
@@ -104,24 +102,26 @@ def tiles(
     if all(found is not None for found in held):
         return out
     for at, call, lse, first_key in _calls(layer, batch):
-        inner = [
-            Tile(
-                t.head, t.zoom, (t.row * SIDE << t.zoom) - at, (t.col * SIDE << t.zoom) - first_key
+        rectangles = [
+            Rectangle(
+                t.head, t.zoom, (t.row * SIDE << t.zoom) - at,
+                (t.col * SIDE << t.zoom) - first_key,
             )
             for t in asked
-        ]
-        inside = [n for n, t in enumerate(inner) if held[n] is None and _meets(t, call)]
+        ]  # fmt: skip
+        inside = [n for n, r in enumerate(rectangles) if held[n] is None and _meets(r, call)]
         if inside:
-            found = pooled_tiles(call, lse, [inner[n] for n in inside], reduce).to(out)
+            found = pooled_tiles(call, lse, [rectangles[n] for n in inside], reduce)
+            found = found.to(out)
             out[inside] = (
                 out[inside] + found if reduce == "sum" else torch.maximum(out[inside], found)
             )
     return out
 
 
-def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> MapTile:
+def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:
     """RegardError for a tile that no such layer has."""
-    tile = MapTile(*wanted)
+    tile = Tile(*wanted)
     if not 0 <= tile.head < layer.heads:
         raise RegardError(f"head {tile.head} of layer {layer.name}: it has {layer.heads}")
     if not 0 <= tile.zoom < zooms(layer):
@@ -131,7 +131,7 @@ def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> MapTile:
     return tile
 
 
-def _meets(tile: Tile, call: Call) -> bool:
+def _meets(tile: Rectangle, call: Call) -> bool:
     """Whether a tile has cells in the call."""
     side = SIDE << tile.zoom
     return (

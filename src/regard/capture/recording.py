@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..call.brief import Brief, shortened
+from ..engines.second_pass.pooled import Reduce
 from ..errors import RegardError
 from . import reading
 from .by_words import ByWords
 from .chunk_json import from_json, to_json
 from .compared import Comparison
 from .opened import layer_files, open_layers, verify
-from .reading import Reduce
 from .recorded_layer import RecordedLayer
 from .rollout import rollout
 from .saved_files import Fields, checksum, whole_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from ..call.checked import Call
 from ..engines.cpu import calls, native
 from ..engines.cpu.call_struct import TYPES
 from ..engines.cpu.engine import MOST_CODE
-from ..engines.second_pass.pooled import Tile, tiles_in_torch
+from ..engines.second_pass.pooled import Rectangle, Reduce, tiles_in_torch
 from ..engines.second_pass.triton import pooled as by_triton
 from ..errors import RegardError
 
@@ -20,8 +19,8 @@ from ..errors import RegardError
 def pooled_tiles(
     call: Call,
     lse: Tensor,
-    tiles: Sequence[Tile | tuple[int, ...]],
-    reduce: Literal["sum", "max"] = "sum",
+    tiles: Sequence[Rectangle | tuple[int, ...]],
+    reduce: Reduce = "sum",
 ) -> Tensor:
     """(tiles, 128, 128) float32: cells of 2^zoom × 2^zoom weights exp(score − lse), pooled.
 
@@ -45,7 +44,7 @@ def pooled_tiles(
             raise RegardError(
                 f"a tile is {given!r}; give integers, (head, zoom, row, col[, batch])"
             )
-    asked = [Tile(*tile) for tile in tiles]
+    asked = [Rectangle(*tile) for tile in tiles]
     for tile in asked:
         if wrong := tile.wrong(call):
             raise RegardError(f"{tile}: {wrong}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...call.biases import Kind
 from ...call.checked import Call
 from ...call.observers import Observer
-from ..second_pass.pooled import SIDE, Tile
+from ..second_pass.pooled import SIDE, Rectangle
 from . import native
 from .call_struct import TYPES, Buffers, Watching, offsets, parts_of, words_of
 from .structs import BACKWARD, CALL, EFFECT, EVICT, POOLED, ROWS, TILE, VIEW
@@ -172,7 +172,7 @@ def effect(
     return indices, sizes, weights
 
 
-def pooled(call: Call, lse: Tensor, tiles: Sequence[Tile], largest: bool) -> Tensor:
+def pooled(call: Call, lse: Tensor, tiles: Sequence[Rectangle], largest: bool) -> Tensor:
     """As `second_pass.pooled.tiles_in_torch` defines it: (tiles, 128, 128) float32."""
     out = torch.empty(len(tiles), SIDE, SIDE, dtype=torch.float32, device="cpu")
     if not len(tiles):

@@ -8,7 +8,7 @@ engine `cpu` and the Triton kernel compute the same, faster (`ops.pooled`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from ...call.checked import Call
 from ...call.geometry import Span
 from .strips import product
 
+Reduce = Literal["sum", "max"]
 SIDE = 128  # cells of a tile, each way
 MOST_ZOOM = 24
 FARTHEST = 2**31  # of a tile's first row and column from the call's
 ROWS, COLS = 512, 4096  # weights at once: powers of two, so that a piece is cells, or lies in one
 
 
-class Tile(NamedTuple):
+class Rectangle(NamedTuple):
     """Where a tile lies: its cells pool 2^zoom queries × 2^zoom keys, from (row, col) on.
 
     row and col count the call's queries and keys; what lies outside of these weighs 0, so both
@@ -50,7 +51,7 @@ class Tile(NamedTuple):
         return ""
 
 
-def tiles_in_torch(call: Call, lse: Tensor, tiles: Sequence[Tile], largest: bool) -> Tensor:
+def tiles_in_torch(call: Call, lse: Tensor, tiles: Sequence[Rectangle], largest: bool) -> Tensor:
     """(tiles, 128, 128) float32: the sums, or the largest, of each cell's weights.
 
     lse (batch, heads, q_len). A pair that is hidden weighs 0; a row whose lse is NaN or +∞ is NaN
@@ -64,7 +65,7 @@ def tiles_in_torch(call: Call, lse: Tensor, tiles: Sequence[Tile], largest: bool
     return out.float()
 
 
-def _pieces(call: Call, lse: Tensor, tile: Tile) -> Iterator[tuple[Span, Tensor]]:
+def _pieces(call: Call, lse: Tensor, tile: Rectangle) -> Iterator[tuple[Span, Tensor]]:
     """The weights (rows, cols) of the tile's pieces that show anything."""
     place, side = call.place, SIDE << tile.zoom
     batch, heads = (slice(n, n + 1) for n in (tile.batch, tile.head))
@@ -105,7 +106,7 @@ def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
             yield max(at, 0), min(at + size, stop)
 
 
-def _pool(cells: Tensor, weights: Tensor, span: Span, tile: Tile, largest: bool) -> None:
+def _pool(cells: Tensor, weights: Tensor, span: Span, tile: Rectangle, largest: bool) -> None:
     """Add a piece's weights to the cells that they lie in, or raise these to the largest."""
 
     def reduced(weights: Tensor, offset: int) -> tuple[Tensor, slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....call.checked import Call
 from ....errors import RegardError
-from ..pooled import SIDE, Tile
+from ..pooled import SIDE, Rectangle
 from .arguments import Shared, on_device
 from .read import why_not as unreadable
 from .tile_grid import FAR, band_of
@@ -19,7 +19,7 @@ BLOCK = 64  # queries, and keys, of a tile
 GROUPS = 8  # of a rectangle's columns, at most
 
 
-def why_not(call: Call, tiles: Sequence[Tile]) -> list[str]:
+def why_not(call: Call, tiles: Sequence[Rectangle]) -> list[str]:
     """The reasons why the kernel cannot pool these; empty if it can."""
     reasons = unreadable(call)
     if any(max(abs(t.row), abs(t.col), SIDE << t.zoom) > FAR for t in tiles):
@@ -29,7 +29,7 @@ def why_not(call: Call, tiles: Sequence[Tile]) -> list[str]:
     return reasons
 
 
-def pooled(call: Call, lse: Tensor, tiles: Sequence[Tile], largest: bool) -> Tensor:
+def pooled(call: Call, lse: Tensor, tiles: Sequence[Rectangle], largest: bool) -> Tensor:
     """(tiles, 128, 128) float32: the sums, or the largest, of each cell's weights.
 
     lse (batch, heads, q_len). RegardError if `why_not` has a reason.
@@ -46,7 +46,7 @@ def pooled(call: Call, lse: Tensor, tiles: Sequence[Tile], largest: bool) -> Ten
     return out
 
 
-def _of_one_zoom(shared: Shared, zoom: int, tiles: Sequence[Tile], largest: bool) -> Tensor:
+def _of_one_zoom(shared: Shared, zoom: int, tiles: Sequence[Rectangle], largest: bool) -> Tensor:
     """The tiles of one launch, whose cells are equally large."""
     from .pooled_kernel import pool_rectangles
 
