@@ -40,15 +40,17 @@ class ByWords(Brief):
         """Word weights (rows, words), or (heads, rows, words), of the words that `rows` names."""
         found = self._layer(layer, head, batch)
         wanted = range(len(self.words)) if rows is None else rows
+        shape = (found.heads, 1, len(self.words))
+        nothing = torch.zeros(shape, dtype=torch.float32, device="cpu")
         parts = []
         for word in wanted:
             first, last = self.ranges[word]
             start = found.query_start
             tokens = slice(max(first - start, 0), max(last - start, 0))
             given = [self._read(found, w).sum(-2) for w in blocks(found, tokens, batch)]
-            total = sum(given, torch.zeros(found.heads, len(self.words), dtype=torch.float32))
+            total = sum(given, nothing[:, 0])
             parts.append(total / (last - first))
-        out = torch.stack(parts, 1) if parts else torch.zeros(found.heads, 0, len(self.words))
+        out = torch.stack(parts, 1) if parts else nothing[:, :0]
         return out if head is None else out[head]
 
     def _read(self, layer: RecordedLayer, weights: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..call.brief import Brief, shortened
 from ..call.observers import Entropy, Observer
+from ..engines.second_pass.pooled import Reduce
 from ..errors import RegardError
 from . import reading
 from .by_words import ByWords
@@ -25,7 +26,6 @@ from .chunk_json import from_json, to_json
 from .compared import Comparison
 from .head_grid import grid, layers_box, plot
 from .opened import layer_files, open_layers, verify
-from .reading import Reduce
 from .recorded_layer import RecordedLayer
 from .rollout import rollout
 from .saved_files import Fields, checksum, whole_folder

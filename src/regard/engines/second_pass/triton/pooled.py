@@ -50,7 +50,7 @@ def _of_one_zoom(shared: Shared, zoom: int, tiles: Sequence[Rectangle], largest:
     """The tiles of one launch, whose cells are equally large."""
     from .pooled_kernel import pool_rectangles
 
-    call, place = shared.call, shared.call.place
+    place = shared.call.place
     cell = 1 << zoom
     lines = max(BLOCK // cell, 1)  # rows of cells of a block
     parts = max(cell // BLOCK, 1)  # blocks of a row of cells
