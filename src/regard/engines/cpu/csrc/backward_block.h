@@ -198,7 +198,7 @@ class Backward {
             bool there = i < block.count;
             float total = there ? back.stats[2 * (row + i) + 1] : 0;
             top[i] = there ? back.stats[2 * (row + i)] : 0;
-            inverse[i] = total == 0 ? 0 : 1 / total;
+            inverse[i] = total == 0 ? 0 : 1 / total;  // 0: an empty row, or none, has no weights
             delta[i] = there ? back.delta[row + i] : 0;
         }
         const float* q = sh.query_lanes + id * sh.lanes * c.dim;
@@ -229,6 +229,7 @@ class Backward {
                 panel<1>(id, p, k, v, q, g, n, every);
         }
         if (shaping.biased) gather_biases(block, k0, n);
+        // The cap's own slope, 1 − tanh²: `capped` holds the tanh
         if (c.softcap)
             for (long i = 0; i < (long)n * LANES; i++) {
                 slope[i] *= 1 - capped[i] * capped[i];
@@ -348,7 +349,7 @@ class Backward {
                     dw *= f;
                 }
                 store(s + at, dropped);
-                V by_score = w * (dw - less);
+                V by_score = w * (dw - less);  // softmax's Jacobian; less = Σ w dw of the row = out · grad
                 if (careful) by_score = x == -INFINITY ? V{} : by_score;
                 store(ds + at, by_score);
             }
@@ -370,6 +371,7 @@ class Backward {
             for (long d = 0; d < c.bias_count; d++) {
                 const RegardView& view = back.d_bias[d];
                 if (!view.data) continue;
+                // What all keys share is added to by every stripe: each has its own, summed later
                 float* to = view.stride[3] ? (float*)view.data : shared;
                 if (!view.stride[3]) shared += back.bias_floats[d];
                 to += s.b * view.stride[0] + s.h * view.stride[1];

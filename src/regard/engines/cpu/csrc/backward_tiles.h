@@ -46,6 +46,7 @@ void Backward::tile_panel(long id, int p, int n, bool every) {
         if (!fold) multiply<NV>(count, s, PW, after);
         if (!every) shaping.finish<NV>(p, count, s, PW, visible + from, nullptr);
         if (careful) see<NV>(p, from, count, s, PW);
+        // Up to a whole bite: no weight and no slope, where products would add what stood there
         for (long j = count * PW; j < bites * BITE * PW; j += W) {
             store(s + j, all(-INFINITY));
             store(ds + j, V{});
@@ -64,6 +65,8 @@ void Backward::tile_panel(long id, int p, int n, bool every) {
 template <int parts, int NV, bool dropping>
 void Backward::slopes_on(int p, int from, int bites, float by) {
     NoDenormals flush;
+    // log2(e) is folded into scale and top where a weight keeps 8 bits, in one part. Else the difference is
+    // taken first: a folded top is rounded, by more the larger it is
     V scale = all(parts == 1 ? by * LOG2E : by), high[2], weight[2], less[2];
     for (int l = 0; l < 2; l++) {
         int at = p * PW + l * W;

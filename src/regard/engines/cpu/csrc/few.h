@@ -65,11 +65,12 @@ static void few_scores_of(long n, long dim, const char* const* key, const char* 
             const char* at[B];
             #pragma GCC unroll 8
             for (int b = 0; b < B; b++) {
+                // Past the end the last key once more: below, −inf takes the place of its scores
                 long mine = j + i + b < n ? j + i + b : n - 1;
                 at[b] = key[mine];
                 for (long ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(value[mine] + ahead);
             }
-            V dot[B][R][2] = {};
+            V dot[B][R][2] = {};  // two sums each: no addition waits for the one just before it
             auto add = [&](long d, auto count) __attribute__((always_inline)) {
                 V x[B][2];
                 #pragma GCC unroll 8
@@ -102,7 +103,8 @@ static void few_scores_of(long n, long dim, const char* const* key, const char* 
         for (long j = n; j < whole_vectors(n); j++) s[r * KEYS + j] = -INFINITY;
 }
 
-// mixed[r · ld + d] += Σⱼ s[r · KEYS + j] · v[j][d], taken apart.
+// mixed[r · ld + d] += Σⱼ s[r · KEYS + j] · v[j][d], taken apart. Sums stay in registers over all keys, so
+// the fewer rows, the more vectors of dims at a time: eight sums of one row, or of two four each.
 template <int R, int type>
 static void few_mix_of(long n, long dim, const char* const* value, const float* s, float* mixed, long ld) {
     auto add = [&](long d, auto count) __attribute__((always_inline)) {
@@ -145,7 +147,8 @@ static void few_mix_of(long n, long dim, const char* const* value, const float* 
     }
 }
 
-// then(Count<rows>{}, Count<type>{})
+// then(Count<rows>{}, Count<type>{}): both are known when compiled, as loops over them must be unrolled
+// for their sums to stand in registers.
 template <class Then>
 INLINE void with_rows(int rows, int64_t type, Then then) {
     auto typed = [&](auto r) __attribute__((always_inline)) {

@@ -1,6 +1,7 @@
 // The forward of a call: what its blocks share is laid out, keys and values are made ready once where
 // many blocks read them, and a team of threads takes the blocks.
 #pragma once
+#include "forward_panel.h"
 #include "forward_rows.h"
 #include "forward_tiles.h"
 

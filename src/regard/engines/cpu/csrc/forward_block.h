@@ -144,6 +144,7 @@ class Forward {
         State own = state(chunk);
         long k0 = chunk * plan.chunk;
         mix_finitely(block, own, strip, chunk, k0, least(k0 + plan.chunk, c.k_len), 0);
+        // Releases what this chunk wrote, and acquires what the others did before they counted down
         if (sh.left[id].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
         State whole = state(0);
         for (long i = 1; i < plan.chunks; i++) whole.join(state(i));
@@ -186,7 +187,7 @@ class Forward {
                     };
                     bool fit = fits(panel);
                     odd_queries[p] = fit ? 0 : odd_lanes(panel, c.dim);
-                    if (odd_queries[p]) {
+                    if (odd_queries[p]) {  // again, with 0 for these: `odd_scores` gives their scores
                         memcpy(clean, panel, c.dim * PW * sizeof(float));
                         fill_odd(clean, c.dim * PW);
                         fit = fits(clean);
@@ -272,6 +273,7 @@ class Forward {
             }
         }
         if (held) {
+            // Weights of this tile stand by this top; later tiles may raise it
             memcpy(strip.top + t * block.lanes(), state.top, block.lanes() * sizeof(float));
             strip.held[t] = 1;
         }
@@ -384,92 +386,16 @@ class Forward {
     float* scores_of(int bite) const { return scores + (bite & 1) * BITE * PW; }
     bool folded() const { return after > 0 && !shaping.shaped(); }  // `after` is multiplied in later
 
-    // Scores, softmax and mix of one panel: NV vectors of rows against n keys.
+    // Other panels, and few rows (forward_panel.h)
     template <int NV>
     void panel(const Block& block, State& state, int p, const Sides& of, float* s, long k0, int n,
-               bool every) {
-        if (few) return few_rows(block, state, s, k0, n, every);
-        scores_of_panel<NV>(p, of, s, n, every);
-        if (odd_values.count) see_odd<NV>(0, n, s);
-        if (o.row_count) keep_rows(block, p, s, k0, n);
-        const float* weights = s;
-        {
-            Timed weighing(clock, SOFTMAX);
-            softmax<NV>(state, p, s, k0, n, o.entropy);
-            if (c.dropout) weights = drop(p, n, s);
-        }
-        float* mixed = state.mixed + p * sh.v_dim * PW;
-        mix_panel<NV>(of, weights, n, mixed);
-        if (odd_values.count)
-            mix_odd(0, n, [&](int j, int lane) { return weights[j * PW + lane]; },
-                    [&](int lane, long d) { return mixed + d * PW + lane; });
-    }
+               bool every);
     template <int NV>
-    void scores_of_panel(int p, const Sides& of, float* s, int n, bool every) {
-        Timed scoring(clock, SCORES);
-        if (of.keys.data) {
-            tile_product<false, NV>(sh.tiles.parts, c.query.type == F16, n, c.dim, of.keys,
-                                    query_tiles(p), s, PW);
-            odd_scores<NV>(p, of.k, 0, n, s);
-        } else
-            product<false, NV>(n, c.dim, of.k.data, of.k.ld, 1, query + p * c.dim * PW, PW, s, PW);
-        if (after != 1.f) multiply<NV>(n, s, PW, after);
-        if (!every || shaping.shaped())
-            shaping.finish<NV>(p, n, s, PW, seen, shaping.biased ? biases : nullptr);
-    }
+    void scores_of_panel(int p, const Sides& of, float* s, int n, bool every);
     template <int NV>
-    void mix_panel(const Sides& of, const float* weights, int n, float* mixed) {
-        Timed mixing(clock, MIX);
-        if (!of.values.data)
-            return product<true, NV>(c.v_dim, n, of.v.data, 1, of.v.ld, weights, PW, mixed, PW);
-        with_parts(sh.tiles.parts, [&](auto split) {
-            pack_columns<split.count, false, Unseen>(weights, PW, n, NV * W, weight_tiles());
-        });
-        tile_product<true, NV>(sh.tiles.parts, false, c.v_dim, n, of.values, weight_tiles(), mixed, PW);
-    }
-
-    const float* drop(int p, int n, const float* s) {
-        for (int j = 0; j < n; j++)
-            for (int i = 0; i < PW; i++)
-                dropped[j * PW + i] = s[j * PW + i] * factors[j * LANES + p * PW + i];
-        return dropped;
-    }
-
-    // The same of few rows. Their scores leave [row][key] only where something looks at lanes: what
-    // shapes scores, and observers.
-    void few_rows(const Block& block, State& state, float* s, long k0, int n, bool every) {
-        bool plain = every && !shaping.shaped() && !c.dropout;
-        {
-            Timed scoring(clock, SCORES);
-            few_keys.scores(c, block.count, n, query_rows, few_scores);
-        }
-        if (!plain || o.k || o.row_count) to_lanes(block.count, n, few_scores, s);
-        if (!every || shaping.shaped())
-            shaping.finish<1>(0, n, s, PW, seen, shaping.biased ? biases : nullptr);
-        if (o.row_count) keep_rows(block, 0, s, k0, n);
-        if (odd_values.count) {
-            if (plain) to_lanes(block.count, n, few_scores, s);
-            see_odd<1>(0, n, s);
-        }
-        {
-            Timed weighing(clock, SOFTMAX);
-            if (plain)
-                few_softmax(state, block.count, few_scores, s, k0, n, o.entropy);
-            else
-                softmax<1>(state, 0, s, k0, n, o.entropy);
-        }
-        if (!plain)
-            from_lanes(block.count, n, c.dropout ? drop(0, n, s) : s, few_scores);
-        else if (plan.columns)
-            to_lanes(block.count, n, few_scores, s);
-        Timed mixing(clock, MIX);
-        few_keys.mix(c, n, few_scores, state);
-        if (odd_values.count)
-            mix_odd(0, n, [&](int j, int lane) { return few_scores[lane * KEYS + j]; },
-                    [&](int lane, long d) {
-                        return state.mixed + lane * state.v_dim + place_apart(c.value.type, c.v_dim, d);
-                    });
-    }
+    void mix_panel(const Sides& of, const float* weights, int n, float* mixed);
+    const float* drop(int p, int n, const float* s);
+    void few_rows(const Block& block, State& state, float* s, long k0, int n, bool every);
 
     // The scores of the rows that are kept whole; `finish` makes weights of them.
     void keep_rows(const Block& block, int p, const float* s, long k0, int n) {

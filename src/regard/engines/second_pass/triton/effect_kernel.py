@@ -145,6 +145,7 @@ def remove(
             )
         hidden = s == float("-inf")
         p = tl.where(hidden, 0.0, tl.exp(s - safe[:, None]) / total[:, None])
+        # Of a row's only key 1 − p is 0: what rounding leaves of it must not divide
         left = tl.where(alone, 0.0, 1.0 - p)
         effect = tl.where(left > 0.0, p * (delta[:, None] - dp) / left, -delta[:, None])
         # Sizes are not negative: their bits are in order, NaN last

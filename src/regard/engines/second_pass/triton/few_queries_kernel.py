@@ -70,7 +70,7 @@ def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, 
         some = tl.load(line + numbers, mask=numbers < k_blocks, other=0) != 0
         begin = tl.min(tl.where(some, numbers, k_blocks), 0)
         stop = tl.max(tl.where(some, numbers + 1, 0), 0)
-    if gathered.SUMS:
+    if gathered.SUMS:  # blocks without a large lse divide by 1, and need no pass
         large = tl.max((row_in & (tl.abs(safe) > LARGE)).to(tl.int32), 0)
         stop = tl.where(large > 0, stop, 0)
     divisor = tl.full([M], 1.0, tl.float32)
@@ -230,7 +230,7 @@ def join_few(
                 gone = (held == largest[:, None]) & (held_names == name[:, None])
                 held = tl.where(gone & (absent == 0)[:, None], LEAST, held)
         if BINS > 0:
-            if at % q_len == 0:
+            if at % q_len == 0:  # bins belong to a head: its first row joins them
                 bars = tl.arange(0, BINS)
                 behind = tl.zeros([BINS], tl.float32)
                 ahead = tl.zeros([BINS], tl.float32)

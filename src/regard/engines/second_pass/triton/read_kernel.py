@@ -38,7 +38,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def ordered(x):
     """Floats as integers in the same order: NaN above inf."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0.0 makes one zero of two
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -127,6 +127,7 @@ def weigh(
         lines = (tiles.k_blocks + TILES - 1) // TILES
         leaves = lists.leaves + tl.program_id(0).to(tl.int64) * lines * (M * WIDTH)
         fans = lists.fans + tl.program_id(0).to(tl.int64) * ((lines + FAN - 1) // FAN) * (M * WIDTH)
+    # A queue, as under a mask no two items need be equally long
     item = tl.atomic_add(queue, 1)
     while item < items:
         split = item % splits
@@ -165,6 +166,7 @@ def weigh(
                     divisor = tl.load(before + bh * q_len + rows, mask=row_in, other=1.0)
             factor = 1.0 / divisor
             rounded = tl.max((divisor != 1.0).to(tl.int32), 0) > 0
+            # A blind row's weights are then 2 to the power of −1e30: 0
             shift = tl.where(blind, -FLOOR, shift)
 
             mass = tl.zeros([M, 4], tl.float32)
@@ -254,7 +256,7 @@ def weigh(
                 mass += tl.sum(parts, 1)
                 if gathered.ENTROPY:
                     terms = e * log
-                    if form.DENSE > 0:
+                    if form.DENSE > 0:  # a bias of −inf hides too, and 0 · −inf is NaN
                         terms = tl.where(log == float("-inf"), 0.0, terms)
                     spread += tl.sum(lanes(terms, False, 1), 1)
                 if SCORE:
@@ -274,6 +276,7 @@ def weigh(
                         sums = tl.sum(e, 0)
                     else:
                         sums = tl.sum(e * counting[:, None], 0)
+                    # The buffer is this program's own: `atomic` only spares the load before the sum
                     tl.atomic_add(columns.sums + to, sums, col_in, sem="relaxed")
                 if MAP:
                     if MAX:

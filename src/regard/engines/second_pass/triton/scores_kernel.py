@@ -67,6 +67,7 @@ def visible(
     for n in range(mask.length):
         at = mask.records + n * _WORDS
         op = tl.load(at).to(tl.int32)
+        # AND and OR pop two answers and push one: the answers below move down a bit
         if op == _AND:
             stack = (stack >> 1) & (stack | -2)
         elif op == _OR:
@@ -145,6 +146,7 @@ def visible(
                     cell = tl.load(own, mask=inside, other=_FULL_CELL)
                     bit = (rows % _SIDE) * _SIDE + cols % _SIDE
                     place = octets + w5 + cell * (_SIDE * _SIDE // 8) + bit // 8
+                    # A cell below 0 is wholly shown or hidden, and has no bits
                     bits = tl.load(place, mask=inside & (cell >= 0), other=0).to(tl.int32)
                     shown = ((bits >> (bit % 8)) & 1) | (cell == _FULL_CELL).to(tl.int32)
                     leaf = shown

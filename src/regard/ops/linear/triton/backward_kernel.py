@@ -156,6 +156,8 @@ def through_pairs(
             d_left += d_a * second
             d_right += d_b * before
             b *= d_b
+            # A token's decay stands in its own factor and the later ones of the second half, and in
+            # the earlier ones of the first
             by_decay += along(a * d_a, 1 << level, T, F, True)
             by_decay += along(b, 1 << level, T, F, False) - b
         if OWN:

@@ -55,6 +55,7 @@ def factors(decay, rows, i, tokens, cols, width, KIND: tl.constexpr, T: tl.const
 
     (T, F), (T, F), (F, 1); a dimension of features is 1, or none, where one decay serves all.
     """
+    # Read one token on: what is added up from a token's end to the chunk's leaves out its own decay
     later = (rows + 1 < tokens) & (i + 1 < T)
     if KIND == 2:
         d = tile(decay, rows, rows < tokens, cols, width)
@@ -181,7 +182,7 @@ def inverse(
 
 @triton.jit
 def walk(
-    flow, inverses, memory, states, news, last, sizes,
+    flow, value, inverses, memory, states, news, last, sizes,
     KIND: tl.constexpr, DELTA: tl.constexpr, T: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +201,7 @@ def walk(
     v = at % sizes.v_blocks * V + tl.arange(0, V)
     i = tl.arange(0, T)
     key = flow.key + n * tokens * features
-    value = flow.value + n * tokens * sizes.v_dim
+    value += n * tokens * sizes.v_dim
     decay = flow.decay + n * tokens * sizes.decay_width
     beta = flow.beta + n * tokens
     news += n * tokens * columns

@@ -25,11 +25,10 @@ MOST = 256  # features, and columns of values
 
 
 class FlowArgs(NamedTuple):
-    """What goes in, as the kernels take it; flat, see `second_pass.triton.kernel_tuples`."""
+    """What goes in beside the values. Flat, as `second_pass.triton.kernel_tuples` says why."""
 
     query: Tensor
     key: Tensor
-    value: Tensor
     decay: Tensor
     beta: Tensor
 
@@ -161,7 +160,7 @@ class _Run:
 
     @cached_property
     def flow(self) -> FlowArgs:
-        return FlowArgs(self.query, self.key, self.value, self.decay, self.beta)
+        return FlowArgs(self.query, self.key, self.decay, self.beta)
 
     def sizes(self, columns: int, v_dim: int, f_blocks: int = 1, v_blocks: int = 1) -> SizeArgs:
         return SizeArgs(
@@ -226,8 +225,9 @@ class _Run:
         news = self.new(*self.key.shape[:3], columns) if self.delta else self.value
         with self.device():
             recurrence.walk[(self.states * f_blocks * v_blocks,)](
-                self.flow, self.query if solved is None else solved, memory.contiguous(), states,
-                news, last, self.sizes(columns, self.v_dim, f_blocks, v_blocks),
+                self.flow, self.value, self.query if solved is None else solved,
+                memory.contiguous(), states, news, last,
+                self.sizes(columns, self.v_dim, f_blocks, v_blocks),
                 KIND=self.kind, DELTA=self.delta, **self.form(F=size, V=width),
                 num_warps=8 if size > 64 else 4, num_stages=self.stages(size),
             )  # fmt: skip
