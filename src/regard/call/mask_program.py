@@ -118,7 +118,7 @@ class Program:
         """One leaf's answer, (q1 − q0, k1 − k0) or with batch and heads before them."""
         rows, cols = span.q1 - span.q0, span.k1 - span.k0
         if op == Op.FULL:
-            return (key >= key[:, :1]).expand(rows, -1)
+            return (key >= key[:, :1]).expand(rows, -1)  # True, of as many keys as there are
         if op == Op.CAUSAL:
             return key <= query
         if op == Op.WINDOW:
@@ -181,9 +181,11 @@ class Program:
         stack: list[Answer] = []
         for op, args in self.instructions():
             if op == Op.NOT:
+                # Three-valued: what may be hidden is what is not surely full, and the other way
                 some, every = stack.pop()
                 stack.append((~every, ~some))
             elif op in (Op.AND, Op.OR):
+                # Two parts that are mixed may still not meet: `some` errs to True, `every` to False
                 right, left = stack.pop(), stack.pop()
                 if op == Op.AND:
                     stack.append((left[0] & right[0], left[1] & right[1]))
@@ -214,6 +216,7 @@ class Tiles:
     def mixed(self) -> Iterator[tuple[int, int, int, Span]]:
         """Where elements decide: (row, first col, last col + 1) of neighbours, and their span."""
         mixed = self.undecided
+        # With a column that is not mixed at both ends, changes come in pairs: a run's start and end
         edge = mixed.new_zeros(len(mixed), 1)
         change = torch.cat([edge, mixed, edge], 1).diff(dim=1).nonzero().tolist()
         q0, q1, k0, k1 = (
@@ -239,11 +242,12 @@ def _unpack(cells: Tensor, bits: Tensor, span: Span) -> Tensor:
     r0, r1 = span.q0 // TILE_SIDE, (span.q1 - 1) // TILE_SIDE + 1
     c0, c1 = span.k0 // TILE_SIDE, (span.k1 - 1) // TILE_SIDE + 1
     cells = _items(cells, span)[:, :, r0:r1, c0:c1]
-    mixed = cells >= 0
+    mixed = cells >= 0  # then the number of its tile of bits
     shift = torch.arange(8, device=bits.device, dtype=torch.uint8)
     out = (cells == FULL_CELL)[..., None, None].repeat(1, 1, 1, 1, TILE_SIDE, TILE_SIDE)
     packed = bits[cells[mixed].long()]
     out[mixed] = ((packed[..., None] >> shift) & 1).bool().flatten(-2)
+    # (rows, cols, side, side) → (rows · side, cols · side), then cut to what the span asks for
     out = out.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
     dq, dk = span.q0 - r0 * TILE_SIDE, span.k0 - c0 * TILE_SIDE
     return out[..., dq : dq + span.q1 - span.q0, dk : dk + span.k1 - span.k0]

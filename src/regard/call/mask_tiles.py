@@ -63,9 +63,11 @@ class Tiling:
             return _keys(k.low < numbers[0]), _keys(k.high < numbers[0])
         if op == Op.QUERIES:
             lo, hi = numbers
+            # The tile's queries and lo … hi − 1 have one in common
             some = q.low.clamp(min=lo) < (q.high + 1).clamp(max=hi)
             return _queries(some), _queries((q.low >= lo) & (q.high < hi))
         if op == Op.PHASE:
+            # Counted, as a tile may hold several periods
             found = _phases(k.high + 1, *numbers) - _phases(k.low, *numbers)
             return _keys(found > 0), _keys(found == k.high - k.low + 1)
         if op == Op.CHUNK:
@@ -79,6 +81,7 @@ class Tiling:
             )
             low, high = _queries(mine.min), _queries(mine.max)
             some, every = _same(low, high, _keys(theirs.min), _keys(theirs.max))
+            # By the range of ids alone, so `some` may be too often True: ids need not be in order
             return some & (high >= 0), every & (low >= 0)
         if op == Op.PADDING:
             keep = k.split(tensors[0], -1)
@@ -114,6 +117,7 @@ class Tiling:
         q, k = self.query, self.key
         query, key = pairs[:, 0] - q.start, pairs[:, 1] - k.start
         inside = (query >= 0) & (query < q.length) & (key >= 0) & (key < k.length)
+        # Pairs are distinct (`Edges`), so a tile with as many as it has elements is full
         row, col = (query[inside] + q.lead) // q.block, (key[inside] + k.lead) // k.block
         count = torch.zeros(q.count, k.count, dtype=torch.int64, device=row.device)
         count.index_put_((row, col), torch.ones_like(row), accumulate=True)
@@ -153,6 +157,7 @@ def _phases(end: Tensor, n: int, lo: int, hi: int) -> Tensor:
 def _overlapping(some: Tensor, every: Tensor, rows: Answer, cols: Answer) -> Answer:
     """Flags of cells (batch, heads, rows, cols), pooled over those that each tile overlaps."""
     for dim, (first, last) in ((-2, rows), (-1, cols)):
+        # Dim after dim: any of any is any, and all of all is none that is not
         some = _count(some, dim, first, last) > 0
         every = _count(~every, dim, first, last) == 0
     return some, every
@@ -160,6 +165,7 @@ def _overlapping(some: Tensor, every: Tensor, rows: Answer, cols: Answer) -> Ans
 
 def _count(flags: Tensor, dim: int, first: Tensor, last: Tensor) -> Tensor:
     """How many flags are set among the cells first … last, along dim."""
+    # A tile may overlap any number of cells: a difference of running sums serves all alike
     total = flags.cumsum(dim, dtype=torch.int32)
     before = total.new_zeros([1 if d == dim % 4 else n for d, n in enumerate(total.shape)])
     total = torch.cat([before, total], dim)

@@ -8,10 +8,10 @@ less than 1 and stay so.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,12 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 class Observer(Brief):
-    """What to keep of the weights."""
+    """What to keep of the weights.
+
+    sums_queries: whether its results sum over queries; `watch` then leaves padding's out.
+    """
+
+    sums_queries: ClassVar[bool] = False
 
     def shapes(self, place: Place, dtype: torch.dtype) -> list[Shape]:
         """Shape and dtype of the tensors that a pass over the weights fills."""
@@ -87,6 +92,8 @@ class Received(Observer):
     heads: "each", or pooled "sum" / "mean" over all heads, or over the query heads of each kv head
     ("group_sum" / "group_mean"). The result has the sum, the count, and the mean per visible query.
     """
+
+    sums_queries: ClassVar[bool] = True
 
     queries: tuple[int, int] | None = None
     heads: Literal["each", "sum", "mean", "group_sum", "group_mean"] = "each"
@@ -144,26 +151,28 @@ class Received(Observer):
 
 
 @dataclass(frozen=True)
-class _PerRow(Observer):
+class PerRow(Observer):
+    """One number for each row; caches take its results from slots to positions as they are."""
+
     def shapes(self, place: Place, dtype: torch.dtype) -> list[Shape]:
         return [((place.batch, place.heads, place.q_len), dtype)]
 
 
-class Entropy(_PerRow):
+class Entropy(PerRow):
     """The entropy of each row, in nats: 0 reads one key, ln n spreads evenly over n."""
 
     def result(self, tensors: list[Tensor], place: Place) -> EntropySeen:
         return EntropySeen(tensors[0], query_start=place.query_start)
 
 
-class MaxScore(_PerRow):
+class MaxScore(PerRow):
     """The largest score of each row, after scale, softcap and bias."""
 
     def result(self, tensors: list[Tensor], place: Place) -> MaxScoreSeen:
         return MaxScoreSeen(tensors[0], query_start=place.query_start)
 
 
-class LogSumExp(_PerRow):
+class LogSumExp(PerRow):
     """The log-sum-exp of each row's scores, learned sinks included."""
 
     def result(self, tensors: list[Tensor], place: Place) -> LogSumExpSeen:
@@ -207,6 +216,8 @@ class Map(Observer):
     retrieves one token). least: the smallest side of a cell, a power of two.
     """
 
+    sums_queries: ClassVar[bool] = True
+
     rows: int
     cols: int
     reduce: Literal["sum", "max"] = "sum"
@@ -244,6 +255,8 @@ class Distances(Observer):
 
     bins: how many (0, 1, 2–3, 4–7, …: powers of two), or the edges at which each begins.
     """
+
+    sums_queries: ClassVar[bool] = True
 
     bins: int | tuple[int, ...] = 16
 
@@ -380,12 +393,18 @@ def written(observers: Sequence[Observer]) -> str:
 @lru_cache(256)  # a user may ask for ever new rows
 def parse(text: str) -> tuple[Observer, ...]:
     """The observers that `written` wrote."""
-    classes = (*Observer.__subclasses__(), *_PerRow.__subclasses__())
-    kinds: dict[str, Any] = {c.__name__: c for c in classes}
+    kinds: dict[str, Any] = {c.__name__: c for c in _below(Observer)}
     return tuple(
         kinds[name](*(tuple(a) if isinstance(a, list) else a for a in arguments))
         for name, *arguments in json.loads(text)
     )
+
+
+def _below(kind: type[Observer]) -> Iterator[type[Observer]]:
+    """All observers there are, whoever defines them."""
+    for each in kind.__subclasses__():
+        yield each
+        yield from _below(each)
 
 
 def _list(numbers: Iterable[int]) -> str:

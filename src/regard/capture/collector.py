@@ -22,7 +22,7 @@ from .module_stack import Tracker, module_of
 from .module_tree import CROSS, Blocks, inside, kind_of
 from .options import WatchOptions
 from .projection import output_projection
-from .real_queries import SUMMED, real_queries, summed
+from .real_queries import real_queries, summed
 
 
 class Collector:
@@ -84,6 +84,7 @@ class Collector:
 
     def position(self, name: str, kind: str, start: int | None) -> int:
         """Where a call's queries stand. A cross layer follows the self-attention beside it."""
+        # Cross-attention reads the same keys in every step, so it cannot say how far it is
         if kind == "self":
             self._continuing = bool(start)
             return start or 0
@@ -108,7 +109,7 @@ class Collector:
             return replace(call, observers=())
         for observer in self.observe:
             observer.check(call.place)
-        now = [o for o in self.observe if not isinstance(o, SUMMED)]
+        now = [o for o in self.observe if not o.sums_queries]
         if len(now) == len(self.observe) or self._padded(name, kind, call) is None:
             now = list(self.observe)
         return replace(call, observers=tuple(self._fitted(o, name, call) for o in now))
@@ -134,6 +135,7 @@ class Collector:
 
         seen: results that the engine gathered already, by the number of their observer.
         """
+        # The order is read before the layer takes the call in: it compares with the last one
         layer = self._taking(name, kind, call)
         order = self._ordered(layer, call)
         asked = self.asking(name, kind, call)
@@ -176,8 +178,8 @@ class Collector:
         """The results of all observers, those that sum over queries without padding's."""
         real, others = self._padded(name, kind, call), iter(results)
         assert real is not None
-        sums = iter(summed(call, [o for o in self.observe if isinstance(o, SUMMED)], lse, real))
-        return tuple(next(sums if isinstance(o, SUMMED) else others) for o in self.observe)
+        sums = iter(summed(call, [o for o in self.observe if o.sums_queries], lse, real))
+        return tuple(next(sums if o.sums_queries else others) for o in self.observe)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
         """A NormTopK with the module's own output projection."""
@@ -218,6 +220,7 @@ class Collector:
             for block in blocks:
                 ran = block.name in self.tracker.ran
                 heard = any(n == block.name or inside(n, block.name) for n in spoken)
+                # Where nothing in the list spoke, it is no list of layers unless by its classes
                 if ran and not heard and (spoken or block.has_attention):
                     found = self._layer(block.name)
                     found.pattern, found.reason = False, block.reason

@@ -121,6 +121,7 @@ def _recorded(met: WatchedCall, call: Call, engine: str) -> tuple[Tensor, Tensor
     placed = _depends_on_positions(call)
     if not met.kind:  # then mask and lengths tell it
         met.kind = "self" if placed or call.place.q_len == call.place.k_len else "cross"
+    # A mask that asks for no position leaves the start open: a cross layer's is its own count
     start = met.position(call.place.query_start)
     moved = call if placed else _moved(call, start)
     if not call.observers:

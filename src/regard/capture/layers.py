@@ -106,7 +106,7 @@ class Layer:
         place = call.place
         if not self.follows(call):
             self._results, self.q_len, self.qk, self._trail, order = [], 0, None, None, None
-        if order is not None:
+        if order is not None:  # beam search: histories follow their beams, before this step's rows
             self._results = [tuple(picked(result, order) for result in self.seen)]
             if self.qk:
                 self.qk.pick(order)

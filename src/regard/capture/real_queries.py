@@ -11,13 +11,11 @@ from torch import Tensor
 
 from ..call.biases import Kind
 from ..call.checked import Call
-from ..call.observers import Distances, Map, Observer, Received
+from ..call.observers import Observer
 from ..call.opcodes import Op
 from ..call.padding import kept
 from ..engines.cpu import engine as cpu
 from ..engines.second_pass.weigh import weigh
-
-SUMMED = (Received, Map, Distances)  # observers that sum over queries
 
 
 def real_queries(call: Call) -> Tensor | None:

@@ -111,6 +111,7 @@ class Softmaxes(TorchFunctionMode):
             found = laid_out(module, input, lambda: _running(module), self._held)
         if not found:
             return func(input, *rest, **given)
+        # Another module's softmax: what was not multiplied with values by now never will be
         self._demand_proof(owner)
         met = [self._met(owner, part) for part in found]
         whole = found[0] if found[0].shape == input.shape else None  # its own numbers, in order
@@ -179,6 +180,7 @@ class Softmaxes(TorchFunctionMode):
         scores = part.scores.detach()
         scores = scores if scores.dtype == torch.float64 else scores.float()
         lse = scores.logsumexp(-1)
+        # Models hide by lowest numbers, not −inf: a weight of 0 is hidden, whatever its score was
         hidden = ((scores - lse[..., None]).exp() == 0) | (scores <= part.floor)
         lse = lse.masked_fill(hidden.all(-1), -torch.inf)
         start = self._start(met, part, hidden)

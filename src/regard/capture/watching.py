@@ -111,6 +111,7 @@ def _watching(model: nn.Module, options: WatchOptions) -> Iterator[Watched]:
             from ..huggingface import using_regard
 
             stack.enter_context(using_regard(model))
+        # Each way has one door, so that no call is met twice; a mode sees what no interface does
         if unknown or not interface or _calls_torch(model, sources or []):
             stack.enter_context(Intercept(collector))
         if by_itself := attention_modules(model):

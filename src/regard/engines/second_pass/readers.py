@@ -22,9 +22,15 @@ from ..hidden import plus
 from .strips import Weighed, take
 from .top_k import largest
 
+READERS: dict[type[Observer], type[Reader]] = {}  # of softmax attention; `of` enters them
+
 
 class Reader:
     """Feeds strips into the tensors of one observer."""
+
+    def __init_subclass__(cls, *, of: type[Observer] | None = None) -> None:
+        if of is not None:
+            READERS[of] = cls
 
     def __init__(self, observer: Any, call: Call) -> None:
         self.observer, self.call, self.place = observer, call, call.place
@@ -44,7 +50,7 @@ class Reader:
         return self.tensors
 
 
-class TopKReader(Reader):
+class TopKReader(Reader, of=TopK):
     def start(self) -> None:
         self.tensors[0].fill_(-1)
 
@@ -67,7 +73,7 @@ class TopKReader(Reader):
         return self.tensors
 
 
-class NormTopKReader(Reader):
+class NormTopKReader(Reader, of=NormTopK):
     norms: Tensor  # (batch, heads, k_len), given before the first strip
 
     def start(self) -> None:
@@ -86,7 +92,7 @@ class NormTopKReader(Reader):
         weights[at][..., :k] = (seen.log.gather(-1, cols).exp() / total).where(shown, 0)
 
 
-class ReceivedReader(Reader):
+class ReceivedReader(Reader, of=Received):
     def start(self) -> None:
         self.rows = self.observer.span(self.place)
         self.pooled = self.observer.pooled(self.place)
@@ -128,7 +134,7 @@ class ReceivedReader(Reader):
         return [total, self.count.unflatten(1, (self.pooled, size)).amax(2)]
 
 
-class EntropyReader(Reader):
+class EntropyReader(Reader, of=Entropy):
     def read(self, seen: Weighed) -> None:
         terms = seen.exp * seen.log
         # A hidden pair is 0 · −inf there
@@ -141,7 +147,7 @@ class EntropyReader(Reader):
         self.tensors[0][seen.strip.here] = entropy
 
 
-class MaxScoreReader(Reader):
+class MaxScoreReader(Reader, of=MaxScore):
     def start(self) -> None:
         self.tensors[0].fill_(-torch.inf)
 
@@ -149,7 +155,7 @@ class MaxScoreReader(Reader):
         self.tensors[0][seen.strip.here] = seen.top
 
 
-class LogSumExpReader(Reader):
+class LogSumExpReader(Reader, of=LogSumExp):
     def read(self, seen: Weighed) -> None:
         """Nothing: the pass was given it."""
 
@@ -157,7 +163,7 @@ class LogSumExpReader(Reader):
         return [lse.to(self.tensors[0].dtype, copy=True)]
 
 
-class RowsReader(Reader):
+class RowsReader(Reader, of=Rows):
     def start(self) -> None:
         self.wanted = [row for _, row in self.observer.local(self.place)]
 
@@ -169,7 +175,7 @@ class RowsReader(Reader):
                 seen.strip.add(mine, seen.weights[:, :, row - part.q0], 2)
 
 
-class MapReader(Reader):
+class MapReader(Reader, of=Map):
     def start(self) -> None:
         self.rows, self.cols = self.observer.cells(self.place)
         self.max = self.observer.reduce == "max"
@@ -211,7 +217,7 @@ class MapReader(Reader):
         return part.amax(dim, keepdim) if self.max else part.sum(dim, keepdim)
 
 
-class DistancesReader(Reader):
+class DistancesReader(Reader, of=Distances):
     """Shears each run of a strip so that every distance stands in one column, then adds up."""
 
     def start(self) -> None:
@@ -234,16 +240,3 @@ class DistancesReader(Reader):
             for tensor, side in zip(self.tensors, (behind, ~behind), strict=True):
                 mine = tensor[seen.part.batch, seen.part.heads]
                 mine.index_add_(-1, bins[side], by_distance[..., side])
-
-
-READERS: dict[type[Observer], type[Reader]] = {
-    TopK: TopKReader,
-    NormTopK: NormTopKReader,
-    Received: ReceivedReader,
-    Entropy: EntropyReader,
-    MaxScore: MaxScoreReader,
-    LogSumExp: LogSumExpReader,
-    Rows: RowsReader,
-    Map: MapReader,
-    Distances: DistancesReader,
-}

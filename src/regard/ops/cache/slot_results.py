@@ -15,7 +15,7 @@ from torch import Tensor
 from ...call.checked import Call
 from ...call.edge_results import NormTopKSeen, TopKSeen
 from ...call.masks import Dense, Mask
-from ...call.observers import Entropy, LogSumExp, MaxScore, NormTopK, Observer, Received, TopK
+from ...call.observers import NormTopK, Observer, PerRow, Received, TopK
 from ...call.results import ReceivedSeen
 from ...errors import RegardError
 from .slots import Biases, InSlots, Layout
@@ -26,7 +26,7 @@ def moves(observer: Observer) -> bool:
     if isinstance(observer, Received):
         # Pooled over kv heads, a slot's sum would mix positions
         return observer.queries is None and observer.heads not in ("sum", "mean")
-    return isinstance(observer, TopK | NormTopK | Entropy | MaxScore | LogSumExp)
+    return isinstance(observer, TopK | NormTopK | PerRow)
 
 
 def moved(result: Any, slots: InSlots) -> Any:
