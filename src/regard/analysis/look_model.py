@@ -24,9 +24,6 @@ def read_as(given: Any, *, generate: bool = False, head: bool = False) -> Reader
     """A reader of what was given; RegardError in one line where it can read no text."""
     if given is None or isinstance(given, str | os.PathLike):
         name = None if given is None else os.fspath(given)
-        if isinstance(name, str) and len(name.split()) > 1 and not Path(name).exists():
-            said = shortened(name, 40)
-            raise RegardError(f"there is no model {said!r}; look takes the model, then the text")
         return load(name, generate=generate, head=head)
     model, tokenizer = _pair(given)
     model = _pretrained(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 from ..errors import RegardError
@@ -58,6 +59,15 @@ def wholes(given: Any, what: str) -> tuple[int, ...]:
     except TypeError:
         raise RegardError(f"{what} is {given!r}; give a list of whole numbers") from None
     return tuple(whole(number, what) for number in each)
+
+
+def named_head(name: str, what: str) -> tuple[int, int] | int:
+    """Layer and head from "3.1", a head of every layer from "1"."""
+    match = re.fullmatch(r"\s*(?:(\d{1,6})\.)?(\d{1,6})\s*", name, re.ASCII)
+    if match is None:
+        raise RegardError(f"{what} {name!r}: give layer and head, as 3.1, or a head, as 1")
+    head = int(match[2])
+    return head if match[1] is None else (int(match[1]), head)
 
 
 def real(number: Any, what: str) -> float:

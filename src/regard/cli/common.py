@@ -1,8 +1,7 @@
-"""What the commands that read a text share: the text, the head's name, progress, the output."""
+"""What the commands that read a text share: the text, progress, the output."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,15 +42,6 @@ def given_text(given: str) -> str:
         said = "the text" if name == "the argument" else name
         raise RegardError(f"{said} is empty; there is nothing to look at")
     return text if name == "the argument" else text.removesuffix("\n")
-
-
-def named_head(name: str) -> tuple[int, int] | int:
-    """Layer and head from "3.1", a head of every layer from "1"."""
-    match = re.fullmatch(r"\s*(?:(\d{1,6})\.)?(\d{1,6})\s*", name, re.ASCII)
-    if match is None:
-        raise RegardError(f"--head {name!r}: give layer and head, as 3.1, or a head, as 1")
-    head = int(match[2])
-    return head if match[1] is None else (int(match[1]), head)
 
 
 def replace_unprintable() -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..call.numbers import named_head
 from ..errors import RegardError
 from .common import (
     MODEL,
     TOKENS,
     ascii_only,
     given_text,
-    named_head,
     progress,
     replace_unprintable,
 )
@@ -117,48 +117,31 @@ def look(
     columns is truer than another: they answer different questions.
     """
     text, text2 = given_text(text), None if text2 is None else given_text(text2)
-    chosen = [named_head(name) for name in heads]
+    chosen = [named_head(name, "--head") for name in heads]
     if save is not None and save.exists():
         raise RegardError(f"{save} is there already; --save writes a new folder")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings(), progress() as told:
         warnings.simplefilter("ignore")
         told("loading the model", None)
-        from ..analysis.look import look as gather
         from ..analysis.question import Question
-        from ..analysis.text_model import load
         from ..report.look_html import check_html, write_html
+        from ..report.look_result import answered
 
         if html is not None:
             check_html(html)
         question = Question.parse(text2, model2, cuts, effect, generate)
-        reader = load(model, generate=generate > 0, head=question.runs)
-        reader.pieces = tokens
-        told("reading", None)
-        made = 0
-
-        def wrote(tokens: int) -> None:
-            nonlocal made
-            made += tokens
-            told("generating", made / generate)
-
-        recording = reader.record(text, generate=generate, step=wrote)
-        found = gather(
-            recording,
-            readers=readers,
-            layers=layers,
-            heads=chosen,
-            top=top,
-            special=not no_special,
-            progress=lambda share: told("weighing words", share),
-        )
-        other = question.answer(found, reader, recording, readers, layers, chosen, told)
+        result = answered(
+            model, text, question, words=readers, layers=layers, heads=chosen, top=top,
+            special=not no_special, tokens=tokens, progress=told,
+        )  # fmt: skip
+        found, recording = result.found, result.recording
         if html is not None:
             write_html(
                 found,
                 recording,
                 html,
-                other=other,
+                other=result.other,
                 progress=lambda share: told("writing the page", share),
             )
         if save is not None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
+from ..call.numbers import named_head
 from ..errors import RegardError
 from .common import (
     MODEL,
     TOKENS,
     ascii_only,
     given_text,
-    named_head,
     progress,
     replace_unprintable,
 )
@@ -94,7 +94,7 @@ def walk(
     agree, the exit code is 1.
     """
     text = given_text(text)
-    named = None if head is None else named_head(head)
+    named = None if head is None else named_head(head, "--head")
     if isinstance(named, tuple) and layer not in (None, named[0]):
         raise RegardError(f"--head {head} is in layer {named[0]}, not in layer {layer}")
     if step and (as_object or html):

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..call.brief import shortened
 from ..call.display.frame import needed
-from ..call.numbers import at_least, whole, wholes
+from ..call.numbers import at_least, named_head, whole, wholes
 from ..errors import RegardError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from ..analysis.look import Look
+    from ..analysis.question import Question
     from ..analysis.words import Link
     from ..capture.recording import Recording
 
@@ -117,10 +118,11 @@ def look(
     text: str,
     *,
     from_words: str | Sequence[str] = (),
-    layers: int | Sequence[int] = (),
-    heads: int | Sequence[int] = (),
+    layers: int | str | Sequence[int | str] = (),
+    heads: int | str | Sequence[int | str] = (),
     top: int = 8,
     special: bool = True,
+    tokens: bool = False,
     generate: int = 0,
     versus: str | None = None,
     versus_model: Any = None,
@@ -134,42 +136,83 @@ def look(
     model: a folder, a name on the Hugging Face hub, None for the packaged all-MiniLM-L6-v2; or a
         loaded (model, tokenizer), or an object that has both (a pipeline, a sentence encoder), on
         the CPU.
-    from_words: what these words read ("it#2" is the second "it"). layers, heads: only these. top:
-        how many links to list. special: whether to list special tokens. generate: tokens that the
-        model adds first. versus, versus_model: another text, another model, to compare with.
-        cuts: edges or heads to run without ("3.1: it->trophy", "3.1"). effect: what cutting each
-        link would change. Each as the option of `regard look` that is named like it.
+    from_words: what these words read ("it#2" is the second "it"). layers, heads: only these; a
+        head is of every layer, or as "3.1", head 1 of layer 3. top: how many links to list.
+        special: whether to list special tokens. tokens: the model's tokens instead of words.
+        generate: tokens that the model adds first. versus, versus_model: another text, another
+        model, to compare with. cuts: edges or heads to run without ("3.1: it->trophy", "3.1").
+        effect: what cutting each link would change. Each as the option of `regard look` that is
+        named like it.
 
     Nothing of a loaded model is changed. RegardError in one line for what cannot be looked at.
     """
-    from ..analysis.look import look as gather
-    from ..analysis.look_model import read_as, reading
     from ..analysis.question import Question
 
     _check_text(text, "text")
     if versus is not None:
         _check_text(versus, "versus")
-    shown = wholes(_several(layers), "layers"), wholes(_several(heads), "heads")
+    shown = _layers(layers), _heads(heads)
     words, edges = _strings(from_words, "from_words"), _strings(cuts, "cuts")
     top, generate = at_least(1, top, "top"), at_least(0, generate, "generate")
     if generate and (edges or effect):
         raise RegardError("cuts and effect read the text as it is; leave generate out")
+    _check_model(model)
     question = Question.parse(versus, None, edges, bool(effect), generate)
+    return answered(
+        model, text, question, words=words, layers=shown[0], heads=shown[1], top=top,
+        special=bool(special), tokens=bool(tokens), versus_model=versus_model,
+    )  # fmt: skip
+
+
+def answered(
+    model: Any,
+    text: str,
+    question: Question,
+    *,
+    words: Sequence[str],
+    layers: Sequence[int],
+    heads: Sequence[int | tuple[int, int]],
+    top: int,
+    special: bool,
+    tokens: bool,
+    versus_model: Any = None,
+    progress: Callable[[str, float | None], object] = lambda what, share: None,
+) -> LookResult:
+    """What `look` and the command answer: arguments that are checked, and who is told how far.
+
+    versus_model: a loaded one, where the question names none.
+    """
+    from ..analysis.look import look as gather
+    from ..analysis.look_model import read_as, reading
+
+    generate, made = question.generate, 0
+
+    def wrote(count: int) -> None:
+        nonlocal made
+        made += count
+        progress("generating", made / generate)
+
     reader = read_as(model, generate=generate > 0, head=question.runs)
+    reader.pieces = tokens
     second = None if versus_model is None else read_as(versus_model, generate=generate > 0)
+    progress("reading", None)
     with reading(reader), reading(second):
-        recording = reader.record(text, generate=generate)
+        recording = reader.record(text, generate=generate, step=wrote)
         found = gather(
-            recording,
-            readers=words,
-            layers=shown[0],
-            heads=shown[1],
-            top=top,
-            special=bool(special),
+            recording, readers=words, layers=layers, heads=heads, top=top, special=special,
+            progress=lambda share: progress("weighing words", share),
+        )  # fmt: skip
+        other = question.answer(
+            found, reader, recording, words, layers, heads, progress, second=second
         )
-        told = (found, reader, recording, words, *shown, lambda what, share: None)
-        other = question.answer(*told, second=second)
     return LookResult(found, recording, other)
+
+
+def _check_model(model: Any) -> None:
+    """RegardError where text and model have changed places."""
+    if isinstance(model, str) and len(model.split()) > 1 and not Path(model).exists():
+        said = shortened(model, 40)
+        raise RegardError(f"there is no model {said!r}; look takes the model, then the text")
 
 
 def _check_text(text: Any, name: str) -> None:
@@ -187,8 +230,32 @@ def _check_text(text: Any, name: str) -> None:
         raise RegardError(said) from error
 
 
-def _several(given: Any) -> Any:
-    return (given,) if isinstance(given, int) else given
+def _layers(given: Any) -> tuple[int, ...]:
+    """One layer or several, each a number, also in a string."""
+    several = _several(given, "layers")
+    return wholes([int(one) if _digits(one) else one for one in several], "layers")
+
+
+def _heads(given: Any) -> tuple[int | tuple[int, int], ...]:
+    """One head or several: of every layer, as 1, or of one, as "3.1"."""
+    return tuple(
+        named_head(one, "heads") if isinstance(one, str) else whole(one, "heads")
+        for one in _several(given, "heads")
+    )
+
+
+def _several(given: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(given, int | str):
+        return (given,)
+    try:
+        return tuple(given)
+    except TypeError:
+        said = shortened(repr(given), 60)
+        raise RegardError(f"{name} is {said}; give a whole number, or a list of them") from None
+
+
+def _digits(given: Any) -> bool:
+    return isinstance(given, str) and given.isascii() and given.isdigit()
 
 
 def _strings(given: Any, name: str) -> tuple[str, ...]:
