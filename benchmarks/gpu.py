@@ -208,9 +208,9 @@ def wrong_effects(
         if not torch.equal(getattr(ours, name), getattr(again, name)):
             yield f"Effect.{name} differs from run to run"
     sure = truth.weights.amax(-1, keepdim=True) < 0.8
-    size = truth.effect.abs() * sure
+    size = truth.effects.abs() * sure
     near = 32 * torch.finfo(query.dtype).eps * (1 + float(size.max()))
-    if not ((ours.effect.double().abs() * sure - size).abs().max() <= near):
+    if not ((ours.effects.double().abs() * sure - size).abs().max() <= near):
         yield "Effect.effect"
 
 

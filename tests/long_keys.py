@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cases import at, bools, floats
 from linear_cases import MASKS, gate
-from regard import Favor
+from regard.linear import Favor
 from regard.ops.linear.front import asked
 
 SIZES = at(83, batch=2, heads=4, kv_heads=2, dim=8, v_dim=5)

@@ -130,7 +130,7 @@ def test_watch_measures_effects():
     cut = regard.Edges([(6, key)]) & Heads([1])
     with torch.no_grad(), regard.watch(model, cut=[Cut(name, cut)]):
         real = float(model(*given)[0, 6, 2] - logit)
-    assert float(effect.effect[0, 1, 6, 0]) == pytest.approx(real, rel=0.3)
+    assert float(effect.effects[0, 1, 6, 0]) == pytest.approx(real, rel=0.3)
 
 
 class Own(nn.Module):

@@ -128,7 +128,7 @@ def test_gradients(which, engine, name):
         leaves = [t.clone().requires_grad_() for t in tensors]
         out, (effect,) = attention(*leaves, **request, observe=[regard.Effect(2)], engine=engine)
         grads = torch.autograd.grad(out.square().sum(), leaves)
-        return [*grads, effect.effect, effect.indices]
+        return [*grads, effect.effects, effect.indices]
 
     assert_same(run, name)
 

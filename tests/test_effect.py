@@ -19,9 +19,9 @@ SMALL_CASES = [c for c in CASES if c.magnitude <= 100]
 
 def dense(seen, k_len: int, start: int = 0) -> Tensor:
     """The effects of every edge listed, as (batch, heads, q_len, k_len)."""
-    full = seen.effect.new_zeros(*seen.effect.shape[:-1], k_len + 1)
+    full = seen.effects.new_zeros(*seen.effects.shape[:-1], k_len + 1)
     keys = (seen.indices.long() - start).where(seen.indices >= 0, k_len)
-    return full.scatter_(-1, keys, seen.effect)[..., :k_len]
+    return full.scatter_(-1, keys, seen.effects)[..., :k_len]
 
 
 def closed_form(case, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def test_effect_is_the_closed_form(case):
         (out * grad).sum().backward()
         if k == 3:
             best = truth.abs().sort(-1, descending=True).values[..., :3]
-            listed = seen.effect.abs()[..., : best.shape[-1]]
+            listed = seen.effects.abs()[..., : best.shape[-1]]
             torch.testing.assert_close(listed, best, rtol=1e-8, atol=1e-10)
             continue
         found = dense(seen, k, place.key_start)
@@ -91,7 +91,7 @@ def test_the_kernels_effect_is_the_closed_form(case):
     best = truth.abs().sort(-1, descending=True).values[..., :3]
     # 1 − p loses digits where a weight is nearly 1
     sure = ((1 - weights).amin(-1) > 1e-3)[..., None]
-    listed = seen.effect.abs()[..., : best.shape[-1]].double()
+    listed = seen.effects.abs()[..., : best.shape[-1]].double()
     torch.testing.assert_close(listed * sure, best * sure, rtol=1e-3, atol=1e-4)
     cols = (seen.indices.long() - place.key_start).clamp(min=0)
     shown = seen.indices >= 0
@@ -164,7 +164,7 @@ def test_norm_is_the_length_over_copies_and_passes(scalars):
         (out * some).sum().backward(retain_graph=2 * number + 2 < scalars)
     torch.testing.assert_close(dense(seen, 7), truth, rtol=1e-10, atol=1e-12)
     best = truth.sort(-1, descending=True).values[..., :2]
-    torch.testing.assert_close(few.effect, best, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(few.effects, best, rtol=1e-10, atol=1e-12)
 
 
 def test_norm_needs_copies_without_dropout():
@@ -187,7 +187,7 @@ def test_not_ready_before_backward_and_not_without_gradients():
             getattr(seen[0].seen[0], name)
     out.sum().backward()
     assert all(layer.seen[0].ready for layer in seen)
-    assert seen[0].seen[0].effect.shape == (2, 4, 11, 2)
+    assert seen[0].seen[0].effects.shape == (2, 4, 11, 2)
     with (
         pytest.raises(RegardError, match="Effect needs gradients"),
         torch.no_grad(),

@@ -304,5 +304,5 @@ def test_errors_are_value_errors():
 def test_rows_beyond_the_call_are_left_out():
     """Not an error: decode steps keep those rows that the call computes."""
     (rows,) = observe(drawn(*Q), drawn(*K), observe=[Rows([0, 99, -1, -7, 4])])
-    assert rows.indices == (6, 4)
+    assert rows.queries == (6, 4)
     assert rows.weights.shape == (2, 4, 2, 7)

@@ -204,7 +204,7 @@ def test_observers_see_positions(policy):
         torch.testing.assert_close(pooled.sum[0, 0], truth.sum((0, 1)), **EXACT)
         torch.testing.assert_close(grouped.sum[0], truth.unflatten(0, (2, 2)).mean(1).sum(1))
         torch.testing.assert_close(entropy.values[0], -truth.xlogy(truth).sum(-1), **EXACT)
-        assert rows.indices == (at.stop - 1,)
+        assert rows.queries == (at.stop - 1,)
         torch.testing.assert_close(rows.weights[0, :, 0], truth[:, -1], **EXACT)
         torch.testing.assert_close(blocks.weights.sum((2, 3))[0], truth.sum((1, 2)), **EXACT)
         assert cells.cols.size == 1

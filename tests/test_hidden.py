@@ -127,7 +127,7 @@ def results(tensors: list[Tensor], engine: str, request: dict[str, Any]) -> list
     leaves = [t.clone().requires_grad_() for t in tensors]
     out, (effect,) = attention(*leaves, **request, engine=engine, observe=[Effect(3)])
     out.float().sin().sum().backward()
-    found += [out.detach(), effect.indices, effect.effect, effect.weights]
+    found += [out.detach(), effect.indices, effect.effects, effect.weights]
     return found + [t.grad for t in leaves]
 
 

@@ -8,16 +8,8 @@ from torch import Tensor
 
 from cases import assert_within
 from long_keys import EVERYWHERE, FAVOR, FORMS, GROWTH, SIZES, Long, literal, weights_of
-from regard import (
-    Favor,
-    LinearState,
-    LogSumExp,
-    Padding,
-    RegardError,
-    Rows,
-    TopK,
-    linear_attention,
-)
+from regard import LogSumExp, Padding, RegardError, Rows, TopK, linear_attention
+from regard.linear import Favor, LinearState
 from test_hidden_linear import BAD, HIDING, drawn, run
 from test_linear import in_pieces, typical
 

@@ -122,11 +122,11 @@ def check_received(o: Received, r, t: Truth, tol: float) -> None:
         count = count.amax(2)
     close(r.sum, total, tol)
     assert torch.equal(r.count.long(), count)
-    assert (r.queries, r.key_start) == (int(rows.sum()), t.place.key_start)
+    assert (r.q_len, r.key_start) == (int(rows.sum()), t.place.key_start)
 
 
 def check_rows(o: Rows, r, t: Truth, tol: float) -> None:
-    close(r.weights, t.signed[:, :, [p - t.place.query_start for p in r.indices]], tol)
+    close(r.weights, t.signed[:, :, [p - t.place.query_start for p in r.queries]], tol)
 
 
 CHECKS = {
@@ -200,7 +200,7 @@ def test_after_a_state_the_keys_of_this_call_are_seen(form):
     rows, top, received, pooled, distances, *more = seen
     signed = truth.signed[:, :, at_:, at_:]
     close(rows.weights, signed, 1e-11)
-    assert (rows.key_start, rows.indices) == (at_, tuple(range(at_, 131)))
+    assert (rows.key_start, rows.queries) == (at_, tuple(range(at_, 131)))
     assert int(top.indices.min()) in (-1, at_)
     close(top.weights.abs().sum(-1) + top.rest, signed.abs().sum(-1), 1e-11)
     close(received.sum, signed.abs().sum(2), 1e-11)

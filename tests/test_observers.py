@@ -96,7 +96,7 @@ def check_received(o: Received, r, t: Truth, tol: float) -> None:
     close(r.sum, total, tol)
     assert torch.equal(r.count.long(), count)
     close(r.mean, total / count.clamp(min=1), tol)
-    assert (r.queries, r.key_start) == (int(rows.sum()), t.place.key_start)
+    assert (r.q_len, r.key_start) == (int(rows.sum()), t.place.key_start)
 
 
 def check_entropy(o: Entropy, r, t: Truth, tol: float) -> None:
@@ -116,7 +116,7 @@ def check_rows(o: Rows, r, t: Truth, tol: float) -> None:
     end = t.place.query_start + t.place.q_len
     wanted = [end + i if i < 0 else i for i in o.indices]
     rows = [p - t.place.query_start for p in wanted if t.place.query_start <= p < end]
-    assert r.indices == tuple(t.place.query_start + row for row in rows)
+    assert r.queries == tuple(t.place.query_start + row for row in rows)
     close(r.weights, t.weights[:, :, rows], tol)
 
 

@@ -307,4 +307,4 @@ def test_effect_is_what_removal_changes(folded):
         with torch.no_grad(), regard.watch(model, cut=cut):
             changed = (model(x) * direction).sum() - alone
         at = (effect.indices[0, 2, 4] == key).nonzero()[0, 0]
-        torch.testing.assert_close(effect.effect[0, 2, 4, at], changed.detach())
+        torch.testing.assert_close(effect.effects[0, 2, 4, at], changed.detach())

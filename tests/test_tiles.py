@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from cases import FEW, Case, at
 from regard import Causal, Recording, RegardError, Window
-from regard.engines.second_pass import pooled
 from test_recording import LONG, computed, recorded, steps
 
 
@@ -52,10 +51,8 @@ def test_every_kind_of_call_has_its_tiles(case):
         assert_tiles(recording, truth)
 
 
-@pytest.mark.parametrize("budget", [2**21, 900 * 33], ids=["one block", "many blocks"])
-def test_every_zoom(budget, monkeypatch):
-    """600 queries and 900 keys: four zooms, edges that fill no cell, blocks that end in a cell."""
-    monkeypatch.setattr(pooled, "BUDGET", budget)
+def test_every_zoom():
+    """600 queries and 900 keys: four zooms, and edges that fill no cell."""
     query, key, _ = Case("", at(600, 900, heads=2, kv_heads=1)).tensors()
     call, lse, truth = computed(query, key, mask=Causal() & Window(500))
     recording = Recording([recorded((call, lse), kind="cross")])

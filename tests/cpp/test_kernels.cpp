@@ -9,6 +9,7 @@
 #include "evict.h"
 #include "fail.h"
 #include "naive.h"
+#include "pooled.h"
 #include "prepared.h"
 
 static void close(const char* name, double ours, double truth, double tolerance) {
@@ -210,6 +211,9 @@ static void test(const Case& c, const std::vector<int>& levels) {
         same("what is hidden", one.of_rows(), odd.of_rows());
         same("what is hidden", one.observed(), odd.observed());
         if (backward) same("what is hidden", one.gradients(), odd.gradients());
+        Results unread(c, c.batch);
+        test_pooled(Prepared(problem, unread, truth, level, 1, false).call,
+                    Prepared(spoiled, unread, truth, level, 1, false).call, truth, close, fail);
         for (int parts : {1, 2}) {  // rounded more: for the sanitizers alone
             if (level < 3) break;
             Results rough(c, c.batch);

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from ..call.brief import Brief
 from ..call.checked import Call
+from ..call.display.frame import Table
+from ..call.display.picture import Picture, Side, part_of
+from ..call.display.result import Result
+from ..call.edge_results import TopKSeen
 from ..call.geometry import Place
 from ..call.mask_program import Program
 from ..call.masks import Causal, Lowering, Mask
-from ..call.results import ReceivedSeen, TopKSeen
+from ..call.results import ReceivedSeen
 from ..capture.recorded_layer import RecordedLayer
 from ..engines import tiled
 from ..errors import RegardError
@@ -28,7 +32,7 @@ TILE = 128  # queries and keys that are decided at once where their tile is not 
 
 
 @dataclass(frozen=True, eq=False)
-class Unseen(Brief):
+class Unseen(Brief, Result):
     """What a mask hides of the pairs that another shows.
 
     pairs, hidden (batch, heads, q_len) int64: how many keys each query would see, and how many of
@@ -54,6 +58,18 @@ class Unseen(Brief):
     def queries(self) -> Tensor:
         """How many queries miss at least one key: (batch, heads) int64."""
         return (self.hidden > 0).sum(-1)
+
+    def _table(self) -> Table:
+        columns = {"pairs": self.pairs, "hidden": self.hidden}
+        columns |= {} if self.mass is None else {"mass": self.mass}
+        shape = torch.broadcast_shapes(*(c.shape for c in columns.values()))
+        wide = {name: column.expand(shape) for name, column in columns.items()}
+        return Table({"batch": 0, "head": 0, "query": 0}, wide)
+
+    def _picture(self, batch: int, head: int | None) -> Picture:
+        shares = self.hidden / self.pairs.clamp(min=1)
+        values, heads, title = part_of(shares, batch, head, "plot")
+        return Picture(values, heads, Side("query"), "share of the pairs hidden", title=title)
 
     def __str__(self) -> str:
         pairs, hidden = int(self.pairs.sum()), int(self.hidden.sum())
@@ -126,7 +142,7 @@ def _check_seen(seen: TopKSeen | ReceivedSeen, q_len: int, k_len: int, key_start
             "it saw"
         )
     if isinstance(seen, ReceivedSeen):
-        found = (seen.queries, seen.sum.shape[-1], seen.key_start)
+        found = (seen.q_len, seen.sum.shape[-1], seen.key_start)
         if found != (q_len, k_len, key_start):
             raise RegardError(
                 f"unseen: Received saw {found[0]} queries and {found[1]} keys from position "

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..call.edge_results import NormTopKSeen
 from ..call.observers import Effect, NormTopK, Observer
-from ..call.results import NormTopKSeen
 from ..capture.recording import Recording
 from ..errors import RegardError
 from .probe import Probe, Run
@@ -186,7 +186,7 @@ def _layers(run: Run, scale: float) -> dict[int, Edges]:
         effect, *norm = layer.seen
         norms = _norms(norm[0], layer.k_len) if norm else None
         if effect.ready:
-            tensors = (effect.indices[0], effect.effect[0] * scale, effect.weights[0])
+            tensors = (effect.indices[0], effect.effects[0] * scale, effect.weights[0])
             found[number] = Edges(*tensors, norms)
     return found
 

@@ -127,30 +127,56 @@ class Reader:
 
         from ..capture.watching import watch
 
+        with quiet(), torch.no_grad():
+            model, inputs, about = self._prepared(text, generate, step)
+            with watch(model, observe=[], keep_qk=True) as seen:
+                model(**inputs)
+        return seen.recording(**about)
+
+    def stream(
+        self,
+        text: str,
+        folder: str | Path,
+        *,
+        generate: int = 0,
+        step: Callable[[int], object] | None = None,
+        **options: Any,
+    ) -> Recording:
+        """The same, streamed to a folder, words named; options: of `capture.record.record`."""
+        import torch
+
+        from ..capture.record import record
+        from .words import word_tokens
+
+        with quiet(), torch.no_grad():
+            model, inputs, about = self._prepared(text, generate, step)
+            about["words"] = word_tokens(about)
+            return record(model, inputs, folder, about=about, **options)
+
+    def _prepared(
+        self, text: str, generate: int, step: Callable[[int], object] | None
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """The module to run, what it takes, and what a recording says of the input."""
+        import torch
+
         encoded = self.encode(text)
         self.check_length(len(encoded.ids), generate)
         ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
         extra: dict[str, Any] = {}
-        with quiet(), torch.no_grad():
-            written, likely = self.generate(ids, generate, step) if generate else ([], [])
-            model, inputs = self.model.base_model, {"input_ids": ids}
-            if self.family == "causal" and generate:
-                extra |= {"generated": len(encoded.ids), "probabilities": likely}
-                encoded = self.continued(encoded, written)
-                inputs = {"input_ids": torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")}
-            elif self.family == "encoder-decoder" and generate:
-                said = self.continued(Encoded("", []), written)
-                extra["decoder"] = said.about() | {"probabilities": [None, *likely]}
-                inputs["decoder_input_ids"] = torch.tensor(
-                    [said.ids], dtype=torch.int64, device="cpu"
-                )
-            elif self.family == "encoder-decoder":
-                model = self.model.get_encoder()
-            with watch(model, observe=[], keep_qk=True) as seen:
-                model(**inputs, **without_cache(model))
-        recording = seen.recording(model=self.name, **encoded.about())
-        recording.about.update(extra)
-        return recording
+        written, likely = self.generate(ids, generate, step) if generate else ([], [])
+        model, inputs = self.model.base_model, {"input_ids": ids}
+        if self.family == "causal" and generate:
+            extra |= {"generated": len(encoded.ids), "probabilities": likely}
+            encoded = self.continued(encoded, written)
+            inputs = {"input_ids": torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")}
+        elif self.family == "encoder-decoder" and generate:
+            said = self.continued(Encoded("", []), written)
+            extra["decoder"] = said.about() | {"probabilities": [None, *likely]}
+            inputs["decoder_input_ids"] = torch.tensor([said.ids], dtype=torch.int64, device="cpu")
+        elif self.family == "encoder-decoder":
+            model = self.model.get_encoder()
+        about = {"model": self.name} | encoded.about() | extra
+        return model, inputs | without_cache(model), about
 
     def check_length(self, count: int, generate: int) -> None:
         """RegardError where so many tokens, and those to generate, are more than it takes."""

@@ -165,6 +165,11 @@ class Words(Sequence[Word]):
         return cls.split(text, tokens, offsets, special, cuts)
 
 
+def word_tokens(about: Mapping[str, Any]) -> list[list[int]]:
+    """The first token and the last + 1 of each word, as a recording names them."""
+    return [[word.tokens.start, word.tokens.stop] for word in Words.of(about)]
+
+
 class Found(NamedTuple):
     """The word that a name stands for: its number, and that it is the nth of ``of`` such."""
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call.edge_results import TopKSeen
 from ..call.masks import And, Causal, Documents, First, Full, Mask, Not, Or, Window
-from ..call.results import EntropySeen, MapSeen, ReceivedSeen, TopKSeen
+from ..call.results import EntropySeen, MapSeen, ReceivedSeen
 from ..call.sparse_masks import BlockSparse
 from ..engines import select
 from ..ops.attend import attention

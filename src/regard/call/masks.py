@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import RegardError
 from .brief import Brief, listed
+from .display.mask_picture import mask_box
 from .geometry import Place
 from .mask_program import Program, pack
 from .numbers import FARTHEST, whole_fields, wholes
@@ -76,6 +77,9 @@ class Lowering:
 
 class Mask(Brief):
     """Who may see whom. Combine with `&` (both), `|` (either) and `~` (the opposite)."""
+
+    def _repr_html_(self) -> str:
+        return mask_box(self)
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import RegardError
 from .brief import Brief
+from .edge_results import NormTopKSeen, TopKSeen
 from .geometry import Place
 from .numbers import FARTHEST, whole_fields, wholes
 from .results import (
@@ -27,10 +28,8 @@ from .results import (
     LogSumExpSeen,
     MapSeen,
     MaxScoreSeen,
-    NormTopKSeen,
     ReceivedSeen,
     RowsSeen,
-    TopKSeen,
 )
 
 MOST_UNUSED = 2**16  # a k may exceed the keys of a call by: those of a cache are yet to come
@@ -78,7 +77,7 @@ class TopK(Observer):
         return [((*row, self.k), torch.int32), ((*row, self.k), dtype), (row, dtype), (row, dtype)]
 
     def result(self, tensors: list[Tensor], place: Place) -> TopKSeen:
-        return TopKSeen(*tensors)
+        return TopKSeen(*tensors, query_start=place.query_start)
 
 
 @dataclass(frozen=True)
@@ -154,21 +153,21 @@ class Entropy(_PerRow):
     """The entropy of each row, in nats: 0 reads one key, ln n spreads evenly over n."""
 
     def result(self, tensors: list[Tensor], place: Place) -> EntropySeen:
-        return EntropySeen(tensors[0])
+        return EntropySeen(tensors[0], query_start=place.query_start)
 
 
 class MaxScore(_PerRow):
     """The largest score of each row, after scale, softcap and bias."""
 
     def result(self, tensors: list[Tensor], place: Place) -> MaxScoreSeen:
-        return MaxScoreSeen(tensors[0])
+        return MaxScoreSeen(tensors[0], query_start=place.query_start)
 
 
 class LogSumExp(_PerRow):
     """The log-sum-exp of each row's scores, learned sinks included."""
 
     def result(self, tensors: list[Tensor], place: Place) -> LogSumExpSeen:
-        return LogSumExpSeen(tensors[0])
+        return LogSumExpSeen(tensors[0], query_start=place.query_start)
 
 
 @dataclass(frozen=True)
@@ -196,8 +195,8 @@ class Rows(Observer):
         return [((place.batch, place.heads, len(self.local(place)), place.k_len), dtype)]
 
     def result(self, tensors: list[Tensor], place: Place) -> RowsSeen:
-        indices = tuple(p for p, _ in self.local(place))
-        return RowsSeen(indices, tensors[0], place.key_start)
+        queries = tuple(p for p, _ in self.local(place))
+        return RowsSeen(queries, tensors[0], place.key_start)
 
 
 @dataclass(frozen=True)
@@ -315,7 +314,7 @@ class NormTopK(Observer):
         return [(row, torch.int32), (row, dtype), (row, dtype)]
 
     def result(self, tensors: list[Tensor], place: Place) -> NormTopKSeen:
-        return NormTopKSeen(*tensors)
+        return NormTopKSeen(*tensors, query_start=place.query_start)
 
 
 @dataclass(frozen=True)

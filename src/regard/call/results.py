@@ -2,21 +2,26 @@
 
 Results are per batch and head and carry no gradients. `then` appends later queries of the same
 sequence (decode steps); `beside` joins key shards whose results were read with the *global* lse.
+
+Fields say the same everywhere: `indices` are positions of keys, `queries` of queries, int32 or
+Python's; `query_start` and `key_start` the position of the first row and column. `weights` are
+shares of a row (0 … 1), sums of them are mass, in rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import RegardError
 from .brief import summary
+from .display.frame import Start, Table, first_of
+from .display.picture import Picture, Side, labelled, part_of
+from .display.result import Result
 
 _ROWS = ("batch", "heads", "q_len")
-_LISTS = (*_ROWS, "k")
 _COLUMNS = ("batch", "heads", "k_len")
 
 
@@ -43,68 +48,28 @@ class Cells:
             size *= 2
         return cls(start // size, last // size - start // size + 1, size)
 
-
-@dataclass(frozen=True, eq=False)
-class TopKSeen:
-    """The k largest weights of each row, largest first; ties go to the lower key.
-
-    indices int32 (batch, heads, q_len, k): positions of keys, −1 where fewer were visible.
-    weights (batch, heads, q_len, k). rest (batch, heads, q_len): the visible mass not listed.
-    sink (batch, heads, q_len): the mass that learned sinks took (0 without).
-    """
-
-    indices: Tensor
-    weights: Tensor
-    rest: Tensor
-    sink: Tensor
-
-    def __repr__(self) -> str:
-        listed = ("{:.1%} of the mass listed", lambda: self.weights.sum() / self._mass())
-        largest = ("largest weight {:.3f}", self.weights.max)
-        return summary(self, _LISTS, self.weights, largest, listed)
-
-    def _mass(self) -> Tensor:
-        return self.weights.sum() + self.rest.sum() + self.sink.sum()
-
-    def then(self, later: TopKSeen) -> TopKSeen:
-        """With the rows of later queries appended."""
-        return TopKSeen(*_appended(self, later, 2))
-
-    def beside(self, other: TopKSeen) -> TopKSeen:
-        """With another key shard's candidates, both under the global lse."""
-        k = self.indices.shape[-1]
-        weights = torch.cat([self.weights, other.weights], -1)
-        indices = torch.cat([self.indices, other.indices], -1)
-        # Absent entries (−1) last; else by key first, so that a stable sort keeps ties in order
-        order = indices.long().where(indices >= 0, torch.iinfo(torch.int64).max).argsort(-1)
-        weights, indices = weights.gather(-1, order), indices.gather(-1, order)
-        ranked = (
-            weights.where(indices >= 0, -1.0).sort(dim=-1, descending=True, stable=True).indices
-        )
-        weights, indices = weights.gather(-1, ranked), indices.gather(-1, ranked)
-        dropped = weights[..., k:].sum(-1)
-        return TopKSeen(
-            indices[..., :k], weights[..., :k], self.rest + other.rest + dropped, self.sink
-        )
+    def starts(self) -> range:
+        """The position at which each begins."""
+        return range(self.first * self.size, (self.first + self.count) * self.size, self.size)
 
 
 @dataclass(frozen=True, eq=False)
-class ReceivedSeen:
+class ReceivedSeen(Result):
     """Column sums: what each key received.
 
     sum (batch, heads, k_len), heads being 1 or kv_heads where they were pooled.
     count int32 (batch, heads, k_len): the queries that see the key.
-    queries: how many queries were summed over. key_start: the first key's position.
+    q_len: how many queries were summed over. key_start: the first key's position.
     """
 
     sum: Tensor
     count: Tensor
-    queries: int
+    q_len: int
     key_start: int
 
     def __repr__(self) -> str:
         most = ("largest mean {:.3g}", lambda: self.mean.max())
-        return summary(self, _COLUMNS, self.sum, ("{:.0f} queries", lambda: self.queries), most)
+        return summary(self, _COLUMNS, self.sum, ("{:.0f} queries", lambda: self.q_len), most)
 
     @property
     def mean(self) -> Tensor:
@@ -116,19 +81,38 @@ class ReceivedSeen:
         starts = (self.key_start, later.key_start)
         total = _aligned((self.sum, later.sum), starts)
         count = _aligned((self.count, later.count), starts)
-        queries = self.queries + later.queries
-        return ReceivedSeen(total[0] + total[1], count[0] + count[1], queries, min(starts))
+        q_len = self.q_len + later.q_len
+        return ReceivedSeen(total[0] + total[1], count[0] + count[1], q_len, min(starts))
 
     def beside(self, other: ReceivedSeen) -> ReceivedSeen:
         """With the keys of another shard."""
-        return replace(self.then(other), queries=self.queries)
+        return replace(self.then(other), q_len=self.q_len)
+
+    def _table(self) -> Table:
+        index = {"batch": 0, "head": 0, "key": self.key_start}
+        return Table(index, {"sum": self.sum, "count": self.count, "mean": self.mean})
+
+    def _picture(self, batch: int, head: int | None) -> Picture:
+        values, heads, title = part_of(self.mean, batch, head, "plot")
+        keys = Side("key", self.key_start, sequence=True)
+        return Picture(values, heads, keys, "mean weight received", True, title=title)
+
+    def _per_head(self) -> tuple[Tensor, str]:
+        return _most(self.mean), "largest mean weight received"
 
 
 @dataclass(frozen=True, eq=False)
-class RowSeen:
-    """One number per row: values (batch, heads, q_len)."""
+class RowSeen(Result):
+    """One number per row: values (batch, heads, q_len).
+
+    query_start: the first query's position; one per batch item where they differ.
+    """
 
     values: Tensor
+    query_start: Start = field(default=0, kw_only=True)
+
+    name: ClassVar[str] = "value"
+    unit: ClassVar[str] = "value"
 
     def __repr__(self) -> str:
         mean, least, most = self.values.mean, self.values.min, self.values.max
@@ -137,41 +121,62 @@ class RowSeen:
 
     def then(self, later: RowSeen) -> RowSeen:
         """With the rows of later queries appended."""
-        return type(self)(torch.cat([self.values, later.values], 2))
+        return replace(self, values=torch.cat([self.values, later.values], 2))
+
+    def _table(self) -> Table:
+        index: Any = {"batch": 0, "head": 0, "query": self.query_start}
+        return Table(index, {self.name: self.values})
+
+    def _picture(self, batch: int, head: int | None) -> Picture:
+        values, heads, title = part_of(self.values, batch, head, "plot")
+        queries = Side("query", first_of(self.query_start, batch), sequence=True)
+        shown = values.masked_fill(values == -torch.inf, torch.nan)
+        return Picture(shown, heads, queries, self.unit, title=title)
+
+    def _per_head(self) -> tuple[Tensor, str]:
+        seeing = self.values > -torch.inf
+        total = self.values.masked_fill(~seeing, 0).sum(-1)
+        return total / seeing.sum(-1), f"{self.unit}, mean over queries"
 
 
 class EntropySeen(RowSeen):
     """values (batch, heads, q_len): −Σ p ln p over keys, in nats, not renormalised."""
 
+    name, unit = "entropy", "entropy [nats]"
+
     def beside(self, other: EntropySeen) -> EntropySeen:
         """Joined with another key shard, both under the global lse."""
-        return EntropySeen(self.values + other.values)
+        return replace(self, values=self.values + other.values)
 
 
 class MaxScoreSeen(RowSeen):
     """values (batch, heads, q_len): the largest score of the row; −inf where none is visible."""
 
+    name, unit = "max_score", "largest score"
+
     def beside(self, other: MaxScoreSeen) -> MaxScoreSeen:
         """Joined with another key shard."""
-        return MaxScoreSeen(torch.maximum(self.values, other.values))
+        return replace(self, values=torch.maximum(self.values, other.values))
 
 
 class LogSumExpSeen(RowSeen):
     """values (batch, heads, q_len): natural log-sum-exp of the row; −inf where none is visible."""
 
+    name, unit = "lse", "log-sum-exp [nats]"
+
     def beside(self, other: LogSumExpSeen) -> LogSumExpSeen:
         """Joined with another key shard's own (not global) lse."""
-        return LogSumExpSeen(torch.logaddexp(self.values, other.values))
+        return replace(self, values=torch.logaddexp(self.values, other.values))
 
 
 @dataclass(frozen=True, eq=False)
-class RowsSeen:
-    """Whole rows. indices: the queries' positions. weights (batch, heads, len(indices), k_len).
+class RowsSeen(Result):
+    """Whole rows. queries: their positions. weights (batch, heads, len(queries), k_len).
 
     key_start: the first key's position.
     """
 
-    indices: tuple[int, ...]
+    queries: tuple[int, ...]
     weights: Tensor
     key_start: int
 
@@ -183,17 +188,31 @@ class RowsSeen:
         """With later queries' rows appended; earlier rows see none of the keys added since."""
         starts = (self.key_start, later.key_start)
         weights = torch.cat(_aligned((self.weights, later.weights), starts), 2)
-        return RowsSeen(self.indices + later.indices, weights, min(starts))
+        return RowsSeen(self.queries + later.queries, weights, min(starts))
 
     def beside(self, other: RowsSeen) -> RowsSeen:
         """With the keys of another shard, both under the global lse."""
         starts = (self.key_start, other.key_start)
         mine, theirs = _aligned((self.weights, other.weights), starts)
-        return RowsSeen(self.indices, mine + theirs, min(starts))
+        return RowsSeen(self.queries, mine + theirs, min(starts))
+
+    def _table(self) -> Table:
+        queries = list(self.queries)
+        index: Any = {"batch": 0, "head": 0, "query": queries, "key": self.key_start}
+        return Table(index, {"weight": self.weights})
+
+    def _picture(self, batch: int, head: int | None) -> Picture:
+        values, _, title = part_of(self.weights, batch, head, "plot", pool="max")
+        rows = Side("query", labels=tuple(map(str, self.queries)), sequence=True)
+        keys = Side("key", self.key_start, sequence=True)
+        return Picture(values[0], rows, keys, "weight", log=True, title=title)
+
+    def _per_head(self) -> tuple[Tensor, str]:
+        return _most(self.weights).mean(-1), "largest weight of a row, mean"
 
 
 @dataclass(frozen=True, eq=False)
-class MapSeen:
+class MapSeen(Result):
     """The pooled map: weights (batch, heads, rows.count, cols.count).
 
     Cell (r, c) covers the queries at positions (rows.first + r) · rows.size … + rows.size − 1, and
@@ -257,9 +276,28 @@ class MapSeen:
         """With another key shard, both under the global lse."""
         return self._joined(other)
 
+    def _table(self) -> Table:
+        rows, cols = self.rows.starts(), self.cols.starts()
+        index: Any = {"batch": 0, "head": 0, "query": rows, "key": cols}
+        return Table(index, {"weight": self.weights})
+
+    def _picture(self, batch: int, head: int | None) -> Picture:
+        values, _, title = part_of(self.weights, batch, head, "plot", pool=self.reduce)
+        rows, cols = (
+            Side(name, cells.first * cells.size, cells.size, sequence=True)
+            for name, cells in (("query", self.rows), ("key", self.cols))
+        )
+        of = "largest weight" if self.reduce == "max" else "weight summed"
+        one = rows.size == cols.size == 1
+        unit = "weight" if one else f"{of}\nin cells of {rows.size} × {cols.size}"
+        return Picture(_blank(values[0]), rows, cols, unit, log=True, title=title)
+
+    def _per_head(self) -> tuple[Tensor, str]:
+        return _most(self.weights.flatten(2)), "largest cell"
+
 
 @dataclass(frozen=True, eq=False)
-class DistancesSeen:
+class DistancesSeen(Result):
     """How far the heads read: mass by |query − key|, bins [edges[b], edges[b + 1]), the last open.
 
     past (batch, heads, bins): keys at or before the query, its own included (distance 0).
@@ -284,6 +322,40 @@ class DistancesSeen:
         """With another key shard, both under the global lse."""
         return self.then(other)
 
+    def _table(self) -> Table:
+        index: Any = {"batch": 0, "head": 0, "distance": list(self.edges)}
+        return Table(index, {"past": self.past, "future": self.future})
+
+    def _picture(self, batch: int, head: int | None) -> Picture:
+        past, heads, title = part_of(self.past, batch, head, "plot")
+        future, *_ = part_of(self.future, batch, head, "plot")
+        bins = labelled(self.edges)
+        used = (
+            1 + int(((past + future).sum(0) > 0).nonzero().amax()) if (past + future).any() else 1
+        )
+        past, future, bins = past[:, :used], future[:, :used], bins[:used]  # far bins may be empty
+        if future.any():  # a second half, mirrored: far ahead stands at the right
+            bins = (*(f"−{b}" for b in bins[::-1]), *(f"+{b}" for b in bins))
+            past = torch.cat([past.flip(-1), future], -1)
+        shares = past / past.sum(-1, keepdim=True)
+        side = Side("distance of the key [positions]", labels=bins)
+        return Picture(shares, heads, side, "share of the mass", title=title)
+
+    def _per_head(self) -> tuple[Tensor, str]:
+        near = sum(edge < 8 for edge in self.edges)
+        both = self.past + self.future
+        return both[..., :near].sum(-1) / both.sum(-1), "share of the mass within 8 positions"
+
+
+def _most(numbers: Tensor) -> Tensor:
+    """The largest along the last dimension, 0 where it is empty."""
+    return numbers.amax(-1) if numbers.shape[-1] else numbers.new_zeros(numbers.shape[:-1])
+
+
+def _blank(values: Tensor) -> Tensor:
+    """NaN, which is not drawn, in the place of 0."""
+    return values.masked_fill(values == 0, torch.nan)
+
 
 def _aligned(parts: tuple[Tensor, Tensor], starts: tuple[int, int]) -> list[Tensor]:
     """Two tensors whose last dimension counts keys, padded with 0 to one range of positions."""
@@ -293,92 +365,3 @@ def _aligned(parts: tuple[Tensor, Tensor], starts: tuple[int, int]) -> list[Tens
         torch.nn.functional.pad(p, (s - first, last - s - p.shape[-1]))
         for p, s in zip(parts, starts, strict=True)
     ]
-
-
-def _appended(before: TopKSeen, later: TopKSeen, dim: int) -> list[Tensor]:
-    pairs = (
-        (getattr(before, n), getattr(later, n)) for n in ("indices", "weights", "rest", "sink")
-    )
-    return [torch.cat(pair, dim) for pair in pairs]
-
-
-@dataclass(frozen=True, eq=False)
-class NormTopKSeen:
-    """The k largest contributions of each row, weight · ‖W_O v‖, largest first.
-
-    indices int32, norms, weights (batch, heads, q_len, k): positions of keys (−1 where fewer were
-    visible), the length of what each adds, and its weight.
-    """
-
-    indices: Tensor
-    norms: Tensor
-    weights: Tensor
-
-    def __repr__(self) -> str:
-        return summary(self, _LISTS, self.norms, ("longest {:.3g}", self.norms.max))
-
-    def then(self, later: NormTopKSeen) -> NormTopKSeen:
-        """With the rows of later queries appended."""
-        pairs = ((getattr(self, n), getattr(later, n)) for n in ("indices", "norms", "weights"))
-        return NormTopKSeen(*(torch.cat(pair, 2) for pair in pairs))
-
-
-class EffectSeen:
-    """The k edges of each row whose removal would change the differentiated scalar most.
-
-    Empty until `backward()` has run: `ready` says so. Then indices int32, effect and weights, each
-    (batch, heads, q_len, k), largest |effect| first: positions of keys (−1 where fewer were
-    visible), the signed change of the scalar to first order, and the edge's weight. Of a norm the
-    batch is 1, and the effect has no sign.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
-        self._measure: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
-
-    def __repr__(self) -> str:
-        if self._tensors is None:  # measuring may take long: not for a repr
-            said = (
-                "measured when first asked for" if self.ready else "not measured: no backward() yet"
-            )
-            return f"EffectSeen({said})"
-        return summary(self, _LISTS, self.effect, ("largest effect {:.3g}", self.effect.abs().max))
-
-    def fill(self, indices: Tensor, effect: Tensor, weights: Tensor) -> None:
-        """Take what a backward pass measured; a later pass replaces it."""
-        self._tensors = indices, effect, weights
-
-    def fill_by(self, measure: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Take what is to be measured when it is first asked for: more passes may come."""
-        self._tensors, self._measure = None, measure
-
-    @property
-    def ready(self) -> bool:
-        """Whether a backward pass has reached this attention."""
-        return self._tensors is not None or self._measure is not None
-
-    def _field(self, at: int) -> Tensor:
-        if self._tensors is None and self._measure is not None:
-            self._tensors = self._measure()
-        if self._tensors is None:
-            raise RegardError("no effect yet: call backward() on the scalar that it is measured on")
-        return self._tensors[at]
-
-    @property
-    def indices(self) -> Tensor:
-        """Positions of keys, int32 (batch, heads, q_len, k); −1 where fewer were visible."""
-        return self._field(0)
-
-    @property
-    def effect(self) -> Tensor:
-        """What removal would add to the scalar, to first order: (batch, heads, q_len, k)."""
-        return self._field(1)
-
-    @property
-    def weights(self) -> Tensor:
-        """The edges' weights (batch, heads, q_len, k)."""
-        return self._field(2)
-
-    def then(self, later: EffectSeen) -> EffectSeen:
-        """Effects of one backward pass do not add up with another's."""
-        raise RegardError("Effect watches one forward pass and its backward, not decode steps")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..call.brief import shortened
 from ..call.checked import Call
+from ..call.display.html import box
 from ..call.masks import Mask
 from ..call.observers import Observer
 from ..call.picking import Which, pick
@@ -69,6 +70,9 @@ class Layer:
             return f"Layer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
         sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
         return f"Layer({self.name!r}, {self.kind}, {sizes}, observed by {list(self.observers)})"
+
+    def _repr_html_(self) -> str:
+        return box(repr(self), *(result._repr_html_() for result in self.seen))
 
     @property
     def seen(self) -> tuple[Any, ...]:

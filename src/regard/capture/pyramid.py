@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..call.brief import Brief
+from ..call.edge_results import TopKSeen
 from ..call.observers import Distances, Entropy, Map, Observer, Received, TopK
 from ..call.results import (
     Cells,
@@ -22,7 +23,6 @@ from ..call.results import (
     EntropySeen,
     MapSeen,
     ReceivedSeen,
-    TopKSeen,
 )
 from ..engines.second_pass.pooled import SIDE
 from .saved_files import Fields
@@ -71,7 +71,7 @@ class Results(Brief):
         if self.received is None or self.distances is None or self.sums is None:
             return {}
         return {
-            "queries": self.received.queries,
+            "q_len": self.received.q_len,
             "key_start": self.received.key_start,
             "edges": list(self.distances.edges),
             "rows": [self.sums.rows.first, self.sums.rows.count, self.sums.rows.size],
@@ -111,7 +111,7 @@ class Results(Brief):
         return cls(
             TopKSeen(*top),
             ReceivedSeen(
-                given["received.sum"], given["received.count"], said.count("queries"),
+                given["received.sum"], given["received.count"], said.count("q_len"),
                 said.count("key_start"),
             ),
             EntropySeen(given["entropy.values"]),

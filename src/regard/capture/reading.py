@@ -16,10 +16,11 @@ from torch import Tensor
 from ..call.brief import Brief
 from ..call.checked import Call
 from ..call.observers import Distances, Entropy, Received, TopK
-from ..engines.second_pass.pooled import SIDE, Rectangle, Reduce, pooled_tiles
+from ..engines.second_pass.pooled import SIDE, Rectangle, Reduce
 from ..engines.second_pass.readers import READERS, Reader
 from ..engines.second_pass.strips import Strips, Weighed
 from ..errors import RegardError
+from ..ops.pooled import pooled_tiles
 from .pyramid import BINS
 from .recorded_layer import RecordedLayer
 
@@ -103,8 +104,8 @@ def tiles(
     for at, call, lse, first_key in _calls(layer, batch):
         rectangles = [
             Rectangle(
-                t.head, (t.row * SIDE << t.zoom) - at, (t.col * SIDE << t.zoom) - first_key,
-                1 << t.zoom,
+                t.head, t.zoom, (t.row * SIDE << t.zoom) - at,
+                (t.col * SIDE << t.zoom) - first_key,
             )
             for t in asked
         ]  # fmt: skip
@@ -132,7 +133,7 @@ def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:
 
 def _meets(tile: Rectangle, call: Call) -> bool:
     """Whether a tile has cells in the call."""
-    side = SIDE * tile.cell
+    side = SIDE << tile.zoom
     return (
         -side < tile.row < call.place.q_len
         and -side < tile.col < call.place.k_len

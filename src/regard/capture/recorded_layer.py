@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..call.brief import Brief, shortened
 from ..call.checked import Call
+from ..call.observers import Observer, listed
 from ..call.op_schema import pack, unpack
-from ..engines.second_pass.weigh import whole_rows
+from ..engines.second_pass.weigh import weigh, whole_rows
+from ..errors import RegardError
 from .pyramid import Results
 
 
@@ -168,6 +170,16 @@ class RecordedLayer(Brief):
         assert self.key is not None
         start, stop = (k - self.key_start for k in chunk.keys)
         return unpack(chunk.query, self.key[:, :, start:stop], None, *chunk.packed).item(batch)
+
+    def observed(self, observer: Observer, batch: int = 0) -> Any:
+        """What an observer sees of the weights of one batch item."""
+        if not 0 <= batch < self.batch:
+            raise RegardError(f"batch {batch}: layer {self.name} has {self.batch}")
+        parts: list[Any] = []
+        for chunk in self.chunks:
+            call = replace(self.call(chunk, batch), observers=listed([observer]))
+            parts += weigh(call, chunk.lse[batch : batch + 1])
+        return reduce(lambda a, b: a.then(b), parts)
 
     def weights(self, rows: slice, batch: int = 0) -> Tensor:
         """The exact weights (heads, rows, k_len), float32, of some queries of one batch item."""

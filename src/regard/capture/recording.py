@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,13 +17,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..call.brief import Brief, shortened
-from ..engines.second_pass.pooled import Reduce
+from ..call.observers import Entropy, Observer
 from ..errors import RegardError
 from . import reading
+from .by_words import ByWords
 from .chunk_json import from_json, to_json
+from .compared import Comparison
+from .head_grid import grid, layers_box, plot
 from .opened import layer_files, open_layers, verify
+from .reading import Reduce
 from .recorded_layer import RecordedLayer
+from .rollout import rollout
 from .saved_files import Fields, checksum, whole_folder
+from .segments import Given, Segments, ranges_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FORMAT, STREAMED = 1, 2  # what `save` writes, and `record`
 INDEX = "recording.json"
@@ -125,6 +134,49 @@ class Recording(Brief):
             mine = mine[..., cols if isinstance(cols, slice) else list(cols)]
         return weights * mine[..., None, :].float()
 
+    def segments(self, given: Given) -> Segments:
+        """Ranges of tokens, and what each head reads of them: see `Segments.shares`.
+
+        given: [(first, last + 1), …], {name: (first, last + 1)}, or a pattern (regular expression):
+        each of its matches in the text begins a segment, which it names.
+        """
+        generated = self.about.get("generated")
+        begin = generated if isinstance(generated, int) else None
+        return Segments(ranges_of(given, self.about), self._found, begin)
+
+    def to_words(self, words: Sequence[tuple[int, int]] | None = None) -> ByWords:
+        """The same by words: sums over the tokens read, means over the tokens that read.
+
+        words: the tokens (first, last + 1) of each; None: those that the recording names.
+        """
+        words = self.about.get("words") if words is None else words
+        tokens = self.about.get("tokens")
+        if words is None or tokens is None:
+            raise RegardError(
+                "the recording names no words; `regard record` does, or give to_words([(first, "
+                "last + 1), …])"
+            )
+        text, offsets = self.about.get("text"), self.about.get("offsets")
+        return ByWords(words, tokens, text, offsets, self._found)
+
+    def compare(self, other: Recording) -> Comparison:
+        """This and another side by side, aligned by their tokens: two prompts, or two models."""
+        tokens = [recording.about.get("tokens") for recording in (self, other)]
+        if tokens[0] is None or tokens[1] is None:
+            raise RegardError("a recording names no tokens, so nothing aligns them")
+        return Comparison(self.weights, other.weights, (tokens[0], tokens[1]))
+
+    def rollout(
+        self, row: int, layers: Sequence[int | str] | None = None, batch: int = 0
+    ) -> Tensor:
+        """Attention rollout (k_len,) of one token (Abnar & Zuidema 2020): see `rollout.rollout`.
+
+        layers: those to go through, first to last; None: all with a pattern.
+        """
+        every = [n for n, layer in enumerate(self.layers) if layer.pattern]
+        chosen = every if layers is None else layers
+        return rollout([self._found(layer, None, batch) for layer in chosen], row, batch)
+
     def _found(self, layer: int | str, head: int | None, batch: int) -> RecordedLayer:
         """The layer, where it has that head and that batch item."""
         found = self.layer(layer)
@@ -199,6 +251,19 @@ class Recording(Brief):
         if head is None:
             return found
         return reading.ByDistance(found.past[head], found.future[head], found.edges)
+
+    def plot(
+        self, observer: Observer = Entropy(), ax: Axes | None = None, *, batch: int = 0
+    ) -> Axes:
+        """Layers × heads, as `plot` of a watched model, by one observer of the weights; the Axes.
+
+        They are read again from q, k and lse. RegardError where matplotlib is missing.
+        """
+        observed = [x.observed(observer, batch) if x.pattern else None for x in self.layers]
+        return plot(grid(self.layers, observed, 0), ax)
+
+    def _repr_html_(self) -> str:
+        return layers_box(repr(self), self.layers)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the recording as a new folder, which is there once it is whole.

@@ -186,6 +186,9 @@ def look(
 
 def _save(recording: Recording, folder: Path) -> str:
     """Write the recording, which is there once it is whole. Returns what was written."""
+    from ..analysis.words import word_tokens
+
+    recording.about["words"] = word_tokens(recording.about)
     try:
         recording.save(folder)
     except OSError as error:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..call.brief import shortened
+from ..call.display.frame import needed
 from ..call.numbers import at_least, whole, wholes
 from ..errors import RegardError
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from ..analysis.look import Look
     from ..analysis.words import Link
     from ..capture.recording import Recording
@@ -42,6 +45,20 @@ class LookResult:
     def links(self) -> list[Link]:
         """The strongest links, as `--json` lists them."""
         return list(self.found.links)
+
+    def to_pandas(self) -> DataFrame:
+        """The links: one row each, by layer, head, source and target (numbers of words).
+
+        The words stand beside the weight. RegardError where pandas is missing.
+        """
+        rows = [
+            (link.layer, link.head, link.source, link.target, self.words[link.source],
+             self.words[link.target], link.weight)
+            for link in self.links
+        ]  # fmt: skip
+        index = ["layer", "head", "source", "target"]
+        columns = [*index, "source_word", "target_word", "weight"]
+        return needed().DataFrame(rows, columns=columns).set_index(index)
 
     def as_dict(self) -> dict[str, Any]:
         """What `json()` writes, as an object; `regard look --help` says what each field means."""

@@ -1,10 +1,11 @@
-"""The calls of the compiled kernels: forward, backward, effect, evict."""
+"""The calls of the compiled kernels: forward, backward, effect, pooled, evict."""
 
 from __future__ import annotations
 
 import ctypes
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from ...call.biases import Kind
 from ...call.checked import Call
 from ...call.observers import Observer
+from ..second_pass.pooled import SIDE, Rectangle
 from . import native
 from .call_struct import TYPES, Buffers, Watching, offsets, parts_of, words_of
-from .structs import BACKWARD, CALL, EFFECT, EVICT, ROWS, VIEW
+from .structs import BACKWARD, CALL, EFFECT, EVICT, POOLED, ROWS, TILE, VIEW
 
 NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
@@ -168,6 +170,28 @@ def effect(
             library().regard_effect(words_of(call, out, delta, None, kept), EFFECT.pack(*wanted))
         )
     return indices, sizes, weights
+
+
+def pooled(call: Call, lse: Tensor, tiles: Sequence[Rectangle], largest: bool) -> Tensor:
+    """As `second_pass.pooled.tiles_in_torch` defines it: (tiles, 128, 128) float32."""
+    out = torch.empty(len(tiles), SIDE, SIDE, dtype=torch.float32, device="cpu")
+    if not len(tiles):
+        return out
+    kept = Buffers()
+    words = [
+        TILE.flat(batch=t.batch, head=t.head, zoom=t.zoom, row=t.row, col=t.col) for t in tiles
+    ]
+    wanted = POOLED.flat(
+        count=len(tiles),
+        is_max=largest,
+        tile=kept.integers([n for w in words for n in w]),
+        lse=kept.tensor(lse.float().contiguous()),
+        out=out.data_ptr(),
+    )
+    still = replace(call, value=call.key, dropout=None)  # neither is read
+    given = words_of(still, call.query, lse, None, kept)
+    _check(library().regard_pooled(given, POOLED.pack(*wanted)))
+    return out
 
 
 def step_of(

@@ -75,6 +75,8 @@ BACKWARD = Struct(
     "grad_out:View stats delta type d_query d_key d_value d_by_offset d_bias bias_floats",
 )
 EFFECT = Struct("Effect", "grad_out:View stats delta k index effect weight")
+TILE = Struct("Tile", "batch head zoom row col")
+POOLED = Struct("Pooled", "count is_max tile lse out")
 ROWS = Struct("Rows", "data stride:3 bytes")
 EVICT = Struct(
     "Evict",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...call.checked import Call
+from ...call.edge_results import EffectSeen
 from ...call.observers import Effect
-from ...call.results import EffectSeen
 from ...errors import RegardError
 from .strips import Strips, Weighed, product, take
 from .top_k import largest
@@ -41,7 +41,11 @@ def attach(
     still = replace(
         call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach()
     )
-    seen, result, lse = EffectSeen(), out.detach(), lse.detach().to(call.working)
+    seen, result, lse = (
+        EffectSeen(call.place.query_start),
+        out.detach(),
+        lse.detach().to(call.working),
+    )
     if not effect.norm:
         by = by or (lambda grad: measure(still, lse, result, grad[None], effect.k))
         out.register_hook(lambda grad: seen.fill(*by(grad.detach())))

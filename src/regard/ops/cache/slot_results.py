@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ...call.checked import Call
+from ...call.edge_results import NormTopKSeen, TopKSeen
 from ...call.masks import Dense, Mask
 from ...call.observers import Entropy, LogSumExp, MaxScore, NormTopK, Observer, Received, TopK
-from ...call.results import NormTopKSeen, ReceivedSeen, TopKSeen
+from ...call.results import ReceivedSeen
 from ...errors import RegardError
 from .slots import Biases, InSlots, Layout
 
@@ -31,6 +32,9 @@ def moves(observer: Observer) -> bool:
 def moved(result: Any, slots: InSlots) -> Any:
     """A result over slots, over positions. Needs slots in order of position (ties of TopK)."""
     layout = slots.layout
+    if hasattr(result, "query_start"):
+        starts = layout.starts
+        result = replace(result, query_start=starts[0] if layout.together else tuple(starts))
     if layout.positions is None:
         return result
     if isinstance(result, TopKSeen | NormTopKSeen):

@@ -99,6 +99,21 @@ struct RegardEffect {
     float *effect, *weight;  // likewise
 };
 
+// A rectangle of one head's map, 128 × 128 cells of 2^zoom queries × 2^zoom keys each. It begins at the
+// call's query `row` and key `col`, which may lie before its first.
+struct RegardTile {
+    int64_t batch, head, zoom, row, col;
+};
+
+// Of each rectangle the pooled weights exp(score − lse), 0 where there is none. The call's value, out,
+// lse and dropout are not read.
+struct RegardPooled {
+    int64_t count, is_max;
+    const RegardTile* tile;
+    const float* lse;  // (batch, heads, q_len)
+    float* out;        // (count, 128, 128)
+};
+
 // Rows of numbers of any type, (batch, kv_heads, slots): strides and the size of a row in bytes.
 struct RegardRows {
     char* data;
@@ -128,6 +143,7 @@ int regard_sizes(int64_t* bytes, int room);                // of the structs abo
 int regard_forward(const RegardCall*);                     // 0, or an error of `regard_error`
 int regard_backward(const RegardCall*, const RegardBackward*);
 int regard_effect(const RegardCall*, const RegardEffect*);
+int regard_pooled(const RegardCall*, const RegardPooled*);
 int regard_evict(const RegardEvict*);
 // Since the last call: the tiles that forwards went over, and the cycles of packing, scores, softmax, mix,
 // observers, and the rest, of all threads. 0: the library was not built to count them (timed.h).

@@ -6,9 +6,10 @@
 #include "backward.h"
 #include "effect.h"
 #include "forward.h"
+#include "pooled.h"
 
 namespace regard {
 
-const Kernels LEVEL_NAME(kernels) = {LEVEL::forward, LEVEL::backward, LEVEL::effect};
+const Kernels LEVEL_NAME(kernels) = {LEVEL::forward, LEVEL::backward, LEVEL::effect, LEVEL::pooled};
 
 }  // namespace regard

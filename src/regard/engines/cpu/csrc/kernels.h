@@ -8,6 +8,7 @@ struct Kernels {
     int (*forward)(const RegardCall&);
     int (*backward)(const RegardCall&, const RegardBackward&);
     int (*effect)(const RegardCall&, const RegardEffect&);
+    int (*pooled)(const RegardCall&, const RegardPooled&);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16,
