@@ -64,13 +64,13 @@ def effect(
     RegardError if `reading.why_not` or `refuses` has a reason. Memory beside the result: none that
     grows with the call, but the list of its tiles.
     """
-    from .effect_kernel import remove
-
     reasons = [*reading.why_not(call), *refuses(Effect(k), call)]
     if call.pages is not None:
         reasons.append("keys lie in pages; it reads none")
     if reasons:
         raise RegardError(f"the Triton kernels cannot measure {call}: {'; '.join(reasons)}")
+    from .effect_kernel import remove
+
     assert call.value is not None
     place, value, device = call.place, call.value, call.place.device
     blocks = blocks or _blocks(call, k)
