@@ -211,7 +211,7 @@ def wrong_effects(
     size = truth.effects.abs() * sure
     near = 32 * torch.finfo(query.dtype).eps * (1 + float(size.max()))
     if not ((ours.effects.double().abs() * sure - size).abs().max() <= near):
-        yield "Effect.effect"
+        yield "Effect.effects"
 
 
 def wrong_pages(query: Tensor, key: Tensor, value: Tensor, every: list) -> Iterator[str]:

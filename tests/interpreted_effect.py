@@ -109,6 +109,6 @@ def inside_attention() -> None:
     for mine, theirs in zip(ours, plain, strict=True):
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(seen[:2], wanted[:2], strict=True):
-        for name in ("effect", "weights"):
+        for name in ("effects", "weights"):
             a, b = getattr(mine, name), getattr(theirs, name)
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -182,7 +182,7 @@ def test_not_ready_before_backward_and_not_without_gradients():
     with regard.watch(model, observe=[Effect(2)]) as seen:
         out = model(**inputs).last_hidden_state
     assert not seen[0].seen[0].ready
-    for name in ("indices", "effect", "weights"):
+    for name in ("indices", "effects", "weights"):
         with pytest.raises(RegardError, match=r"no effect yet: call backward\(\)"):
             getattr(seen[0].seen[0], name)
     out.sum().backward()

@@ -52,7 +52,8 @@ def labels(layers: Sequence[Named]) -> list[str]:
     """Layers by their numbers, or by their names where several have one number."""
     numbers = [layer.index for layer in layers]
     return [
-        str(layer.index) if len(set(numbers)) == len(numbers) else layer.name for layer in layers
+        str(layer.index) if len(set(numbers)) == len(numbers) else layer.name or "the model"
+        for layer in layers
     ]
 
 

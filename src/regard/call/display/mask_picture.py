@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..geometry import Place
+from ..geometry import Place, Span
 from .html import box, svg
 from .picture import Picture, Side
 
 CELLS = 32  # along each side
+ELEMENTS = 2**20  # that are asked one by one; above, what tiles say
 LONGEST = 2**16  # tokens, where the mask's own tensors do not say how many
 
 
@@ -26,7 +27,7 @@ class Lowered(Protocol):
 
 
 def mask_box(mask: Lowered) -> str:
-    """The mask in words, and its tiles: dark where all of one is seen, light where some is."""
+    """The mask in words, and its cells, each the stronger the more of it is seen."""
     try:
         drawn = _drawn(mask)
     except Exception as error:  # of a predicate's own function, or of what is chosen by content
@@ -40,14 +41,39 @@ def _drawn(mask: Lowered) -> str:
     if not place.q_len or not place.k_len:
         return ""
     rows, cols = (-(-n // CELLS) for n in (place.q_len, place.k_len))
-    some, every = mask.lower(place).classes(rows, cols)
-    some, every = some[0, 0], every[0, 0]
-    values = torch.where(every, 1.0, 0.4).masked_fill(~some, torch.nan)
-    parts = [f"{name} 0 of {n}" for name, n in (("batch", place.batch), ("head", place.heads))
-             if n > 1]  # fmt: skip
-    said = "; ".join([*parts, "dark: seen, light: in part, blank: hidden"])
-    queries, keys = Side("query", place.query_start, rows), Side("key", 0, cols)
-    return svg(Picture(values.cpu(), queries, keys, "visible"), caption=said)
+    program = mask.lower(place)
+    some, every = program.classes(rows, cols)
+    b, h = _shown(some)
+    if place.q_len * place.k_len <= ELEMENTS:
+        whole = Span(0, place.q_len, 0, place.k_len, slice(b, b + 1), slice(h, h + 1))
+        shares = _shares(program.visible(whole)[0, 0], rows, cols)
+    else:
+        b_, h_ = (min(n, size - 1) for n, size in zip((b, h), some.shape, strict=False))
+        shares = torch.where(every[b_, h_], 1.0, 0.4) * some[b_, h_]
+    values = shares.masked_fill(shares == 0, torch.nan)
+    parts = [f"{name} {at} of {n}" for name, at, n in
+             (("batch", b, place.batch), ("head", h, place.heads)) if n > 1]  # fmt: skip
+    said = "; ".join([*parts, "strong: seen, faint: in part, blank: hidden"])
+    queries = Side("query", place.query_start, rows, sequence=True)
+    keys = Side("key", 0, cols, sequence=True)
+    return svg(Picture(values.cpu(), queries, keys, "visible"), caption=said, most=1.0)
+
+
+def _shown(some: Tensor) -> tuple[int, int]:
+    """The first batch item and head in which anything is seen."""
+    seen = some.flatten(2).any(-1).nonzero()
+    return (int(seen[0, 0]), int(seen[0, 1])) if len(seen) else (0, 0)
+
+
+def _shares(visible: Tensor, rows: int, cols: int) -> Tensor:
+    """Which share of each cell of rows × cols pairs is seen."""
+    down, across = (-n % size for n, size in zip(visible.shape, (rows, cols), strict=True))
+    padded = torch.nn.functional.pad(visible.float(), (0, across, 0, down))
+    there = torch.nn.functional.pad(torch.ones_like(visible.float()), (0, across, 0, down))
+    seen, all_ = (
+        t.unflatten(0, (-1, rows)).unflatten(2, (-1, cols)).sum((1, 3)) for t in (padded, there)
+    )
+    return seen / all_
 
 
 @dataclass

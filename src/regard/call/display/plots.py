@@ -70,6 +70,8 @@ def _heat(picture: Picture, ax: Axes) -> None:
     from matplotlib.colors import LogNorm, Normalize
 
     values, count = _finite(picture.values), picture.values.shape
+    if not values.numel():
+        return
     lows = [_low(side) for side in (picture.cols, picture.rows)]
     ends = [
         low + n * (1 if side.labels else side.size)
