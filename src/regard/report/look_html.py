@@ -48,7 +48,8 @@ LINKS = 2_000_000
 
 _TYPED = 400  # characters of a text that a command to copy holds
 _SCRIPTS = (  # one after another
-    "look-weights", "look-draw", "look-grid", "look-list", "look-versus", "look-tools", "look",
+    "shared", "look-weights", "look-draw", "look-grid", "look-list", "look-versus", "look-tools",
+    "look",
 )  # fmt: skip
 
 
@@ -115,7 +116,8 @@ def as_html(
         data["cut"] = ", ".join(clean(str(cut.edge)) for cut in found.cut.cuts)
     page = files(__package__).joinpath("page")
     style, frame = (page.joinpath(f"look.{kind}").read_text("utf-8") for kind in ("css", "html"))
-    script = "\n".join(page.joinpath(f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
+    scripts = (page.joinpath(f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
+    script = re.sub(r"^export \{.*\};$", "", "\n".join(scripts), flags=re.MULTILINE)
     policy = "; ".join(
         (
             "default-src 'none'",
