@@ -209,7 +209,7 @@ def test_what_is_interrupted_leaves_what_was(before, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-import regard.recording, test_recording
+import regard.capture.recording, test_recording
 save_file = regard.capture.recording.save_file
 def killed(tensors, path):
     save_file(tensors, path)

@@ -20,7 +20,7 @@ from ..call.geometry import Place
 from ..call.mask_program import Program
 from ..call.masks import Causal, Lowering, Mask
 from ..call.results import ReceivedSeen, TopKSeen
-from ..capture.recording import RecordedLayer
+from ..capture.recorded_layer import RecordedLayer
 from ..engines import tiled
 from ..errors import RegardError
 

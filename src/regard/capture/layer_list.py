@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import RegardError
-from .recording import RecordedLayer, Recording
+from .recorded_layer import RecordedLayer
+from .recording import Recording
 
 
 class Named(Protocol):

@@ -27,7 +27,7 @@ from .module_stack import Tracker, module_of
 from .module_tree import CROSS, Blocks, inside, kind_of
 from .projection import output_projection
 from .real_queries import SUMMED, real_queries, summed
-from .recording import RecordedLayer
+from .recorded_layer import RecordedLayer
 
 
 class Cut(NamedTuple):

@@ -1,0 +1,221 @@
+"""Reading a recorded layer: tiles of its map at every zoom, and what its rows and columns hold.
+
+What was written beside the recording is read from there; what was not, by the second pass, from q,
+k and lse. Rows are recorded queries and columns recorded keys, both from 0, as in `weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call.brief import Brief
+from ..call.checked import Call
+from ..call.observers import Distances, Entropy, Received, TopK
+from ..engines.second_pass.pooled import SIDE, Rectangle, Reduce, pooled_tiles
+from ..engines.second_pass.readers import READERS, Reader
+from ..engines.second_pass.strips import Strips, Weighed
+from ..errors import RegardError
+from .recorded_layer import RecordedLayer
+
+
+class Tile(NamedTuple):
+    """A tile of a head's map: `SIDE` × `SIDE` cells, a cell being 2**zoom queries × 2**zoom keys.
+
+    Its first cell is the one of row row · SIDE and column col · SIDE.
+    """
+
+    head: int
+    zoom: int
+    row: int
+    col: int
+
+
+@dataclass(frozen=True, eq=False)
+class Top(Brief):
+    """The k largest weights of each row, largest first: weights, indices (heads, rows, k).
+
+    indices int64: recorded keys, −1 where fewer are visible. rest (heads, rows): the visible mass
+    that is not listed. sink (heads, rows): the mass of learned sinks. Of one head, without heads.
+    """
+
+    weights: Tensor
+    indices: Tensor
+    rest: Tensor
+    sink: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Columns(Brief):
+    """What each key receives: sum (heads, k_len), count int32: the queries that see it.
+
+    Of one head, without heads.
+    """
+
+    sum: Tensor
+    count: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Per visible query; 0 where no query sees the key."""
+        return self.sum / self.count.clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class ByDistance(Brief):
+    """Mass by |query − key| (heads, bins): bin b is edges[b] ≤ distance < edges[b + 1].
+
+    past: keys at or before the query, itself included; future: after it. Of one head, without
+    heads.
+    """
+
+    past: Tensor
+    future: Tensor
+    edges: tuple[int, ...]
+
+
+def zooms(layer: RecordedLayer) -> int:
+    """How many zooms there are: at the last, the smallest such, one tile holds the whole map."""
+    longest = max(layer.q_len, layer.k_len, 1)
+    return max((longest - 1) // SIDE, 0).bit_length() + 1
+
+
+def tiles(
+    layer: RecordedLayer, wanted: Sequence[Sequence[int]], reduce: Reduce, batch: int
+) -> Tensor:
+    """The tiles (n, SIDE, SIDE), float32, of one batch item."""
+    asked = [_checked(layer, one) for one in wanted]
+    out = torch.zeros(len(asked), SIDE, SIDE, dtype=torch.float32, device="cpu")
+    for at, call, lse, first_key in _calls(layer, batch):
+        rectangles = [
+            Rectangle(
+                t.head, (t.row * SIDE << t.zoom) - at, (t.col * SIDE << t.zoom) - first_key,
+                1 << t.zoom,
+            )
+            for t in asked
+        ]  # fmt: skip
+        inside = [n for n, r in enumerate(rectangles) if _meets(r, call)]
+        if inside:
+            found = pooled_tiles(call, lse, [rectangles[n] for n in inside], reduce)
+            found = found.to(out)
+            out[inside] = (
+                out[inside] + found if reduce == "sum" else torch.maximum(out[inside], found)
+            )
+    return out
+
+
+def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:
+    """RegardError for a tile that no such layer has."""
+    tile = Tile(*wanted)
+    if not 0 <= tile.head < layer.heads:
+        raise RegardError(f"head {tile.head} of layer {layer.name}: it has {layer.heads}")
+    if not 0 <= tile.zoom < zooms(layer):
+        raise RegardError(f"zoom {tile.zoom} of layer {layer.name}: it has 0 … {zooms(layer) - 1}")
+    if tile.row < 0 or tile.col < 0:
+        raise RegardError(f"tile ({tile.row}, {tile.col}): rows and columns count from 0")
+    return tile
+
+
+def _meets(tile: Rectangle, call: Call) -> bool:
+    """Whether a tile has cells in the call."""
+    side = SIDE * tile.cell
+    return (
+        -side < tile.row < call.place.q_len
+        and -side < tile.col < call.place.k_len
+    )  # fmt: skip
+
+
+def _calls(layer: RecordedLayer, batch: int) -> Iterator[tuple[int, Call, Tensor, int]]:
+    """(first row, call, lse, first column) of each of a layer's calls, for one batch item."""
+    at = 0
+    for chunk in layer.chunks:
+        yield (
+            at, layer.call(chunk, batch), chunk.lse[batch : batch + 1],
+            chunk.keys[0] - layer.key_start,
+        )  # fmt: skip
+        at += chunk.query.shape[2]
+
+
+def span_of(layer: RecordedLayer, rows: slice | Sequence[int] | None) -> tuple[int, int, list[int]]:
+    """(first, last + 1, the places of the wanted rows from the first on)."""
+    n = layer.q_len
+    if rows is None or isinstance(rows, slice):
+        wanted = list(range(n)[rows or slice(None)])
+    else:
+        if any(not -n <= r < n for r in rows):
+            raise RegardError(f"rows {list(rows)}: layer {layer.name} has {n} queries")
+        wanted = [r % n for r in rows]
+    first, last = (min(wanted), max(wanted) + 1) if wanted else (0, 0)
+    return first, last, [r - first for r in wanted]
+
+
+def top(layer: RecordedLayer, k: int, rows: slice | Sequence[int] | None, batch: int) -> Top:
+    """The k largest weights of each row of all heads."""
+    first, last, places = span_of(layer, rows)
+    parts = []
+    for at, call, lse, _ in _calls(layer, batch):
+        r0, r1 = max(first - at, 0), min(last - at, call.place.q_len)
+        if r0 < r1:
+            (reader,) = _read(call, lse, [TopK(k)], (r0, r1))
+            parts.append([t[0, :, r0:r1] for t in reader.finish(lse.to(call.working))])
+    if not parts:
+        nothing = torch.zeros(layer.heads, 0, k, dtype=torch.float32, device="cpu")
+        parts = [[nothing.int(), nothing, nothing.sum(-1), nothing.sum(-1)]]
+    indices, weights, rest, sink = (torch.cat(p, 1)[:, places] for p in zip(*parts, strict=True))
+    return Top(weights.float(), _own_keys(layer, indices), rest.float(), sink.float())
+
+
+def _own_keys(layer: RecordedLayer, positions: Tensor) -> Tensor:
+    """Positions of keys as recorded keys from 0; −1 stays."""
+    return (positions.long() - layer.key_start).where(positions >= 0, -1)
+
+
+def received(layer: RecordedLayer, batch: int) -> Columns:
+    """What each key receives, of all heads."""
+    shape = (layer.heads, layer.k_len)
+    total = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    count = torch.zeros(shape, dtype=torch.int32, device="cpu")
+    for _, call, lse, first in _calls(layer, batch):
+        (reader,) = _read(call, lse, [Received()])
+        for mine, part in zip((total, count), reader.finish(lse), strict=True):
+            mine[:, first : first + call.place.k_len] += part[0].to(mine.dtype)
+    return Columns(total, count)
+
+
+def entropy(layer: RecordedLayer, batch: int) -> Tensor:
+    """The entropy of each row in nats (heads, q_len), float32."""
+    parts = [
+        _read(call, lse, [Entropy()])[0].finish(lse)[0][0].float()
+        for _, call, lse, _ in _calls(layer, batch)
+    ]
+    return torch.cat(parts, 1)
+
+
+def distances(layer: RecordedLayer, batch: int, bins: int | tuple[int, ...]) -> ByDistance:
+    """Mass by distance, of all heads."""
+    observer = Distances(bins)
+    past, future = torch.zeros(
+        2, layer.heads, len(observer.edges), dtype=torch.float32, device="cpu"
+    )
+    for _, call, lse, _ in _calls(layer, batch):
+        (reader,) = _read(call, lse, [observer])
+        for mine, part in zip((past, future), reader.finish(lse), strict=True):
+            mine += part[0]
+    return ByDistance(past, future, observer.edges)
+
+
+def _read(
+    call: Call, lse: Tensor, observers: Sequence[TopK | Received | Entropy | Distances],
+    rows: tuple[int, int] | None = None,
+) -> list[Reader]:  # fmt: skip
+    """The readers of these observers, fed the strips of these rows."""
+    readers = [READERS[type(o)](o, call) for o in observers]
+    for strip in Strips(call, rows=rows):
+        seen = Weighed(strip, lse.to(call.working), call)
+        for reader in readers:
+            reader.read(seen)
+    return readers

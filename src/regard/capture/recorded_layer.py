@@ -1,0 +1,157 @@
+"""One layer of a recording: the queries, keys and lse of its calls, and the calls again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.brief import Brief, shortened
+from ..call.checked import Call
+from ..call.op_schema import pack, unpack
+from ..engines.second_pass.weigh import whole_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk(Brief):
+    """The queries of one call: query (batch, heads, n, dim) and lse (batch, heads, n).
+
+    packed: what the call says besides q, k and v (`packed.SCHEMA`). keys: positions start, stop.
+    """
+
+    query: Tensor
+    lse: Tensor
+    packed: tuple[Any, ...]
+    keys: tuple[int, int]
+
+
+@dataclass(eq=False)
+class RecordedLayer(Brief):
+    """One layer's calls. Its queries count from 0 in the order in which they were computed.
+
+    name: the module's qualified name; index: the number of its layer; kind: "self" or "cross".
+    pattern: False where the layer has no softmax attention; `reason` says why.
+    pieces: keys (batch, kv_heads, n, dim), each with the position of its first.
+    """
+
+    name: str
+    index: int
+    kind: str
+    pattern: bool = True
+    reason: str = ""
+    chunks: list[Chunk] = field(default_factory=list)
+    pieces: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.pattern:
+            return f"RecordedLayer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
+        sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
+        return f"RecordedLayer({self.name!r}, {self.kind}, {sizes})"
+
+    def add(self, call: Call, lse: Tensor) -> None:
+        """Append a call's queries, and the keys that it brought."""
+        place = call.place
+        start, stop = place.key_start, place.key_start + place.k_len
+        packed = tuple(_kept(a) for a in pack(call))
+        if not self.chunks:
+            self.pieces.append((start, _kept(call.key)))
+        elif self.kind == "self":
+            # A cache repeats what is known; new are only the keys at the call's own positions
+            new = call.key[:, :, place.query_start - start :][:, :, : place.q_len]
+            self.pieces.append((place.query_start, _kept(new)))
+        self.chunks.append(Chunk(_kept(call.query), _kept(lse), packed, (start, stop)))
+        self.__dict__.pop("key", None)
+
+    def pick(self, rows: list[int]) -> None:
+        """Make the batch of these of its items; one may come twice, or be left out."""
+        for at, chunk in enumerate(self.chunks):
+            call = unpack(chunk.query, chunk.query, None, *chunk.packed)
+            packed = pack(
+                replace(
+                    call,
+                    program=call.program.items(rows),
+                    biases=tuple(b.items(rows) for b in call.biases),
+                )
+            )
+            self.chunks[at] = Chunk(chunk.query[rows], chunk.lse[rows], packed, chunk.keys)
+        self.pieces = [(start, piece[rows]) for start, piece in self.pieces]
+        self.__dict__.pop("key", None)
+
+    @property
+    def key_start(self) -> int:
+        """The first key's position."""
+        return min((start for start, _ in self.pieces), default=0)
+
+    @cached_property
+    def key(self) -> Tensor | None:
+        """All keys (batch, kv_heads, k_len, dim)."""
+        if len(self.pieces) < 2:
+            return self.pieces[0][1] if self.pieces else None
+        last = max(start + piece.shape[2] for start, piece in self.pieces)
+        first = self.pieces[0][1]
+        whole = first.new_zeros(*first.shape[:2], last - self.key_start, first.shape[3])
+        for start, piece in self.pieces:
+            whole[:, :, start - self.key_start :][:, :, : piece.shape[2]] = piece
+        return whole
+
+    @property
+    def batch(self) -> int:
+        """Batch size."""
+        return self.chunks[0].query.shape[0] if self.chunks else 0
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.chunks[0].query.shape[1] if self.chunks else 0
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.key.shape[1] if self.key is not None else 0
+
+    @property
+    def q_len(self) -> int:
+        """Recorded queries."""
+        return sum(c.query.shape[2] for c in self.chunks)
+
+    @property
+    def k_len(self) -> int:
+        """Recorded keys."""
+        return self.key.shape[2] if self.key is not None else 0
+
+    def call(self, chunk: Chunk, batch: int) -> Call:
+        """The call of a chunk for one batch item."""
+        assert self.key is not None
+        start, stop = (k - self.key_start for k in chunk.keys)
+        return unpack(chunk.query, self.key[:, :, start:stop], None, *chunk.packed).item(batch)
+
+    def weights(self, rows: slice, batch: int = 0) -> Tensor:
+        """The exact weights (heads, rows, k_len), float32, of some queries of one batch item."""
+        first, last, _ = rows.indices(self.q_len)
+        parts, at = [], 0
+        for chunk in self.chunks:
+            n = chunk.query.shape[2]
+            r0, r1 = max(first - at, 0), min(last - at, n)
+            if r0 < r1:
+                call, lse = self.call(chunk, batch), chunk.lse[batch : batch + 1]
+                left = chunk.keys[0] - self.key_start
+                right = self.k_len - left - call.place.k_len
+                part = whole_rows(call, lse, (r0, r1))[0]
+                parts.append(torch.nn.functional.pad(part, (left, right)))
+            at += n
+        if not parts:
+            return torch.zeros(self.heads, 0, self.k_len, dtype=torch.float32, device="cpu")
+        return torch.cat(parts, 1).float()
+
+
+def _kept(argument: Any) -> Any:
+    """A copy that later steps do not overwrite (static caches are filled in place)."""
+    if isinstance(argument, Tensor):
+        return argument.detach().clone()
+    if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+        # A learned one changes in place; the others are shared by all layers
+        return [t.detach().clone() if t.requires_grad else t for t in argument]
+    return argument
