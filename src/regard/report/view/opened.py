@@ -22,7 +22,7 @@ BINS = 512
 """Bars of the strip that says where along the whole text a word reads."""
 LISTED = 256
 """Of one word's weights, this many are listed, largest first."""
-_ROWS = 1 << 22  # weights computed at once where whole rows are needed
+_APART = 64  # special tokens that can be taken out of a map
 
 
 @dataclass(eq=False)
@@ -134,12 +134,13 @@ class Opened:
         layer = self.layer(number, head, batch)
         if not 0 <= key < layer.k_len:
             raise RegardError(f"no key {key}: the layer has {layer.k_len:,}")
-        step = max(1, _ROWS // max(1, layer.k_len * layer.heads))
+        col, place = divmod(key, SIDE)
+        tiles = [(head, 0, row, col) for row in range(-(-layer.q_len // SIDE))]
         parts = [
-            self.recording.weights(number, head, slice(at, at + step), [key], batch)[:, 0]
-            for at in range(0, layer.q_len, step)
+            self.recording.tiles(number, tiles[at : at + SIDE], "sum", batch)[:, :, place].flatten()
+            for at in range(0, len(tiles), SIDE)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts)[: layer.q_len]
 
     def fan(self, number: int, head: int, index: int, batch: int, inward: bool) -> dict[str, Any]:
         """One word's strongest weights, out or in, and where they lie along the whole text."""
@@ -169,12 +170,41 @@ class Opened:
         return float(self.recording.weights(number, head, [query], [key], batch)[0, 0])
 
     def tile(
-        self, number: int, head: int, zoom: int, row: int, col: int, reduce: str, batch: int
+        self, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int, sinks: bool
     ) -> bytes:
-        """One tile of a head's map: 128 × 128 float32, little-endian."""
-        self.layer(number, head, batch)
-        found = self.recording.tile(number, head, zoom, row, col, reduce, batch)
-        return found.to(torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
+        """One tile (head, zoom, row, col) of a map: 128 × 128 float32, little-endian.
+
+        Without `sinks`, the first and the special tokens' columns are taken out of it: from sums
+        exactly; a cell of several tokens whose largest weight may be theirs is +inf.
+        """
+        found = self.recording.tile(number, *tile, reduce, batch).float()  # type: ignore[arg-type]
+        if not sinks:
+            found = self._without_sinks(found, number, tile, reduce, batch)
+        return found.contiguous().numpy().astype("<f4", copy=False).tobytes()
+
+    def _without_sinks(
+        self, found: Tensor, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int
+    ) -> Tensor:
+        head, zoom, row, col = tile
+        size, found = 1 << zoom, found.clone()
+        first, last = col * SIDE * size, (col + 1) * SIDE * size
+        for key in {0, *self._special()[:_APART]}:
+            if not first <= key < min(last, self.recording.layers[number].k_len):
+                continue
+            at = (key - first) // size
+            if zoom == 0:
+                found[:, at] = 0
+            elif reduce == "max":
+                found[:, at] = torch.inf
+            else:
+                column = self._once(
+                    ("column", number, head, key, batch),
+                    lambda key=key: self.column(number, head, key, batch),  # type: ignore[misc]
+                )
+                part = column[row * SIDE * size : (row + 1) * SIDE * size]
+                part = torch.nn.functional.pad(part, (0, SIDE * size - len(part)))
+                found[:, at] = (found[:, at] - part.view(SIDE, size).sum(1)).clamp(min=0)
+        return found
 
     def matching(self, text: str, side: str = "text", most: int = 10_000) -> list[int]:
         """The tokens that hold `text`, or, of a text of several tokens, those where it begins."""

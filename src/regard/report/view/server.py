@@ -219,14 +219,14 @@ class Site:
             opened = self.which(asked)
             layer, head, zoom = (asked.number(name) for name in ("layer", "head", "zoom"))
             batch, reduce = asked.number("batch", 0), asked.one_of("reduce", "sum", "max")
-            places = asked.places("at")
+            places, sinks = asked.places("at"), asked.number("sinks", 1) > 0
             opened.layer(layer, head, batch)
         except (RegardError, OSError) as error:
             return _refused(error)
 
         def one(row: int, col: int) -> bytes:
             self.computed += 1
-            return opened.tile(layer, head, zoom, row, col, reduce, batch)
+            return opened.tile(layer, (head, zoom, row, col), reduce, batch, sinks)
 
         loop = asyncio.get_running_loop()
         try:
