@@ -14,7 +14,7 @@ from torch import Tensor
 from ...capture.recording import INDEX, RecordedLayer, Recording
 from ...errors import RegardError
 from . import overview
-from .pieces import displayed
+from .pieces import Piece, displayed
 
 SIDE = 128
 """Cells along each side of a tile."""
@@ -94,10 +94,10 @@ class Opened:
         decoded = layer.kind == "cross" and of == "q"
         return "decoder" if decoded or count != len(self.pieces("text")) else "text"
 
-    def pieces(self, side: str) -> list[str]:
-        """Each token as the text shows it, with the space before it."""
+    def pieces(self, side: str) -> list[Piece]:
+        """Each token as the text shows it, with what stands before it."""
 
-        def found() -> list[str]:
+        def found() -> list[Piece]:
             about = self.recording.about
             mine = about if side == "text" else about.get("decoder")
             return displayed(mine if isinstance(mine, dict) else {})
@@ -211,7 +211,8 @@ class Opened:
         wanted = text.strip().casefold()
         if not wanted:
             return []
-        names = [piece.strip().casefold() for piece in self.pieces(side)]
+        pieces = self.pieces(side)
+        names = [(p if isinstance(p, str) else p[1]).strip().casefold() for p in pieces]
         exact = [i for i, name in enumerate(names) if name == wanted]
         found = exact or [i for i, name in enumerate(names) if wanted in name]
         return (found or list(self._across(names, wanted)))[:most]

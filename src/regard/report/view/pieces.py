@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
-def displayed(about: dict[str, Any]) -> list[str]:
-    """One string a token, from the text where offsets say which characters are whose.
+Piece = str | tuple[str, str]
+"""A token with the white space before it; or what no token covers before it, and the token."""
+
+
+def displayed(about: dict[str, Any]) -> list[Piece]:
+    """One piece a token, from the text where offsets say which characters are whose.
 
     A token that has no characters of the text (a special one) is shown by its name, without a
     space. Bytes of one character share it: the first shows it, the others are empty.
@@ -20,12 +24,17 @@ def displayed(about: dict[str, Any]) -> list[str]:
         return [_plain(name) for name in names]
     special = about.get("special")
     marks = special if isinstance(special, list) and len(special) == len(names) else []
-    pieces, reached = [], 0
+    pieces: list[Piece] = []
+    reached = 0
     for i, (start, end) in enumerate(offsets):
         if (marks and marks[i]) or (start == end and end >= reached and not _held(offsets, i)):
             pieces.append(names[i])
             continue
-        pieces.append(text[min(reached, start) if start >= reached else reached : end])
+        gap = text[reached:start]
+        if gap and not gap.isspace():
+            pieces.append((gap, text[start:end]))
+        else:
+            pieces.append(text[reached:end])
         reached = max(reached, end)
     return pieces
 

@@ -91,7 +91,15 @@ class Tokens {
   /** A token as the text holds it, with the white space before it; null while it is on its way. */
   piece(i) {
     const page = this.pages.get(Math.floor(i / this.page));
-    return page ? (page[i % this.page] ?? "") : null;
+    if (!page) return null;
+    const piece = page[i % this.page] ?? "";
+    return typeof piece === "string" ? piece : piece[1];
+  }
+
+  /** What stands before a token that is no token's; "" mostly. */
+  gap(i) {
+    const piece = this.pages.get(Math.floor(i / this.page))?.[i % this.page];
+    return Array.isArray(piece) ? piece[0] : "";
   }
 
   /** A token's name, fit for one line. */

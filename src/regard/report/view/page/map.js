@@ -1,7 +1,7 @@
 // A head's N × N map: pan and zoom from the whole to one cell, every zoom exact.
 
 import "./vendor/leaflet/leaflet.js";
-import { make, three } from "./shared.js";
+import { make } from "./shared.js";
 import { changed, state } from "./state.js";
 import { darkness, paint } from "./tiles.js";
 import { Profiles } from "./profiles.js";
@@ -44,9 +44,10 @@ class HeadMap {
     this.element = element;
     this.map = L.map(element, {
       crs: CRS, attributionControl: false, zoomSnap: 0, zoomDelta: 1, wheelPxPerZoomLevel: 120,
-      zoomAnimation: !matchMedia("(prefers-reduced-motion: reduce)").matches, maxBoundsViscosity: 0.6,
-      minZoom: 0, maxZoom: 1,
+      zoomAnimation: !matchMedia("(prefers-reduced-motion: reduce)").matches,
+      minZoom: 0, maxZoom: 1, zoomControl: false,
     });
+    L.control.zoom({ position: "topright" }).addTo(this.map);
     element.setAttribute("aria-label", "The map of the head: rows read, columns are read");
     this.map.setView([0, 0], 0);
     this.map.on("moveend zoomend", () => this.moved());
@@ -55,13 +56,17 @@ class HeadMap {
     this.map.on("mouseout", () => this.told(null));
     this.map.on("click", (event) => this.click(event.latlng));
     darkness.addEventListener("change", () => this.repaint());
+    this.untouched = true; // until a hand moves it, the whole map is kept in sight
+    for (const kind of ["pointerdown", "wheel", "keydown"])
+      element.addEventListener(kind, () => (this.untouched = false), { passive: true });
     new ResizeObserver(() => {
-      this.map.invalidateSize({ animate: false });
+      this.map.invalidateSize({ animate: false, pan: false });
+      if (this.where && this.untouched) this.whole();
       this.profiles.due();
     }).observe(element);
   }
 
-  /** Show a head. `where`: {r, layer, head, batch, rows, cols, rowTokens, colTokens, apart}. */
+  /** Show a head. `where`: {r, layer, head, batch, rows, cols, rowTokens, colTokens, versus: the other of a difference}. */
   show(where) {
     const before = this.where;
     this.where = where;
@@ -70,8 +75,7 @@ class HeadMap {
     this.unit = 2 ** (1 - this.deepest); // pixels of a token at zoom 0
     const same = before && before.rows === where.rows && before.cols === where.cols;
     if (before && same && JSON.stringify(this.asked(before)) === JSON.stringify(this.asked(where))) {
-      this.where.before = null;
-      return this.repaint();
+        return this.repaint();
     }
     this.layer?.remove();
     this.layer = new MapTiles({
@@ -81,9 +85,9 @@ class HeadMap {
     this.layer.owner = this;
     this.layer.on("tileunload", ({ tile }) => tile.drop());
     this.layer.on("tileload", () => this.profiles.due());
-    this.map.setMaxZoom(this.deepest + CLOSER);
     if (!same) {
-      this.map.setMaxBounds(this.bounds().pad(0.5));
+      this.map.invalidateSize({ animate: false, pan: false });
+      this.untouched = true;
       this.whole();
     }
     this.layer.addTo(this.map);
@@ -102,13 +106,24 @@ class HeadMap {
     const room = [this.element.clientWidth, this.element.clientHeight].map((one) => Math.max(one, 50));
     const fits = Math.min(room[0] / (this.where.cols * this.unit), room[1] / (this.where.rows * this.unit));
     const zoom = Math.max(0, Math.min(this.deepest + CLOSER, Math.log2(fits)));
-    this.map.setMinZoom(Math.min(zoom, Math.max(0, Math.log2(fits))));
-    this.map.setView(this.bounds().getCenter(), zoom, { animate: false });
+    this.place(this.bounds().getCenter(), zoom);
+    this.untouched = true;
+    this.map.options.minZoom = zoom;
+    this.map.fire("zoomlevelschange");
+    state.at = null;
+  }
+
+  /** Stand there at once: no animation under way may bring the map elsewhere. */
+  place(centre, zoom) {
+    this.map.stop();
+    Object.assign(this.map.options, { minZoom: 0, maxZoom: this.deepest + CLOSER });
+    this.map.setView(centre, zoom, { animate: false, reset: true });
   }
 
   /** Bring one cell into sight, so near that it is a single weight. */
   goTo(row, col, zoom = this.deepest + 4) {
-    this.map.setView([(row + 0.5) * this.unit, (col + 0.5) * this.unit], zoom, { animate: false });
+    this.untouched = false;
+    this.place([(row + 0.5) * this.unit, (col + 0.5) * this.unit], zoom);
   }
 
   /** The values of a tile; of two recordings, second − first. */
@@ -185,7 +200,8 @@ class HeadMap {
     this.profiles.due();
     this.tell();
     const { lat, lng } = this.map.getCenter();
-    state.at = [this.map.getZoom().toFixed(2), Math.round(lat / this.unit), Math.round(lng / this.unit)]
+    if (this.untouched) state.at = null;
+    else state.at = [this.map.getZoom().toFixed(2), Math.round(lat / this.unit), Math.round(lng / this.unit)]
       .join(",");
     changed();
   }
@@ -193,7 +209,8 @@ class HeadMap {
   /** Back to where the address says the map stood. */
   restore(at) {
     const [zoom, row, col] = at.split(",").map(Number);
-    this.map.setView([row * this.unit, col * this.unit], zoom, { animate: false });
+    this.untouched = false;
+    this.place([row * this.unit, col * this.unit], zoom);
   }
 
   tell() {
@@ -222,4 +239,4 @@ function lock(one, two) {
   follow(two, one);
 }
 
-export { HeadMap, L, lock, three };
+export { HeadMap, lock };

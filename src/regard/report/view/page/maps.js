@@ -1,7 +1,7 @@
 // The maps on the page: one, two side by side, or their difference; what they share is chosen here.
 
 import { HeadMap, lock } from "./map.js";
-import { download, pictureOf } from "./save.js";
+import { download } from "./save.js";
 import { byId, make } from "./shared.js";
 import { changed, state } from "./state.js";
 import { Loader, darkness, ramps } from "./tiles.js";
@@ -65,9 +65,9 @@ class Maps {
     while (this.maps.length < count) this.add();
     const here = state.recording;
     const which = shows === "second" ? [this.other()] : [here, this.other()].slice(0, count);
+    this.maps.forEach((map, i) => this.name(map, which[i], shows));
     this.maps.forEach((map, i) => map.show({ ...this.where(which[i]),
       ...(shows === "change" ? { versus: this.other() } : {}) }));
-    this.maps.forEach((map, i) => this.name(map, which[i], shows));
     if (this.restored === undefined) {
       this.restored = true;
       if (state.at) this.first.restore(state.at);
@@ -86,10 +86,6 @@ class Maps {
     this.maps.push(map);
     if (this.maps.length === 2) {
       lock(...this.maps);
-      requestAnimationFrame(() => {
-        const { map: one } = this.maps[0];
-        this.maps[1]?.map.setView(one.getCenter(), one.getZoom(), { animate: false });
-      });
     }
   }
 
@@ -128,4 +124,4 @@ class Maps {
   }
 }
 
-export { Maps, pictureOf };
+export { Maps };

@@ -126,12 +126,13 @@ class Profiles {
           && this.at[along] >> seen.zoom === first + i;
         context.fillStyle = on ? colours[3] : colours[0];
         const length = (value / most) * (named ? room * 0.3 : room - 4);
-        context.fillRect(0, at, Math.max(value > 0 ? 0.75 : 0, length), Math.max(0.75, step - (step > 3 ? 1 : 0)));
+        context.fillRect(0, at, Math.max(value > 0 ? 0.75 : 0, length), Math.max(0.75, step > 6 ? step - 1 : step + 0.3));
         if (!named) return;
         context.fillStyle = on ? colours[1] : colours[2];
         context.font = `${on ? 600 : 400} 11.5px system-ui, sans-serif`;
         context.textBaseline = "middle";
-        context.fillText(tokens.name(first + i, 14), Math.max(8, room * 0.3 + 5), at + step / 2, room * 0.7);
+        const from = Math.max(8, room * 0.3 + 5);
+        context.fillText(tokens.name(first + i, 14), from, at + step / 2, room - from - 3);
       });
     }
   }

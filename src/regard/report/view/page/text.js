@@ -119,9 +119,8 @@ class Pane {
   word(block, text, i) {
     const piece = this.tokens.piece(i);
     const bare = piece.trim();
-    const before = bare ? piece.slice(0, piece.indexOf(bare)) : "";
-    for (const line of before.includes("\n") ? ["\n"] : before ? [" "] : [])
-      text.append(line === "\n" ? make("br") : line);
+    this.between(text, this.tokens.gap(i));
+    if (bare) this.between(text, piece.slice(0, piece.indexOf(bare)));
     const word = make("span", "word", bare ? visible(bare) : this.tokens.name(i));
     if (!bare) word.classList.add("blank");
     if (this.does.special.has(i) && this.tokens.side === "text") word.classList.add("special");
@@ -130,6 +129,14 @@ class Pane {
     block.words.set(i, word);
     text.append(word);
     if (!bare && piece.includes("\n")) text.append(make("br"));
+  }
+
+  /** What lies before a token: a new line, a space, or characters that have no token. */
+  between(text, gap) {
+    const said = gap.trim();
+    if (said) text.append(make("span", "untold", visible(said)));
+    if (gap.includes("\n")) text.append(make("br"));
+    else if (gap && (!said || /\s$/.test(gap))) text.append(" ");
   }
 
   element(i) {
@@ -265,7 +272,7 @@ class Pane {
         chip.type = "button";
         chip.dataset.to = i;
         chip.append(`${sign} ${i.toLocaleString("en")} `, make("b", "", this.tokens.name(i, 18)),
-          ` ${weight.toFixed(2)}`);
+          ` ${weight < 0.005 ? "<.01" : weight.toFixed(2)}`);
         chip.addEventListener("click", () => this.goTo(i));
         return chip;
       });

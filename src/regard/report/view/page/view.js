@@ -194,7 +194,9 @@ function drawHeadline() {
       : "Hover a token to see what it reads; click to keep it.";
     return;
   }
-  const [best] = fan.items.filter(([i]) => !aside(i)).concat(fan.items);
+  const other = fan.index + (fan.inward ? -shift() : shift());
+  const [best] = fan.items.filter(([i, weight]) => !aside(i) && i !== other && weight >= 0.02)
+    .concat(fan.items);
   const names = fan.inward ? [readers().name(best[0]), keys().name(fan.index)]
     : [readers().name(fan.index), keys().name(best[0])];
   line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(three(best[1]), "weight"), where);
