@@ -52,7 +52,7 @@ def test_every_kind_of_call_has_its_tiles(case):
         assert_tiles(recording, truth)
 
 
-@pytest.mark.parametrize("budget", [2**21, 300 * 7], ids=["one block", "many blocks"])
+@pytest.mark.parametrize("budget", [2**21, 900 * 33], ids=["one block", "many blocks"])
 def test_every_zoom(budget, monkeypatch):
     """600 queries and 900 keys: four zooms, edges that fill no cell, blocks that end in a cell."""
     monkeypatch.setattr(pooled, "BUDGET", budget)

@@ -16,6 +16,7 @@ from .call.observers import Distances, Effect, Entropy, LogSumExp, Map, MaxScore
 from .call.observers import Received, Rows, TopK
 from .call.pages import Pages
 from .call.sparse_masks import BigBird, BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided
+from .capture.record import record
 from .capture.recording import Recording
 from .capture.layers import Cut
 from .capture.watching import watch
@@ -29,6 +30,6 @@ __all__ = [
     "Mask", "MaxScore", "NoEngine", "NormTopK", "Padding", "PagedCache", "Pages", "Predicate",
     "Received", "Recording", "RegardError", "RelativeBias", "Rows", "SnapKV", "Strided", "TOVA",
     "TopBlocks", "TopK", "Unseen", "Window", "WindowCache", "attention", "explain",
-    "linear_attention", "look", "merge", "observe", "piecewise", "stitch",
+    "linear_attention", "look", "merge", "observe", "piecewise", "record", "stitch",
     "unseen", "unseen_mass", "unseen_recorded", "watch",
 ]  # fmt: skip

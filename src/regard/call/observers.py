@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -205,27 +205,30 @@ class Map(Observer):
     """The whole map, pooled to at most rows × cols cells; a cell's side is a power of two.
 
     reduce "sum" keeps the mass of a cell; "max" its largest weight (a mean would hide a head that
-    retrieves one token).
+    retrieves one token). least: the smallest side of a cell, a power of two.
     """
 
     rows: int
     cols: int
     reduce: Literal["sum", "max"] = "sum"
+    least: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
-        whole_fields(self, "rows", "cols")
+        whole_fields(self, "rows", "cols", "least")
+        if self.least < 1 or self.least & (self.least - 1):
+            raise RegardError(f"{self}: give a least side that is a power of two")
         if self.rows < 1 or self.cols < 1 or self.reduce not in ("sum", "max"):
             raise RegardError(f"{self}: give rows ≥ 1, cols ≥ 1 and reduce sum or max")
 
     def cells(self, place: Place) -> tuple[Cells, Cells]:
         """The cells over the queries and over the keys of a call."""
         return (
-            Cells.fitting(place.query_start, place.q_len, self.rows),
-            Cells.fitting(place.key_start, place.k_len, self.cols),
+            Cells.fitting(place.query_start, place.q_len, self.rows, self.least),
+            Cells.fitting(place.key_start, place.k_len, self.cols, self.least),
         )
 
     def written(self) -> list[str]:
-        return [str(self.rows), str(self.cols), f'"{self.reduce}"']
+        return [str(self.rows), str(self.cols), f'"{self.reduce}"', str(self.least)]
 
     def shapes(self, place: Place, dtype: torch.dtype) -> list[Shape]:
         rows, cols = self.cells(place)

@@ -29,14 +29,15 @@ class Cells:
     size: int
 
     @classmethod
-    def fitting(cls, start: int, length: int, most: int) -> Cells:
+    def fitting(cls, start: int, length: int, most: int, least: int = 1) -> Cells:
         """The smallest cells such that at most `most` of them cover start … start + length − 1.
 
+        least: the smallest size that they may have.
         Position 0 is always a border: positions on both sides of it need two.
         """
         if not length:
-            return cls(start, 0, 1)
-        last, size = start + length - 1, 1
+            return cls(start // least, 0, least)
+        last, size = start + length - 1, least
         most = max(most, 2) if start < 0 <= last else most
         while last // size - start // size >= most:
             size *= 2

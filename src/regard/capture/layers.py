@@ -27,7 +27,7 @@ from .module_stack import Tracker, module_of
 from .module_tree import CROSS, Blocks, inside, kind_of
 from .projection import output_projection
 from .real_queries import SUMMED, real_queries, summed
-from .recorded_layer import RecordedLayer
+from .recorded_layer import RecordedLayer, recorded
 
 
 class Cut(NamedTuple):
@@ -116,8 +116,8 @@ class Layer:
                 self.qk.pick(order)
         self._results.append(results)
         if keep_qk:
-            self.qk = self.qk or RecordedLayer(self.name, self.index, self.kind)
-            self.qk.add(call, lse)
+            self.qk = self.qk or recorded(self.name, self.index, self.kind)
+            self._results = self.qk.take(call, lse, self._results)
         self.heads, self.kv_heads = place.heads, place.kv_heads
         self.q_len, self.k_len = self.q_len + place.q_len, place.k_len
         self._end = place.query_start + place.q_len

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +16,7 @@ from ..call.brief import Brief, shortened
 from ..call.checked import Call
 from ..call.op_schema import pack, unpack
 from ..engines.second_pass.weigh import whole_rows
+from .pyramid import Results
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +32,33 @@ class Chunk(Brief):
     keys: tuple[int, int]
 
 
+_OPEN = threading.local()
+
+
+@contextmanager
+def kept_by(make: Callable[[str, int, str], RecordedLayer]) -> Iterator[None]:
+    """While inside, this thread's watches keep queries and keys in the layers that `make` makes."""
+    before, _OPEN.make = getattr(_OPEN, "make", None), make
+    try:
+        yield
+    finally:
+        _OPEN.make = before
+
+
+def recorded(name: str, index: int, kind: str) -> RecordedLayer:
+    """What keeps the calls of a watched layer."""
+    return (getattr(_OPEN, "make", None) or RecordedLayer)(name, index, kind)
+
+
 @dataclass(eq=False)
 class RecordedLayer(Brief):
     """One layer's calls. Its queries count from 0 in the order in which they were computed.
 
     name: the module's qualified name; index: the number of its layer; kind: "self" or "cross".
     pattern: False where the layer has no softmax attention; `reason` says why.
-    pieces: keys (batch, kv_heads, n, dim), each with the position of its first.
+    pieces: keys (batch, kv_heads, n, dim), each with the position of its first. values (batch,
+    kv_heads, n, v_dim) and norms ‖W_O v‖ (batch, heads, n): likewise, where they were kept.
+    results: what was read beside them. damage: what is wrong with the file that held them.
     """
 
     name: str
@@ -44,12 +68,21 @@ class RecordedLayer(Brief):
     reason: str = ""
     chunks: list[Chunk] = field(default_factory=list)
     pieces: list[tuple[int, Tensor]] = field(default_factory=list)
+    values: list[tuple[int, Tensor]] = field(default_factory=list)
+    norms: list[tuple[int, Tensor]] = field(default_factory=list)
+    results: Results = field(default_factory=Results)
+    damage: str = ""
 
     def __str__(self) -> str:
         if not self.pattern:
             return f"RecordedLayer({self.name!r}, no pattern: {shortened(self.reason, 80)})"
         sizes = f"heads {self.heads}, q_len {self.q_len}, k_len {self.k_len}"
         return f"RecordedLayer({self.name!r}, {self.kind}, {sizes})"
+
+    def take(self, call: Call, lse: Tensor, results: list[Any]) -> list[Any]:
+        """Append a call; of its observers' results, and those before, return what is left here."""
+        self.add(call, lse)
+        return results
 
     def add(self, call: Call, lse: Tensor) -> None:
         """Append a call's queries, and the keys that it brought."""
@@ -85,17 +118,25 @@ class RecordedLayer(Brief):
         """The first key's position."""
         return min((start for start, _ in self.pieces), default=0)
 
+    @property
+    def query_start(self) -> int:
+        """The first query's position."""
+        return int(self.chunks[0].packed[-2]) if self.chunks else 0
+
     @cached_property
     def key(self) -> Tensor | None:
         """All keys (batch, kv_heads, k_len, dim)."""
-        if len(self.pieces) < 2:
-            return self.pieces[0][1] if self.pieces else None
-        last = max(start + piece.shape[2] for start, piece in self.pieces)
-        first = self.pieces[0][1]
-        whole = first.new_zeros(*first.shape[:2], last - self.key_start, first.shape[3])
-        for start, piece in self.pieces:
-            whole[:, :, start - self.key_start :][:, :, : piece.shape[2]] = piece
-        return whole
+        return joined(self.pieces)
+
+    @cached_property
+    def value(self) -> Tensor | None:
+        """All values (batch, kv_heads, k_len, v_dim), where they were kept."""
+        return joined(self.values)
+
+    @cached_property
+    def norm(self) -> Tensor | None:
+        """‖W_O v‖ of each key (batch, heads, k_len), where values were kept."""
+        return joined(self.norms)
 
     @property
     def batch(self) -> int:
@@ -145,6 +186,19 @@ class RecordedLayer(Brief):
         if not parts:
             return torch.zeros(self.heads, 0, self.k_len, dtype=torch.float32, device="cpu")
         return torch.cat(parts, 1).float()
+
+
+def joined(pieces: list[tuple[int, Tensor]]) -> Tensor | None:
+    """Pieces along dimension 2 as one; each stands where its first key does."""
+    if len(pieces) < 2:
+        return pieces[0][1] if pieces else None
+    first = min(start for start, _ in pieces)
+    last = max(start + piece.shape[2] for start, piece in pieces)
+    shape = list(pieces[0][1].shape)
+    whole = pieces[0][1].new_zeros([*shape[:2], last - first, *shape[3:]])
+    for start, piece in pieces:
+        whole[:, :, start - first :][:, :, : piece.shape[2]] = piece
+    return whole
 
 
 def _kept(argument: Any) -> Any:

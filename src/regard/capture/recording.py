@@ -20,16 +20,13 @@ from ..call.brief import Brief, shortened
 from ..engines.second_pass.pooled import Reduce
 from ..errors import RegardError
 from . import reading
-from .recorded_layer import Chunk, RecordedLayer
+from .chunk_json import from_json, to_json
+from .opened import layer_files, open_layers, verify
+from .recorded_layer import RecordedLayer
 from .saved_files import Fields, checksum, whole_folder
 
-FORMAT = 1
+FORMAT, STREAMED = 1, 2  # what `save` writes, and `record`
 INDEX = "recording.json"
-_LISTS = ("mask_tensors", "bias_tensors")
-_OPTIONAL = ("sinks", "seed")
-_NUMBERS = (
-    "mask_code", "bias_code", "scale", "softcap", "dropout", "query_start", "key_start",
-)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -38,10 +35,15 @@ class Recording(Brief):
 
     about: JSON-able: "model", "text", "tokens" (strings), "offsets" (start and end character of
     each token), "special" (whether a token is one) and whatever else the recorder wrote.
+    whole: False where the run that wrote it was stopped. damaged: what is wrong with its files, one
+    sentence each; the other layers can be read. folder: where it was loaded from.
     """
 
     layers: list[RecordedLayer]
     about: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
+    damaged: list[str] = field(default_factory=list)
+    folder: Path | None = None
 
     def __str__(self) -> str:
         heads = sorted({layer.heads for layer in self.layers if layer.pattern})
@@ -61,6 +63,8 @@ class Recording(Brief):
         if not found:
             names = ", ".join(layer.name for layer in self.layers)
             raise RegardError(f"no layer {which!r} in the recording; it has {names}")
+        if found[0].damage:
+            raise RegardError(found[0].damage)
         if not found[0].pattern:
             raise RegardError(f"layer {found[0].name} has no pattern: {found[0].reason}")
         return found[0]
@@ -99,6 +103,27 @@ class Recording(Brief):
                 raise RegardError(f"cols {list(cols)}: layer {found.name} has {n} keys")
             out = out[:, :, cols if isinstance(cols, slice) else list(cols)]
         return out if head is None else out[head]
+
+    def norm_weights(
+        self,
+        layer: int | str,
+        head: int | None = None,
+        rows: slice | Sequence[int] | None = None,
+        cols: slice | Sequence[int] | None = None,
+        batch: int = 0,
+    ) -> Tensor:
+        """weight · ‖W_O v‖: how long a vector each key adds, as `weights` gives the weights.
+
+        Kobayashi et al. 2020, section 3. RegardError where values were not kept.
+        """
+        norm = self._found(layer, head, batch).norm
+        if norm is None:
+            raise RegardError(f"layer {layer!r} keeps no values; record with values=True")
+        weights = self.weights(layer, head, rows, cols, batch)
+        mine = norm[batch] if head is None else norm[batch, head]
+        if cols is not None:
+            mine = mine[..., cols if isinstance(cols, slice) else list(cols)]
+        return weights * mine[..., None, :].float()
 
     def _found(self, layer: int | str, head: int | None, batch: int) -> RecordedLayer:
         """The layer, where it has that head and that batch item."""
@@ -167,7 +192,7 @@ class Recording(Brief):
         layer: int | str,
         head: int | None = None,
         batch: int = 0,
-        bins: int | tuple[int, ...] = 16,
+        bins: int | tuple[int, ...] | None = None,
     ) -> reading.ByDistance:
         """Mass by distance between query and key: (heads, bins), or (bins,)."""
         found = reading.distances(self._found(layer, head, batch), batch, bins)
@@ -187,19 +212,38 @@ class Recording(Brief):
             index = {"format": FORMAT, "about": self.about, "layers": entries}
             (part / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1), "utf-8")
 
+    def verify(self) -> None:
+        """Read every number once: RegardError that names each file not as it was written."""
+        if self.folder is None:
+            return
+        index = json.loads((self.folder / INDEX).read_text("utf-8"))
+        if index["format"] == STREAMED:
+            verify(path for mine in layer_files(self.folder).values() for path in mine)
+        else:
+            Recording.load(self.folder)  # which checks what `save` wrote
+
     @classmethod
     def load(cls, folder: str | Path) -> Recording:
-        """Read what `save` wrote. RegardError if it is not there, not whole, or damaged."""
+        """Open what `record` wrote, mapped into memory, or read what `save` wrote.
+
+        RegardError if it is not there, or damaged. Of what `record` wrote, layers that are whole
+        can be read though others are not: `damaged` names those.
+        """
         folder = Path(folder)
         try:
             index = Fields(json.loads((folder / INDEX).read_text("utf-8")), INDEX)
-            if index["format"] != FORMAT:
+            if index["format"] not in (FORMAT, STREAMED):
                 raise RegardError(
-                    f"{folder}: format {index['format']}; this version reads {FORMAT}"
+                    f"{folder}: format {index['format']}; this version reads {FORMAT} and "
+                    f"{STREAMED}"
                 )
+            if index["format"] == STREAMED:
+                opened, damaged = open_layers(folder, index)
+                about, whole = index.of(dict, "about"), index.of(bool, "whole")
+                return cls(opened, about, whole, damaged, folder)
             layers = index.of(list, "layers")
             heard = [_heard(Fields(x, f"layer {n}"), folder) for n, x in enumerate(layers)]
-            return cls(heard, index.of(dict, "about"))
+            return cls(heard, index.of(dict, "about"), folder=folder)
         except RegardError:
             raise
         except RecursionError:
@@ -216,26 +260,12 @@ def _written(layer: RecordedLayer, file: str, folder: Path) -> dict[str, Any]:
     if layer.key is None:
         return entry
     tensors = {"key": layer.key}
-    entry["chunks"] = [_said(c, n, tensors) for n, c in enumerate(layer.chunks)]
+    entry["chunks"] = [to_json(c, n, tensors) for n, c in enumerate(layer.chunks)]
     # Each tensor on its own: shared or strided storage has no place in the file
     own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     save_file(own, folder / file)
     sums = {n: checksum(t) for n, t in own.items()} | {"chunks": checksum(entry["chunks"])}
     return entry | {"file": file, "sums": sums}
-
-
-def _said(chunk: Chunk, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A chunk as JSON; its tensors go into `tensors` under names that begin with its number."""
-    tensors[f"{number}.query"], tensors[f"{number}.lse"] = chunk.query, chunk.lse
-    said: dict[str, Any] = {"keys": chunk.keys}
-    masks, biases, sinks, seed, *numbers = chunk.packed
-    for name, held in zip(_LISTS, (masks, biases), strict=True):
-        said[name] = len(held)
-        tensors.update({f"{number}.{name}.{i}": t for i, t in enumerate(held)})
-    for name, tensor in zip(_OPTIONAL, (sinks, seed), strict=True):
-        if tensor is not None:
-            tensors[f"{number}.{name}"] = tensor
-    return said | dict(zip(_NUMBERS, numbers, strict=True))
 
 
 def _heard(entry: Fields, folder: Path) -> RecordedLayer:
@@ -254,7 +284,9 @@ def _heard(entry: Fields, folder: Path) -> RecordedLayer:
         _check_sums(entry.of(dict, "sums"), tensors | {"chunks": chunks}, file)
     layer.pieces = [(entry.count("key_start"), tensors["key"])]
     for number, said in enumerate(chunks):
-        layer.chunks.append(_chunk(Fields(said, f"{layer.name}, chunk {number}"), number, tensors))
+        layer.chunks.append(
+            from_json(Fields(said, f"{layer.name}, chunk {number}"), number, tensors)
+        )
     return layer
 
 
@@ -264,18 +296,3 @@ def _check_sums(sums: dict[str, Any], given: dict[str, Any], file: str) -> None:
         if sums.get(name) != checksum(value):
             where = INDEX if name == "chunks" else file
             raise ValueError(f"{where}: {name} is damaged; it is not what was written")
-
-
-def _chunk(said: Fields, number: int, tensors: dict[str, Tensor]) -> Chunk:
-    """A chunk from its JSON and the layer's tensors."""
-    lists = [[tensors[f"{number}.{n}.{i}"] for i in range(said.count(n))] for n in _LISTS]
-    optional = [tensors.get(f"{number}.{n}") for n in _OPTIONAL]
-    numbers = [said.integers(n) for n in _NUMBERS[:2]]
-    numbers += [said.of((float, int), n) for n in _NUMBERS[2:5]]
-    numbers += [said.of(int, n) for n in _NUMBERS[5:]]
-    first, last = said.integers("keys", 2)
-    query, lse = tensors[f"{number}.query"], tensors[f"{number}.lse"]
-    fits = query.dim() == tensors["key"].dim() == 4 and lse.shape == query.shape[:3]
-    if not fits or not 0 <= first <= last:
-        raise ValueError(f"chunk {number} has tensors, or keys, that do not fit together")
-    return Chunk(query, lse, (*lists, *optional, *numbers), (first, last))

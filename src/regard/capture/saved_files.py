@@ -24,16 +24,7 @@ def whole_folder(folder: Path, index: str, overwrite: bool) -> Iterator[Path]:
     index: the file that a folder of ours has; any other that is not empty is left alone.
     RegardError where something is there, unless it is ours and `overwrite`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RegardError(f"{folder} is a file; name a folder")
-    held = folder.exists() and any(folder.iterdir())
-    if held and not (folder / index).exists():
-        raise RegardError(f"{folder} holds other files; name a new folder")
-    if held and not overwrite:
-        raise RegardError(
-            f"{folder} holds a recording already; name a new folder, or give overwrite=True"
-        )
-    folder = folder.resolve()
+    folder = free_folder(folder, index, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part, old = (folder.with_name(f".{folder.name}.{n}-{os.getpid()}") for n in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
@@ -47,10 +38,27 @@ def whole_folder(folder: Path, index: str, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
-    _clean(folder)
+    clean(folder)
 
 
-def _clean(folder: Path) -> None:
+def free_folder(folder: Path, index: str, overwrite: bool) -> Path:
+    """The folder, made absolute. RegardError where something is there that is not to be replaced.
+
+    index: the file that a folder of ours has; any other that is not empty is left alone.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RegardError(f"{folder} is a file; name a folder")
+    held = folder.exists() and any(folder.iterdir())
+    if held and not (folder / index).exists():
+        raise RegardError(f"{folder} holds other files; name a new folder")
+    if held and not overwrite:
+        raise RegardError(
+            f"{folder} holds a recording already; name a new folder, or give overwrite=True"
+        )
+    return folder.resolve()
+
+
+def clean(folder: Path) -> None:
     """Remove what killed processes left beside a folder that is whole now."""
     for kind in ("part", "old"):
         for left in folder.parent.glob(f".{folder.name}.{kind}-*"):
@@ -92,6 +100,12 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return name in self._given
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __bool__(self) -> bool:
+        return bool(self._given)
 
     def of(self, kind: type | tuple[type, ...], name: str) -> Any:
         """A field of one of these types; a truth value is no number."""

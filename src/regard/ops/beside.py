@@ -6,6 +6,7 @@ ours over queries and keys.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..call.checked import Call
 from ..engines import sdpa, tiled
 from ..engines.cpu import engine as cpu
-from ..engines.second_pass.weigh import whole_rows
+from ..engines.second_pass.weigh import weigh, whole_rows
 from ..errors import RegardError
 
 CHECKED_ROWS = 16  # of each call that is verified: the last ones, which see the most
@@ -116,6 +117,48 @@ def check_draws(dropout: Any, name: str) -> None:
         )
 
 
+_OPEN = threading.local()
+
+
+class Rounding:
+    """While inside, what is read beside attention is read from queries and keys of this dtype.
+
+    So a log-sum-exp, and all that is read with it, belongs to the numbers that a recording keeps.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self._lse: Tensor | None = None
+
+    def __enter__(self) -> Rounding:
+        self._before = getattr(_OPEN, "rounding", None)
+        _OPEN.rounding = self
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        _OPEN.rounding, self._lse = self._before, None
+
+    def rounded(self, call: Call) -> Call:
+        """The call of the rounded numbers."""
+        if self.dtype in (None, call.query.dtype):
+            return call
+        value = None if call.value is None else call.value.to(self.dtype)
+        return replace(
+            call, query=call.query.to(self.dtype), key=call.key.to(self.dtype), value=value
+        )
+
+    def made(self, lse: Tensor) -> bool:
+        """Whether this log-sum-exp is the last one read from rounded numbers."""
+        return lse is self._lse
+
+    def gathered(self, call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, Any]]:
+        """As `gathered`, of the rounded numbers, and with the results of all observers."""
+        rounded = self.rounded(call)
+        lse, seen = _gathered(rounded, lse if rounded is call else None)
+        self._lse = lse
+        return lse, dict(enumerate(weigh(rounded, lse, seen=seen)))
+
+
 @torch.no_grad()
 def gathered(call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, Any]]:
     """lse (batch, heads, q_len) of a call, and the results that come with it, by their number.
@@ -123,6 +166,12 @@ def gathered(call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, A
     lse: where it is known already. The compiled engine gathers what it can on the way, without
     mixing any values; on CUDA PyTorch's kernel is the fastest way to an lse.
     """
+    rounding: Rounding | None = getattr(_OPEN, "rounding", None)
+    return _gathered(call, lse) if rounding is None else rounding.gathered(call, lse)
+
+
+def _gathered(call: Call, lse: Tensor | None) -> tuple[Tensor, dict[int, Any]]:
+    """As `gathered`, of the call's own numbers."""
     if lse is not None:
         return lse, {}
     without = replace(call, value=call.key[..., :0])

@@ -1,0 +1,217 @@
+"""`record`: a model's attention on one input, written layer by layer while the model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RegardError
+from ..ops.beside import Rounding
+from .projection import output_projection
+from .pyramid import observers
+from .recorded_layer import RecordedLayer, kept_by
+from .recording import INDEX, STREAMED, Recording
+from .saved_files import clean, free_folder
+from .stored_layer import StoredLayer
+from .watching import watch
+
+
+def record(
+    model: nn.Module,
+    inputs: Any,
+    folder: str | Path,
+    *,
+    layers: Sequence[int | str] | int | str | None = None,
+    dtype: torch.dtype | None = torch.bfloat16,
+    values: bool = False,
+    observe: bool = True,
+    top: int = 8,
+    tokens: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    text: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    verify: bool | None = None,
+) -> Recording:
+    """Run a model and write queries, keys and log-sum-exp of its attention, layer by layer.
+
+        recording = regard.record(model, inputs, "folder", tokenizer=tokenizer)
+        recording.tile(layer=3, head=1, zoom=4, row=0, col=0)  # 128 × 128 cells of 16 × 16 tokens
+
+    A layer goes to its file when its attention is computed, and leaves memory; the result is mapped
+    from the files. The model's output is its own, to the bit.
+
+    inputs: what the model takes: token ids, a mapping of its arguments, or a function without
+        arguments that runs it, such as `lambda: model.generate(**inputs)`, or a prefill in chunks.
+        Calls that continue a sequence append to it; a new sequence replaces the last.
+    layers: as for `watch`. dtype: of queries and keys as kept; None: the model's own. What is read
+        beside them, and the log-sum-exp, belongs to the numbers that are kept.
+    values: also keep values, and ‖W_O v‖ of each key (`Recording.norm_weights`).
+    observe: keep the `top` largest weights of each row, what each key receives, entropy, distances,
+        and pooled maps, from which coarse tiles are read. Padding's queries count.
+    tokens: a name for each token; tokenizer: names them, and places them in the text.
+    about: further facts, fit for JSON. overwrite: replace an older recording.
+
+    RegardError as of `watch`, for beam search, and for a folder that is not free. A run that is
+    stopped or killed leaves the layers that were whole, and `Recording.load` opens them.
+    """
+    folder = Path(folder)
+    said = {"model": _name(model), "versions": _versions()} | dict(about or {})
+    said |= _tokens(inputs, tokens, tokenizer, text)
+    with _Writer(folder, model, said, overwrite, values) as writer:
+        asked = observers(top) if observe else ()
+        with (
+            torch.no_grad(),
+            Rounding(dtype) as rounding,
+            kept_by(writer.making(rounding, asked)),
+            watch(
+                model, observe=asked, layers=layers, keep_qk=True, verify=verify,
+                count_padding=True,
+            ) as seen,
+        ):  # fmt: skip
+            _run(model, inputs)
+        writer.finish([(x.name, x.index, x.kind, x.pattern, x.reason) for x in seen.layers])
+    return Recording.load(folder)
+
+
+def _run(model: nn.Module, inputs: Any) -> None:
+    """Run the model on what it was given."""
+    if isinstance(inputs, Tensor):
+        model(inputs)
+    elif isinstance(inputs, Mapping):
+        model(**inputs)
+    elif callable(inputs):
+        inputs()
+    else:
+        raise RegardError(
+            f"inputs is a {type(inputs).__name__}; give token ids, a mapping of the model's "
+            "arguments, or a function that runs it"
+        )
+
+
+def _name(model: nn.Module) -> str:
+    """What to call a model: the name that it was loaded by, else its class."""
+    if not isinstance(model, nn.Module):
+        raise RegardError(f"record takes a torch module, not a {type(model).__name__}")
+    named = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return Path(named).name or type(model).__name__
+
+
+def _versions() -> dict[str, str]:
+    """What ran: the versions that a result may depend on."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("regard", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _tokens(
+    inputs: Any, tokens: Sequence[str] | None, tokenizer: Any, text: str | None
+) -> dict[str, Any]:
+    """What a recording says of its tokens."""
+    said: dict[str, Any] = {} if text is None else {"text": text}
+    if tokens is not None:
+        return said | {"tokens": [str(token) for token in tokens]}
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if tokenizer is None or not isinstance(ids, Tensor) or ids.dim() not in (1, 2):
+        return said
+    first: list[int] = (ids if ids.dim() == 1 else ids[0]).tolist()
+    names = tokenizer.convert_ids_to_tokens(first)
+    said["tokens"] = [f"<{i}>" if n is None else n for i, n in zip(first, names, strict=True)]
+    if text is not None and getattr(tokenizer, "is_fast", False):
+        placed = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        if placed["input_ids"] == first:
+            said["offsets"] = [[int(a), int(b)] for a, b in placed["offset_mapping"]]
+            said["special"] = [bool(s) for s in placed["special_tokens_mask"]]
+    return said
+
+
+class _Writer:
+    """A recording's folder while it is written.
+
+    An older recording stands aside until a layer of the new one is whole.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, about: dict[str, Any], overwrite: bool, values: bool
+    ) -> None:
+        _as_json(about)
+        self._folder, self._about = free_folder(folder, INDEX, overwrite), about
+        self._old = self._folder.with_name(f".{self._folder.name}.old-{os.getpid()}")
+        self._modules, self._values = dict(model.named_modules()), values
+        self._layers: dict[str, StoredLayer] = {}
+
+    def __enter__(self) -> _Writer:
+        shutil.rmtree(self._old, ignore_errors=True)
+        if self._folder.exists():
+            self._folder.rename(self._old)
+        self._folder.mkdir(parents=True)
+        self._index([], whole=False)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not any(layer.parts for layer in self._layers.values()):
+            shutil.rmtree(self._folder)  # nothing of it can be read
+            if self._old.exists():
+                self._old.rename(self._folder)
+        shutil.rmtree(self._old, ignore_errors=True)
+        clean(self._folder)
+
+    def making(
+        self, rounding: Rounding, asked: Sequence[Any]
+    ) -> Callable[[str, int, str], RecordedLayer]:
+        """Makes the layer that takes in the calls of a module."""
+
+        def make(name: str, index: int, kind: str) -> StoredLayer:
+            before = self._layers.get(name)
+            number = len(self._layers) if before is None else int(before.path.stem[6:])
+            for file in self._folder.glob(f"layer-{number:03}.*"):  # of an earlier sequence
+                file.unlink()
+            path = self._folder / f"layer-{number:03}.safetensors"
+            of = self._projection if self._values else None
+            self._layers[name] = made = StoredLayer(name, index, kind, path, rounding, asked, of)
+            return made
+
+        return make
+
+    def _projection(self, name: str, width: int) -> Tensor:
+        return output_projection(self._modules, name, width)
+
+    def finish(self, order: Sequence[tuple[str, int, str, bool, str]]) -> None:
+        """Write what is left, and the index: name, number, kind, pattern and reason by layer."""
+        entries = []
+        for name, index, kind, pattern, reason in order:
+            entry: dict[str, Any] = {"name": name, "index": index, "kind": kind}
+            entry |= {"pattern": pattern, "reason": reason, "file": None}
+            if (layer := self._layers.get(name)) is not None:
+                layer.close()
+                entry["file"] = layer.path.name
+            entries.append(entry)
+        self._index(entries, whole=True)
+
+    def _index(self, entries: list[dict[str, Any]], whole: bool) -> None:
+        """Write the index, which is there once it is whole."""
+        index = {"format": STREAMED, "whole": whole, "about": self._about, "layers": entries}
+        text = _as_json(index)
+        part = self._folder / f"{INDEX}.part"
+        part.write_text(text, "utf-8")
+        os.replace(part, self._folder / INDEX)
+
+
+def _as_json(said: dict[str, Any]) -> str:
+    """RegardError for what JSON cannot say."""
+    try:
+        return json.dumps(said, ensure_ascii=False, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RegardError(f"about: {error}; give what JSON can say") from None
