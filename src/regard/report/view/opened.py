@@ -25,6 +25,11 @@ LISTED = 256
 _APART = 64  # special tokens that can be taken out of a map
 
 
+def readable(layer: RecordedLayer) -> bool:
+    """Whether a layer has weights to show."""
+    return layer.pattern and not layer.damage and layer.q_len > 0
+
+
 @dataclass(eq=False)
 class Opened:
     """One recording. Methods may be called from several threads."""
@@ -39,8 +44,9 @@ class Opened:
     def load(cls, folder: Path) -> Opened:
         """RegardError where it is no recording, or has nothing to show."""
         recording = Recording.load(folder)
-        if not any(layer.pattern and layer.q_len for layer in recording.layers):
-            raise RegardError(f"{folder} has no layer with softmax attention: nothing to view")
+        if not any(map(readable, recording.layers)):
+            damaged = recording.damaged[:1] or ["it has no layer with softmax attention"]
+            raise RegardError(f"nothing to view in {folder}: {damaged[0]}")
         return cls(recording, folder)
 
     def check(self) -> None:
@@ -54,7 +60,7 @@ class Opened:
     def about(self) -> dict[str, Any]:
         """What the page needs to begin."""
         about, layers = self.recording.about, self.recording.layers
-        first = next(layer for layer in layers if layer.pattern)
+        first = next(layer for layer in layers if readable(layer))
         begun = about.get("generated")
         return {
             "name": self.folder.name,
@@ -71,11 +77,13 @@ class Opened:
                     "k_len": layer.k_len,
                     "q_side": self.side(layer, "q"),
                     "k_side": self.side(layer, "k"),
-                    "pattern": layer.pattern,
-                    "reason": layer.reason,
+                    "pattern": readable(layer),
+                    "reason": layer.damage or layer.reason,
                 }
                 for layer in layers
             ],
+            "whole": self.recording.whole,
+            "damaged": self.recording.damaged[:20],
             "sides": {name: len(self.pieces(name)) for name in ("text", "decoder")},
             "special": self._special(),
         }
@@ -117,6 +125,8 @@ class Opened:
         """What each head of a layer does, by metric."""
         if not 0 <= number < len(self.recording.layers):
             raise RegardError(f"no layer {number}: there are {len(self.recording.layers)}")
+        if not readable(self.recording.layers[number]):
+            return None
         return self._once(
             ("overview", number, batch),
             lambda: overview.layer_metrics(self.recording, number, batch),
@@ -239,7 +249,7 @@ class Opened:
         values: list[list[float] | None] = []
         used: tuple[list[int], list[int]] = ([], [])
         for number, layer in enumerate(self.recording.layers):
-            if not layer.pattern:
+            if not readable(layer):
                 values.append(None)
                 continue
             rows = [i for i in self.matching(source, self.side(layer, "q")) if i < layer.q_len]

@@ -25,11 +25,9 @@ SAMPLED = 64
 _AT_ONCE = 1 << 23  # weights in memory
 
 
-def layer_metrics(recording: Recording, number: int, batch: int) -> dict[str, Any] | None:
-    """Of one layer, a list of heads for each metric; None where it has no pattern."""
-    layer = recording.layers[number]
-    if not layer.pattern or not layer.q_len:
-        return None
+def layer_metrics(recording: Recording, number: int, batch: int) -> dict[str, Any]:
+    """Of one layer, a list of heads for each metric."""
+    layer = recording.layer(number)
     values = _layer(recording, number, layer, batch)
     return {key: _finite(values[key]) for key in SAID}
 

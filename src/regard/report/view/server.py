@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -279,17 +280,20 @@ def listen(port: int) -> socket.socket:
     return sock
 
 
-def serve(opened: Sequence[Opened], sock: socket.socket) -> None:
-    """Answer until interrupted."""
-    import uvicorn
-
-    site = Site(opened)
+def server(site: Site) -> uvicorn.Server:
+    """What answers for a site, once it is run on a socket."""
     config = uvicorn.Config(
         site.app(), log_level="error", access_log=False, lifespan="off", ws="none",
         server_header=False, date_header=False, timeout_graceful_shutdown=1, http="h11",
     )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def serve(opened: Sequence[Opened], sock: socket.socket) -> None:
+    """Answer until interrupted."""
+    site = Site(opened)
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        server(site).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn raises again what it has handled
         pass
     finally:

@@ -143,7 +143,10 @@ class HeadMap {
   }
 
   paint(canvas) {
-    paint(canvas, canvas.values, { scale: state.scale, ...this.scale(canvas.place.zoom) });
+    const { zoom, row, col } = canvas.place;
+    const [rows, cols] = [this.where.rows, this.where.cols].map((n) => Math.ceil(n / 2 ** zoom));
+    paint(canvas, canvas.values, { scale: state.scale, ...this.scale(zoom),
+      rows: rows - row * SIDE, cols: cols - col * SIDE });
   }
 
   /** What a value is divided by, and the least that has a colour where the scale is logarithmic. */

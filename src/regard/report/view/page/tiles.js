@@ -134,12 +134,13 @@ function strength(value, scale, low) {
   return Math.max(0, Math.min(1, 1 - Math.log(value) / Math.log(low)));
 }
 
-/** Paint 128 × 128 values. `drawn`: {scale, low, unit}. */
+/** Paint 128 × 128 values. `drawn`: {scale, low, unit, rows, cols}: cells beyond them are left clear. */
 function paint(canvas, values, drawn) {
   const context = canvas.getContext("2d");
   const image = context.createImageData(128, 128);
   const { up, down } = ramps();
   for (let i = 0; i < values.length; i++) {
+    if (i >> 7 >= drawn.rows || (i & 127) >= drawn.cols) continue;
     const value = values[i] / drawn.unit;
     if (value === Infinity) { // left out: the largest weight may be a sink's
       const stripe = ((i >> 7) + (i & 127)) % 4 === 0;
@@ -152,7 +153,7 @@ function paint(canvas, values, drawn) {
     }
     const colour = value < 0 ? down : up;
     const at = Math.round(255 * strength(Math.abs(value), drawn.scale, drawn.low));
-    if (at || value) image.data.set([...colour[value ? Math.max(1, at) : 0], 255], 4 * i);
+    image.data.set([...colour[value ? Math.max(1, at) : 0], 255], 4 * i);
   }
   context.putImageData(image, 0, 0);
 }

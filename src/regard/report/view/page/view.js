@@ -352,6 +352,9 @@ function tellAbout() {
     "Keys: m and t change between map and text, / finds, Tab reaches map, text and heads, arrows move, + and − " +
       "zoom the map, Enter keeps a token, Esc lets go. The address holds what is chosen.",
   ];
+  if (!shown.whole) lines.splice(1, 0, "The run that wrote this recording was stopped: the layers " +
+    "that were whole are here.");
+  for (const damage of shown.damaged) lines.splice(1, 0, damage);
   if (held) lines.splice(1, 0, "This file holds what was in view when it was written.");
   byId("foot").replaceChildren(...lines.map((line) => make("p", "", line)));
 }
