@@ -29,9 +29,7 @@ def view(recordings: tuple[Path, ...], port: int, no_browser: bool) -> None:
         try:
             from ..report.view.server import HOST, listen, serve
         except ImportError as error:
-            raise RegardError(
-                f'the page needs {error.name}: pip install "regard[view]"'
-            ) from error
+            raise RegardError(f'the page needs {error.name}: pip install "regard[view]"') from error
         from ..report.view.opened import Opened
 
     opened = [Opened.load(folder.expanduser()) for folder in recordings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...capture.recording import INDEX, RecordedLayer, Recording
+from ...capture.recorded_layer import RecordedLayer
+from ...capture.recording import INDEX, Recording
 from ...errors import RegardError
 from . import overview
 from .pieces import Piece, displayed
@@ -152,9 +154,16 @@ class Opened:
         ]
         return torch.cat(parts)[: layer.q_len]
 
-    def fan(self, number: int, head: int, index: int, batch: int, inward: bool) -> dict[str, Any]:
+    def fan(
+        self, number: int, head: int, index: int, *, batch: int, inward: bool
+    ) -> dict[str, Any]:
         """One word's strongest weights, out or in, and where they lie along the whole text."""
         values = (self.column if inward else self.row)(number, head, index, batch)
+        if not bool(values.isfinite().all()):
+            raise RegardError(
+                f"a weight of token {index:,} is not a number in head {number}.{head}: the model's "
+                "queries or keys held NaN or infinity there"
+            )
         best = values.topk(min(LISTED, len(values)))
         shown = best.values > 0
         size = -(-max(1, len(values)) // BINS)
@@ -177,7 +186,10 @@ class Opened:
         layer = self.layer(number, head, batch)
         if not (0 <= query < layer.q_len and 0 <= key < layer.k_len):
             raise RegardError(f"no weight at query {query}, key {key}")
-        return float(self.recording.weights(number, head, [query], [key], batch)[0, 0])
+        found = float(self.recording.weights(number, head, [query], [key], batch)[0, 0])
+        if not math.isfinite(found):
+            raise RegardError(f"the weight at query {query}, key {key} is not a number")
+        return found
 
     def tile(
         self, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int, sinks: bool

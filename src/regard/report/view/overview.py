@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...capture.recording import RecordedLayer, Recording
+from ...capture.recorded_layer import RecordedLayer
+from ...capture.recording import Recording
 
 SAID = {
     "sink": ("the first token", "mean weight on the first token: a sink where it is large"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 Piece = str | tuple[str, str]
 """A token with the white space before it; or what no token covers before it, and the token."""
 
@@ -20,7 +19,7 @@ def displayed(about: dict[str, Any]) -> list[Piece]:
         return []
     names = [str(token) for token in tokens]
     text, offsets = about.get("text"), about.get("offsets")
-    if not isinstance(text, str) or not _fit(offsets, len(names)):
+    if not isinstance(text, str) or not isinstance(offsets, list) or not _fit(offsets, len(names)):
         return [_plain(name) for name in names]
     special = about.get("special")
     marks = special if isinstance(special, list) and len(special) == len(names) else []
@@ -29,6 +28,7 @@ def displayed(about: dict[str, Any]) -> list[Piece]:
     for i, (start, end) in enumerate(offsets):
         if (marks and marks[i]) or (start == end and end >= reached and not _held(offsets, i)):
             pieces.append(names[i])
+            reached = max(reached, end)
             continue
         gap = text[reached:start]
         if gap and not gap.isspace():
@@ -39,16 +39,12 @@ def displayed(about: dict[str, Any]) -> list[Piece]:
     return pieces
 
 
-def _fit(offsets: object, count: int) -> bool:
-    return (
-        isinstance(offsets, list)
-        and len(offsets) == count
-        and all(
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(isinstance(place, int) and place >= 0 for place in pair)
-            for pair in offsets
-        )
+def _fit(offsets: list[Any], count: int) -> bool:
+    return len(offsets) == count and all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(place, int) and place >= 0 for place in pair)
+        for pair in offsets
     )
 
 

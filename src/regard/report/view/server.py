@@ -68,11 +68,13 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        own = {f"http://{given.get('host', '')}"}
+        given = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        own = f"http://{given.get('host', '')}"
         foreign = given.get("sec-fetch-site", "none") not in ("none", "same-origin")
         opened = given.get("sec-fetch-mode") == "navigate" and scope["path"] == "/"
-        if given.get("origin", next(iter(own))) not in own or (foreign and not opened):
+        if given.get("origin", own) != own or (foreign and not opened):
             refused = JSONResponse({"error": "this page answers its own origin only"}, 403)
             await refused(scope, receive, send)
             return
@@ -80,7 +82,7 @@ class Guard:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 more = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message = message | {"headers": [*message["headers"], *more]}
+                message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
         await self.app(scope, receive, with_headers)
@@ -197,12 +199,12 @@ class Site:
 
     def fan(self, asked: _Asked, opened: Opened) -> Any:
         inward = asked.one_of("way", "out", "in") == "in"
-        where = [asked.number(name) for name in ("layer", "head", "index")]
-        return opened.fan(*where, asked.number("batch", 0), inward)
+        layer, head, index = (asked.number(name) for name in ("layer", "head", "index"))
+        return opened.fan(layer, head, index, batch=asked.number("batch", 0), inward=inward)
 
     def weight(self, asked: _Asked, opened: Opened) -> Any:
-        where = [asked.number(name) for name in ("layer", "head", "row", "col")]
-        return opened.weight(*where, asked.number("batch", 0))
+        layer, head, row, col = (asked.number(name) for name in ("layer", "head", "row", "col"))
+        return opened.weight(layer, head, row, col, asked.number("batch", 0))
 
     def matching(self, asked: _Asked, opened: Opened) -> Any:
         return opened.matching(asked.word("text"), asked.one_of("side", "text", "decoder"))
@@ -248,7 +250,7 @@ def _file(path: str) -> Response:
     name = PurePosixPath(path)
     kind = _KINDS.get(name.suffix)
     plain = all(part not in ("", ".", "..") and "\\" not in part for part in path.split("/"))
-    if kind is None or not plain or name.is_absolute():
+    if kind is None or len(path) > 200 or not plain or name.is_absolute():
         return _json({"error": "no such file"}, 404)
     for folder in (files(__package__) / "page", files(__package__.rpartition(".")[0]) / "page"):
         found = folder.joinpath(*name.parts)
