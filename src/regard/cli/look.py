@@ -127,7 +127,8 @@ def look(
         from ..analysis.look import look as gather
         from ..analysis.question import Question
         from ..analysis.text_model import load
-        from ..report.look_html import check_html, write_html
+        from ..report.inline_page import check_html
+        from ..report.look_html import write_html
 
         if html is not None:
             check_html(html)

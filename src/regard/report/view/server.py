@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -175,6 +176,10 @@ class Site:
         return opened
 
     def about(self, asked: _Asked, opened: Opened) -> Any:
+        return self.about_page()
+
+    def about_page(self) -> dict[str, Any]:
+        """What the page needs to begin."""
         metrics = [
             {"key": key, "title": title, "said": said, "share": key not in overview.SCALED}
             for key, (title, said) in overview.SAID.items()
@@ -252,11 +257,19 @@ def _file(path: str) -> Response:
     plain = all(part not in ("", ".", "..") and "\\" not in part for part in path.split("/"))
     if kind is None or len(path) > 200 or not plain or name.is_absolute():
         return _json({"error": "no such file"}, 404)
-    for folder in (files(__package__) / "page", files(__package__.rpartition(".")[0]) / "page"):
-        found = folder.joinpath(*name.parts)
+    found = page_file(path)
+    if found is None:
+        return _json({"error": "no such file"}, 404)
+    return Response(found.read_bytes(), media_type=kind)
+
+
+def page_file(name: str) -> Traversable | None:
+    """A file of this page, or one that it shares with the page of `look`."""
+    for package in (__package__, __package__.rpartition(".")[0]):
+        found = (files(package) / "page").joinpath(*name.split("/"))
         if found.is_file():
-            return Response(found.read_bytes(), media_type=kind)
-    return _json({"error": "no such file"}, 404)
+            return found
+    return None
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -1,6 +1,8 @@
 // What the page asks its server. An exported page carries the answers itself, in `held`.
 
-const held = globalThis.REGARD_HELD ?? null;
+const held = JSON.parse(document.getElementById("held")?.textContent ?? "null");
+
+const elsewhere = "this file holds what was in view; for the rest, open the recording with regard view";
 
 /** An answer that says what is wrong in one sentence. */
 class Refused extends Error {}
@@ -15,8 +17,8 @@ function address(path, parameters) {
 async function ask(path, parameters = {}, signal = undefined) {
   const url = address(path, parameters);
   if (held) {
-    if (url in held) return held[url];
-    throw new Refused("this file holds what was in view; open the recording with regard view");
+    if (url in held.answers) return held.answers[url];
+    throw new Refused(elsewhere);
   }
   let response;
   try {
@@ -35,8 +37,8 @@ async function tilesOf(parameters, places, got, signal) {
   const at = places.map(({ row, col }) => `${row}.${col}`).join(",");
   if (held) {
     places.forEach(({ row, col }, i) => {
-      const text = held[address("tiles", { ...parameters, at: `${row}.${col}` })];
-      if (!text) return got(i, null);
+      const text = held.answers[address("tiles", { ...parameters, at: `${row}.${col}` })];
+      if (!text) throw new Refused(elsewhere);
       const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
       got(i, new Float32Array(bytes.buffer));
     });

@@ -1,6 +1,7 @@
 // A head's N × N map: pan and zoom from the whole to one cell, every zoom exact.
 
 import "./vendor/leaflet/leaflet.js";
+import { held } from "./api.js";
 import { make } from "./shared.js";
 import { changed, state } from "./state.js";
 import { darkness, paint } from "./tiles.js";
@@ -72,6 +73,7 @@ class HeadMap {
     this.where = where;
     const longest = Math.max(where.rows, where.cols, 1);
     this.deepest = Math.max(0, Math.ceil(Math.log2(longest / SIDE)));
+    this.least = Math.min(this.deepest, held?.least ?? 0); // no finer tiles are to be had
     this.unit = 2 ** (1 - this.deepest); // pixels of a token at zoom 0
     const same = before && before.rows === where.rows && before.cols === where.cols;
     if (before && same && JSON.stringify(this.asked(before)) === JSON.stringify(this.asked(where))) {
@@ -79,7 +81,7 @@ class HeadMap {
     }
     this.layer?.remove();
     this.layer = new MapTiles({
-      tileSize: PIXELS, minZoom: 0, maxNativeZoom: this.deepest, maxZoom: this.deepest + CLOSER,
+      tileSize: PIXELS, minZoom: 0, maxNativeZoom: this.deepest - this.least, maxZoom: this.deepest + CLOSER,
       bounds: this.bounds(), keepBuffer: 1, updateWhenZooming: false, noWrap: true,
     });
     this.layer.owner = this;
@@ -159,7 +161,8 @@ class HeadMap {
   }
 
   get zoom() {
-    return this.deepest - Math.min(this.deepest, Math.max(0, Math.round(this.map.getZoom())));
+    const near = Math.min(this.deepest - this.least, Math.max(0, Math.round(this.map.getZoom())));
+    return this.deepest - near;
   }
 
   tiles() {

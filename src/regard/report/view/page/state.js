@@ -1,5 +1,7 @@
 // What is chosen, kept in the address: a link to it opens the same.
 
+import { held } from "./api.js";
+
 const state = {
   recording: 0,
   layer: 0,
@@ -51,7 +53,7 @@ function write() {
 
 /** Take over what the address says, as far as `about` knows of it. */
 function read(about) {
-  const query = new URLSearchParams(location.hash.slice(1));
+  const query = new URLSearchParams(location.hash.slice(1) || held?.opens);
   const number = (name, most, otherwise) => {
     const text = query.get(name);
     return text !== null && /^\d{1,9}$/.test(text) && Number(text) < most ? Number(text) : otherwise;

@@ -299,6 +299,10 @@ function build() {
       changed();
     });
   choose("share", "share");
+  for (const id of held ? ["reduce", "sinks", "find", "reads", "which", "pair"] : []) {
+    byId(id).hidden = true;
+    byId(id).closest("label")?.setAttribute("hidden", "");
+  }
   buildFind();
   const several = (id, names, key, then) => {
     if (names.length < 2) return;
