@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 
 import regard
-from regard import H2O, TOVA, KVCache, PagedCache, SnapKV, WindowCache
+from regard.cache import H2O, TOVA, KVCache, PagedCache, SnapKV, WindowCache
 from regard.ops.cache import Cache
 
 Run = Callable[[], object]

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import transformers
 
 import regard
-from regard import H2O, TOVA, KVCache, SnapKV, WindowCache
+from regard.cache import H2O, TOVA, KVCache, SnapKV, WindowCache
 from regard.ops.cache import Cache
 
 FIRST = 4  # StreamingLLM's attention sinks

@@ -26,7 +26,6 @@ from torch import Tensor
 import regard
 from regard import (
     ALiBi,
-    BlockSparse,
     Causal,
     Distances,
     Documents,
@@ -40,7 +39,6 @@ from regard import (
     Map,
     MaxScore,
     Padding,
-    Pages,
     Predicate,
     Received,
     RelativeBias,
@@ -51,8 +49,10 @@ from regard import (
     explain,
     observe,
 )
+from regard.cache import Pages
 from regard.call.checked import Call
 from regard.engines import sdpa_cuda
+from regard.sparse import BlockSparse
 
 UNTIMED, TIMED = 5, 20
 HEADS = 32

@@ -36,7 +36,7 @@ def request(form: str, heads: int, tokens: int, dim: int) -> dict[str, object]:
     if form == "elu":
         return {}
     if form == "favor":
-        return {"feature_map": regard.Favor(2 * dim)}
+        return {"feature_map": regard.linear.Favor(2 * dim)}
     if form == "retention":
         return {"feature_map": None, "decay": retention}
     if form == "gla":

@@ -14,29 +14,31 @@ from torch import Generator, Tensor
 
 from regard import (
     ALiBi,
-    BigBird,
-    BlockSparse,
     Causal,
-    Chunks,
     Dense,
-    Dilated,
     Documents,
     Dropout,
     Edges,
     First,
-    Fixed,
     Full,
     Heads,
-    Longformer,
     Padding,
     Predicate,
     RelativeBias,
-    Strided,
-    TopBlocks,
     Window,
 )  # fmt: skip
 from regard.call.checked import Call
 from regard.call.geometry import Span
+from regard.sparse import (
+    BigBird,
+    BlockSparse,
+    Chunks,
+    Dilated,
+    Fixed,
+    Longformer,
+    Strided,
+    TopBlocks,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,5 +1,6 @@
 """What every test shares: no network, no clock, and the folder of larger models and data."""
 
+import importlib.util
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,38 @@ settings.load_profile("regard")
 
 # Tests are many small operations: threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Two processes for the whole suite; for some files none, as starting them takes longer."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    return min(2, os.cpu_count() or 1) if whole else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process, and so do all of `TOGETHER`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return next((kind for kind in TOGETHER if kind in file), file)
+
+    return ByFile(config, log)
+
+
+# One browser, and one pair of processes that interpret: not one for each process of tests
+TOGETHER = ("test_html", "test_triton")
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("triton") is None:
+        missing = pytest.mark.skip('triton is not installed; pip install ".[dev,cuda]"')
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(missing)
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +97,80 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder 'shared' (models and data) beside the repository")
     return folder
+
+
+# Models and what else takes long to make: once a run, for all files
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The packaged model."""
+    from regard.analysis.text_model import load
+
+    return load()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    """Small random models on disk: `gpt2` and `t5`."""
+    from small_tokenizers import write_models
+
+    root = tmp_path_factory.mktemp("models")
+    write_models(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """One Chromium."""
+    from browsing import chromium
+
+    driver = chromium(tmp_path_factory.mktemp("chromium"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
+def trophy(minilm, tmp_path_factory):
+    """A text read by the packaged model, and its page."""
+    from browsing import Written
+    from texts import TROPHY
+
+    return Written(minilm.record(TROPHY), tmp_path_factory.mktemp("page") / "look.html", ["it"])
+
+
+# Benchmarks without their patience
+
+
+@pytest.fixture
+def quick_turns(monkeypatch):
+    """Turns of one call, which wait for nothing."""
+    from regard.bench import timing
+
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
+    monkeypatch.setattr(timing, "TIMED", 0.0)
+
+
+@pytest.fixture
+def small_suites(monkeypatch, quick_turns, tmp_path):
+    """Two suites of tiny shapes, on a machine that is always quiet, where no run is saved."""
+    import regard.bench.tables as written
+    from regard import Causal
+    from regard.bench import machine, suites
+    from test_bench import quiet, tiny
+    from test_bench_peers import OBSERVED
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def short():
+        """tiny ones"""
+        yield tiny("short", "fp32/n96", "sdpa", "eager")
+        yield tiny("short", "bf16/n96", "onnxruntime", type="bf16")
+
+    def observed():
+        """with the weights in sight"""
+        yield tiny("observed", "fp32/all/n96", "plain", "sdpa", mask=Causal(), observe=OBSERVED)
+
+    monkeypatch.setattr(suites, "SUITES", {"short": short, "observed": observed})
+    monkeypatch.setattr(written, "SUITES", suites.SUITES)
+    monkeypatch.setattr(machine, "clock", quiet)

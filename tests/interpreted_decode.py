@@ -15,7 +15,6 @@ from cases import MASKS, REQUESTS, Case, Sizes, at, bools, floats, left_padding
 from interpreted import check_case
 from regard import (
     ALiBi,
-    BlockSparse,
     Causal,
     Distances,
     Entropy,
@@ -24,7 +23,6 @@ from regard import (
     MaxScore,
     NormTopK,
     Padding,
-    Pages,
     Received,
     Rows,
     TopK,
@@ -32,10 +30,12 @@ from regard import (
     attention,
     observe,
 )
+from regard.cache import Pages
 from regard.call.checked import Call
 from regard.engines.second_pass.triton import few_queries as few
 from regard.engines.second_pass.triton import few_queries_kernel as chunks
 from regard.engines.second_pass.triton import read as reading
+from regard.sparse import BlockSparse
 
 SIZES = {
     "one query": at(1, 150),

@@ -18,7 +18,8 @@ import regard.ops.linear.triton.launch
 import regard.ops.linear.triton.launch_bf16
 from cases import Case, Sizes, assert_within, at, floats
 from linear_cases import CASES, FORMS, gate, short
-from regard import Documents, LinearState, NoEngine, linear_attention
+from regard import Documents, NoEngine, linear_attention
+from regard.linear import LinearState
 from regard.ops.linear.triton import engine as by_triton
 from test_linear import answers, by, in_pieces, plainly, typical
 

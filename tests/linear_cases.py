@@ -11,7 +11,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from cases import Case, Sizes, at, bools, floats, shared_by_the_batch, sliced, transposed
-from regard import Documents, Favor, Padding
+from regard import Documents, Padding
+from regard.linear import Favor
 
 Build = Callable[[Sizes, Generator], dict[str, Any]]
 

@@ -7,7 +7,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regard import Causal, Dropout, NoEngine, Pages, TopK, attention
+from regard import Causal, Dropout, NoEngine, TopK, attention
+from regard.cache import Pages
 from regard.ops.attend import Request
 from test_nn import drawn
 

@@ -7,25 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from regard import (
-    BlockSparse,
-    Causal,
-    Dilated,
-    Documents,
-    Entropy,
-    First,
-    Full,
-    Map,
-    Received,
-    TopK,
-    Window,
-)
+from regard import Causal, Documents, Entropy, First, Full, Map, Received, TopK, Window
 from regard.bench import accuracy as checking
 from regard.bench import peers, suites
 from regard.bench.accuracy import Truth
 from regard.bench.inputs import FORMS, Inputs
 from regard.bench.problems import TYPES, Problem
 from regard.bench.sides import Refused
+from regard.sparse import BlockSparse, Dilated
 
 
 def problem(**more) -> Problem:

@@ -13,7 +13,8 @@ from regard.bench import tables as written  # noqa: E402
 from regard.bench.runner import Outcome, Settings  # noqa: E402
 from regard.bench.timing import Clock, Timing  # noqa: E402
 from regard.engines.cpu import native  # noqa: E402
-from test_bench import bench, quick_turns, refused, small_suites, tiny  # noqa: E402, F401
+from test_bench import tiny  # noqa: E402
+from test_bench_command import bench, refused  # noqa: E402
 from test_bench_peers import problem  # noqa: E402
 
 HERE = {"processor": "p", "cores": 2, "threads": 2, "bound": "true", "kernels": "avx2",
@@ -67,7 +68,7 @@ def test_another_machine_is_not_compared():
     assert written.below([outcome(0.9)], here, before) == {"below": None}
 
 
-def test_a_saved_run_is_compared_with_the_next(small_suites, cache):  # noqa: F811
+def test_a_saved_run_is_compared_with_the_next(small_suites, cache):
     first = bench("short", "--rounds", 1, "--save")
     assert first.exit_code == 0
     assert "There is no saved run to compare with: --save keeps one." in first.stdout
@@ -81,7 +82,7 @@ def test_a_saved_run_is_compared_with_the_next(small_suites, cache):  # noqa: F8
     assert json.loads(cache.read_text("utf-8")) == run  # only --save writes
 
 
-def test_what_is_no_saved_run_is_one_sentence(small_suites, cache):  # noqa: F811
+def test_what_is_no_saved_run_is_one_sentence(small_suites, cache):
     cache.parent.mkdir()
     cache.write_text("{", "utf-8")
     assert refused("short").startswith(f"{cache} is no saved run: ")
@@ -101,7 +102,7 @@ def test_quick_has_no_slow_peers_and_ends():
     assert [o.entry for o in found] == ran == entries[:1]
 
 
-def test_parts_need_kernels_that_count(small_suites, monkeypatch):  # noqa: F811
+def test_parts_need_kernels_that_count(small_suites, monkeypatch):
     monkeypatch.setattr(native, "cycles", lambda: None)
     assert refused("--parts") == (
         "these kernels count no cycles, which would cost time; build some that do: pip install "
@@ -110,7 +111,7 @@ def test_parts_need_kernels_that_count(small_suites, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
-def test_the_parts_of_each_shape(small_suites, monkeypatch):  # noqa: F811
+def test_the_parts_of_each_shape(small_suites, monkeypatch):
     counts = dict.fromkeys(native.PARTS, 0) | {"scores": 300, "mix": 200}
     monkeypatch.setattr(native, "cycles", lambda: (2, counts))
     result = bench("--parts")

@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 
 from regard.cli import main
-from test_look import folders  # noqa: F401
 
 TEXT = "The trophy didn't fit in the suitcase because it was too big."
 
@@ -116,7 +115,7 @@ def test_save_says_what_it_saved(tmp_path):
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["page", "saved"]
 
 
-def test_generate_shows_the_text_first_with_probabilities(folders):  # noqa: F811
+def test_generate_shows_the_text_first_with_probabilities(folders):
     asked = (TEXT, "--model", str(folders / "gpt2"), "--generate", "8")
     found = json.loads(CliRunner().invoke(main, ["look", *asked, "--json"]).stdout)
     said = found["generated"]
@@ -144,7 +143,7 @@ def test_generate_shows_the_text_first_with_probabilities(folders):  # noqa: F81
         assert max(map(len, lines.splitlines())) <= 80
 
 
-def test_a_decoder_s_first_token_has_no_probability(folders):  # noqa: F811
+def test_a_decoder_s_first_token_has_no_probability(folders):
     asked = (TEXT, "--model", str(folders / "t5"), "--generate", "8", "--json")
     said = json.loads(CliRunner().invoke(main, ["look", *asked]).stdout)["generated"]["words"]
     assert said[0]["probability"] is None

@@ -11,10 +11,8 @@ import regard
 from cases import FEW
 from linear_cases import CASES as LINEAR
 from regard import (
-    H2O,
     Distances,
     Entropy,
-    KVCache,
     LogSumExp,
     Map,
     MaxScore,
@@ -24,6 +22,7 @@ from regard import (
     attention,
     linear_attention,
 )
+from regard.cache import H2O, KVCache
 from regard.engines import ENGINES
 from test_torch_features import MODULES
 
@@ -142,7 +141,7 @@ def test_linear_attention(case, name):
 
 @pytest.mark.parametrize("name", DEFAULTS)
 @pytest.mark.parametrize(
-    "make", [KVCache, lambda: KVCache(evict=H2O(16)), lambda: regard.WindowCache(8)]
+    "make", [KVCache, lambda: KVCache(evict=H2O(16)), lambda: regard.cache.WindowCache(8)]
 )
 def test_a_cache(make, name):
     drawn = torch.randn(3, 2, 2, 70, 8, generator=torch.Generator().manual_seed(0))

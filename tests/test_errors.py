@@ -5,9 +5,7 @@ import pytest
 import torch
 
 from regard import (
-    H2O,
     ALiBi,
-    BlockSparse,
     Causal,
     Dense,
     Distances,
@@ -28,14 +26,15 @@ from regard import (
     Rows,
     TopK,
     Window,
-    WindowCache,
     attention,
     explain,
     linear_attention,
     observe,
 )
+from regard.cache import H2O, WindowCache
 from regard.engines import ENGINES
 from regard.nn.functional import scaled_dot_product_attention
+from regard.sparse import BlockSparse
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

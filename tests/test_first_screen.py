@@ -15,7 +15,8 @@ from regard.analysis.function_words import is_content
 from regard.analysis.look import look
 from regard.analysis.words import Word
 from regard.report.look_json import as_dict
-from test_look import CAT, TROPHY, answered, printed
+from test_look import answered, printed
+from texts import CAT, TROPHY
 
 PLACES = {"previous": -1, "self": 0, "next": 1}
 TEXT = "[CLS] whales and dogs swim in the sea because it calls the dogs home [SEP]"

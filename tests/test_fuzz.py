@@ -30,18 +30,14 @@ from cases import (
 )
 from regard import (
     ALiBi,
-    BlockSparse,
     Causal,
-    Chunks,
     Dense,
-    Dilated,
     Distances,
     Documents,
     Dropout,
     Edges,
     Entropy,
     First,
-    Fixed,
     Full,
     Heads,
     Map,
@@ -50,7 +46,6 @@ from regard import (
     Predicate,
     Received,
     RelativeBias,
-    Strided,
     TopK,
     Window,
     attention,
@@ -59,6 +54,7 @@ from regard.call.checked import Call
 from regard.engines import reference
 from regard.engines.cpu import engine as cpu
 from regard.engines.cpu import native
+from regard.sparse import BlockSparse, Chunks, Dilated, Fixed, Strided
 from test_gradients import by, gradients, typical
 from test_observers import CHECKS, Truth, parts, watchers
 

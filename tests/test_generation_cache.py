@@ -10,19 +10,8 @@ from torch import Tensor
 import regard
 import regard.huggingface
 import zoo
-from regard import (
-    H2O,
-    TOVA,
-    Cut,
-    Dense,
-    KVCache,
-    PagedCache,
-    Received,
-    RegardError,
-    SnapKV,
-    TopK,
-    WindowCache,
-)
+from regard import Cut, Dense, Received, RegardError, TopK
+from regard.cache import H2O, TOVA, KVCache, PagedCache, SnapKV, WindowCache
 from regard.huggingface import generation_cache
 from zoo import FAMILIES
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import regard
 from regard import (
-    BlockSparse,
     Causal,
     Dense,
     Distances,
@@ -29,7 +28,6 @@ from regard import (
     MaxScore,
     NormTopK,
     Padding,
-    Pages,
     Predicate,
     Received,
     Rows,
@@ -37,9 +35,11 @@ from regard import (
     Window,
     attention,
 )
+from regard.cache import Pages
 from regard.call.checked import Call
 from regard.call.geometry import Span
 from regard.engines import ENGINES
+from regard.sparse import BlockSparse
 from test_observers import parts
 
 BATCH, HEADS, KV_HEADS, K_LEN, DIM = 2, 4, 2, 200, 16

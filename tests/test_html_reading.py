@@ -13,17 +13,13 @@ from click.testing import CliRunner
 from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
 
+from browsing import HOSTILE, Page, Written, close
 from regard.cli import main
 from regard.report import look_html as html
-from test_html import ANIMAL, HOSTILE, TROPHY, Page, Written, browser, close, minilm
+from test_html import ANIMAL
+from texts import TROPHY
 
-__all__ = ["browser", "minilm"]
 LONG = " ".join(f"The whale number {i} followed a ship to the sea." for i in range(12))
-
-
-@pytest.fixture(scope="module")
-def trophy(minilm, tmp_path_factory):
-    return Written(minilm.record(TROPHY), tmp_path_factory.mktemp("page") / "look.html", ["it"])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """`import regard`: light, and exactly the public names."""
 
 import ast
+import importlib
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +11,19 @@ from pathlib import Path
 import pytest
 
 import regard
+from regard import public
 
-HEAVY = ("transformers", "tokenizers", "click", "rich", "matplotlib", "triton", "bokeh", "pytest")
+HEAVY = (
+    "transformers",
+    "tokenizers",
+    "click",
+    "rich",
+    "matplotlib",
+    "pandas",
+    "triton",
+    "bokeh",
+    "pytest",
+)
 
 
 def test_import_brings_no_optional_package():
@@ -41,11 +55,12 @@ def test_help_needs_no_torch(arguments):
     [
         "from regard import Causal, attention; attention, Causal",
         "from regard import *; attention, Causal",
-        "import regard; regard.call.masks.Causal, regard.Causal",
+        "import regard; regard.Causal, regard.call.masks.Causal",
         "import regard.engines.second_pass.weigh, regard.bench, regard; regard.attention",
         "import regard.analysis.look, regard.analysis.cut",
         "import regard.call.masks, regard; regard.attention",
-        "import regard; assert set(regard.__all__) <= set(dir(regard))",
+        "import regard; from regard import *; regard.nn.Rotary, regard.call.masks.Causal, watch",
+        "import regard.nn as modules, regard.cache as caches; modules.Rotary, caches.KVCache",
         "import regard; assert not hasattr(regard, 'nope'); regard.attention",
         "import pickle, regard; w = regard.Window(3); assert pickle.loads(pickle.dumps(w)) == w",
     ],
@@ -54,28 +69,61 @@ def test_names_come_when_they_are_asked_for(use):
     subprocess.run([sys.executable, "-c", use], check=True)
 
 
-def test_public_names_are_all():
-    tree = ast.parse(Path(regard.__file__).with_name("public.py").read_text("utf-8"))
+def parsed(name):
+    return ast.parse(Path(regard.__file__).with_name(f"{name}.py").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", ["public", *(n for n in public.NAMESPACES if n != "nn")])
+def test_public_names_are_all(name):
+    """Each once: what a namespace has stands nowhere else."""
     imported = {
         alias.asname or alias.name
-        for node in tree.body
+        for node in parsed(name).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert sorted(imported) == sorted(regard.__all__)
-    assert list(regard.__all__) == sorted(regard.__all__)
-    assert all(getattr(regard, name).__module__.startswith("regard.") for name in imported)
-    assert all(getattr(regard, name).__doc__ for name in imported)
+    module = importlib.import_module(f"regard.{name}")
+    assert imported == set(module.__all__)
+    assert len(module.__all__) == len(imported)
+    assert all(getattr(module, held).__module__.startswith("regard.") for held in imported)
+    assert all(getattr(module, held).__doc__ for held in imported)
+    others = [m for m in ("public", *public.NAMESPACES) if m != name]
+    for other in others:
+        assert not imported & set(importlib.import_module(f"regard.{other}").__all__)
 
 
 def test_init_is_short():
-    for name in ("__init__.py", "public.py"):
-        assert len(Path(regard.__file__).with_name(name).read_text("utf-8").splitlines()) < 40
+    for name, most in (("__init__", 32), ("public", 40)):
+        tree = parsed(name)
+        first, last = tree.body[1].lineno, tree.body[-1].end_lineno
+        assert last - first < most
+
+
+def test_help_fits_on_a_screen_and_names_all():
+    """And no class is written out in it."""
+    lines = pydoc.plain(pydoc.render_doc(regard)).splitlines()
+    assert len(lines) <= 60
+    assert max(len(line) for line in lines if "/" not in line) <= 80
+    said = " ".join(lines)
+    for name in [*public.__all__, *(f"regard.{n}" for n in (*public.NAMESPACES, "huggingface"))]:
+        assert re.search(rf"\b{name}\b", said), name
+    assert "__init__(" not in said
+
+
+def test_dir_is_tidy():
+    special = {name for name in dir(regard) if name.startswith("_")}
+    assert special == {"__doc__", "__version__"}
+    assert set(dir(regard)) - special == {*public.__all__, *public.NAMESPACES}
+    code = "from regard import *; print(*(n for n in dir() if n[0] != '_'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == set(public.__all__)
 
 
 def test_no_module_bears_a_public_functions_name():
-    modules = {path.stem for path in Path(regard.__file__).parent.glob("*.py")}
-    assert not modules & set(regard.__all__)
+    """Neither a file nor a folder: it would take the function's place once it is imported."""
+    found = {path.stem for path in Path(regard.__file__).parent.iterdir()}
+    assert {"public", "call", "cache"} <= found  # both kinds are seen
+    assert not found & set(public.__all__)
 
 
 def test_it_is_typed_and_has_a_version():

@@ -7,8 +7,6 @@ from regard import (
     Causal,
     Documents,
     Effect,
-    Favor,
-    LinearState,
     NoEngine,
     Padding,
     RegardError,
@@ -17,6 +15,7 @@ from regard import (
     linear_attention,
 )
 from regard.call.observers import Observer
+from regard.linear import Favor, LinearState
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import DTYPES, assert_within
-from regard import Documents, Favor, Padding, Received, RegardError, Rows, TopK
+from regard import Documents, Padding, Received, RegardError, Rows, TopK
+from regard.linear import Favor
 from regard.nn import DeltaAttention, LinearAttention, Rotary
 from test_nn import drawn, seeded, typical
 

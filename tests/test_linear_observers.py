@@ -16,7 +16,6 @@ from regard import (
     Documents,
     Effect,
     Entropy,
-    Favor,
     LogSumExp,
     Map,
     MaxScore,
@@ -28,6 +27,7 @@ from regard import (
     linear_attention,
     observe,
 )
+from regard.linear import Favor
 from regard.ops.linear.front import asked
 from regard.ops.linear.reference import phi
 from test_gradients import Largest

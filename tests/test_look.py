@@ -1,38 +1,22 @@
 """`regard look`: what it prints, against eager attention; its errors; hostile text."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
 
-import tokenizers  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 from rich.cells import cell_len  # noqa: E402
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
 import regard  # noqa: E402
 from regard.analysis.look import look  # noqa: E402
-from regard.analysis.text_model import Encoded, Reader, load  # noqa: E402
 from regard.cli import main  # noqa: E402
-from regard.report import first_screen  # noqa: E402
-from regard.report import look_terminal as terminal  # noqa: E402
-from regard.report.look_json import as_dict, as_json  # noqa: E402
-from regard.report.screen import Bit, bar, clean, fit, grid, wrapped  # noqa: E402
-
-TROPHY = "The trophy didn't fit in the suitcase because it was too big."
-CAT = "The cat sat on the mat because it was tired"
-ANIMAL = "The animal didn't cross the road because it was tired"
-HOSTILE = (
-    "The \x1b[31mred\x1b[0m [red]fox[/red] \u202ejumped\u202c \x9b31m [bold]it[/bold] "
-    "👩\u200d👩\u200d👧 日本語 end"
-)
+from regard.report.look_json import as_dict  # noqa: E402
+from texts import ANIMAL, CAT, TROPHY  # noqa: E402
 
 
 def run(*arguments, **env):
@@ -67,11 +51,6 @@ def refused(*arguments):
     assert result.stderr.count("\n") == 1
     assert result.stderr.strip().isprintable()
     return result.stderr.removeprefix("regard: ").strip()
-
-
-@pytest.fixture(scope="session")
-def minilm():
-    return load()
 
 
 def eager(reader, text):
@@ -215,109 +194,6 @@ def test_save(tmp_path):
     assert "is there already" in refused(TROPHY, "--save", folder)
 
 
-# The terminal
-
-
-def test_the_page_for_a_word():
-    page = printed(TROPHY, "--from", "it")
-    lines = page.splitlines()
-    assert lines[0] == "The trophy didn't fit in the suitcase because [it] was too big."
-    assert lines[1].startswith("░░░ ▓▓▓▓▓▓ ")
-    assert lines[2] == "all-MiniLM-L6-v2 · 6 layers × 12 heads · where heads read, not why"
-    assert re.search(r"^trophy +█+ +0\.089 +14 % +3\.1 +0\.58 +4\.3 +0\.41", page, re.M)
-    assert re.search(r"^\[CLS\] +sink +0\.340", page, re.M)
-    assert "shown 86 % of the mass" in page
-    assert "it → trophy, %" in page
-    layers = [line.split() for line in lines if line.startswith("layer ")]
-    assert [row[:2] for row in layers] == [["layer", str(i)] for i in range(6)]
-    assert [len(row) for row in layers] == [14] * 6
-    assert layers[3][3] == "58"
-    assert "word weight: sum over its tokens, mean over the reading word's tokens" in page
-    rule = "sink: a word whose column mean in a head, over the 17 queries here, is above 0.3"
-    assert rule in page.replace("\n", " ")
-
-
-def test_the_page_without_a_word():
-    page = printed(TROPHY)
-    assert re.search(r"^it → big +█.* 2\.1 +0\.81 +2\.8 +0\.64 +2\.3 +0\.57$", page, re.M)
-    assert re.search(r"^\[CLS\] +43\.6 % +special token, sink in 54 of 72 heads$", page, re.M)
-    assert "shown 1.3 % of the mass of all heads and words" in page
-    assert sum(line.startswith("layer ") for line in page.splitlines()) == 6
-
-
-@pytest.mark.parametrize("width", [40, 60, 79, 80, 200])
-@pytest.mark.parametrize("arguments", [(), ("--from", "it"), ("--from", "The", "--layer", "5")])
-def test_the_page_fits(width, arguments):
-    page = printed(TROPHY, *arguments, width=width)
-    apart = [line for line in page.splitlines() if line.startswith("to ")]  # as many as fit
-    assert page.count("…") == sum(line.endswith("…") for line in apart) or width < 80
-
-
-@pytest.mark.parametrize("arguments", [(), ("--from", "end"), ("--from", "it")])
-@pytest.mark.parametrize("colour", [False, True])
-def test_hostile_text_is_shown_not_obeyed(arguments, colour):
-    env = {"FORCE_COLOR": "1"} if colour else {"NO_COLOR": "1"}
-    result = run(HOSTILE, *arguments, COLUMNS="80", **env)
-    assert result.exit_code == 0
-    page = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout) if colour else result.stdout
-    assert "\x1b[31m" not in result.stdout
-    assert all(char.isprintable() or char in "\n\u200d" for char in page)
-    assert "[red]fox[/red]" in page
-    assert max(map(cell_len, page.splitlines())) <= 80
-    answer = run(HOSTILE, *arguments, "--json").stdout
-    assert answer.strip().isprintable()
-    assert any("\u202c" in word for word in json.loads(answer)["words"])
-
-
-def test_colour_needs_no_marks():
-    page = run(TROPHY, "--from", "it", FORCE_COLOR="1", COLUMNS="80").stdout
-    assert "▓" not in page
-    assert "\x1b[" in page
-    assert "\x1b[" not in printed(TROPHY, "--from", "it")
-
-
-def test_a_long_text_is_cut_around_the_word():
-    text = " ".join(f"The fox number {i} jumped over it." for i in range(45))
-    page = printed(text, "--from", "it#40")
-    head = page.split("all-MiniLM")[0]
-    assert "[it]" in head
-    assert head.startswith("… ")
-    assert len([line for line in head.splitlines() if not set(line) <= set(" ░▒▓")]) <= 12
-
-
-def test_what_the_output_cannot_encode_is_replaced():
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
-    command = [sys.executable, "-m", "regard.cli", "look", "naïve it → 👍", "--from", "it"]
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0
-    assert done.stderr == b""
-    assert b"na?ve" in done.stdout
-    assert b"####" in done.stdout
-
-
-def test_it_runs_as_a_command():
-    """A process of its own, piped: nothing of other libraries on either stream."""
-    done = subprocess.run(
-        [sys.executable, "-m", "regard.cli", "look", TROPHY, "--from", "it"],
-        capture_output=True,
-        check=False,
-        env={k: v for k, v in os.environ.items() if k != "COLUMNS"},
-    )
-    assert done.returncode == 0
-    assert done.stderr == b""
-    assert done.stdout.decode() == printed(TROPHY, "--from", "it")
-
-
-def test_the_default_model_opens_no_connection(monkeypatch):
-    def connect(*_):
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr("socket.socket.connect", connect)
-    monkeypatch.setattr("socket.getaddrinfo", connect)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    assert load().name == "all-MiniLM-L6-v2"
-
-
 # What it refuses
 
 
@@ -393,140 +269,6 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# Other models
-
-
-PIECES = ["▁", "▁the", "▁it", "▁was", "▁cat", "▁big", "s", "ing", *map(chr, range(33, 127))]
-
-
-def byte_tokenizer():
-    """GPT-2's kind: bytes, merged where a few sentences say so; no token is added."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
-        show_progress=False,
-    )  # fmt: skip
-    made.train_from_iterator([TROPHY, CAT, ANIMAL], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
-    )
-
-
-def piece_tokenizer():
-    """T5's kind: pieces, the space before a word as ▁, </s> at the end."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
-    pieces = [(piece, -1.0 - (len(piece) == 1)) for piece in dict.fromkeys(PIECES)]
-    made = tokenizers.Tokenizer(models.Unigram(special + pieces, unk_id=2))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
-    made.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Small random models on disk: a causal one of 32 heads, and an encoder-decoder."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("models")
-    gpt2 = transformers.GPT2Config(
-        n_embd=64, n_layer=2, n_head=32, vocab_size=300, n_positions=128, bos_token_id=0,
-        eos_token_id=1, initializer_range=0.5,
-    )  # fmt: skip
-    t5 = transformers.T5Config(
-        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1,
-        vocab_size=len(piece_tokenizer()), decoder_start_token_id=0, initializer_factor=1.5,
-    )  # fmt: skip
-    made = {
-        "gpt2": (transformers.GPT2LMHeadModel(gpt2), byte_tokenizer()),
-        "t5": (transformers.T5ForConditionalGeneration(t5), piece_tokenizer()),
-    }
-    made["t5"][0].generation_config.suppress_tokens = [0, 1, 2, 3]  # words, and no end
-    for name, (model, its_tokenizer) in made.items():
-        model.save_pretrained(root / name)
-        its_tokenizer.save_pretrained(root / name)
-    return root
-
-
-def test_generated_tokens_are_read_too(folders, tmp_path):
-    arguments = (TROPHY, "--model", folders / "gpt2", "--generate", 12)
-    page = printed(*arguments)
-    assert "» " in page.split("gpt2 ·")[0]
-    assert re.search(r"^generated +reads on average +strongest head$", page, re.M)
-    assert sum(line.startswith("layer ") for line in page.splitlines()) == 2
-    found = answered(*arguments, "--save", tmp_path / "out")
-    recording = regard.Recording.load(tmp_path / "out")
-    begun = recording.about["generated"]
-    assert recording.about["text"].startswith(TROPHY)
-    assert begun < recording.layers[0].q_len <= begun + 12
-    words = look(recording).words
-    written = [i for i, word in enumerate(words) if word.tokens.start >= begun]
-    assert written
-    assert {link["from_index"] for link in found["links"]} >= {
-        i for i in written if not words[i].special and i > 0
-    }
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folders / "gpt2", attn_implementation="eager"
-    )
-    ids = load(str(folders / "gpt2")).encode(TROPHY).ids
-    grown = model.generate(
-        torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=1,
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-    )  # fmt: skip
-    maps = model(grown, output_attentions=True).attentions
-    for i, exact in enumerate(maps):
-        torch.testing.assert_close(recording.weights(i), exact[0].detach(), atol=1e-4, rtol=0)
-    too_many = refused(TROPHY, "--model", folders / "gpt2", "--generate", 127)
-    assert "and 127 to generate, but gpt2 has positions for 128" in too_many
-
-
-def test_an_encoder_decoder_shows_both_sides(folders):
-    alone = answered(TROPHY, "--model", folders / "t5", "--from", "it")
-    assert {head["kind"] for head in alone["heads"]} == {"self"}
-    assert {head["layer"] for head in alone["heads"]} == {0, 1}
-    arguments = (TROPHY, "--model", folders / "t5", "--generate", 8)
-    found = answered(*arguments)
-    kinds = {head["layer"]: head["kind"] for head in found["heads"]}
-    assert sorted(kinds.values()) == ["cross", "cross", "decoder", "decoder", "encoder", "encoder"]
-    recording = load(str(folders / "t5"), generate=True).record(TROPHY, generate=8)
-    seen = look(recording)
-    source, said = seen.sides
-    assert said.first == len(source.words)
-    assert [word.text for word in [*source.words, *said.words]] == found["words"]
-    for link in found["links"]:
-        kind = kinds[link["layer"]]
-        assert (link["from_index"] >= said.first) is (kind != "encoder")
-        assert (link["to_index"] >= said.first) is (kind == "decoder")
-    assert "» " in printed(*arguments)
-    new = next(seen.labels[i] for i in seen.generated if not seen.words[i].special)
-    page = printed(*arguments, "--from", new)
-    assert f"{new} reads (decoder)" in page
-    assert f"{new} reads (cross)" in page
-
-
-def test_characters_of_several_generated_tokens():
-    """Their bytes are decoded when they are whole; each token covers the character."""
-    its = byte_tokenizer()
-    reader = Reader("x", SimpleNamespace(), its, "causal")
-    before = Encoded("it", its("it")["input_ids"])
-    before.tokens, before.offsets, before.special = ["it"], [(0, 2)], [False]
-    assert len(before.ids) == 1
-    new = its(" a👍, the")["input_ids"]
-    after = reader._continued(before, [*new, 1])
-    assert after.text == "it a👍, the"
-    spans = [after.text[a:b] for a, b in after.offsets]
-    assert spans.count("👍") == 4
-    assert "".join(dict.fromkeys(spans)).replace(" ", "") == "ita👍,the"
-    assert after.special == [False] * (len(new) + 1) + [True]
-    assert after.offsets[-1] == (len(after.text), len(after.text))
-
-
 def test_minimind_reads_what_it_wrote(shared):
     folder = shared / "models" / "minimind2-small"
     if not folder.is_dir():
@@ -539,61 +281,3 @@ def test_minimind_reads_what_it_wrote(shared):
     page = printed(prompt, "--model", folder, "--generate", 16)
     assert "8 layers × 8 heads" in page
     assert re.search(r"^<\|im_start\|> .*special token, sink in \d+ of 64 heads$", page, re.M)
-
-
-# The pieces
-
-
-def test_clean():
-    assert clean("a\x1b[0m\x07\x9b\u202eb\u200dc\u2028") == "a␛[0m␇�b\u200dc�"
-
-
-def test_fit():
-    assert fit("ab", 4) == "ab  "
-    assert fit("ab", 4, right=True) == "  ab"
-    assert fit("abcdef", 4) == "abc…"
-    assert fit("日本語", 5) == "日本…"
-    assert fit("日本語", 4) == "日… "
-
-
-def test_bar():
-    assert bar(0.5, 4) == "██  "
-    assert bar(1, 2) == "██"
-    assert bar(7, 2) == "██"
-    assert bar(0.5, 2, ascii_only=True) == "# "
-    assert cell_len(bar(0.33, 7)) == 7
-
-
-def test_wrapped_breaks_at_spaces_and_marks_below():
-    bits = [Bit("one"), Bit(" "), Bit("(", 0), Bit("two", 3), Bit(")"), Bit(" "), Bit("x" * 12, 1)]
-    lines = [line.plain for line in wrapped(bits, 8, colour=False)]
-    assert lines == ["one", "(two)", " ▓▓▓", "xxxxxxxx", "░░░░░░░░", "xxxx", "░░░░"]
-    assert [line.plain for line in wrapped(bits, 80, colour=True)] == ["one (two) " + "x" * 12]
-
-
-@pytest.mark.parametrize("heads", [1, 12, 17, 18, 32, 64, 100])
-def test_grid_fits_every_number_of_heads(heads):
-    cells = {(layer, head): head / heads for layer in range(3) for head in range(heads)}
-    lines = [line.plain for line in grid(cells, "title, %", 80, blanks=[1])]
-    assert max(map(cell_len, lines)) <= 80
-    assert sum("layer 0" in line for line in lines) == (2 if heads == 100 else 1)
-    assert any(line == "layer 1  no pattern" for line in lines)
-
-
-def test_json_escapes_what_a_terminal_obeys(minilm):
-    found = look(minilm.record("a \x1b[31m \x7f\u202e\U000e0041 é"), readers=["é"])
-    line = as_json(found)
-    assert line.isprintable()
-    assert json.loads(line) == as_dict(found)
-    assert "é" in line
-    assert as_json(found, ascii_only=True).isascii()
-
-
-@pytest.mark.parametrize("width", [60, 76, 80, 100])
-@pytest.mark.parametrize("asked", [["--from", "it"], []], ids=["a word", "the whole"])
-def test_labels_of_layers_and_heads_from_10_on_stand_apart(monkeypatch, asked, width):
-    for module in (terminal, first_screen):
-        monkeypatch.setattr(module, "head_label", lambda layer, head: f"{layer + 10}.{head + 10}")
-    shown = printed(CAT, *asked, width=width)
-    assert re.search(r"\b1\d\.1\d\b", shown)
-    assert not re.search(r"\b1\d\.1\d\d", shown)

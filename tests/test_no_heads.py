@@ -5,7 +5,8 @@ import torch
 
 import regard
 import regard.nn.functional as functional
-from regard import H2O, Causal, KVCache, PagedCache, RegardError, TopK, WindowCache
+from regard import Causal, RegardError, TopK
+from regard.cache import H2O, KVCache, PagedCache, WindowCache
 from regard.nn import (
     Block,
     DeltaAttention,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard import H2O, TOVA, ALiBi, Causal, KVCache, Padding, SnapKV, TopK, WindowCache, attention
+from regard import ALiBi, Causal, Padding, TopK, attention
+from regard.cache import H2O, TOVA, KVCache, SnapKV, WindowCache
 from regard.call.masks import Dense, First, Window
 
 N, STEPS, HEADS, DIM = 21, 12, 2, 8

@@ -13,14 +13,14 @@ from regard import (
     NoEngine,
     NormTopK,
     Padding,
-    Pages,
     Received,
     RegardError,
-    TopBlocks,
     TopK,
     Window,
     attention,
 )
+from regard.cache import Pages
+from regard.sparse import TopBlocks
 
 ROWS = {"decode": 1, "few": 5, "prefill": 90}
 

@@ -7,7 +7,6 @@ from torch import nn
 import regard
 from regard import (
     ALiBi,
-    BlockSparse,
     Causal,
     Cut,
     Dense,
@@ -23,7 +22,6 @@ from regard import (
     MaxScore,
     NormTopK,
     Padding,
-    Pages,
     Predicate,
     Received,
     RegardError,
@@ -32,6 +30,8 @@ from regard import (
     TopK,
     Window,
 )
+from regard.cache import Pages
+from regard.sparse import BlockSparse
 
 OBSERVERS = [
     TopK(3), Received(), Entropy(), Map(4, 4), MaxScore(), Rows([0, 3]), Distances(), LogSumExp(),
@@ -46,7 +46,7 @@ VALUES = [
     Dense(torch.ones(N, N).bool()), ~Dense(torch.ones(N, N).bool()), Heads(range(N)),
     Predicate(lambda batch, head, query, key: query > key),
     Cut(3, Dense(torch.ones(N, N).bool())), ALiBi(torch.rand(N)), RelativeBias(torch.rand(32, 8)),
-    Dropout(0.1, torch.tensor(3)), regard.unseen(Window(10), N),
+    Dropout(0.1, torch.tensor(3)), regard.context.unseen(Window(10), N),
     Pages(torch.zeros(4, N, dtype=torch.int32), torch.ones(4, dtype=torch.int32)),
     regard.linear_attention(*[torch.randn(1, 2, 30, 16)] * 3, return_state=True)[1],
 ]  # fmt: skip

@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from cases import floats
-from regard import (
-    H2O,
-    TOVA,
-    ALiBi,
-    Causal,
-    Full,
-    KVCache,
-    Received,
-    RegardError,
-    SnapKV,
-    Window,
-    WindowCache,
-)
+from regard import ALiBi, Causal, Full, Received, RegardError, Window
+from regard.cache import H2O, TOVA, KVCache, SnapKV, WindowCache
 from regard.engines.cpu import native
 from regard.ops.cache.decode_step import Plan, Steady
 

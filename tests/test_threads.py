@@ -129,7 +129,7 @@ def test_from_several_threads_at_once():
 OPENMP = """
 import sklearn.linear_model  # loads another OpenMP, before ours is looked for
 import torch
-from regard.kernels import native
+from regard.engines.cpu import native
 
 address = native._torch_threads()
 for line in open("/proc/self/maps"):

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from regard.analysis.text_model import Reader, load
 from regard.analysis.words import Words
 from regard.cli import main
-from test_look import byte_tokenizer, folders  # noqa: F401
 
 TEXT = "He was unbelievably tired"
 PIECES = ["[CLS]", "He", "was", "un", "bel", "ie", "va", "bly", "tired", "[SEP]"]
@@ -54,12 +53,12 @@ def test_versus_aligns_tokens():
     assert found["words"][1][8:] == ["un", "ti", "red", "[SEP]"]
 
 
-def test_another_model_s_tokens_are_tokens_too(folders):  # noqa: F811
+def test_another_model_s_tokens_are_tokens_too(folders):
     found = answered("look", "--versus-model", folders / "gpt2")
     assert len(found["versus"][0]["words"][1]) > len(TEXT.split())
 
 
-def test_generated_tokens_are_tokens(folders):  # noqa: F811
+def test_generated_tokens_are_tokens(folders):
     words = answered("look", "--model", folders / "gpt2", "--generate", 6)["words"]
     plain = answered("look", "--model", folders / "gpt2")["words"]
     assert len(words) == len(plain) + 6
@@ -103,7 +102,7 @@ class Unplaced:
 
 
 @pytest.mark.parametrize("text", ["The cat sat, didn't it?", "ok👍🏽 日本\n\nend ", "  x"])
-def test_empty_offsets_fall_back_to_decoding(text, folders):  # noqa: F811
+def test_empty_offsets_fall_back_to_decoding(text, folders):
     reader = load(str(folders / "gpt2"))
     right = reader.encode(text)
     reader.tokenizer = Unplaced(reader.tokenizer)

@@ -1,6 +1,5 @@
 """The Triton kernels, interpreted, on the shared cases; and that they compile for a GPU."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -34,9 +33,6 @@ from regard.engines.second_pass.triton import read as reading
 from regard.engines.second_pass.triton import tile_grid as geometry
 from regard.engines.second_pass.triton.arguments import Shared
 
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"
-)
 # In turn over the cases, as an interpreted kernel takes a second
 SETS = [
     [Received(), MaxScore()],
@@ -81,7 +77,7 @@ def jobs() -> dict[str, tuple]:
 JOBS = jobs()
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("job", JOBS)
 def test_interpreted(job, interpreting):
     assert not interpreting(JOBS[job])
@@ -140,7 +136,7 @@ reading.read(call, asked, lse[:, :, :2].clone(), False)
 """
 
 
-@interpreted
+@pytest.mark.triton
 def test_compiles_for_a_gpu(tmp_path):
     """To machine code for Hopper, with its matrix instructions, where there is no GPU either."""
     done = subprocess.run(

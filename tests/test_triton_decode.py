@@ -1,7 +1,5 @@
 """The second pass over few queries and over keys in pages, interpreted, on the shared cases."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -13,18 +11,15 @@ from regard import (
     Map,
     MaxScore,
     Padding,
-    Pages,
     Received,
     Rows,
     TopK,
     explain,
 )
+from regard.cache import Pages
 from regard.call.checked import Call
 from regard.engines import sdpa, sdpa_cuda
 
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"
-)
 SETS = [
     [Received(), TopK(3), Map(16, 16)],
     [Entropy(), MaxScore(), Distances(3)],
@@ -67,7 +62,7 @@ def jobs() -> dict[str, tuple]:
 JOBS = jobs()
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("job", JOBS)
 def test_interpreted(job, interpreting):
     assert not interpreting(JOBS[job])

@@ -1,7 +1,5 @@
 """Effect by Triton, interpreted, on the shared cases against the closed form in float64."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -9,9 +7,6 @@ from regard import Causal, Effect, RegardError, TopK, explain
 from regard.call.checked import Call
 from regard.engines.second_pass.triton import effect as measuring
 
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"
-)
 # Every instruction of a mask is tested in test_triton.py, by the same function
 CHOSEN = [
     "full", "an item of padding", "predicate by head", "block sparse", "edges", "nothing", "alibi",
@@ -38,7 +33,7 @@ def jobs() -> dict[str, tuple]:
 JOBS = jobs()
 
 
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("job", JOBS)
 def test_interpreted(job, interpreting):
     assert not interpreting(JOBS[job])

@@ -1,11 +1,8 @@
 """Linear attention's Triton kernels, interpreted, on the shared cases; and that they compile."""
 
-import importlib.util
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,6 @@ from regard import Documents, NoEngine, linear_attention
 from regard.ops.linear.triton import launch as linear
 from regard.ops.linear.triton.launch_bf16 import TILES
 
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra cuda)"
-)
 # An interpreted kernel takes a second: few and short sequences, chunks of 16 tokens
 SMALL = at(37, batch=1, heads=2, kv_heads=1, dim=5, v_dim=3)
 TWO = at(20, batch=2, heads=2, kv_heads=2, dim=3, v_dim=4)
@@ -38,53 +32,35 @@ SWEPT = ("elu", "retention", "gla", "gated delta", "channel delta")
 
 
 def jobs() -> dict[str, tuple]:
-    """What the workers do: (function of `interpreted_linear`, arguments)."""
-    jobs: dict[str, tuple] = {}
+    """What the workers do: (module, function, arguments)."""
+    where, jobs = "interpreted_linear", {}
     whole = torch.float32
     for form in FORMS:
         sizes = TWO if " of heads" in form else SMALL
-        jobs[form] = ("check", form, sizes, whole, form in BACK)
+        jobs[form] = (where, "check", form, sizes, whole, form in BACK)
     for n, name in enumerate(MASKED):
-        jobs[name] = ("check", name, TWO if n % 2 else SMALL, whole, n % 3 == 0)
+        jobs[name] = (where, "check", name, TWO if n % 2 else SMALL, whole, n % 3 == 0)
     for n, form in enumerate(SWEPT):
         for dtype in (torch.bfloat16, torch.float16):
             back = (dtype == torch.bfloat16) == (n % 2 > 0)
-            jobs[f"{form}, {dtype}"] = ("check", form, TWO, dtype, back)
-        jobs[f"{form}, wide"] = ("check", form, WIDE, whole, form in ("retention", "channel delta"))
-        jobs[f"{form}, tiny"] = ("check", form, TINY, whole, False)
+            jobs[f"{form}, {dtype}"] = (where, "check", form, TWO, dtype, back)
+        back = form in ("retention", "channel delta")
+        jobs[f"{form}, wide"] = (where, "check", form, WIDE, whole, back)
+        jobs[f"{form}, tiny"] = (where, "check", form, TINY, whole, False)
         one = at(1, batch=1, heads=1, kv_heads=1, dim=4)
-        jobs[f"{form}, one token"] = ("check", form, one, whole, form == "gated delta")
+        jobs[f"{form}, one token"] = (where, "check", form, one, whole, form == "gated delta")
     for name in ("pieces", "same_bits", "bad_numbers", "auto", "states"):
-        jobs[name] = (name,)
+        jobs[name] = (where, name)
     return jobs
 
 
 JOBS = jobs()
 
 
-@pytest.fixture(scope="module")
-def answers(request):
-    """A future for each job that this run selects, by two processes in which Triton interprets."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        items = (i for i in request.session.items if "answers" in i.fixturenames)
-        asked = [i.callspec.params["job"] for i in items if i.module is request.module]
-        with pytest.MonkeyPatch.context() as patch:
-            # Before anything in the processes imports triton, which looks at it once
-            patch.setenv("TRITON_INTERPRET", "1")
-            futures = {job: pool.submit(work, *JOBS[job]) for job in asked}
-        yield futures
-
-
-def work(function: str, *arguments):
-    import interpreted_linear
-
-    getattr(interpreted_linear, function)(*arguments)
-
-
-@interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("job", JOBS)
-def test_interpreted(job, answers):
-    answers[job].result()
+def test_interpreted(job, interpreting):
+    interpreting(JOBS[job])
 
 
 COMPILE = """
@@ -130,7 +106,6 @@ linear.forward(query, key, value, key.float(), beta, memory, False, 0.5)
 """
 
 
-@interpreted
 def test_no_scan_of_one_stage():
     """Triton 3.6 makes one that touches memory that is not there."""
     scans = [tiles for kernel, tiles in TILES.items() if kernel.startswith("scan")]
@@ -138,6 +113,7 @@ def test_no_scan_of_one_stage():
     assert all(tile.stages > 1 for tiles in scans for tile in tiles.values())
 
 
+@pytest.mark.triton
 def test_compiles_for_a_gpu(tmp_path):
     """To machine code for Hopper, with its matrix instructions, where there is no GPU either."""
     done = subprocess.run(

@@ -24,22 +24,10 @@ from regard.errors import RegardError  # noqa: E402
 from regard.report.walk_html import walk_html  # noqa: E402
 from regard.report.walk_steps import as_dict, as_json  # noqa: E402
 from regard.report.walk_terminal import print_walk, vector  # noqa: E402
-from test_look import HOSTILE, TROPHY, byte_tokenizer, folders, piece_tokenizer  # noqa: E402, F401
+from small_tokenizers import byte_tokenizer, piece_tokenizer  # noqa: E402
+from texts import HOSTILE, TROPHY  # noqa: E402
 
 SHORT = "the cat sat as it was big"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def minilm():
-    return load()
 
 
 def run(*arguments, **env):
@@ -159,7 +147,7 @@ def test_minimind(shared):
 
 
 @pytest.mark.parametrize("layer", range(6))
-def test_t5_with_cross_attention(folders, layer):  # noqa: F811
+def test_t5_with_cross_attention(folders, layer):
     reader = load(str(folders / "t5"))
     found = walk(
         reader, TROPHY, "it" if layer < 2 else "cat", head=(layer, 2), target="the cat was"
@@ -176,7 +164,7 @@ def test_t5_with_cross_attention(folders, layer):  # noqa: F811
     assert (found.weighing.bias is None) == (found.kind == "cross")
 
 
-def test_t5_words_that_it_generated(folders):  # noqa: F811
+def test_t5_words_that_it_generated(folders):
     reader = load(str(folders / "t5"), generate=True)
     word = walk(reader, TROPHY, "<pad>", head=(3, 1), generate=4).reader.tokens[1].word
     found = walk(reader, TROPHY, word, head=(5, 3), generate=4)
@@ -412,7 +400,7 @@ def test_vector():
 # What it refuses
 
 
-def test_what_it_refuses(folders, tmp_path, minilm):  # noqa: F811
+def test_what_it_refuses(folders, tmp_path, minilm):
     assert "no word 'trophey'" in refused(TROPHY, "--from", "trophey")
     said = refused(TROPHY, "--from", "it", "--head", "3.")
     assert said == "--head '3.': give layer and head, as 3.1, or a head, as 1"

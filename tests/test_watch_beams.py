@@ -6,7 +6,9 @@ import torch
 import regard
 import regard.huggingface
 import zoo
-from regard import H2O, KVCache, TopK
+from regard import TopK
+from regard.cache import H2O, KVCache
+from regard.call.checked import Call
 from regard.capture.beams import Trail, _same
 from regard.huggingface import generation_cache
 from test_watch_models import assert_weights
@@ -104,12 +106,12 @@ def step(rows, dim=4, width=1):
     """A layer's call of one token each: query, key and place."""
     key = torch.stack([torch.cat([torch.full((1, width, dim), float(t)) for t in r], 1)
                        for r in rows])  # fmt: skip
-    return regard.call.Call.checked(key[:, :, -1:], key, None)
+    return Call.checked(key[:, :, -1:], key, None)
 
 
 def test_rows_that_end_alike_are_told_by_what_came_before():
     """In a first layer a key says no more than its token."""
-    first = regard.call.Call.checked(*[torch.ones(4, 1, 2, 4)] * 2, None)
+    first = Call.checked(*[torch.ones(4, 1, 2, 4)] * 2, None)
     trail = Trail(first)
     assert trail.items == [0, 0, 0, 0]
     one = step([[1, 1, 5], [1, 1, 6], [1, 1, 5], [1, 1, 7]])
@@ -128,7 +130,7 @@ def test_items_that_go_on_alike_are_told_by_their_prompts():
     """Two items whose rows end with the same tokens: beams move within their own."""
     prompts = torch.tensor([[1, 2], [1, 2], [3, 2], [3, 2]]).float()
     key = prompts[:, None, :, None].expand(4, 1, 2, 4)
-    trail = Trail(regard.call.Call.checked(key, key, None))
+    trail = Trail(Call.checked(key, key, None))
     assert trail.items == [0, 0, 2, 2]
     one = step([[1, 2, 5], [1, 2, 6], [3, 2, 5], [3, 2, 6]])
     trail.extend(one, trail.order(one))
@@ -141,7 +143,7 @@ def test_items_that_go_on_alike_are_told_by_their_prompts():
 
 
 def test_a_row_that_is_nobodys_is_refused():
-    first = regard.call.Call.checked(*[torch.ones(2, 1, 2, 4)] * 2, None)
+    first = Call.checked(*[torch.ones(2, 1, 2, 4)] * 2, None)
     trail = Trail(first)
     with pytest.raises(regard.RegardError, match="whose row is whose"):
         trail.order(step([[1, 1, 5], [1, 3, 5]]))

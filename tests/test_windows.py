@@ -7,39 +7,30 @@ from torch import Tensor
 import regard
 import zoo
 from cases import Case, assert_within, at, floats
+from naive_masks import naively, place
 from regard import (
     ALiBi,
-    BlockSparse,
     Causal,
-    Chunks,
-    Dilated,
     Dropout,
     First,
-    Fixed,
     Full,
     Heads,
-    Longformer,
     Padding,
     Received,
     RegardError,
     RelativeBias,
-    Strided,
-    TopBlocks,
     TopK,
     Window,
     attention,
     merge,
     observe,
     piecewise,
-    stitch,
-    unseen,
-    unseen_mass,
-    unseen_recorded,
 )
 from regard.call.checked import Call
 from regard.call.geometry import Span
+from regard.context import stitch, unseen, unseen_mass, unseen_recorded
 from regard.engines import reference
-from test_masks import naively, place
+from regard.sparse import BlockSparse, Chunks, Dilated, Fixed, Longformer, Strided, TopBlocks
 
 rng = torch.Generator().manual_seed(9)
 

@@ -88,7 +88,7 @@ def unseen(
 ) -> Unseen:
     """How many of the query–key pairs that `of` shows are hidden by `mask`; O(N) memory.
 
-        print(regard.unseen(Window(1024) | First(4), 8192))
+        print(regard.context.unseen(Window(1024) | First(4), 8192))
 
     k_len: default q_len. query_start, key_start: as in `attention`.
     seen: what an observer saw of the weights under `of`; it bounds the mass that fell on hidden

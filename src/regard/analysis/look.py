@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import RegardError
 from .compare import Versus
-from .parts import Part, Side
+from .parts import Part, Side, kind_of
 from .summary import Summary, gather
 from .words import Columns, Found, Link, Word, Words, columns, find, from_word, label, strongest_of
 
@@ -248,7 +248,7 @@ def _parts(
     """The shown heads by kind, with what each word receives in them."""
     kinds: dict[str, dict[int, list[int]]] = {}
     for layer, heads in shown.items():
-        kinds.setdefault(_kind(recording, layer, len(sides)), {})[layer] = heads
+        kinds.setdefault(kind_of(recording.layers[layer], len(sides)), {})[layer] = heads
     parts = []
     for kind, layers in kinds.items():
         readers = sides[1] if kind in ("decoder", "cross") else sides[0]
@@ -261,15 +261,6 @@ def _parts(
         names = {layer: recording.layers[layer].name for layer in layers}
         parts.append(Part(kind, layers, names, readers, keys, *joined))
     return parts
-
-
-def _kind(recording: Recording, layer: int, sides: int) -> str:
-    recorded = recording.layers[layer]
-    if sides == 1:
-        return "self"
-    if recorded.kind == "cross":
-        return "cross"
-    return "decoder" if "decoder" in recorded.name.split(".") else "encoder"
 
 
 def _only(recording: Recording, layer: int, heads: list[int]) -> list[int] | None:

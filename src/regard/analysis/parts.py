@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .words import Words
+
+if TYPE_CHECKING:
+    from ..capture.recorded_layer import RecordedLayer
 
 Heads = list[tuple[int, int]]
 
@@ -61,3 +65,12 @@ class Part:
     def apart(self) -> Tensor:
         """The words named apart, special tokens and sinks: bool (words,)."""
         return self.special | self.sink
+
+
+def kind_of(layer: RecordedLayer, texts: int) -> str:
+    """What a layer reads: "self"; of two texts "encoder", "decoder" or "cross"."""
+    if texts == 1:
+        return "self"
+    if layer.kind == "cross":
+        return "cross"
+    return "decoder" if "decoder" in layer.name.split(".") else "encoder"

@@ -87,7 +87,7 @@ class Reader:
                 text, return_offsets_mapping=True, return_special_tokens_mask=True
             )
         encoded = Encoded(text, batch["input_ids"], pieces=self.pieces)
-        encoded.tokens = self._names(encoded.ids)
+        encoded.tokens = self.names(encoded.ids)
         encoded.offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
         added = batch["special_tokens_mask"]
         for token, span, id_, mark in zip(
@@ -106,7 +106,7 @@ class Reader:
             encoded.ids, encoded.offsets, encoded.special, strict=True
         ):
             if start == end and not special and self._decoded([id_]).strip():
-                again = self._continued(Encoded("", []), encoded.ids)
+                again = self.continued(Encoded("", []), encoded.ids)
                 again.special = encoded.special
                 return again
         return encoded
@@ -128,18 +128,18 @@ class Reader:
         from ..capture.watching import watch
 
         encoded = self.encode(text)
-        self._fits(len(encoded.ids), generate)
+        self.check_length(len(encoded.ids), generate)
         ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
         extra: dict[str, Any] = {}
         with quiet(), torch.no_grad():
-            written, likely = self._generate(ids, generate, step) if generate else ([], [])
+            written, likely = self.generate(ids, generate, step) if generate else ([], [])
             model, inputs = self.model.base_model, {"input_ids": ids}
             if self.family == "causal" and generate:
                 extra |= {"generated": len(encoded.ids), "probabilities": likely}
-                encoded = self._continued(encoded, written)
+                encoded = self.continued(encoded, written)
                 inputs = {"input_ids": torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")}
             elif self.family == "encoder-decoder" and generate:
-                said = self._continued(Encoded("", []), written)
+                said = self.continued(Encoded("", []), written)
                 extra["decoder"] = said.about() | {"probabilities": [None, *likely]}
                 inputs["decoder_input_ids"] = torch.tensor(
                     [said.ids], dtype=torch.int64, device="cpu"
@@ -147,12 +147,13 @@ class Reader:
             elif self.family == "encoder-decoder":
                 model = self.model.get_encoder()
             with watch(model, observe=[], keep_qk=True) as seen:
-                model(**inputs, **_without_cache(model))
+                model(**inputs, **without_cache(model))
         recording = seen.recording(model=self.name, **encoded.about())
         recording.about.update(extra)
         return recording
 
-    def _fits(self, count: int, generate: int) -> None:
+    def check_length(self, count: int, generate: int) -> None:
+        """RegardError where so many tokens, and those to generate, are more than it takes."""
         limit = self.limit
         more = generate if self.family == "causal" else 0
         if limit is None or count + more <= limit:
@@ -162,7 +163,7 @@ class Reader:
             f"the text has {count:,} tokens{plus}, but {self.name} has positions for {limit:,}"
         )
 
-    def _generate(
+    def generate(
         self, ids: Any, count: int, step: Callable[[int], object] | None
     ) -> tuple[list[int], list[float]]:
         """The ids of ``count`` tokens chosen greedily, and their probabilities.
@@ -185,14 +186,14 @@ class Reader:
         )
         return out[0, started:].tolist(), likeliest.probabilities
 
-    def _continued(self, before: Encoded, ids: Sequence[int]) -> Encoded:
+    def continued(self, before: Encoded, ids: Sequence[int]) -> Encoded:
         """``before`` with the tokens ``ids`` after it, each with the characters it adds.
 
         Bytes that make one character together all cover it. Only the last few tokens are decoded
         at a time, so the cost is linear.
         """
         after = Encoded(before.text, [*before.ids, *ids], pieces=self.pieces)
-        after.tokens = self._names(after.ids)
+        after.tokens = self.names(after.ids)
         after.offsets, after.special = list(before.offsets), list(before.special)
         begun = max(0, len(before.ids) - 8)  # where decoding starts, for the context it needs
         done = len(before.ids)
@@ -209,7 +210,7 @@ class Reader:
             begun, done = (begun if i + 1 - begun < 16 else done), i + 1
         return after
 
-    def _names(self, ids: Sequence[int]) -> list[str]:
+    def names(self, ids: Sequence[int]) -> list[str]:
         """The tokens' names; a model may have ids that its tokenizer does not know."""
         names = self.tokenizer.convert_ids_to_tokens(ids)
         return [f"<{id_}>" if name is None else name for id_, name in zip(ids, names, strict=True)]
@@ -389,7 +390,7 @@ def family_of(config: Any, loaded: str = "") -> Family:
     return "causal" if causal and not masked else "encoder"
 
 
-def _without_cache(model: Any) -> dict[str, bool]:
+def without_cache(model: Any) -> dict[str, bool]:
     """Keys and values need not be kept: every row is computed in the one pass."""
     return {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
 

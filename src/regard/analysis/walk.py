@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from ..call.checked import Call
 from ..call.geometry import Span
 from ..capture.module_stack import module_of
+from ..capture.options import WatchOptions
 from ..capture.projection import output_projection
-from ..capture.watching import watch
+from ..capture.watching import WatchBlock
 from ..errors import RegardError
 from .activations import Trace, moved, near
-from .text_model import Encoded, _without_cache, quiet
+from .parts import kind_of
+from .text_model import Encoded, quiet, without_cache
 from .walk_result import Check, Embedded, Side, Token, Walk, Weighing
 from .words import Words, columns, find, label
 
@@ -55,16 +57,8 @@ def walk(
     """
     model, inputs, texts = _prepared(reader, text, generate, target, step)
     sides = _sides(texts)
-    calls: dict[str, Call] = {}
     with quiet(), torch.no_grad():
-        with watch(model, keep_qk=True) as seen:
-            recorded = seen.record
-
-            def record(name: str, kind: str, call: Call, *rest: Any) -> None:
-                calls[name] = call
-                recorded(name, kind, call, *rest)
-
-            seen.record = record  # type: ignore[method-assign, assignment]
+        with WatchBlock(model, WatchOptions(keep_qk=True, keep_calls=True)) as seen:
             model(**inputs)
         recording = seen.recording(model=reader.name)
         number, (index, which), chosen = _place(recording, sides, word, *_pair(layer, head))
@@ -72,16 +66,18 @@ def walk(
         at = side.words[number - side.first].tokens[-1]
         with Trace(model, at) as trace:
             model(**inputs)
-    name = recording.layers[index].name
-    source = sides[0] if _kind(recording, index, len(sides)) in ("encoder", "cross") else side
-    parts = _steps(model, trace, calls[name], name, at, which)
+    name, kind = recording.layers[index].name, kind_of(recording.layers[index], len(sides))
+    source = sides[0] if kind in ("encoder", "cross") else side
+    call = seen[name].call
+    assert call is not None
+    parts = _steps(model, trace, call, name, at, which)
     exact = recording.weights(index, which, rows=[at])[0]
     weights = parts["weighing"].weights
     checks = [_check("weights", weights, exact, torch.float32), *parts.pop("checks")]
     return Walk(
         model=reader.name,
         module=name,
-        kind=_kind(recording, index, len(sides)),
+        kind=kind,
         layer=index,
         head=which,
         block=seen.layers[index].index,
@@ -112,18 +108,18 @@ def _prepared(
     if target is not None and generate:
         raise RegardError("give a target, or let the model generate: not both")
     encoded = reader.encode(text)
-    reader._fits(len(encoded.ids), generate)
+    reader.check_length(len(encoded.ids), generate)
     ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
     with quiet(), torch.no_grad():
-        new = reader._generate(ids, generate, step)[0] if generate else []
+        new = reader.generate(ids, generate, step)[0] if generate else []
     model, texts = reader.model.base_model, [encoded]
     if reader.family == "causal" and generate:
-        texts = [reader._continued(encoded, new)]
+        texts = [reader.continued(encoded, new)]
     elif reader.family == "encoder-decoder" and generate:
-        texts.append(reader._continued(Encoded("", []), new))
+        texts.append(reader.continued(Encoded("", []), new))
     elif target is not None:
         texts.append(_target(reader, target))
-        reader._fits(len(texts[1].ids), 0)
+        reader.check_length(len(texts[1].ids), 0)
     elif reader.family == "encoder-decoder":
         model = reader.model.get_encoder()
     inputs: dict[str, Any] = {
@@ -131,7 +127,7 @@ def _prepared(
     }
     if len(texts) > 1:
         inputs["decoder_input_ids"] = torch.tensor([texts[1].ids], dtype=torch.int64, device="cpu")
-    return model, inputs | _without_cache(model), texts
+    return model, inputs | without_cache(model), texts
 
 
 def _target(reader: Reader, text: str) -> Encoded:
@@ -146,7 +142,7 @@ def _target(reader: Reader, text: str) -> Encoded:
     return Encoded(
         text,
         [start, *said.ids[:stop]],
-        [*reader._names([start]), *said.tokens[:stop]],
+        [*reader.names([start]), *said.tokens[:stop]],
         [(0, 0), *said.offsets[:stop]],
         [True, *said.special[:stop]],
         reader.pieces,
@@ -177,15 +173,6 @@ def _of_word(sides: Sequence[Side], number: int) -> int:
     return 1 if len(sides) > 1 and number >= sides[1].first else 0
 
 
-def _kind(recording: Recording, layer: int, sides: int) -> str:
-    recorded = recording.layers[layer]
-    if sides == 1:
-        return "self"
-    if recorded.kind == "cross":
-        return "cross"
-    return "decoder" if "decoder" in recorded.name.split(".") else "encoder"
-
-
 def _among(layer: int | None, head: tuple[int, int] | int | None) -> str:
     """The heads that one is chosen from, where it is."""
     if head is None:
@@ -211,7 +198,7 @@ def _place(
     heads = recording.layer(layer).heads
     if not 0 <= which < heads:
         raise RegardError(f"no head {which}: layer {layer} has heads 0 to {heads - 1}")
-    side = sides[_kind(recording, layer, len(sides)) in ("decoder", "cross")]
+    side = sides[kind_of(recording.layers[layer], len(sides)) in ("decoder", "cross")]
     try:
         number = find(words, name).number
     except RegardError:
@@ -231,7 +218,7 @@ def _strongest(
     at = side.words[number - side.first].tokens[-1]
     best: tuple[float, int, int, str] | None = None
     for i, recorded in enumerate(recording.layers):
-        kind = _kind(recording, i, len(sides))
+        kind = kind_of(recording.layers[i], len(sides))
         if not recorded.pattern or (kind in ("decoder", "cross")) != bool(own):
             continue
         if layer not in (None, i) or (head is not None and head >= recorded.heads):

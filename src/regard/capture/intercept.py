@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from ..call.biases import DenseBias, Kind
 from ..call.checked import Call
 from ..call.masks import Causal, Dense, Full, Mask, Padding
-from ..call.observers import Effect
 from ..call.opcodes import Op
 from ..engines import run
 from ..engines.second_pass.weigh import weigh, whole_rows
@@ -24,7 +23,8 @@ from ..nn import functional
 from ..ops import beside
 from ..ops.attend import attention
 from ..ops.cache import tell
-from .layers import Watched
+from ..ops.watches import WatchedCall
+from .collector import Collector
 
 
 class Caught(NamedTuple):
@@ -49,117 +49,98 @@ class Intercept(TorchFunctionMode):
     are cut, or effects asked for, is the attention itself computed by regard.
     """
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, collector: Collector) -> None:
         super().__init__()
-        self.watched = watched
+        self._collector = collector
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        catch = {
-            F.scaled_dot_product_attention: _catch_sdpa,
-            F.multi_head_attention_forward: _catch_mha,
-        }.get(func)
-        module = self.watched.tracker.innermost
-        if self.watched.within:  # what a watched function calls is recorded with it
+        catch = _CATCH.get(func)
+        module = self._collector.tracker.innermost
+        if self._collector.within:  # what a watched function calls is recorded with it
             return func(*args, **kwargs)
         if module is None or (catch is None and func not in (attention, tell)):
             return func(*args, **kwargs)
-        name = self.watched.tracker.call(module)
-        wanted, kept = self.watched.wants(name), self.watched.cut_of(name)
-        if func is tell:
-            return self._told(name, module, wanted, kept, *args)
+        met = self._collector.met(module)
         if catch is None:
-            if not wanted and kept is None:
-                return func(*args, **kwargs)
-            kind = getattr(self.watched.modules[module], "kind", None)
-            if kept is not None:
-                kwargs["mask"] = kwargs["mask"] & kept
-            return self._regard(name, kind, wanted, *args, **kwargs)
-        effects = any(isinstance(o, Effect) for o in self.watched.observe)
-        if kept is not None or (wanted and effects):
-            caught = catch(*args, **kwargs)
-            beside.check_draws(caught.request["dropout"], name)
-            if kept is not None:
-                caught.request["mask"] = caught.request["mask"] & kept
-            return self._compute(name, caught, wanted)
-        with self.watched.computing(), beside.Capture() as capture:
-            out = func(*args, **kwargs)
-        read = catch(*args, **kwargs) if wanted else None
-        if read is not None and read.query.shape[1]:  # without heads there is nothing to read
-            tensors = (t.detach() for t in (read.query, read.key, read.value))
-            call = Call.checked(*tensors, **read.request | {"dropout": None})
-            given = capture.found(call.query.shape[:3])
-            lse, seen = beside.gathered(self.watched.asking(name, call, read.kind), given)
-            self.watched.record(name, read.kind, call, lse, None, seen)
-        return out
+            kind = getattr(self._collector.modules[module], "kind", None)  # modules of ours say it
+            met.kind = kind if kind in ("self", "cross") else ""
+            if func is tell:
+                return _told(met, *args)
+            untouched = not met.wanted and met.kept is None
+            return func(*args, **kwargs) if untouched else _regard(met, *args, **kwargs)
+        if met.replaced:
+            return _computed(met, catch(*args, **kwargs))
+        return met.beside(lambda: func(*args, **kwargs), lambda: _read(met, catch(*args, **kwargs)))
 
-    def _regard(
-        self,
-        name: str,
-        kind: str | None,
-        wanted: bool,
-        *tensors: Tensor,
-        observe: Any,
-        return_lse: bool,
-        engine: str,
-        **request: Any,
-    ) -> Any:
-        """`regard.attention`, computed by its own engine and read from its own lse.
 
-        kind: "self" or "cross", where the module says it; else it is told by mask and lengths.
-        """
-        call = Call.checked(*tensors, **request, observe=observe, return_lse=return_lse)
-        if wanted:
-            out, lse, own = self._read(name, kind, call, engine)
-        else:
-            out, lse, own = run(call, engine)
-        answer = (out, lse) if return_lse else (out,)
-        if observe is not None:
-            answer = (*answer, weigh(call, lse, out, seen=own))
-        return answer if len(answer) > 1 else out
+def _read(met: WatchedCall, caught: Caught) -> Call | None:
+    """What torch has computed, as a call; None without heads: there is nothing to read."""
+    met.kind = caught.kind
+    if not caught.query.shape[1]:
+        return None
+    tensors = (t.detach() for t in (caught.query, caught.key, caught.value))
+    return Call.checked(*tensors, **caught.request | {"dropout": None})
 
-    def _read(
-        self, name: str, kind: str | None, call: Call, engine: str
-    ) -> tuple[Tensor, Tensor, dict[int, Any]]:
-        """Run and record it: out, lse, and what was gathered for the call's own observers."""
-        placed = _depends_on_positions(call)
-        if kind not in ("self", "cross"):
-            kind = "self" if placed or call.place.q_len == call.place.k_len else "cross"
-        start = self.watched.position(name, kind, call.place.query_start)
-        moved = call if placed else _moved(call, start)
-        if call.observers:  # which go by the call's own positions
-            out, lse, own = run(call, engine)
-            self.watched.record(name, kind, moved, lse, out)
-            return out, lse, own
-        out, lse, seen = run(self.watched.asking(name, moved, kind), engine)
-        self.watched.record(name, kind, moved, lse, out, seen)
+
+def _computed(met: WatchedCall, caught: Caught) -> Any:
+    """Ours in the place of torch's."""
+    beside.check_draws(caught.request["dropout"], met.name)
+    met.kind = caught.kind
+    request = caught.request | {"mask": met.visible(caught.request["mask"])}
+    call = Call.checked(caught.query, caught.key, caught.value, **request)
+    out, lse, _ = met.run(call)
+    rows = (0, call.place.q_len)
+    return caught.finish(out, lambda: whole_rows(call, lse.detach(), rows).to(out.dtype))
+
+
+def _regard(
+    met: WatchedCall,
+    *tensors: Tensor,
+    mask: Mask,
+    observe: Any,
+    return_lse: bool,
+    engine: str,
+    **request: Any,
+) -> Any:
+    """`regard.attention`, computed by its own engine and read from its own lse."""
+    call = Call.checked(
+        *tensors, mask=met.visible(mask), observe=observe, return_lse=return_lse, **request
+    )
+    out, lse, own = _recorded(met, call, engine) if met.wanted else run(call, engine)
+    answer = (out, lse) if return_lse else (out,)
+    if observe is not None:
+        answer = (*answer, weigh(call, lse, out, seen=own))
+    return answer if len(answer) > 1 else out
+
+
+def _recorded(met: WatchedCall, call: Call, engine: str) -> tuple[Tensor, Tensor, dict[int, Any]]:
+    """Run and record it: out, lse, and what was gathered for the call's own observers."""
+    placed = _depends_on_positions(call)
+    if not met.kind:  # then mask and lengths tell it
+        met.kind = "self" if placed or call.place.q_len == call.place.k_len else "cross"
+    start = met.position(call.place.query_start)
+    moved = call if placed else _moved(call, start)
+    if not call.observers:
+        out, lse, _ = met.run(moved, engine)
         return out, lse, {}
+    out, lse, own = run(call, engine)  # its own observers go by its own positions
+    met.record(moved, lse, out)
+    return out, lse, own
 
-    def _told(
-        self, name: str, module: str, wanted: bool, kept: Mask | None, call: Call, *rest: Any
-    ) -> None:
-        """A call over a cache that has evicted, which is computed already."""
-        if kept is not None:
-            raise RegardError(
-                f"cut: {name} attends to a cache that has evicted; cut it before, or use KVCache()"
-            )
-        if wanted:
-            kind = getattr(self.watched.modules[module], "kind", "self")
-            self.watched.position(name, kind, call.place.query_start)
-            self.watched.record(name, kind, call, *rest)
 
-    def _compute(self, name: str, caught: Caught, wanted: bool) -> Any:
-        """Ours in the place of torch's."""
-        call = Call.checked(caught.query, caught.key, caught.value, **caught.request)
-        if wanted:
-            call = self.watched.asking(name, call, caught.kind)
-        out, lse, seen = run(call)
-        if wanted:
-            self.watched.record(name, caught.kind, call, lse, out, seen)
-        rows = (0, call.place.q_len)
-        return caught.finish(out, lambda: whole_rows(call, lse.detach(), rows).to(out.dtype))
+def _told(met: WatchedCall, call: Call, lse: Tensor, out: Tensor | None = None) -> None:
+    """A call over a cache that has evicted, which is computed already."""
+    if met.kept is not None:
+        raise RegardError(
+            f"cut: {met.name} attends to a cache that has evicted; cut it before, or use KVCache()"
+        )
+    if met.wanted:
+        met.kind = met.kind or "self"
+        met.position(call.place.query_start)
+        met.record(call, lse, out)
 
 
 def _depends_on_positions(call: Call) -> bool:
@@ -286,3 +267,9 @@ def _request(shown: Mask, attn_mask: Tensor | None) -> dict[str, Any]:
     elif attn_mask is not None:
         request["bias"] = [DenseBias(attn_mask)]
     return request
+
+
+_CATCH: dict[Any, Callable[..., Caught]] = {
+    F.scaled_dot_product_attention: _catch_sdpa,
+    F.multi_head_attention_forward: _catch_mha,
+}

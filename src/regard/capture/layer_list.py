@@ -31,8 +31,8 @@ L = TypeVar("L", bound=Named)
 class LayerList(Generic[L]):
     """The layers that ran, in the model's order: iterate, index by place or name."""
 
-    keep_qk: bool
-    _model: str
+    def __init__(self, model: str, keep_qk: bool) -> None:
+        self._model, self._keeps_qk = model, keep_qk
 
     @property
     def layers(self) -> Sequence[L]:
@@ -57,7 +57,7 @@ class LayerList(Generic[L]):
 
     def recording(self, **about: Any) -> Recording:
         """What was kept with `keep_qk=True`, as a Recording; `about` describes the input."""
-        if not self.keep_qk:
+        if not self._keeps_qk:
             raise RegardError("q and k were not kept; watch with keep_qk=True to make a recording")
         layers = [
             layer.qk or RecordedLayer(layer.name, layer.index, layer.kind, False, layer.reason)
@@ -70,7 +70,8 @@ class Forward(LayerList[L]):
     """The layers of one sequence that a watched model read, whether in one forward or in steps."""
 
     def __init__(self, layers: Sequence[L], keep_qk: bool, model: str) -> None:
-        self._found, self.keep_qk, self._model = list(layers), keep_qk, model
+        super().__init__(model, keep_qk)
+        self._found = list(layers)
 
     @property
     def layers(self) -> Sequence[L]:

@@ -82,7 +82,7 @@ def kind_of(module: nn.Module, name: str) -> str:
     parts = [p for p in re.split("[#~]", name.lower())[0].split(".") if not p.isdigit()]
     while len(parts) > 1 and parts[-1] in ("self", "attention"):  # what holds it may say more
         parts.pop()
-    parent, own = ["", *parts][-2:]
+    parent, own = ["", "", *parts][-2:]  # a name of digits alone says nothing
     if not own.startswith("self_"):
         own += parent
     said = f"{own} {type(module).__name__.lower()}"

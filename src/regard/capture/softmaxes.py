@@ -22,12 +22,12 @@ from torch.overrides import TorchFunctionMode
 from ..call.checked import Call
 from ..call.geometry import Span
 from ..call.masks import Dense, Full, Mask
-from ..call.observers import Effect, NormTopK
+from ..call.observers import NormTopK
 from ..errors import RegardError
 from ..ops.beside import CHECKED_ROWS
-from .layers import Watched
+from ..ops.watches import WatchedCall
+from .collector import Collector
 from .layouts import Local, Scores, laid_out
-from .module_tree import kind_of
 
 _NAMED = re.compile("Attention|Attn")
 # What these take a softmax over is no key: sampled points, landmarks, lags, chosen queries, a map
@@ -56,10 +56,10 @@ def _has_softmax(kind: type) -> bool:
 class Softmaxes(TorchFunctionMode):
     """While active, each softmax over keys in one of the modules named is recorded."""
 
-    def __init__(self, watched: Watched, model: nn.Module, names: set[str]) -> None:
+    def __init__(self, collector: Collector, model: nn.Module, names: set[str]) -> None:
         super().__init__()
-        self.watched, self._model, self._names = watched, model, names
-        self._calls: dict[str, str] = {}  # the last call's name, of each module
+        self._collector, self._model, self._names = collector, model, names
+        self._calls: dict[str, WatchedCall] = {}  # the last one of each module
         self._held: dict[int, Tensor] = {}
         self._unproved: list[tuple[str, str, Tensor]] = []
         self._reordered = False
@@ -68,7 +68,7 @@ class Softmaxes(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.watched.within:  # what a watched function calls is recorded with it
+        if self._collector.within:  # what a watched function calls is recorded with it
             return func(*args, **kwargs)
         if func in _SOFTMAX:
             owner = self._owner()
@@ -88,7 +88,7 @@ class Softmaxes(TorchFunctionMode):
 
     def _check_replaced(self) -> None:
         """RegardError where the model has put other modules in place (BigBird on short texts)."""
-        known = self.watched.tracker.names
+        known = self._collector.tracker.names
         new = [n for n, m in self._model.named_modules() if n in self._names and id(m) not in known]
         if new:
             raise RegardError(
@@ -98,27 +98,27 @@ class Softmaxes(TorchFunctionMode):
 
     def _owner(self) -> str | None:
         """The attention module that runs now; its softmax may be a module of its own."""
-        name = self.watched.tracker.innermost
-        while name and "Softmax" in type(self.watched.modules[name]).__name__:
+        name = self._collector.tracker.innermost
+        while name and "Softmax" in type(self._collector.modules[name]).__name__:
             name = name.rpartition(".")[0]
         return name if name in self._names else None
 
     def _softmax(
         self, owner: str, func: Callable[..., Tensor], input: Tensor, *rest: Any, **given: Any
     ) -> Tensor:
-        module = self.watched.modules[owner]
+        module = self._collector.modules[owner]
         with torch.no_grad(), torch._C.DisableTorchFunction():
             found = laid_out(module, input, lambda: _running(module), self._held)
         if not found:
             return func(input, *rest, **given)
         self._demand_proof(owner)
-        names = [self._named(owner, part) for part in found]
+        met = [self._met(owner, part) for part in found]
         whole = found[0] if found[0].shape == input.shape else None  # its own numbers, in order
-        kept = self.watched.cut_of(names[0])
+        kept = met[0].kept
         if kept is not None:
             if whole is None:
-                raise RegardError(f"cut: {names[0]} attends in blocks of its own; cut elsewhere")
-            whole = self._hiding(names[0], module, whole, kept)
+                raise RegardError(f"cut: {met[0].name} attends in blocks of its own; cut elsewhere")
+            whole = self._hiding(met[0], whole, kept)
             input, found = whole.scores.reshape(input.shape), [whole]
         weights = func(input, *rest, **given)
         if kept is not None:  # a row that sees nothing more mixes nothing
@@ -126,69 +126,69 @@ class Softmaxes(TorchFunctionMode):
         laid = weights
         if whole is not None and weights.dim() == 3:
             laid = weights.unflatten(0, (-1, whole.scores.shape[1]))
-            if any(isinstance(o, Effect) for o in self.watched.observe):
+            if met[0].effects:
                 weights = laid.flatten(0, 1)  # so that gradients pass through what is watched
-        for name, part in zip(names, found, strict=True):
-            if self.watched.wants(name):
-                self._record(name, module, part, laid if whole is not None else None)
-        if whole is not None and self.watched.verifying and not module.training:
-            self._unproved.append((owner, names[0], laid.detach()))
+        for call, part in zip(met, found, strict=True):
+            if call.wanted:
+                self._record(call, part, laid if whole is not None else None)
+        if whole is not None and met[0].verifying:
+            self._unproved.append((owner, met[0].name, laid.detach()))
         return weights
 
-    def _named(self, owner: str, part: Scores) -> str:
+    def _met(self, owner: str, part: Scores) -> WatchedCall:
         if not part.follows:
-            self._calls[owner] = self.watched.tracker.call(owner)
+            self._calls[owner] = self._collector.met(owner)
         return self._calls[owner]
 
     @torch.no_grad()
-    def _hiding(self, name: str, module: nn.Module, part: Scores, kept: Mask) -> Scores:
+    def _hiding(self, met: WatchedCall, part: Scores, kept: Mask) -> Scores:
         """The scores with −inf where an edge is cut."""
-        call, _ = self._read(name, kind_of(module, name), part)
+        call, _ = self._read(met, part)
         place = call.place
         program = kept.lower(place, call.query, call.key)
         shown = program.visible(Span(0, place.q_len, 0, place.k_len))
         return replace(part, scores=part.scores.masked_fill(~shown, -torch.inf))
 
-    def _record(self, name: str, module: nn.Module, part: Scores, weights: Tensor | None) -> None:
+    def _record(self, met: WatchedCall, part: Scores, weights: Tensor | None) -> None:
         """Hand on a call; weights (batch, heads, q_len, k_len) as the softmax returned them."""
-        watched = self.watched
-        if watched.keep_qk or any(isinstance(o, NormTopK) for o in watched.observe):
+        asked = self._collector.options
+        if asked.keep_qk or any(isinstance(o, NormTopK) for o in self._collector.observe):
             raise RegardError(
-                f"{name} computes attention by itself: its weights are seen, but no queries, keys "
-                "or values; watch it without keep_qk and NormTopK"
+                f"{met.name} computes attention by itself: its weights are seen, but no queries, "
+                "keys or values; watch it without keep_qk and NormTopK"
             )
-        effects = any(isinstance(o, Effect) for o in watched.observe)
-        if effects and weights is None:
-            raise RegardError(f"{name} attends in blocks of its own; Effect cannot be read there")
-        kind = kind_of(module, name)
-        call, lse = self._read(name, kind, part)
+        if met.effects and weights is None:
+            raise RegardError(
+                f"{met.name} attends in blocks of its own; Effect cannot be read there"
+            )
+        call, lse = self._read(met, part)
         if call.place.query_start > 0 and self._reordered and not part.follows:
             raise RegardError(
-                f"{name}: the cache was reordered between two steps (beam search?); generate "
+                f"{met.name}: the cache was reordered between two steps (beam search?); generate "
                 "with num_beams=1 to watch"
             )
-        if effects and weights is not None:
+        if met.effects and weights is not None:
             # With the keys themselves as values, the output is the weights
             keys = torch.eye(call.place.k_len, dtype=call.query.dtype, device=call.place.device)
             call = replace(call, value=keys.expand(*call.key.shape[:2], -1, -1))
-        watched.record(name, kind, call, lse, weights if effects else None)
+        met.record(call, lse, weights if met.effects else None)
 
     @torch.no_grad()
-    def _read(self, name: str, kind: str, part: Scores) -> tuple[Call, Tensor]:
+    def _read(self, met: WatchedCall, part: Scores) -> tuple[Call, Tensor]:
         """The scores as a call whose bias they are, and their log-sum-exp (batch, heads, q_len)."""
         scores = part.scores.detach()
         scores = scores if scores.dtype == torch.float64 else scores.float()
         lse = scores.logsumexp(-1)
         hidden = ((scores - lse[..., None]).exp() == 0) | (scores <= part.floor)
         lse = lse.masked_fill(hidden.all(-1), -torch.inf)
-        start = self._start(name, kind, part, hidden)
+        start = self._start(met, part, hidden)
         query, key = (scores.new_zeros(*scores.shape[:2], n, 0) for n in scores.shape[2:])
         shown: Mask = Dense(~hidden) if bool(hidden.any()) else Full()
         scores = scores.masked_fill(hidden, 0)
         call = Call.checked(query, key, None, mask=shown, bias=scores, scale=1.0, query_start=start)
         return call, lse
 
-    def _start(self, name: str, kind: str, part: Scores, hidden: Tensor) -> int:
+    def _start(self, met: WatchedCall, part: Scores, hidden: Tensor) -> int:
         """The first query's position: the last one stands at the last key that it sees.
 
         Where there are more keys than queries: those of a cache, which may hold unwritten ones.
@@ -197,16 +197,16 @@ class Softmaxes(TorchFunctionMode):
             return part.start
         q_len, k_len = part.scores.shape[2:]
         start = part.start or 0
-        if part.start is None and kind == "self" and q_len < k_len:
+        if part.start is None and met.kind == "self" and q_len < k_len:
             seen = (~hidden[:, :, -1]).flatten(0, 1).any(0).nonzero()
             start = max((int(seen[-1]) if len(seen) else k_len - 1) + 1 - q_len, 0)
-        if kind == "self" and start == 0:
+        if met.kind == "self" and start == 0:
             self._reordered = False
-        return self.watched.position(name, kind, start)
+        return met.position(start)
 
     def _selected(self, tensor: Tensor, dim: int, index: Tensor) -> None:
         """Between two forwards, a cache's items are put in another order: by beam search."""
-        if self.watched.tracker.innermost is None and tensor.dim() > 2:
+        if self._collector.tracker.innermost is None and tensor.dim() > 2:
             order = torch.arange(len(index), dtype=index.dtype, device=index.device)
             if tensor.shape[dim] != len(index) or not torch.equal(index, order):
                 self._reordered = True

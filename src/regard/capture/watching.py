@@ -8,8 +8,9 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -17,9 +18,11 @@ from torch import nn
 from ..call.observers import Observer
 from ..errors import RegardError
 from ..ops.watches import inside_of
+from .collector import Collector
 from .intercept import Intercept
 from .layers import Cut, Watched
 from .module_tree import of_hugging_face
+from .options import WatchOptions
 from .softmaxes import Softmaxes, attention_modules
 
 _LOCK = threading.Lock()
@@ -68,47 +71,39 @@ def watch(
     ever and are not recorded. RegardError on entry if the model cannot be watched; on leaving, if
     it ran without computing attention where it could be seen, or without a layer asked for.
     """
-    return _Block(
-        lambda: _watching(model, observe, layers, keep_qk, cut, verify, count_padding, keep)
+    return WatchBlock(
+        model, WatchOptions(observe, layers, keep_qk, cut, verify, count_padding, keep)
     )
 
 
-class _Block(AbstractContextManager["Watched"]):
+class WatchBlock(AbstractContextManager["Watched"]):
     """What `watch` returns: each time that it is entered, the model is watched anew."""
 
-    def __init__(self, opened: Callable[[], AbstractContextManager[Watched]]) -> None:
-        self._opened = opened
+    def __init__(self, model: nn.Module, options: WatchOptions) -> None:
+        self._model, self._options = model, options
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Watched:
-        return self._stack.enter_context(self._opened())
+        return self._stack.enter_context(_watching(self._model, self._options))
 
     def __exit__(self, *raised: Any) -> bool | None:
         return self._stack.__exit__(*raised)
 
 
 @contextlib.contextmanager
-def _watching(
-    model: nn.Module,
-    observe: Sequence[Observer] | None,
-    layers: Sequence[int | str] | int | str | None,
-    keep_qk: bool,
-    cut: Sequence[Cut] | None,
-    verify: bool | None,
-    count_padding: bool,
-    keep: Literal["last", "all"],
-) -> Iterator[Watched]:
+def _watching(model: nn.Module, options: WatchOptions) -> Iterator[Watched]:
     """One block of `watch`."""
     parts = _parts(model)
     hugging = any(map(of_hugging_face, parts))
     sources = _sources(model)
     _check(model, hugging, sources)
     kinds = {type(part) for part in parts}
-    verify = not kinds <= set(_VERIFIED) if verify is None else verify
-    watched = Watched(model, observe, layers, keep_qk, cut, verify, count_padding, keep)
+    if options.verify is None:
+        options = replace(options, verify=not kinds <= set(_VERIFIED))
+    collector = Collector(model, options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_claimed(model, parts))
-        stack.enter_context(watched.tracker.following())
+        stack.enter_context(collector.tracker.following())
         # Where a source cannot be read (a notebook's), both ways may lead to attention
         unknown = sources is None
         interface = hugging and (unknown or any(w in s for s in sources or () for w in _INTERFACE))
@@ -117,24 +112,24 @@ def _watching(
 
             stack.enter_context(using_regard(model))
         if unknown or not interface or _calls_torch(model, sources or []):
-            stack.enter_context(Intercept(watched))
+            stack.enter_context(Intercept(collector))
         if by_itself := attention_modules(model):
-            stack.enter_context(Softmaxes(watched, model, by_itself))
-        stack.enter_context(inside_of(watched))
-        yield watched
-    if not watched.tracker.ran:
+            stack.enter_context(Softmaxes(collector, model, by_itself))
+        stack.enter_context(inside_of(collector))
+        yield collector.watched
+    if not collector.tracker.ran:
         return
-    if verify:
+    if options.verify:
         _VERIFIED.update(kinds)
-    if watched.undone:
-        which = ", ".join(str(c.layer) for c in watched.undone)
+    if collector.undone:
+        which = ", ".join(str(c.layer) for c in collector.undone)
         raise RegardError(f"cut: no attention call is in layer {which}; nothing was cut there")
-    if not watched.touched:
+    if not collector.touched:
         raise RegardError(
             f"{type(model).__name__} ran, but computed no attention where it can be watched: it "
             "takes no softmax over keys, or not inside a module of attention"
         )
-    watched.check_wanted()
+    collector.check_wanted()
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:

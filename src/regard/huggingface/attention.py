@@ -10,7 +10,6 @@ are only found by way of ours, which read beside them (`Watching`).
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -27,13 +26,12 @@ from ..call.biases import Bias, DenseBias
 from ..call.checked import Call
 from ..call.geometry import Span
 from ..call.masks import Causal, Dense, Documents, Full, Mask, Padding, Predicate, Window
-from ..call.observers import Effect
 from ..engines import run
 from ..engines.second_pass.weigh import whole_rows
 from ..errors import RegardError
 from ..ops import beside
 from ..ops.cache import owner_of
-from ..ops.watches import Watch, active
+from ..ops.watches import WatchedCall, meet
 from .config import NAME
 from .swapped_configs import SKIPPED, Watching, watched_name
 
@@ -200,34 +198,29 @@ def attend(
     cut, or effects asked for.
     """
     caller = sys._getframe(1)
-    name = watched_name(module, caller.f_locals.get("self"))
-    where = next(((w, n) for w in active() if (n := w.call_of(module)) is not None), None)
+    name, met = watched_name(module, caller.f_locals.get("self")), meet(module)
     if name is None:
-        return _compute(where, module, query, key, value, attention_mask, **given)
-    own = _own_function(name.own, caller.f_code.co_names, caller.f_globals)
-    tensors = (query, key, value)
-    if where is None:  # another thread's
-        return own(module, *tensors, attention_mask, **given)
-    watched, layer = where
-    wanted = watched.wants(layer)
-    effects = wanted and any(isinstance(o, Effect) for o in watched.observe)
-    if effects or watched.cut_of(layer) is not None:
-        beside.check_draws(given.get("dropout"), layer)
-        return _compute(where, module, *tensors, attention_mask, eager=name == "eager", **given)
-    with watched.computing(), beside.Capture() as capture:
-        answer: tuple[Tensor, Tensor | None] = own(module, *tensors, attention_mask, **given)
-    if wanted:
-        given |= {"dropout": 0.0, "eager": name == "eager"}
-        call, kind = _call(
-            where, module, query.detach(), key.detach(), value.detach(), attention_mask, **given
+        return _compute(met, module, query, key, value, attention_mask, **given)
+    eager = name == "eager"
+    if met is not None and met.replaced:
+        beside.check_draws(given.get("dropout"), met.name)
+        return _compute(met, module, query, key, value, attention_mask, eager=eager, **given)
+    function = _own_function(name.own, caller.f_code.co_names, caller.f_globals)
+
+    def own() -> tuple[Tensor, Tensor | None]:
+        answer: tuple[Tensor, Tensor | None] = function(
+            module, query, key, value, attention_mask, **given
         )
-        lse, seen = beside.gathered(
-            watched.asking(layer, call, kind), capture.found(call.query.shape[:3])
-        )
-        if watched.verifying and not module.training:
-            beside.verify(call, lse, answer[0].detach().transpose(1, 2), layer)
-        watched.record(layer, kind, call, lse, None, seen)
-    return answer
+        return answer
+
+    def read() -> Call:
+        still = (query.detach(), key.detach(), value.detach())
+        asked = given | {"dropout": 0.0, "eager": eager}  # weights are observed before dropout
+        return _call(met, module, *still, attention_mask, **asked)
+
+    if met is None:  # another thread's
+        return own()
+    return met.beside(own, read, lambda answer: answer[0].transpose(1, 2))
 
 
 def _own_function(name: str, names: tuple[str, ...], found: dict[str, Any]) -> Callable[..., Any]:
@@ -240,7 +233,7 @@ def _own_function(name: str, names: tuple[str, ...], found: dict[str, Any]) -> C
 
 
 def _compute(
-    where: tuple[Watch, str] | None,
+    met: WatchedCall | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -251,29 +244,22 @@ def _compute(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by regard."""
     held = owner_of(key)  # a cache that evicts: the mask speaks of more keys than there are
-    wanted, asked = where is not None and where[0].wants(where[1]), _asked_for_weights(given)
-    seen: dict[int, Any] = {}
+    asked = _asked_for_weights(given)
     if held is None:
-        call, kind = _call(
-            where, module, query, key, value, attention_mask, dropout=dropout, **given
-        )
-        if where and wanted:
-            call = where[0].asking(where[1], call, kind)
-        with where[0].computing() if where else contextlib.nullcontext():
-            out, lse, seen = run(call)
+        call = _call(met, module, query, key, value, attention_mask, dropout=dropout, **given)
+        out, lse, _ = run(call) if met is None else met.run(call)
     else:
         if dropout:
             raise RegardError("a cache that evicts takes no dropout; use model.eval()")
-        request, _, kind = _request(
-            where, module, query, held.layout.length, attention_mask, **given
-        )
+        request, _ = _request(met, module, query, held.layout.length, attention_mask, **given)
         query = _spread(query, key)
+        wanted = met is not None and met.wanted
         if wanted or asked:
             call = held.in_positions(query, **request)
         with torch._C.DisableTorchFunction():  # the call is recorded here
             out, lse = held.attend_appended(query, **request, return_lse=True)
-    if where and wanted:
-        where[0].record(where[1], kind, call, lse, out, seen)
+        if met is not None and wanted:
+            met.record(call, lse, out)
     weights = None
     if asked:
         weights = whole_rows(call, lse.detach(), (0, call.place.q_len)).to(query.dtype)
@@ -281,7 +267,7 @@ def _compute(
 
 
 def _call(
-    where: tuple[Watch, str] | None,
+    met: WatchedCall | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -289,14 +275,13 @@ def _call(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     **given: Any,
-) -> tuple[Call, str]:
-    """transformers' arguments as a call, and its kind."""
-    request, starts, kind = _request(where, module, query, key.shape[2], attention_mask, **given)
-    call = Call.checked(
+) -> Call:
+    """transformers' arguments as a call."""
+    request, starts = _request(met, module, query, key.shape[2], attention_mask, **given)
+    return Call.checked(
         _spread(query, key), key, value, **request, dropout=dropout or None,
         query_start=starts[0], key_start=starts[1],
     )  # fmt: skip
-    return call, kind
 
 
 def _spread(query: Tensor, key: Tensor) -> Tensor:
@@ -305,7 +290,7 @@ def _spread(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _request(
-    where: tuple[Watch, str] | None,
+    met: WatchedCall | None,
     module: nn.Module,
     query: Tensor,
     k_len: int,
@@ -318,14 +303,13 @@ def _request(
     cache: Any = None,
     eager: bool = False,
     **rest: Any,
-) -> tuple[dict[str, Any], tuple[int, int], str]:
-    """(what `Call.checked` takes, the positions of the first query and key, "self" or "cross").
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """(what `Call.checked` takes, the positions of the first query and key).
 
     eager: the model's own function knows of no mask but the one that it is given.
     """
     if cache is not None:
         raise RegardError("regard cannot read a paged cache yet; use the default cache")
-    kind = where[0].kind_of(module, where[1]) if where else "self"
     is_causal = False if eager else is_causal
     shown, biases, start, key_start = _shown(module, query, k_len, attention_mask, is_causal)
     if position_bias is not None:
@@ -335,14 +319,12 @@ def _request(
                 f"keys of {k_len} tokens, as if none were evicted; use KVCache() or PagedCache()"
             )
         biases.append(DenseBias(position_bias))
-    if where:
-        start = where[0].position(where[1], kind, start)
-        kept = where[0].cut_of(where[1])
-        shown = shown if kept is None else shown & kept
+    if met is not None:
+        start, shown = met.position(start), met.visible(shown)
     request: dict[str, Any] = dict(
         mask=shown, bias=biases or None, scale=scaling, softcap=softcap, sinks=s_aux
     )
-    return request, (start, key_start), kind
+    return request, (start, key_start)
 
 
 def _shown(

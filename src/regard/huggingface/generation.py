@@ -12,7 +12,7 @@ def generation_cache(make: Callable[[], Cache] = KVCache, config: Any = None) ->
     """A `Cache` for a Hugging Face model, each of whose layers is a cache that `make` makes.
 
         model.set_attn_implementation("regard")
-        cache = regard.generation_cache(lambda: KVCache(evict=H2O(512)))
+        cache = regard.huggingface.generation_cache(lambda: KVCache(evict=H2O(512)))
         model.generate(**inputs, past_key_values=cache)
         cache.nbytes
 

@@ -123,7 +123,7 @@ def stitch(
 
         chunks = Chunks(512, overlap=128)
         parts = [model(ids[:, a:b]).last_hidden_state for a, b in chunks.spans(length)]
-        states = regard.stitch(parts, chunks, length, causal=False)
+        states = regard.context.stitch(parts, chunks, length, causal=False)
 
     parts: for each of `chunks.spans(length)` a tensor with its positions along `dim`. Where chunks
     overlap, a position is taken from the chunk that shows it most: with causal=True the earliest,

@@ -1,67 +1,128 @@
-"""The watches that this thread is inside of: what `capture` opens, and `huggingface` asks."""
+"""The watches that this thread is inside of, and the one way to report a call of attention to them.
+
+`capture` opens a watch; `huggingface` and `capture` meet the calls that a watched model makes.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from ..call.checked import Call
 from ..call.masks import Mask
-from ..call.observers import Observer
+from ..engines import run
+from . import beside
+
+T = TypeVar("T")
 
 _OPEN = threading.local()
 
 
 class Watch(Protocol):
-    """What a model's attention functions ask of the watch that they run inside of.
+    """What a call asks of the watch that it is met in. name: the call's; kind: self or cross."""
 
-    `name` is that of a module's call, as `call_of` gives it.
-    """
-
-    observe: tuple[Observer, ...]
-    verifying: bool
-
-    def call_of(self, module: nn.Module) -> str | None:
-        """The name of the call that a module makes; None for a stranger."""
-
-    def kind_of(self, module: nn.Module, name: str) -> str:
-        """Self or cross."""
-
-    def wants(self, name: str) -> bool:
-        """Whether it is to be recorded."""
+    def meet(self, module: nn.Module) -> WatchedCall | None:
+        """The call of attention that a module makes now; None for a stranger."""
 
     def position(self, name: str, kind: str, start: int | None) -> int:
         """Where its queries stand."""
 
-    def cut_of(self, name: str) -> Mask | None:
-        """What stays visible in it, where something is cut."""
-
-    def computing(self) -> AbstractContextManager[None]:
-        """While inside, what the model's own attention calls is not recorded apart."""
-
-    def asking(self, name: str, call: Call, kind: str) -> Call:
+    def asking(self, name: str, kind: str, call: Call) -> Call:
         """The call with the watch's observers."""
 
+    def computing(self) -> AbstractContextManager[None]:
+        """While inside, what the model's own attention calls is not met apart."""
+
     def record(
-        self,
-        name: str,
-        kind: str,
-        call: Call,
-        lse: Tensor,
-        out: Tensor | None = None,
-        seen: Mapping[int, Any] = ...,
-    ) -> None:
+        self, name: str, kind: str, call: Call, lse: Tensor, out: Tensor | None,
+        seen: Mapping[int, Any],
+    ) -> None:  # fmt: skip
         """Take it in."""
 
 
-def active() -> Sequence[Watch]:
-    """The watches that this thread is inside of, the newest first."""
+@dataclass(eq=False)
+class WatchedCall:
+    """A call of attention that a watched model makes, from when it is met until it is recorded.
+
+    name: the module's call; kind: self or cross, by the module until the tensors say better.
+    wanted: whether it is recorded; kept: what stays visible in it, where edges are cut.
+    effects: whether effects are asked for; verifying: whether the weights as read are checked.
+    """
+
+    watch: Watch
+    name: str
+    kind: str
+    wanted: bool
+    kept: Mask | None
+    effects: bool
+    verifying: bool
+
+    @property
+    def replaced(self) -> bool:
+        """Whether regard computes it in the model's place: to cut edges, or for their effects."""
+        return self.kept is not None or (self.wanted and self.effects)
+
+    def visible(self, mask: Mask) -> Mask:
+        """What a mask shows, less what is cut."""
+        return mask if self.kept is None else mask & self.kept
+
+    def position(self, start: int | None) -> int:
+        """Where its queries stand; start: as far as the call itself says it."""
+        return self.watch.position(self.name, self.kind, start)
+
+    def run(self, call: Call, engine: str = "auto") -> tuple[Tensor, Tensor, dict[int, Any]]:
+        """(out, lse, results by observer), computed by regard, and recorded if that is wanted."""
+        asked = self.watch.asking(self.name, self.kind, call) if self.wanted else call
+        with self.watch.computing():
+            out, lse, seen = run(asked, engine)
+        if self.wanted:
+            self.record(call, lse, out, seen)
+        return out, lse, seen
+
+    def beside(
+        self,
+        own: Callable[[], T],
+        read: Callable[[], Call | None],
+        output: Callable[[T], Tensor] | None = None,
+    ) -> T:
+        """What the model's own function gives, to the bit; its weights are read beside it.
+
+        read: what it computed, as a call without gradients; None where there is nothing to read.
+        output: the answer's out (batch, heads, q_len, v_dim), which the weights must explain.
+        """
+        with self.watch.computing(), beside.Capture() as capture:
+            answer = own()
+        call = read() if self.wanted else None
+        if call is None:
+            return answer
+        given = capture.found(call.query.shape[:3])
+        lse, seen = beside.gathered(self.watch.asking(self.name, self.kind, call), given)
+        if self.verifying and output is not None:
+            beside.verify(call, lse, output(answer).detach(), self.name)
+        self.record(call, lse, None, seen)
+        return answer
+
+    def record(
+        self,
+        call: Call,
+        lse: Tensor,
+        out: Tensor | None = None,
+        seen: Mapping[int, Any] = MappingProxyType({}),
+    ) -> None:
+        """Hand it on; seen: what the engine gathered already, by the number of the observer."""
+        self.watch.record(self.name, self.kind, call, lse, out, seen)
+
+
+def meet(module: nn.Module) -> WatchedCall | None:
+    """The call that a module makes now, met by the newest watch of this thread that knows it."""
     watches: list[Watch] = getattr(_OPEN, "watches", [])
-    return watches[::-1]
+    return next((met for watch in reversed(watches) if (met := watch.meet(module))), None)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..analysis.compare import Versus
 from ..analysis.look import Look
 from .continuation import continuation_dict
+from .links import link_dict
 
 if TYPE_CHECKING:
     from ..analysis.cut import Changed
@@ -118,18 +119,5 @@ def _effect(effects: Effects, names: list[str]) -> dict[str, Any]:
         "directions": effects.directions,
         "width": effects.width,
         "edges": effects.edges,
-        "links": [
-            {
-                "layer": link.layer,
-                "head": link.head,
-                "from": names[link.source],
-                "to": names[link.target],
-                "from_index": link.source,
-                "to_index": link.target,
-                "effect": link.effect,
-                "weight": link.weight,
-                "value": link.value,
-            }
-            for link in effects.links
-        ],
+        "links": [link_dict(link, names) for link in effects.links],
     }

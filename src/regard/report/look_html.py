@@ -29,6 +29,7 @@ from ..analysis.parts import Part, Side
 from ..analysis.tables import tables
 from ..analysis.text_model import DEFAULT
 from .inline_page import check_html, digest, inert, write_page
+from .links import link_dict
 from .screen import clean, word_name
 
 if TYPE_CHECKING:
@@ -212,18 +213,7 @@ def _effects(found: Effects) -> dict[str, Any]:
         "directions": found.directions,
         "width": found.width,
         "edges": found.edges,
-        "links": [
-            {
-                "layer": link.layer,
-                "head": link.head,
-                "from": link.source,
-                "to": link.target,
-                "effect": link.effect,
-                "weight": link.weight,
-                "value": link.value,
-            }
-            for link in found.links
-        ],
+        "links": [link_dict(link) for link in found.links],
     }
 
 

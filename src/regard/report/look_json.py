@@ -7,6 +7,7 @@ from typing import Any
 
 from ..analysis.look import Look
 from .answers_json import asked_dict
+from .links import link_dict
 
 
 def as_dict(found: Look) -> dict[str, Any]:
@@ -20,18 +21,7 @@ def as_dict(found: Look) -> dict[str, Any]:
     return {
         "model": found.model,
         "words": names,
-        "links": [
-            {
-                "layer": link.layer,
-                "head": link.head,
-                "from": names[link.source],
-                "to": names[link.target],
-                "from_index": link.source,
-                "to_index": link.target,
-                "weight": link.weight,
-            }
-            for link in found.links
-        ],
+        "links": [link_dict(link, names) for link in found.links],
         "pairs": [
             {
                 "from": names[pair.source],

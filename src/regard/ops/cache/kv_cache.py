@@ -26,7 +26,7 @@ from .slots import Biases, Layout, one
 class KVCache(Cache):
     """Keys and values of all tokens; with `evict`, of those that a policy keeps.
 
-        cache = regard.KVCache()
+        cache = regard.cache.KVCache()
         out = cache.attend(query, key, value)          # the prompt
         out = cache.attend(query, key, value)          # a decode step, or a chunk
 

@@ -50,7 +50,7 @@ class _Own(Pages):
 class PagedCache(Cache):
     """Keys and values in blocks of `block` tokens, which sequences may share. Kwon et al. 2023.
 
-        cache = regard.PagedCache(block=16)
+        cache = regard.cache.PagedCache(block=16)
         cache.attend(query, key, value)       # one prompt
         cache.select([0, 0, 0, 0])            # four answers to it: the prompt is held once
         cache.attend(queries, keys, values)   # each goes on by itself

@@ -18,7 +18,7 @@ from .real_tokens import NEVER, among, first_real
 class WindowCache(KVCache):
     """The last `window` tokens, and with `first` the first ones (StreamingLLM's attention sinks).
 
-        cache = regard.WindowCache(1024, first=4)
+        cache = regard.cache.WindowCache(1024, first=4)
 
     Outputs are those of uncached attention under `mask & (Window(window) | First(first))`; between
     calls `first + window − 1` keys are held. Xiao et al. 2024. Where a `Padding` mask hides

@@ -69,7 +69,7 @@ struct RegardCall {
     const float* by_offset;  // (heads, q_len + k_len − 1): the bias at query − key + k_len − 1
     int64_t bias_count, code_count;
     const RegardView* bias;  // dense
-    const int64_t* code;     // the mask's program (lowered.py)
+    const int64_t* code;     // the mask's program (call/mask_program.py)
     const RegardView* mask;  // its tensors
     const int64_t* mask_sizes;  // the first size of each: of edges, how many
     RegardPages pages;

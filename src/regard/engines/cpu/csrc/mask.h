@@ -1,4 +1,4 @@
-// The mask's program (lowered.py), read in place: who sees whom in a tile, and whether a tile holds
+// The mask's program (call/mask_program.py), read in place: who sees whom in a tile, and whether a tile holds
 // anything visible at all. A tile has at most 64 rows, so each key has one word: bit i is row i.
 #pragma once
 #include "abi.h"

@@ -9,10 +9,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 import regard
-from test_html import ATTACK, browser  # noqa: F401 (a fixture)
+from browsing import ATTACK
 
 
-def test_the_page_works_in_a_frame(browser, tmp_path):  # noqa: F811
+def test_the_page_works_in_a_frame(browser, tmp_path):
     """It draws, its hands work, the console stays empty, and it cannot reach the notebook."""
     found = regard.look("all-MiniLM-L6-v2", f"The cat sat on {ATTACK} the mat", from_words="cat")
     notebook = tmp_path / "notebook.html"
