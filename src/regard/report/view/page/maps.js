@@ -65,12 +65,13 @@ class Maps {
     while (this.maps.length < count) this.add();
     const here = state.recording;
     const which = shows === "second" ? [this.other()] : [here, this.other()].slice(0, count);
+    const { at } = state; // the first view is of the whole map, and forgets it
     this.maps.forEach((map, i) => this.name(map, which[i], shows));
     this.maps.forEach((map, i) => map.show({ ...this.where(which[i]),
       ...(shows === "change" ? { versus: this.other() } : {}) }));
     if (this.restored === undefined) {
       this.restored = true;
-      if (state.at) this.first.restore(state.at);
+      if (at) this.first.restore(at);
     }
     this.legend();
   }
