@@ -55,9 +55,9 @@ class ViewPage(Page):
 
     def over(self, selector, x, y):
         """The pointer at a place of an element, from its middle."""
-        ActionChains(self.browser, duration=0).move_to_element_with_offset(
-            self.find(selector), x, y
-        ).perform()
+        element = self.find(selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        ActionChains(self.browser, duration=0).move_to_element_with_offset(element, x, y).perform()
         return self.settled()
 
     def choose(self, name, value):
@@ -235,6 +235,7 @@ def test_two_recordings_move_together_and_differ_by_their_difference(browser, pa
     assert shown[0].startswith("word")
     page = ViewPage(browser, f"{pair}#head=0.0&compare=change&at=7.00,200,199").exact()
     page.over(".map", 8, 8)
+    assert page.text("#headline").startswith("word200 reads word199 ")
     one, two = (float(Recording.load(folder).weights(0, 0)[200, 199]) for folder in folders)
     shown = float(page.find("#headline").get_attribute("data-weight"))
     assert shown == pytest.approx(two - one, abs=1e-6)

@@ -61,7 +61,7 @@ class HeadMap {
     for (const kind of ["pointerdown", "wheel", "keydown"])
       element.addEventListener(kind, () => (this.untouched = false), { passive: true });
     new ResizeObserver(() => {
-      this.map.invalidateSize({ animate: false, pan: false });
+      this.map.invalidateSize({ animate: false, pan: !this.untouched });
       if (this.where && this.untouched) this.whole();
       this.profiles.due();
     }).observe(element);
