@@ -46,7 +46,7 @@ def chromium(folder):
     options.binary_location = found[0]
     for switch in SWITCHES.split():
         options.add_argument(switch)
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.add_argument(f"--user-data-dir={folder}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return webdriver.Chrome(options=options, service=Service(found[1]))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import regard
-from regard import Causal, Full, KVCache, Rows, attention
+from regard import Causal, Full, Rows, attention
+from regard.cache import KVCache
 from regard.call.masks import Mask
 from regard.call.observers import PerRow
 from regard.call.opcodes import Op

@@ -125,7 +125,8 @@ def look(
         warnings.simplefilter("ignore")
         told("loading the model", None)
         from ..analysis.question import Question
-        from ..report.look_html import check_html, write_html
+        from ..report.inline_page import check_html
+        from ..report.look_html import write_html
         from ..report.look_result import answered
 
         if html is not None:

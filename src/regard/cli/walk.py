@@ -106,7 +106,7 @@ def walk(
         warnings.simplefilter("ignore")
         told("loading the model", None)
         if html is not None:
-            from ..report.look_html import check_html
+            from ..report.inline_page import check_html
 
             check_html(html)
         from ..analysis.text_model import load

@@ -9,10 +9,7 @@ run its own script and load nothing.
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import json
-import os
 import re
 import shlex
 import unicodedata
@@ -31,7 +28,7 @@ from ..analysis.look import Look
 from ..analysis.parts import Part, Side
 from ..analysis.tables import tables
 from ..analysis.text_model import DEFAULT
-from ..errors import RegardError
+from .inline_page import check_html, digest, inert, write_page
 from .links import link_dict
 from .screen import clean, word_name
 
@@ -49,18 +46,9 @@ LINKS = 2_000_000
 
 _TYPED = 400  # characters of a text that a command to copy holds
 _SCRIPTS = (  # one after another
-    "look-weights", "look-draw", "look-grid", "look-list", "look-versus", "look-tools", "look",
+    "shared", "look-weights", "look-draw", "look-grid", "look-list", "look-versus", "look-tools",
+    "look",
 )  # fmt: skip
-
-
-def check_html(path: Path) -> None:
-    """Raise RegardError where ``write_html`` could not write: a folder, or in one that is not."""
-    if path.is_dir():
-        raise RegardError(f"{path} is a folder; --html writes a file")
-    if path.exists() and not path.is_file():
-        raise RegardError(f"{path} is no ordinary file; --html writes one")
-    if not path.parent.is_dir():
-        raise RegardError(f"there is no folder {path.parent} to write {path.name} in")
 
 
 def write_html(
@@ -74,19 +62,6 @@ def write_html(
     """Write the page of ``as_html`` to ``path``."""
     check_html(path)
     write_page(path, as_html(found, recording, other=other, progress=progress))
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write ``page`` to ``path``: under another name until it is whole."""
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        part.write_text(page, "utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise RegardError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def as_html(
@@ -116,12 +91,13 @@ def as_html(
         data["cut"] = ", ".join(clean(str(cut.edge)) for cut in found.cut.cuts)
     page = files(__package__).joinpath("page")
     style, frame = (page.joinpath(f"look.{kind}").read_text("utf-8") for kind in ("css", "html"))
-    script = "\n".join(page.joinpath(f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
+    scripts = (page.joinpath(f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
+    script = re.sub(r"^export \{.*\};$", "", "\n".join(scripts), flags=re.MULTILINE)
     policy = "; ".join(
         (
             "default-src 'none'",
-            f"style-src '{_digest(style)}'",
-            f"script-src '{_digest(script)}'",
+            f"style-src '{digest(style)}'",
+            f"script-src '{digest(script)}'",
             "base-uri 'none'",
             "form-action 'none'",
         )
@@ -131,22 +107,12 @@ def as_html(
         "title": html.escape(f"{clean(found.model)} · regard look"),
         "style": style,
         "script": script,
-        "data": _inert(data),
+        "data": inert(data),
         "maps": "\n".join(
             f'<script type="text/plain" id="map-{i}">{text}</script>' for i, text in enumerate(maps)
         ),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], frame)
-
-
-def _digest(source: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-
-
-def _inert(data: object) -> str:
-    """``data`` as JSON of plain ASCII in which nothing can end a script or begin a tag."""
-    line = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
-    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", line)
 
 
 def _reading(

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..analysis.walk_result import Side, Walk
-from .look_html import _digest, check_html, write_page
+from .inline_page import check_html, digest, write_page
 from .screen import clean, word_name
 from .walk_steps import Line, Row, Step, checks, chosen_line, head_line, head_name, steps
 from .walk_terminal import vector
@@ -76,7 +76,7 @@ def walk_html(walk: Walk, top: int = 3) -> str:
     page = files(__package__).joinpath("page")
     style, script = (page.joinpath(f"walk.{kind}").read_text("utf-8") for kind in ("css", "js"))
     policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     title = f"{walk.token.word} in head {head_name(walk)} · regard walk"

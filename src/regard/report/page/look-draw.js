@@ -134,41 +134,6 @@ function drawView(view, reading, seen) {
   return () => drawFan(view, from, ends);
 }
 
-/** Lines from a word to those it reads: arcs above one line of text, curves between lines. */
-function drawFan(view, from, targets) {
-  const paper = view.paper.getBoundingClientRect();
-  const box = (element) => {
-    const rects = element.getClientRects();
-    const rect = rects[0] ?? element.getBoundingClientRect();
-    const left = rect.left - paper.left;
-    const top = rect.top - paper.top;
-    return { x: left + rect.width / 2, top, bottom: top + rect.height };
-  };
-  const a = box(from);
-  const paths = targets.map(([weight, element]) => {
-    const b = box(element);
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    let d;
-    if (Math.abs(a.top - b.top) < 12) {
-      const lift = Math.min(view.room, 7 + Math.abs(a.x - b.x) * 0.16);
-      const low = Math.min(a.top, b.top);
-      const lean = (b.x - a.x) * 0.18;
-      const high = low - lift;
-      d = `M${a.x} ${a.top}C${a.x + lean} ${high} ${b.x - lean} ${high} ${b.x} ${b.top}`;
-    } else {
-      const down = b.top > a.top;
-      const [y0, y1] = down ? [a.bottom, b.top] : [a.top, b.bottom];
-      const middle = (y0 + y1) / 2;
-      d = `M${a.x} ${y0}C${a.x} ${middle} ${b.x} ${middle} ${b.x} ${y1}`;
-    }
-    path.setAttribute("d", d);
-    path.setAttribute("stroke-width", (1 + 5 * weight).toFixed(2));
-    path.setAttribute("stroke-opacity", (0.25 + 0.65 * shade(weight)).toFixed(2));
-    return path;
-  });
-  view.fan.replaceChildren(...paths);
-}
-
 function drawHeadline({ word, chosen, part, row, target, second: other }) {
   const label = main.labels[target + part.keys[0]];
   const said = [

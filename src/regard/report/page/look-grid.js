@@ -195,15 +195,7 @@ function buildGrid() {
     grid.append(table);
   });
   stops[0][0].tabIndex = 0;
-  grid.addEventListener("keydown", (event) => {
-    const y = stops.findIndex((line) => line.includes(document.activeElement));
-    const by = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    if (y < 0 || !by[event.key]) return;
-    const x = stops[y].indexOf(document.activeElement);
-    const line = stops[Math.max(0, Math.min(stops.length - 1, y + by[event.key][0]))];
-    line[Math.max(0, Math.min(line.length - 1, x + by[event.key][1]))].focus();
-    event.preventDefault();
-  });
+  arrows(grid, stops);
   const select = byId("metric");
   for (const [key, said] of Object.entries(METRICS)) {
     if (!SAID[key] || main.parts.some((part) => part.metrics[key])) {

@@ -1,7 +1,3 @@
-"use strict";
-
-// Nothing here writes markup: every text of the model's or the reader's is set as text.
-
 const data = JSON.parse(document.getElementById("data").textContent);
 const readings = data.readings;
 const second = readings[1] ?? null; // of --versus
@@ -31,22 +27,6 @@ const SAID = {
   distance: "how many words away a head reads on average, special tokens and sinks apart",
   entropy: "mean entropy over words, in nats: 0 is one word read, high is many",
 };
-
-const make = (tag, name = "", text = "") => {
-  const element = document.createElement(tag);
-  if (name) element.className = name;
-  if (text) element.textContent = text;
-  return element;
-};
-const byId = (id) => document.getElementById(id);
-const bold = (text, name = "") => make("b", name, text);
-const three = (value) => (value > 0 && value < 0.0005 ? "<.001" : value.toFixed(3));
-const short = (value) => (value >= 0.995 ? "1" : value.toFixed(2).slice(1));
-const percent = (share) =>
-  share > 0 && share < 0.001 ? "less than 0.1\u00a0%"
-    : `${share < 0.0995 ? (100 * share).toFixed(1) : Math.round(100 * share)}\u00a0%`;
-const shade = (weight) => Math.sqrt(Math.max(0, Math.min(1, weight)));
-const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
 // ---------------------------------------------------------------- the weights
 

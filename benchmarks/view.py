@@ -1,0 +1,111 @@
+"""What `regard view` costs at a length: the first view, cold tiles, the server's memory.
+
+python benchmarks/view.py [--tokens 131072] [--heads 8] [--tiles 500]
+
+q and k are random, each head reading some way back; the recording is made once, in a temporary
+folder. Tiles are drawn at random over all zooms below the diagonal; each is asked for once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+import regard
+from regard.call.checked import Call
+from regard.capture.recorded_layer import RecordedLayer
+from regard.capture.recording import Recording
+
+DIM, SIDE = 64, 128
+
+
+def made(tokens: int, heads: int, folder: Path) -> None:
+    """A recording of one layer, whose heads read 1, 64, 4,096 … tokens back."""
+    drawn = torch.Generator().manual_seed(0)
+    query = torch.randn(1, heads, tokens, DIM, generator=drawn)
+    key = torch.randn(1, heads // 2, tokens, DIM, generator=drawn)
+    for head in range(heads):
+        back = (torch.arange(tokens) - 64 ** (head % 3)).clamp(0)
+        query[0, head] += 0.8 * key[0, head // 2, back]
+    query, key = query.bfloat16(), key.bfloat16()
+    mask = regard.Causal()
+    _, (lse,) = regard.attention(query, key, key, mask=mask, observe=[regard.LogSumExp()])
+    layer = RecordedLayer("attention", 0, "self")
+    layer.add(Call.checked(query, key, key, mask=mask), lse.values)
+    names = [f"word{i}" for i in range(tokens)]
+    Recording([layer], {"model": "synthetic", "tokens": names}).save(folder)
+
+
+def memory(process: int) -> float:
+    """Its largest resident size so far, in GB."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e6
+
+
+def asked(address: str, path: str) -> float:
+    """Seconds until the whole answer is there."""
+    begun = time.perf_counter()
+    connection = http.client.HTTPConnection(urlsplit(address).netloc)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    if response.status != 200:
+        sys.exit(f"{path}: {response.status}")
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    """Make, serve, ask, print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--tokens", type=int, default=131_072)
+    options.add_argument("--heads", type=int, default=8)
+    options.add_argument("--tiles", type=int, default=500)
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "recording"
+        made(given.tokens, given.heads, folder)
+        begun = time.perf_counter()
+        command = [sys.executable, "-m", "regard.cli", "view", str(folder), "--no-browser"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            address = next(word for word in line.split() if word.startswith("http"))
+            top = (given.tokens // SIDE - 1).bit_length()
+            for path in ("/", "/page/view.js", "/api/about"):
+                asked(address, path)
+            ready = time.perf_counter() - begun
+            asked(address, f"/api/tiles?layer=0&head=0&zoom={top}&at=0.0")
+            print(f"{given.tokens:,} tokens, {given.heads} heads")
+            print(f"page and what it needs to begin: {ready:.2f} s after the command")
+            print(f"the whole map's tile: {time.perf_counter() - begun:.2f} s after the command")
+            chosen, times = random.Random(0), {}
+            for _ in range(given.tiles):
+                zoom = chosen.randint(0, top)
+                row = chosen.randrange(-(-given.tokens // (SIDE << zoom)))
+                place = f"{row}.{chosen.randint(0, row)}"
+                head = chosen.randrange(given.heads)
+                path = f"/api/tiles?layer=0&head={head}&zoom={zoom}&at={place}"
+                times.setdefault(zoom, []).append(1000 * asked(address, path))
+            whole = sorted(t for some in times.values() for t in some)
+            print(f"{len(whole)} tiles: median {statistics.median(whole):.1f} ms, "
+                  f"99th percentile {whole[int(0.99 * (len(whole) - 1))]:.0f} ms")  # fmt: skip
+            for zoom, some in sorted(times.items()):
+                print(f"  zoom {zoom}: median {statistics.median(some):.1f} ms, "
+                      f"most {max(some):.0f} ms")  # fmt: skip
+            print(f"server: {memory(server.pid):.2f} GB at most")
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()

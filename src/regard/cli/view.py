@@ -1,0 +1,82 @@
+"""`regard view`: a page to walk through recordings."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import RegardError
+
+if TYPE_CHECKING:
+    from ..report.view.opened import Opened
+
+
+@click.command()
+@click.argument("recordings", metavar="RECORDING...", nargs=-1, required=True, type=Path)
+@click.option("--port", metavar="PORT", default=0, type=click.IntRange(0, 65535),
+              help="Serve at this port.  [default: a free one]")  # fmt: skip
+@click.option("--no-browser", is_flag=True, help="Print the address; open nothing.")
+@click.option("--export", "file", metavar="FILE", type=Path,
+              help="Write one head as a page that needs no server, and end.")  # fmt: skip
+@click.option("--head", metavar="L.H", default="0.0", help="The head of --export.  [default: 0.0]")
+@click.option("--from", "word", metavar="WORD", help="The token that --export opens on.")
+def view(
+    recordings: tuple[Path, ...],
+    port: int,
+    no_browser: bool,
+    file: Path | None,
+    head: str,
+    word: str | None,
+) -> None:
+    """Walk through recordings: layers and heads, each head's map, the text.
+
+    RECORDING is a folder that `regard look --save` or `recording.save` wrote; with
+    two, the page compares them. The page is served on 127.0.0.1 to this machine
+    alone, until Ctrl-C.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from ..report.view.server import HOST, listen, serve
+        except ImportError as error:
+            raise RegardError(f'the page needs {error.name}: pip install "regard[view]"') from error
+        from ..report.view.opened import Opened
+
+    opened = [Opened.load(folder.expanduser()) for folder in recordings]
+    if file is not None:
+        if len(opened) > 1:
+            raise RegardError("--export writes one recording; give one")
+        address = _export(opened[0], file, head, word)
+        click.echo(f"page: {address}")
+        return
+    sock = listen(port)
+    address = f"http://{HOST}:{sock.getsockname()[1]}/"
+    names = ", ".join(one.folder.name for one in opened)
+    click.echo(f"regard view of {names}: {address}  (Ctrl-C ends it)")
+    if not no_browser:
+        import webbrowser
+
+        webbrowser.open(address)  # the socket listens: the page is answered once serving begins
+    serve(opened, sock)
+
+
+def _export(opened: Opened, file: Path, head: str, word: str | None) -> str:
+    """Write the page. Returns its name, with what it opens on."""
+    from ..report.inline_page import check_html
+    from ..report.view.export import write_export
+    from .common import named_head
+
+    check_html(file)
+    named = named_head(head)
+    if isinstance(named, int):
+        raise RegardError(f"--head {head!r}: give layer and head, as 3.1")
+    words = [] if word is None else opened.matching(word)[-1:]
+    if word is not None and not words:
+        raise RegardError(f"no token of the text holds {word!r}")
+    write_export(opened, file, *named, words)
+    return str(file)

@@ -1,0 +1,287 @@
+"""A recording that the page asks: its tokens, one word's weights, tiles of a head's map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...capture.recorded_layer import RecordedLayer
+from ...capture.recording import INDEX, Recording
+from ...errors import RegardError
+from . import overview
+from .pieces import Piece, displayed
+
+SIDE = 128
+"""Cells along each side of a tile."""
+BINS = 512
+"""Bars of the strip that says where along the whole text a word reads."""
+LISTED = 256
+"""Of one word's weights, this many are listed, largest first."""
+_APART = 64  # special tokens that can be taken out of a map
+
+
+def readable(layer: RecordedLayer) -> bool:
+    """Whether a layer has weights to show."""
+    return layer.pattern and not layer.damage and layer.q_len > 0
+
+
+@dataclass(eq=False)
+class Opened:
+    """One recording. Methods may be called from several threads."""
+
+    recording: Recording
+    folder: Path
+    _kept: dict[Any, Any] = field(default_factory=dict)
+    _locks: dict[Any, Lock] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    @classmethod
+    def load(cls, folder: Path) -> Opened:
+        """RegardError where it is no recording, or has nothing to show."""
+        recording = Recording.load(folder)
+        if not any(map(readable, recording.layers)):
+            damaged = recording.damaged[:1] or ["it has no layer with softmax attention"]
+            raise RegardError(f"nothing to view in {folder}: {damaged[0]}")
+        return cls(recording, folder)
+
+    def check(self) -> None:
+        """RegardError where the recording is no longer there."""
+        if not (self.folder / INDEX).is_file():
+            raise RegardError(
+                f"the recording {self.folder.name} is no longer where it was opened; "
+                "put it back and reload, or start regard view with another"
+            )
+
+    def about(self) -> dict[str, Any]:
+        """What the page needs to begin."""
+        about, layers = self.recording.about, self.recording.layers
+        first = next(layer for layer in layers if readable(layer))
+        begun = about.get("generated")
+        return {
+            "name": self.folder.name,
+            "model": str(about.get("model", "no model named")),
+            "batch": first.batch,
+            "generated": begun if isinstance(begun, int) else None,
+            "layers": [
+                {
+                    "index": layer.index,
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "heads": layer.heads,
+                    "q_len": layer.q_len,
+                    "k_len": layer.k_len,
+                    "q_side": self.side(layer, "q"),
+                    "k_side": self.side(layer, "k"),
+                    "pattern": readable(layer),
+                    "reason": layer.damage or layer.reason,
+                }
+                for layer in layers
+            ],
+            "whole": self.recording.whole,
+            "damaged": self.recording.damaged[:20],
+            "sides": {name: len(self.pieces(name)) for name in ("text", "decoder")},
+            "special": self._special(),
+        }
+
+    def _special(self) -> list[int]:
+        given = self.recording.about.get("special")
+        if not isinstance(given, list):
+            return []
+        return [i for i, special in enumerate(given) if special][:100_000]
+
+    def side(self, layer: RecordedLayer, of: str) -> str:
+        """Whose tokens a layer's queries ("q") or keys ("k") are: the text's, or the decoder's."""
+        if not self.pieces("decoder"):
+            return "text"
+        count = layer.q_len if of == "q" else layer.k_len
+        decoded = layer.kind == "cross" and of == "q"
+        return "decoder" if decoded or count != len(self.pieces("text")) else "text"
+
+    def pieces(self, side: str) -> list[Piece]:
+        """Each token as the text shows it, with what stands before it."""
+
+        def found() -> list[Piece]:
+            about = self.recording.about
+            mine = about if side == "text" else about.get("decoder")
+            return displayed(mine if isinstance(mine, dict) else {})
+
+        return self._once(("pieces", side), found)
+
+    def layer(self, number: int, head: int, batch: int) -> RecordedLayer:
+        """A layer, where that head and batch item are in it."""
+        layer = self.recording.layer(number)
+        if not 0 <= head < layer.heads:
+            raise RegardError(f"no head {head}: layer {number} has heads 0 to {layer.heads - 1}")
+        if not 0 <= batch < layer.batch:
+            raise RegardError(f"no batch item {batch}: the recording has {layer.batch}")
+        return layer
+
+    def overview(self, number: int, batch: int) -> dict[str, Any] | None:
+        """What each head of a layer does, by metric."""
+        if not 0 <= number < len(self.recording.layers):
+            raise RegardError(f"no layer {number}: there are {len(self.recording.layers)}")
+        if not readable(self.recording.layers[number]):
+            return None
+        return self._once(
+            ("overview", number, batch),
+            lambda: overview.layer_metrics(self.recording, number, batch),
+        )
+
+    def row(self, number: int, head: int, query: int, batch: int) -> Tensor:
+        """What one query reads: (k_len,)."""
+        layer = self.layer(number, head, batch)
+        if not 0 <= query < layer.q_len:
+            raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
+        return self.recording.weights(number, head, [query], batch=batch)[0]
+
+    def column(self, number: int, head: int, key: int, batch: int) -> Tensor:
+        """By how much each query reads one key: (q_len,)."""
+        layer = self.layer(number, head, batch)
+        if not 0 <= key < layer.k_len:
+            raise RegardError(f"no key {key}: the layer has {layer.k_len:,}")
+        col, place = divmod(key, SIDE)
+        tiles = [(head, 0, row, col) for row in range(-(-layer.q_len // SIDE))]
+        parts = [
+            self.recording.tiles(number, tiles[at : at + SIDE], "sum", batch)[:, :, place].flatten()
+            for at in range(0, len(tiles), SIDE)
+        ]
+        return torch.cat(parts)[: layer.q_len]
+
+    def fan(
+        self, number: int, head: int, index: int, *, batch: int, inward: bool
+    ) -> dict[str, Any]:
+        """One word's strongest weights, out or in, and where they lie along the whole text."""
+        values = (self.column if inward else self.row)(number, head, index, batch)
+        if not bool(values.isfinite().all()):
+            raise RegardError(
+                f"a weight of token {index:,} is not a number in head {number}.{head}: the model's "
+                "queries or keys held NaN or infinity there"
+            )
+        best = values.topk(min(LISTED, len(values)))
+        shown = best.values > 0
+        size = -(-max(1, len(values)) // BINS)
+        padded = torch.nn.functional.pad(values, (0, -len(values) % size))
+        return {
+            "index": index,
+            "inward": inward,
+            "items": list(
+                zip(best.indices[shown].tolist(), best.values[shown].tolist(), strict=True)
+            ),
+            "total": float(values.double().sum()),
+            "visible": int((values > 0).sum()),
+            "count": len(values),
+            "bins": padded.view(-1, size).sum(1).tolist(),
+            "bin": size,
+        }
+
+    def weight(self, number: int, head: int, query: int, key: int, batch: int) -> float:
+        """One weight."""
+        layer = self.layer(number, head, batch)
+        if not (0 <= query < layer.q_len and 0 <= key < layer.k_len):
+            raise RegardError(f"no weight at query {query}, key {key}")
+        found = float(self.recording.weights(number, head, [query], [key], batch)[0, 0])
+        if not math.isfinite(found):
+            raise RegardError(f"the weight at query {query}, key {key} is not a number")
+        return found
+
+    def tile(
+        self, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int, sinks: bool
+    ) -> bytes:
+        """One tile (head, zoom, row, col) of a map: 128 × 128 float32, little-endian.
+
+        Without `sinks`, the first and the special tokens' columns are taken out of it: from sums
+        exactly; a cell of several tokens whose largest weight may be theirs is +inf.
+        """
+        found = self.recording.tile(number, *tile, reduce, batch).float()  # type: ignore[arg-type]
+        if not sinks:
+            found = self._without_sinks(found, number, tile, reduce, batch)
+        return found.contiguous().numpy().astype("<f4", copy=False).tobytes()
+
+    def _without_sinks(
+        self, found: Tensor, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int
+    ) -> Tensor:
+        head, zoom, row, col = tile
+        size, found = 1 << zoom, found.clone()
+        first, last = col * SIDE * size, (col + 1) * SIDE * size
+        for key in {0, *self._special()[:_APART]}:
+            if not first <= key < min(last, self.recording.layers[number].k_len):
+                continue
+            at = (key - first) // size
+            if zoom == 0:
+                found[:, at] = 0
+            elif reduce == "max":
+                found[:, at] = torch.inf
+            else:
+                column = self._once(
+                    ("column", number, head, key, batch),
+                    lambda key=key: self.column(number, head, key, batch),  # type: ignore[misc]
+                )
+                part = column[row * SIDE * size : (row + 1) * SIDE * size]
+                part = torch.nn.functional.pad(part, (0, SIDE * size - len(part)))
+                found[:, at] = (found[:, at] - part.view(SIDE, size).sum(1)).clamp(min=0)
+        return found
+
+    def matching(self, text: str, side: str = "text", most: int = 10_000) -> list[int]:
+        """The tokens that hold `text`, or, of a text of several tokens, those where it begins."""
+        wanted = text.strip().casefold()
+        if not wanted:
+            return []
+        pieces = self.pieces(side)
+        names = [(p if isinstance(p, str) else p[1]).strip().casefold() for p in pieces]
+        exact = [i for i, name in enumerate(names) if name == wanted]
+        found = exact or [i for i, name in enumerate(names) if wanted in name]
+        return (found or list(self._across(names, wanted)))[:most]
+
+    @staticmethod
+    def _across(names: list[str], wanted: str) -> Iterator[int]:
+        """Where a word begins that was cut into several tokens."""
+        whole = "".join(names)
+        starts, at = [], 0
+        for name in names:
+            starts.append(at)
+            at += len(name)
+        joined, found = "".join(wanted.split()), -1
+        begins = {start: i for i, start in enumerate(starts)}
+        while (found := whole.find(joined, found + 1)) >= 0:
+            if found in begins:
+                yield begins[found]
+
+    def reads(self, source: str, target: str, batch: int) -> dict[str, Any]:
+        """How much `source` reads `target` in each head.
+
+        The mean over the last 8 places of the source, summed over all places of the target.
+        """
+        values: list[list[float] | None] = []
+        used: tuple[list[int], list[int]] = ([], [])
+        for number, layer in enumerate(self.recording.layers):
+            if not readable(layer):
+                values.append(None)
+                continue
+            rows = [i for i in self.matching(source, self.side(layer, "q")) if i < layer.q_len]
+            cols = [i for i in self.matching(target, self.side(layer, "k")) if i < layer.k_len]
+            if not rows or not cols:
+                values.append(None)
+                continue
+            used = (rows[-8:], cols)
+            found = self.recording.weights(number, None, rows[-8:], cols, batch)
+            values.append(found.sum(-1).mean(-1).tolist())
+        if not any(values):
+            missing = target if self.matching(source) else source
+            raise RegardError(f"no token of the text holds {missing.strip()!r}; try another word")
+        return {"values": values, "sources": used[0], "targets": used[1][:200]}
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once; others who want the same wait for it."""
+        with self._lock:
+            lock = self._locks.setdefault(key, Lock())
+        with lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+            return self._kept[key]

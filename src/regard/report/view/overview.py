@@ -1,0 +1,71 @@
+"""What each head does, in one number a metric: the colours of layers × heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...capture.recorded_layer import RecordedLayer
+from ...capture.recording import Recording
+
+SAID = {
+    "sink": ("the first token", "mean weight on the first token: a sink where it is large"),
+    "before": ("the token before", "mean weight a token gives to the one before it"),
+    "itself": ("the token itself", "mean weight a token gives to itself"),
+    "largest": ("the strongest link", "mean of the largest weight of each token"),
+    "entropy": ("entropy", "mean entropy over tokens, in nats: 0 is one token read, high is many"),
+    "distance": ("distance", "how many tokens away a head reads on average"),
+}
+SCALED = ("entropy", "distance")
+"""Metrics that are no share of the mass."""
+SAMPLED = 64
+"""Queries that the metrics are means over, spread evenly, where the text has more."""
+_AT_ONCE = 1 << 23  # weights in memory
+
+
+def layer_metrics(recording: Recording, number: int, batch: int) -> dict[str, Any]:
+    """Of one layer, a list of heads for each metric."""
+    layer = recording.layer(number)
+    values = _layer(recording, number, layer, batch)
+    return {key: _finite(values[key]) for key in SAID}
+
+
+def _layer(
+    recording: Recording, number: int, layer: RecordedLayer, batch: int
+) -> dict[str, Tensor]:
+    """Each metric (heads,) of a layer: means over sampled queries."""
+    count = min(SAMPLED, layer.q_len)
+    rows = [(i + 1) * layer.q_len // count - 1 for i in range(count)]
+    at_once = max(1, _AT_ONCE // (layer.heads * layer.k_len))
+    parts = [
+        _sums(recording, number, layer, rows[i : i + at_once], batch)
+        for i in range(0, count, at_once)
+    ]
+    return {key: sum(part[key] for part in parts) / count for key in SAID}  # type: ignore[misc]
+
+
+def _sums(
+    recording: Recording, number: int, layer: RecordedLayer, rows: list[int], batch: int
+) -> dict[str, Tensor]:
+    """Each metric (heads,), summed over some queries."""
+    weights = recording.weights(number, None, rows, batch=batch)
+    # Positions count from the end: the last query of a self-attention sees the last key
+    at = torch.tensor(rows) + layer.k_len - layer.q_len
+    far = (at[:, None] - torch.arange(layer.k_len)).abs().to(weights.dtype)
+    one = torch.arange(len(rows))
+    return {
+        "sink": weights[:, :, 0].sum(1),
+        "before": (weights[:, one, (at - 1).clamp(0)] * (at >= 1)).sum(1),
+        "itself": (weights[:, one, at.clamp(0)] * (at >= 0)).sum(1),
+        "largest": weights.amax(-1).sum(1),
+        "entropy": torch.special.entr(weights).sum((1, 2)),
+        "distance": (weights * far).sum((1, 2)),
+    }
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    """Rounded; None where it is no number: JSON has no NaN."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values.tolist()]

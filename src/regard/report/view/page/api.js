@@ -1,0 +1,139 @@
+// What the page asks its server. An exported page carries the answers itself, in `held`.
+
+const held = JSON.parse(document.getElementById("held")?.textContent ?? "null");
+
+const elsewhere = "this file holds what was in view; for the rest, open the recording with regard view";
+
+/** An answer that says what is wrong in one sentence. */
+class Refused extends Error {}
+
+function address(path, parameters) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(parameters)) query.set(name, value);
+  return `api/${path}?${query}`;
+}
+
+/** The answer to a question, as JSON. */
+async function ask(path, parameters = {}, signal = undefined) {
+  const url = address(path, parameters);
+  if (held) {
+    if (url in held.answers) return held.answers[url];
+    throw new Refused(elsewhere);
+  }
+  let response;
+  try {
+    response = await fetch(url, { signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("the server is gone: start regard view again, then reload this page");
+  }
+  const answer = await response.json();
+  if (!response.ok) throw new Refused(answer.error ?? `the server answered ${response.status}`);
+  return answer;
+}
+
+/** Tiles one after another: `got(i, Float32Array)` for each place, as it comes. */
+async function tilesOf(parameters, places, got, signal) {
+  const at = places.map(({ row, col }) => `${row}.${col}`).join(",");
+  if (held) {
+    places.forEach(({ row, col }, i) => {
+      const text = held.answers[address("tiles", { ...parameters, at: `${row}.${col}` })];
+      if (!text) throw new Refused(elsewhere);
+      const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+      got(i, new Float32Array(bytes.buffer));
+    });
+    return;
+  }
+  let response;
+  try {
+    response = await fetch(address("tiles", { ...parameters, at }), { signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("the server is gone: start regard view again, then reload this page");
+  }
+  if (!response.ok) throw new Refused((await response.json()).error);
+  const size = 4 * 128 * 128;
+  let [tile, filled, number] = [new Uint8Array(size), 0, 0];
+  const reader = response.body.getReader();
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    for (let at = 0; at < value.length; ) {
+      const part = value.subarray(at, at + size - filled);
+      tile.set(part, filled);
+      filled += part.length;
+      at += part.length;
+      if (filled < size) continue;
+      got(number++, new Float32Array(tile.buffer));
+      [tile, filled] = [new Uint8Array(size), 0];
+    }
+  }
+  if (number < places.length) throw new Refused("the server stopped in the middle: reload the page");
+}
+
+/** Control characters, and marks that turn the direction of a text, as signs. */
+function visible(text) {
+  return text.replace(/[\p{Cc}\p{Zl}\p{Zp}\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]/gu,
+    (char) => {
+      const code = char.codePointAt(0);
+      if (char === "\n") return "↵";
+      if (char === "\t") return "⇥";
+      return code < 32 ? String.fromCharCode(0x2400 + code) : "⍽";
+    });
+}
+
+/** The tokens of one side of a recording, brought in pages when they are looked at. */
+class Tokens {
+  constructor(recording, side, length, page) {
+    Object.assign(this, { recording, side, length, page });
+    this.pages = new Map();
+    this.asked = new Map();
+  }
+
+  /** A token as the text holds it, with the white space before it; null while it is on its way. */
+  piece(i) {
+    const page = this.pages.get(Math.floor(i / this.page));
+    if (!page) return null;
+    const piece = page[i % this.page] ?? "";
+    return typeof piece === "string" ? piece : piece[1];
+  }
+
+  /** What stands before a token that is no token's; "" mostly. */
+  gap(i) {
+    const piece = this.pages.get(Math.floor(i / this.page))?.[i % this.page];
+    return Array.isArray(piece) ? piece[0] : "";
+  }
+
+  /** A token's name, fit for one line. */
+  name(i, most = 40) {
+    const piece = this.piece(i);
+    if (piece === null) return `token ${i.toLocaleString("en")}`;
+    const bare = piece.trim();
+    if (!bare) return piece ? visible(piece).replaceAll(" ", "␣") : "⍽";
+    const characters = [...visible(bare)];
+    return characters.length > most ? `${characters.slice(0, most - 1).join("")}…` : characters.join("");
+  }
+
+  /** Brings the pages that hold start … stop − 1. */
+  async need(start, stop) {
+    const waits = [];
+    for (let number = Math.floor(start / this.page); number * this.page < stop; number++) {
+      if (this.pages.has(number)) continue;
+      if (!this.asked.has(number)) {
+        const asked = ask("tokens", { r: this.recording, side: this.side, page: number });
+        this.asked.set(number, asked.then((answer) => this.pages.set(number, answer.pieces)));
+        asked.catch(() => this.asked.delete(number));
+      }
+      waits.push(this.asked.get(number));
+    }
+    await Promise.all(waits);
+  }
+
+  /** The same for single tokens, here and there. */
+  async needEach(indices) {
+    await Promise.all([...new Set(indices.map((i) => Math.floor(i / this.page)))]
+      .map((page) => this.need(page * this.page, page * this.page + 1)));
+  }
+}
+
+export { Refused, Tokens, ask, held, tilesOf, visible };

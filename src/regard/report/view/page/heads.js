@@ -1,0 +1,196 @@
+// Layers × heads, coloured by a metric, and the finder that ranks them.
+
+import { ask } from "./api.js";
+import { arrows, byId, make, shade, three } from "./shared.js";
+import { changed, state } from "./state.js";
+
+const RANKED = 10;
+
+class Heads {
+  constructor(about, failed) {
+    Object.assign(this, { about, failed, values: new Map(), cells: new Map(), built: null });
+    const select = byId("metric");
+    for (const { key, title } of about.metrics) this.option(key, title);
+    select.addEventListener("change", () => {
+      state.metric = select.value;
+      changed();
+    });
+    byId("reads").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.findReads();
+    });
+  }
+
+  option(key, title) {
+    const option = make("option", "", title);
+    option.value = key;
+    byId("metric").append(option);
+  }
+
+  get recording() {
+    return this.about.recordings[state.recording];
+  }
+
+  /** The grid of a recording, empty; its metrics follow layer by layer. */
+  async build() {
+    const name = `${state.recording}.${state.batch}`;
+    if (this.built === name) return;
+    this.built = name;
+    this.values.clear();
+    this.cells.clear();
+    const grid = byId("grid");
+    const { layers } = this.recording;
+    const most = Math.max(...layers.map((one) => one.heads));
+    grid.classList.toggle("small", most > 16);
+    grid.style.setProperty("--cell", most > 16 ? "26px" : most > 12 ? "32px" : "36px");
+    const table = make("table");
+    const top = make("tr");
+    top.append(make("th"));
+    for (let head = 0; head < most; head++) top.append(make("th", "", `h${head}`));
+    const header = make("thead");
+    header.append(top);
+    const body = make("tbody");
+    const stops = [];
+    layers.forEach((one, layer) => {
+      const line = make("tr");
+      line.append(make("th", "", `${one.kind === "cross" ? "cross" : "layer"} ${one.index}`));
+      line.firstChild.title = one.name;
+      if (!one.pattern) {
+        const cell = make("td", "none", "no pattern");
+        cell.title = one.reason;
+        cell.colSpan = most;
+        line.append(cell);
+      } else stops.push(this.line(line, layer, one.heads));
+      body.append(line);
+    });
+    table.append(header, body);
+    grid.replaceChildren(table);
+    if (stops.length) stops[0][0].tabIndex = 0;
+    if (!grid.dataset.keys) {
+      grid.dataset.keys = "";
+      this.stops = stops;
+      arrows(grid, this.stops);
+    } else this.stops.splice(0, this.stops.length, ...stops);
+    for (let layer = 0; layer < layers.length && this.built === name; layer++) {
+      if (!layers[layer].pattern) continue;
+      try {
+        this.values.set(layer, await ask("overview", { r: state.recording, batch: state.batch, layer }));
+      } catch (error) {
+        return this.failed(error);
+      }
+      this.draw();
+    }
+  }
+
+  line(line, layer, heads) {
+    return Array.from({ length: heads }, (_, head) => {
+      const button = make("button");
+      button.type = "button";
+      button.tabIndex = -1;
+      button.dataset.head = `${layer}.${head}`;
+      button.addEventListener("click", () => {
+        [state.layer, state.head] = [layer, head];
+        changed();
+      });
+      button.addEventListener("focus", () => {
+        for (const some of this.stops.flat()) some.tabIndex = -1;
+        button.tabIndex = 0;
+      });
+      const cell = make("td");
+      cell.append(button);
+      line.append(cell);
+      this.cells.set(`${layer}.${head}`, button);
+      return button;
+    });
+  }
+
+  metric() {
+    return this.about.metrics.find((one) => one.key === state.metric)
+      ?? { key: "reads", share: true, said: this.readsSaid ?? "reads a word: search below" };
+  }
+
+  value(layer, head) {
+    if (state.metric === "reads") return this.read?.values[layer]?.[head] ?? null;
+    return this.values.get(layer)?.[state.metric]?.[head] ?? null;
+  }
+
+  draw() {
+    if (state.metric === "reads" && !this.read) state.metric = this.about.metrics[0].key;
+    const metric = this.metric();
+    byId("metric").value = state.metric;
+    byId("metric-title").textContent = metric.said + (metric.share ? ", %" : "");
+    let most = metric.share ? 1 : 1e-9;
+    const all = [];
+    for (const [name, button] of this.cells) {
+      const [layer, head] = name.split(".").map(Number);
+      const value = this.value(layer, head);
+      all.push([value, layer, head, button]);
+      if (!metric.share && value !== null) most = Math.max(most, value);
+    }
+    for (const [value, layer, head, button] of all) {
+      button.style.setProperty("--shade", (0.95 * shade((value ?? 0) / most)).toFixed(3));
+      const said = value === null ? ""
+        : !metric.share ? (value >= 1000 ? `${Math.round(value / 1000)}k`
+          : value.toFixed(value >= 100 ? 0 : 1))
+        : value < 0.005 ? "·" : String(Math.round(value * 100));
+      button.textContent = said;
+      if (value === null) delete button.dataset.value;
+      else button.dataset.value = value;
+      const words = `head ${layer}.${head}` + (value === null ? "" : ` ${metric.share ? three(value) : value.toFixed(2)}`);
+      button.title = words;
+      button.setAttribute("aria-label", words);
+      button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
+    }
+    this.rank(all, metric);
+    const of = this.recording.layers[state.layer].q_len;
+    const sampled = this.about.sampled;
+    byId("metric-note").textContent = state.metric === "reads" ? ""
+      : of > sampled ? `means over ${sampled} tokens spread over the ${of.toLocaleString("en")}` : "";
+  }
+
+  rank(all, metric) {
+    const best = all.filter(([value]) => value !== null).sort((a, b) => b[0] - a[0]).slice(0, RANKED);
+    byId("ranked").replaceChildren(...best.map(([value, layer, head]) => {
+      const button = make("button", "at",
+        `${layer}.${head} ${metric.share ? value.toFixed(2) : value.toFixed(1)}`);
+      button.type = "button";
+      button.dataset.ranked = `${layer}.${head}`;
+      button.addEventListener("click", () => {
+        [state.layer, state.head] = [layer, head];
+        changed();
+      });
+      return button;
+    }));
+  }
+
+  async findReads() {
+    const [source, target] = ["source", "target"].map((name) => byId("reads").elements[name].value);
+    const said = byId("reads-said");
+    if (!source.trim() || !target.trim()) {
+      said.textContent = "give both words: the one that reads, and the one read";
+      return;
+    }
+    said.textContent = "searching all heads…";
+    try {
+      this.read = await ask("reads", { r: state.recording, batch: state.batch, source, target });
+    } catch (error) {
+      said.textContent = error.message;
+      return;
+    }
+    const { sources, targets } = this.read;
+    this.readsSaid = `how much “${source.trim()}” reads “${target.trim()}” in each head`;
+    said.textContent = `mean over ${sources.length} × “${source.trim()}”, summed over ` +
+      `${targets.length} × “${target.trim()}”`;
+    if (!byId("metric").querySelector("[value=reads]")) this.option("reads", "reads a word");
+    state.metric = "reads";
+    let best = [-1, state.layer, state.head];
+    this.read.values.forEach((heads, layer) => heads?.forEach((value, head) => {
+      if (value > best[0]) best = [value, layer, head];
+    }));
+    [, state.layer, state.head] = best;
+    if (sources.length) [state.word, state.way] = [sources.at(-1), "out"];
+    changed();
+  }
+}
+
+export { Heads };

@@ -1,0 +1,248 @@
+// A head's N × N map: pan and zoom from the whole to one cell, every zoom exact.
+
+import "./vendor/leaflet/leaflet.js";
+import { held } from "./api.js";
+import { make } from "./shared.js";
+import { changed, state } from "./state.js";
+import { darkness, paint } from "./tiles.js";
+import { Profiles } from "./profiles.js";
+
+const L = globalThis.L;
+const SIDE = 128; // cells of a tile
+const PIXELS = 256; // a tile on the screen: two pixels a cell
+const CLOSER = 6; // zooms beyond the one whose cells are single tokens
+
+// Rows grow downwards, as they do on paper.
+const CRS = L.extend({}, L.CRS.Simple, { transformation: new L.Transformation(1, 0, 1, 0) });
+
+const MapTiles = L.GridLayer.extend({
+  createTile(coords, done) {
+    const canvas = make("canvas", "pending");
+    canvas.width = canvas.height = SIDE;
+    const place = { zoom: this.owner.deepest - coords.z, row: coords.y, col: coords.x };
+    canvas.place = place;
+    let drop = () => {};
+    drop = this.owner.values(place, (values) => {
+      canvas.values = values;
+      canvas.classList.remove("pending");
+      if (values) this.owner.paint(canvas);
+      done(null, canvas);
+    });
+    canvas.drop = () => drop();
+    return canvas;
+  },
+});
+
+class HeadMap {
+  /** `loaders` gives the tiles; `told` is called with what the pointer is on. */
+  constructor(frame, loader, told) {
+    Object.assign(this, { frame, loader, told, where: null });
+    const element = make("div", "map");
+    this.status = make("p", "map-status");
+    this.status.setAttribute("role", "status");
+    this.profiles = new Profiles(this);
+    frame.append(this.profiles.corner, this.profiles.top, element, this.profiles.right, this.status);
+    this.element = element;
+    this.map = L.map(element, {
+      crs: CRS, attributionControl: false, zoomSnap: 0, zoomDelta: 1, wheelPxPerZoomLevel: 120,
+      zoomAnimation: !matchMedia("(prefers-reduced-motion: reduce)").matches,
+      minZoom: 0, maxZoom: 1, zoomControl: false,
+    });
+    L.control.zoom({ position: "topright" }).addTo(this.map);
+    element.setAttribute("aria-label", "The map of the head: rows read, columns are read");
+    this.map.setView([0, 0], 0);
+    this.map.on("moveend zoomend", () => this.moved());
+    this.map.on("move", () => this.profiles.due());
+    this.map.on("mousemove", (event) => this.point(event.latlng));
+    this.map.on("mouseout", () => this.told(null));
+    this.map.on("click", (event) => this.click(event.latlng));
+    darkness.addEventListener("change", () => this.repaint());
+    this.untouched = true; // until a hand moves it, the whole map is kept in sight
+    for (const kind of ["pointerdown", "wheel", "keydown"])
+      element.addEventListener(kind, () => (this.untouched = false), { passive: true });
+    new ResizeObserver(() => {
+      this.map.invalidateSize({ animate: false, pan: !this.untouched });
+      if (this.where && this.untouched) this.whole();
+      this.profiles.due();
+    }).observe(element);
+  }
+
+  /** Show a head. `where`: {r, layer, head, batch, rows, cols, rowTokens, colTokens, versus: the other of a difference}. */
+  show(where) {
+    const before = this.where;
+    this.where = where;
+    const longest = Math.max(where.rows, where.cols, 1);
+    this.deepest = Math.max(0, Math.ceil(Math.log2(longest / SIDE)));
+    this.least = Math.min(this.deepest, held?.least ?? 0); // no finer tiles are to be had
+    this.unit = 2 ** (1 - this.deepest); // pixels of a token at zoom 0
+    const same = before && before.rows === where.rows && before.cols === where.cols;
+    if (before && same && JSON.stringify(this.asked(before)) === JSON.stringify(this.asked(where))) {
+        return this.repaint();
+    }
+    this.layer?.remove();
+    this.layer = new MapTiles({
+      tileSize: PIXELS, minZoom: 0, maxNativeZoom: this.deepest - this.least, maxZoom: this.deepest + CLOSER,
+      bounds: this.bounds(), keepBuffer: 1, updateWhenZooming: false, noWrap: true,
+    });
+    this.layer.owner = this;
+    this.layer.on("tileunload", ({ tile }) => tile.drop());
+    this.layer.on("tileload", () => this.profiles.due());
+    if (!same) {
+      this.map.invalidateSize({ animate: false, pan: false });
+      this.untouched = true;
+      this.whole();
+    }
+    this.layer.addTo(this.map);
+    this.tell();
+  }
+
+  asked({ r, layer, head, batch, versus }) {
+    return { r, layer, head, batch, reduce: state.reduce, versus: versus ?? null, sinks: state.sinks };
+  }
+
+  bounds() {
+    return L.latLngBounds([0, 0], [this.where.rows * this.unit, this.where.cols * this.unit]);
+  }
+
+  whole() {
+    const room = [this.element.clientWidth, this.element.clientHeight].map((one) => Math.max(one, 50));
+    const fits = Math.min(room[0] / (this.where.cols * this.unit), room[1] / (this.where.rows * this.unit));
+    const zoom = Math.max(0, Math.min(this.deepest + CLOSER, Math.log2(fits)));
+    this.place(this.bounds().getCenter(), zoom);
+    this.untouched = true;
+    this.map.options.minZoom = zoom;
+    this.map.fire("zoomlevelschange");
+    state.at = null;
+  }
+
+  /** Stand there at once: no animation under way may bring the map elsewhere. */
+  place(centre, zoom) {
+    this.map.stop();
+    Object.assign(this.map.options, { minZoom: 0, maxZoom: this.deepest + CLOSER });
+    this.map.setView(centre, zoom, { animate: false, reset: true });
+  }
+
+  /** Bring one cell into sight, so near that it is a single weight. */
+  goTo(row, col, zoom = this.deepest + 4) {
+    this.untouched = false;
+    this.place([(row + 0.5) * this.unit, (col + 0.5) * this.unit], zoom);
+  }
+
+  /** The values of a tile; of two recordings, second − first. */
+  values(place, got) {
+    const { r, layer, head, batch, versus } = this.where;
+    const where = { r, layer, head, batch, zoom: place.zoom, reduce: state.reduce };
+    if (!state.sinks) where.sinks = 0;
+    const at = { row: place.row, col: place.col };
+    if (versus === undefined) return this.loader.ask(where, at, got);
+    let [one, two] = [null, null];
+    const both = () => one && two && got(one.map((value, i) => two[i] - value));
+    const drops = [
+      this.loader.ask(where, at, (values) => ((one = values), both())),
+      this.loader.ask({ ...where, r: versus }, at, (values) => ((two = values), both())),
+    ];
+    return () => drops.forEach((drop) => drop());
+  }
+
+  paint(canvas) {
+    const { zoom, row, col } = canvas.place;
+    const [rows, cols] = [this.where.rows, this.where.cols].map((n) => Math.ceil(n / 2 ** zoom));
+    paint(canvas, canvas.values, { scale: state.scale, ...this.scale(zoom),
+      rows: rows - row * SIDE, cols: cols - col * SIDE });
+  }
+
+  /** What a value is divided by, and the least that has a colour where the scale is logarithmic. */
+  scale(zoom) {
+    const size = 2 ** zoom;
+    // In sum: the share of its mass that a token of the cell gives to the cell's keys, on average
+    const unit = state.reduce === "sum" ? size : 1;
+    const even = (state.reduce === "sum" ? size : 1) / Math.max(2, this.where.cols);
+    return { unit, low: Math.min(0.05, Math.max(1e-7, even / 20)) };
+  }
+
+  get zoom() {
+    const near = Math.min(this.deepest - this.least, Math.max(0, Math.round(this.map.getZoom())));
+    return this.deepest - near;
+  }
+
+  tiles() {
+    return [...this.element.querySelectorAll("canvas")].filter((one) => one.values && one.place);
+  }
+
+  repaint() {
+    for (const canvas of this.tiles()) this.paint(canvas);
+    this.profiles.due();
+    this.tell();
+  }
+
+  /** The cell at a place: its tokens, and its value where the tile is there. */
+  cell(latlng) {
+    const [row, col] = [Math.floor(latlng.lat / this.unit), Math.floor(latlng.lng / this.unit)];
+    if (!this.where || row < 0 || col < 0 || row >= this.where.rows || col >= this.where.cols)
+      return null;
+    const zoom = this.zoom;
+    const [y, x] = [row >> zoom, col >> zoom];
+    const tile = this.tiles().find(({ place }) =>
+      place.zoom === zoom && place.row === y >> 7 && place.col === x >> 7);
+    return { row, col, zoom, size: 2 ** zoom,
+      value: tile ? tile.values[(y & 127) * SIDE + (x & 127)] : null };
+  }
+
+  point(latlng) {
+    this.told(this.cell(latlng), this);
+    this.profiles.point(this.cell(latlng));
+  }
+
+  click(latlng) {
+    const cell = this.cell(latlng);
+    if (!cell) return;
+    state.word = state.word === cell.row ? null : cell.row;
+    state.way = "out";
+    changed();
+  }
+
+  moved() {
+    if (!this.where) return;
+    this.profiles.due();
+    this.tell();
+    const { lat, lng } = this.map.getCenter();
+    if (this.untouched) state.at = null;
+    else state.at = [this.map.getZoom().toFixed(2), Math.round(lat / this.unit), Math.round(lng / this.unit)]
+      .join(",");
+    changed();
+  }
+
+  /** Back to where the address says the map stood. */
+  restore(at) {
+    const [zoom, row, col] = at.split(",").map(Number);
+    this.untouched = false;
+    this.place([row * this.unit, col * this.unit], zoom);
+  }
+
+  tell() {
+    if (!this.where) return;
+    const waits = this.loader.waiting;
+    const size = 2 ** this.zoom;
+    const cells = size === 1 ? "a cell is one weight"
+      : `a cell is ${size.toLocaleString("en")} × ${size.toLocaleString("en")} tokens`;
+    this.status.textContent = waits
+      ? `${cells} · coarser until ${waits} exact ${waits === 1 ? "tile comes" : "tiles come"}`
+      : `${cells} · exact`;
+    this.frame.toggleAttribute("data-waits", waits > 0);
+  }
+}
+
+/** Two maps that stand at the same place, whichever is moved. */
+function lock(one, two) {
+  let moving = false;
+  const follow = (from, to) => from.map.on("move", () => {
+    if (moving || !from.where || !to.where) return;
+    moving = true;
+    to.map.setView(from.map.getCenter(), from.map.getZoom(), { animate: false });
+    moving = false;
+  });
+  follow(one, two);
+  follow(two, one);
+}
+
+export { HeadMap, lock };

@@ -1,0 +1,128 @@
+// The maps on the page: one, two side by side, or their difference; what they share is chosen here.
+
+import { HeadMap, lock } from "./map.js";
+import { download } from "./save.js";
+import { byId, make } from "./shared.js";
+import { changed, state } from "./state.js";
+import { Loader, darkness, ramps } from "./tiles.js";
+
+class Maps {
+  constructor(about, tokensOf, failed, told) {
+    Object.assign(this, { about, tokensOf, failed, told, maps: [] });
+    this.loader = new Loader(failed);
+    this.loader.watch = () => this.maps.forEach((map) => map.tell());
+    for (const key of ["reduce", "scale", "compare"])
+      byId(key).addEventListener("change", () => {
+        state[key] = byId(key).value;
+        changed();
+      });
+    byId("sinks").addEventListener("change", () => {
+      state.sinks = byId("sinks").checked;
+      changed();
+    });
+    byId("pair").hidden = about.recordings.length < 2;
+    byId("png").addEventListener("click", () => download(this.first, "png", this.title()));
+    byId("svg").addEventListener("click", () => download(this.first, "svg", this.title()));
+    darkness.addEventListener("change", () => this.legend());
+  }
+
+  get first() {
+    return this.maps[0];
+  }
+
+  title() {
+    const { name } = this.about.recordings[state.recording];
+    return `${name}-head-${state.layer}.${state.head}`;
+  }
+
+  /** The other recording of a pair. */
+  other() {
+    return state.recording === 0 ? 1 : 0;
+  }
+
+  /** What can be shown of the two: a difference needs the same head and the same lengths. */
+  shows() {
+    if (state.compare === "one") return "one";
+    const [one, two] = [state.recording, this.other()]
+      .map((r) => this.about.recordings[r].layers[state.layer]);
+    if (!two?.pattern || state.head >= two.heads) return "one";
+    if (state.compare === "change" && (one.q_len !== two.q_len || one.k_len !== two.k_len))
+      return "unequal";
+    return state.compare;
+  }
+
+  draw() {
+    for (const key of ["reduce", "scale", "compare"]) byId(key).value = state[key];
+    byId("sinks").checked = state.sinks;
+    const shows = this.shows();
+    const count = shows === "both" || shows === "unequal" ? 2 : 1;
+    byId("maps").classList.toggle("both", count === 2);
+    while (this.maps.length > count) {
+      const map = this.maps.pop();
+      map.map.remove();
+      map.frame.remove();
+    }
+    while (this.maps.length < count) this.add();
+    const here = state.recording;
+    const which = shows === "second" ? [this.other()] : [here, this.other()].slice(0, count);
+    const { at } = state; // the first view is of the whole map, and forgets it
+    this.maps.forEach((map, i) => this.name(map, which[i], shows));
+    this.maps.forEach((map, i) => map.show({ ...this.where(which[i]),
+      ...(shows === "change" ? { versus: this.other() } : {}) }));
+    if (this.restored === undefined) {
+      this.restored = true;
+      if (at) this.first.restore(at);
+    }
+    this.legend();
+  }
+
+  add() {
+    const frame = make("div", "frame");
+    byId("maps").append(frame);
+    const map = new HeadMap(frame, this.loader, (cell) => this.told(cell));
+    map.picked = (along, token) => {
+      [state.word, state.way] = [token, along === "row" ? "out" : "in"];
+      changed();
+    };
+    this.maps.push(map);
+    if (this.maps.length === 2) {
+      lock(...this.maps);
+    }
+  }
+
+  name(map, r, shows) {
+    const title = map.frame.querySelector("h2") ?? make("h2");
+    const names = this.about.recordings.map((one) => one.name);
+    title.textContent = shows === "change" ? `${names[this.other()]} − ${names[state.recording]}`
+      : shows === "unequal" ? `${names[r]} · no difference: the lengths differ` : names[r];
+    if (this.about.recordings.length > 1) map.frame.prepend(title);
+  }
+
+  where(r) {
+    const { layers, special } = this.about.recordings[r];
+    const layer = layers[state.layer];
+    return {
+      r, layer: state.layer, head: state.head, batch: state.batch, rows: layer.q_len, cols: layer.k_len,
+      rowTokens: this.tokensOf(r, layer.q_side), colTokens: this.tokensOf(r, layer.k_side), special,
+    };
+  }
+
+  legend() {
+    const canvas = make("canvas");
+    [canvas.width, canvas.height] = [256, 1];
+    const context = canvas.getContext("2d");
+    const { up, down } = ramps();
+    const both = this.shows() === "change";
+    for (let i = 0; i < 256; i++) {
+      const at = both ? Math.abs(i - 128) * 2 : i;
+      const colour = both && i < 128 ? down : up;
+      context.fillStyle = `rgb(${colour[Math.min(255, at)].join(" ")})`;
+      context.fillRect(i, 0, 1, 1);
+    }
+    const low = this.first?.where ? this.first.scale(this.first.zoom).low : 0;
+    const from = both ? "−1" : state.scale === "linear" ? "0" : low.toExponential(0).replace("e-", "·10⁻").replace(/⁻(\d+)/, (_, n) => `⁻${[...n].map((d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("")}`);
+    byId("legend").replaceChildren(make("span", "", from), canvas, make("span", "", "1"));
+  }
+}
+
+export { Maps };

@@ -1,0 +1,86 @@
+// What is chosen, kept in the address: a link to it opens the same.
+
+import { held } from "./api.js";
+
+const state = {
+  recording: 0,
+  layer: 0,
+  head: 0,
+  batch: 0,
+  view: "map",
+  word: null, // the token that is locked, by its number
+  way: "out", // what it reads; "in": who reads it
+  metric: "largest",
+  reduce: "sum",
+  scale: "log",
+  sinks: true,
+  at: null, // where the map stands: zoom, row, column
+  share: 90, // % of a word's mass to show
+  compare: "one", // "second", "both", "change"
+};
+const SHORT_NAMES = {
+  recording: "r", batch: "batch", view: "view", word: "word", way: "way", metric: "metric",
+  reduce: "pool", scale: "scale", share: "share", compare: "compare", at: "at",
+};
+const fresh = { ...state };
+const listeners = new Set();
+let due = false;
+
+/** Something was chosen: draw again, once, before the next frame. */
+function changed() {
+  if (due) return;
+  due = true;
+  requestAnimationFrame(() => {
+    due = false;
+    for (const listener of listeners) listener();
+    write();
+  });
+}
+
+function onChange(listener) {
+  listeners.add(listener);
+}
+
+function write() {
+  const query = new URLSearchParams();
+  query.set("head", `${state.layer}.${state.head}`);
+  for (const [key, name] of Object.entries(SHORT_NAMES))
+    if (state[key] !== null && state[key] !== fresh[key]) query.set(name, state[key]);
+  if (!state.sinks) query.set("sinks", "off");
+  const hash = `#${query}`;
+  if (hash !== location.hash) history.replaceState(null, "", hash);
+}
+
+/** Take over what the address says, as far as `about` knows of it. */
+function read(about) {
+  const query = new URLSearchParams(location.hash.slice(1) || held?.opens);
+  const number = (name, most, otherwise) => {
+    const text = query.get(name);
+    return text !== null && /^\d{1,9}$/.test(text) && Number(text) < most ? Number(text) : otherwise;
+  };
+  const oneOf = (name, choices, otherwise) =>
+    choices.includes(query.get(name)) ? query.get(name) : otherwise;
+  Object.assign(state, fresh);
+  state.recording = number("r", about.recordings.length, 0);
+  const { layers, batch } = about.recordings[state.recording];
+  const [layer, head] = (query.get("head") ?? "").split(".").map(Number);
+  const known = layers[layer]?.pattern && head >= 0 && head < layers[layer].heads;
+  state.layer = known ? layer : layers.findIndex((one) => one.pattern);
+  state.head = known ? Math.trunc(head) : 0;
+  state.batch = number("batch", batch, 0);
+  state.view = oneOf("view", ["map", "text"], "map");
+  state.word = number("word", layers[state.layer].q_len, null);
+  state.way = oneOf("way", ["out", "in"], "out");
+  state.metric = oneOf("metric", [...about.metrics.map((one) => one.key), "reads"],
+    fresh.metric);
+  state.reduce = oneOf("pool", ["sum", "max"], "sum");
+  state.scale = oneOf("scale", ["log", "linear"], "log");
+  state.share = number("share", 101, fresh.share);
+  const pairs = about.recordings.length > 1;
+  state.compare = oneOf("compare", pairs ? ["one", "second", "both", "change"] : ["one"], "one");
+  state.sinks = query.get("sinks") !== "off";
+  const at = (query.get("at") ?? "").split(",").map(Number);
+  state.at = at.length === 3 && at.every(Number.isFinite) ? query.get("at") : null;
+}
+
+export { changed, onChange, read, state };

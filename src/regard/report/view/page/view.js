@@ -1,0 +1,401 @@
+// The page of `regard view`: what is chosen, what is under the pointer, and who draws it.
+
+import { Tokens, ask, held } from "./api.js";
+import { Heads } from "./heads.js";
+import { drawList } from "./list.js";
+import { Maps } from "./maps.js";
+import { bold, byId, count, make, percent, three } from "./shared.js";
+import { changed, onChange, read, state } from "./state.js";
+import { Pane } from "./text.js";
+
+const PAUSE = 60; // milliseconds that the pointer rests before a token is asked about
+
+let about, heads, maps;
+let panes = [];
+let paned = null; // what the panes were made for
+let hover = null; // a token of the text under the pointer
+let cell = null; // a cell of the map under the pointer
+let fan = null; // the answer about one token
+let asking = null;
+const tokens = new Map();
+
+function failed(error) {
+  if (error?.name === "AbortError") return;
+  byId("error").hidden = false;
+  byId("error").textContent = `${String(error.message).replace(/\.$/, "")}.`;
+}
+
+const recording = () => about.recordings[state.recording];
+const layer = () => recording().layers[state.layer];
+
+/** The tokens of a recording's side, "text" or "decoder". */
+function tokensOf(number, side) {
+  const key = `${number}.${side}`;
+  if (!tokens.has(key))
+    tokens.set(key, new Tokens(number, side, about.recordings[number].sides[side], about.page));
+  return tokens.get(key);
+}
+
+const readers = () => tokensOf(state.recording, layer().q_side);
+const keys = () => tokensOf(state.recording, layer().k_side);
+const shift = () => (layer().kind === "self" ? layer().k_len - layer().q_len : 0);
+
+// ---------------------------------------------------------------- one token's fan
+
+/** Ask about the token in focus, once the pointer rests. */
+function wonder() {
+  const index = hover ?? state.word;
+  const limit = state.way === "out" ? layer().q_len : layer().k_len;
+  const where = { r: state.recording, layer: state.layer, head: state.head, batch: state.batch };
+  const question = index === null || index >= limit ? null : JSON.stringify([where, index, state.way]);
+  if (question === asking?.question) return;
+  asking?.abort.abort();
+  clearTimeout(asking?.timer);
+  if (question === null) {
+    asking = null;
+    fan = null;
+    return;
+  }
+  const abort = new AbortController();
+  const go = async () => {
+    try {
+      const answer = await ask("fan", { ...where, index, way: state.way }, abort.signal);
+      fan = { ...answer, question };
+      await Promise.all([readers().needEach(state.way === "out" ? [index] : fan.items.map(([i]) => i)),
+        keys().needEach(state.way === "out" ? fan.items.slice(0, 40).map(([i]) => i) : [index])]);
+      draw();
+    } catch (error) {
+      if (error.name !== "AbortError") asking = null;
+      failed(error);
+    }
+  };
+  asking = { question, abort, timer: setTimeout(go, hover === null ? 0 : PAUSE) };
+}
+
+/** The items that hold the share of the mass that the slider asks for. */
+function chosenItems() {
+  let sum = 0;
+  const items = [];
+  for (const [i, weight] of fan.items) {
+    if (sum >= (state.share / 100) * fan.total - 1e-9) break;
+    items.push([i, weight]);
+    sum += weight;
+  }
+  return { items, sum };
+}
+
+// ---------------------------------------------------------------- drawing
+
+function draw() {
+  document.body.dataset.view = state.view;
+  byId("map-view").hidden = state.view !== "map";
+  byId("text-view").hidden = state.view !== "text";
+  for (const button of byId("switch").children)
+    button.setAttribute("aria-pressed", button.dataset.view === state.view);
+  for (const button of byId("way").children)
+    button.setAttribute("aria-pressed", button.dataset.way === state.way);
+  byId("share").value = state.share;
+  heads.build();
+  heads.draw();
+  if (state.view === "map") maps.draw();
+  else drawText();
+  const kept = fan && chosenItems();
+  drawList({ fan, kept, state, readers: readers(), keys: keys(), keep: (i) => goTo(i) });
+  drawShown(kept);
+  drawHeadline();
+}
+
+function drawText() {
+  const { q_side: own, k_side: other } = layer();
+  const begun = recording().generated;
+  const key = JSON.stringify([state.recording, own, other]);
+  if (paned !== key) {
+    for (const pane of panes) pane.remove();
+    panes = [];
+    paned = key;
+    const does = { hover: hovered, keep, failed, special: new Set(recording().special) };
+    const add = (side, start, stop, title) => {
+      if (stop > start) panes.push(new Pane(byId("panes"), tokensOf(state.recording, side), start, stop, does, title));
+    };
+    if (own !== other) {
+      add(other, 0, tokensOf(state.recording, other).length, "the document");
+      add(own, 0, tokensOf(state.recording, own).length, "the answer");
+    } else if (begun && begun < readers().length) {
+      add(own, 0, begun, "the document");
+      add(own, begun, readers().length, "the answer");
+    } else add(own, 0, readers().length, "");
+    byId("panes").classList.toggle("two", panes.length > 1);
+    if (!panes.length)
+      byId("panes").replaceChildren(make("p", "untold",
+        "This recording holds no tokens: look at the map, or record with tokens= and text=."));
+  }
+  const kept = fan && chosenItems();
+  for (const pane of panes) {
+    if (!kept) {
+      pane.show(null);
+      continue;
+    }
+    const focusSide = fan.inward ? layer().k_side : layer().q_side;
+    const itemSide = fan.inward ? layer().q_side : layer().k_side;
+    const same = pane.tokens.side === itemSide;
+    const moved = fan.inward ? shift() : 0;
+    pane.show({
+      focus: fan.index + (fan.inward ? 0 : shift()),
+      focusHere: pane.tokens.side === focusSide,
+      items: same ? kept.items.map(([i, weight]) => [i + moved, weight]) : [],
+      most: fan.inward ? Math.max(0.05, fan.items[0]?.[1] ?? 1) : 1,
+      bins: same ? fan.bins : [], bin: fan.bin,
+      locked: state.word !== null && fan.index === state.word,
+    });
+  }
+}
+
+function drawShown(kept) {
+  const said = byId("shown");
+  if (!fan) {
+    said.textContent = "hover a token, or click it to keep it";
+    return;
+  }
+  const lost = 1 - fan.total;
+  const parts = [`shown ${percent(fan.total > 0 ? kept.sum / Math.max(fan.total, fan.inward ? 0 : 1) : 0)} of the mass`,
+    `${count(kept.items.length, "token")} of ${fan.visible.toLocaleString("en")}`];
+  if (!fan.inward && lost > 0.005) parts.push(`${percent(lost)} goes to a learned sink`);
+  if (kept.items.length === about.listed && kept.sum < (state.share / 100) * fan.total - 1e-6)
+    parts.push(`at most ${about.listed} are listed`);
+  said.textContent = parts.join(" · ");
+}
+
+function drawHeadline() {
+  const line = byId("headline");
+  const where = make("span", "where", ` · head ${state.layer}.${state.head}`);
+  delete line.dataset.weight;
+  if (state.view === "map" && cell) {
+    const { row, col, size, zoom, value } = cell;
+    const span = (i) => (zoom === 0 ? null
+      : `${(i - (i % size)).toLocaleString("en")}–${(i - (i % size) + size - 1).toLocaleString("en")}`);
+    if (zoom === 0) line.replaceChildren(bold(readers().name(row)), " reads ", bold(keys().name(col)), " ");
+    else line.replaceChildren(bold(span(row)), " reads ", bold(span(col)), " ");
+    if (value !== null) {
+      line.dataset.weight = value;
+      line.append(bold(three(zoom && state.reduce === "sum" && maps.shows() !== "change" ? value / size : value), "weight"));
+    }
+    line.append(where);
+    byId("note").textContent = zoom === 0
+      ? `query ${row.toLocaleString("en")} → key ${col.toLocaleString("en")}${value === null ? "" : `: ${Number(value).toPrecision(6)}`}. Click keeps the query.`
+      : `${readers().name(row, 24)} … reads ${keys().name(col, 24)} …: ${state.reduce === "sum" ? "the share of its mass a token gives there, on average" : "the largest weight there"}`;
+    const names = [[readers(), row], [keys(), col]].filter(([side, i]) => side.piece(i) === null);
+    for (const [side, i] of names) side.need(i, i + 1).then(drawHeadline, failed);
+    return;
+  }
+  if (!fan || !fan.items.length) {
+    line.replaceChildren(state.view === "map" ? "The whole map" : "The text", where);
+    byId("note").textContent = state.view === "map"
+      ? "Scroll to zoom, drag to move; the pointer names what it is on."
+      : "Hover a token to see what it reads; click to keep it.";
+    return;
+  }
+  const other = fan.index + (fan.inward ? -shift() : shift());
+  const [best] = fan.items.filter(([i, weight]) => !aside(i) && i !== other && weight >= 0.02)
+    .concat(fan.items);
+  const names = fan.inward ? [readers().name(best[0]), keys().name(fan.index)]
+    : [readers().name(fan.index), keys().name(best[0])];
+  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(three(best[1]), "weight"), where);
+  byId("note").replaceChildren(...(state.word === null ? ["Click to keep it."]
+    : ["Kept. ", make("kbd", "", "Esc"), " lets go."]));
+}
+
+/** Whether a key is the first or a special token, where mass goes that says little. */
+const aside = (i) => i === 0 || new Set(recording().special).has(i);
+
+// ---------------------------------------------------------------- hands
+
+function hovered(i, pane) {
+  if (i !== null && state.way === "out" && pane.tokens.side === layer().q_side) i -= shift();
+  const fits = i !== null && i >= 0 && (state.way === "out" ? pane.tokens.side === layer().q_side
+    && i < layer().q_len : pane.tokens.side === layer().k_side && i < layer().k_len);
+  const next = fits && state.word === null ? i : null;
+  if (next === hover) return;
+  if (next === null && i === null && state.word === null && fan) return; // the last one stays
+  hover = next;
+  wonder();
+}
+
+function keep(i, pane) {
+  if (state.way === "out" && pane.tokens.side === layer().q_side) i -= shift();
+  const side = state.way === "out" ? layer().q_side : layer().k_side;
+  if (i < 0 || pane.tokens.side !== side) return;
+  state.word = state.word === i ? null : i;
+  hover = null;
+  changed();
+}
+
+/** Bring a token into sight. */
+function goTo(i) {
+  for (const pane of panes) if (state.view === "text" && pane.has(i)) pane.goTo(i);
+  if (state.view === "map" && state.word !== null && maps.first)
+    state.way === "out" ? maps.first.goTo(state.word, i) : maps.first.goTo(i, state.word);
+}
+
+function buildFind() {
+  const field = byId("find").querySelector("input");
+  const said = byId("found");
+  let [hits, at, timer] = [[], -1, null];
+  const search = async () => {
+    const text = field.value.trim();
+    try {
+      hits = text ? await ask("matching", { r: state.recording, text, side: layer().q_side }) : [];
+    } catch (error) {
+      return failed(error);
+    }
+    at = -1;
+    said.textContent = !text ? "" : hits.length ? `${count(hits.length, "place")}; Enter goes to the next`
+      : "no such token; try a part of it";
+  };
+  const go = (by) => {
+    if (!hits.length) return;
+    at = (at + by + hits.length) % hits.length;
+    said.textContent = `${at + 1} of ${hits.length}`;
+    const query = hits[at] - shift();
+    if (query >= 0 && query < layer().q_len) [state.word, state.way] = [query, "out"];
+    changed();
+    requestAnimationFrame(() => goTo(hits[at]));
+    if (state.view === "map") maps.first.goTo(query, Math.min(query + shift(), layer().k_len - 1));
+  };
+  field.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(search, 150);
+  });
+  field.addEventListener("keydown", async (event) => {
+    if (event.key !== "Enter") return;
+    event.preventDefault();
+    clearTimeout(timer);
+    if (at < 0) await search();
+    go(event.shiftKey ? -1 : 1);
+  });
+}
+
+function choose(id, key, then = () => {}) {
+  const element = byId(id);
+  element.addEventListener(element.type === "range" ? "input" : "change", () => {
+    state[key] = element.type === "checkbox" ? element.checked
+      : element.type === "range" ? Number(element.value) : element.value;
+    then();
+    changed();
+  });
+}
+
+function build() {
+  for (const button of byId("switch").children)
+    button.addEventListener("click", () => {
+      state.view = button.dataset.view;
+      cell = null;
+      changed();
+      if (state.view === "text" && state.word !== null)
+        requestAnimationFrame(() => requestAnimationFrame(() => goTo(state.word + shift())));
+    });
+  for (const button of byId("way").children)
+    button.addEventListener("click", () => {
+      state.way = button.dataset.way;
+      changed();
+    });
+  choose("share", "share");
+  for (const id of held ? ["reduce", "sinks", "find", "reads", "which", "pair"] : []) {
+    byId(id).hidden = true;
+    byId(id).closest("label")?.setAttribute("hidden", "");
+  }
+  buildFind();
+  const several = (id, names, key, then) => {
+    if (names.length < 2) return;
+    const select = byId(id).querySelector("select");
+    byId(id).hidden = false;
+    names.forEach((name, i) => {
+      const option = make("option", "", name);
+      option.value = i;
+      select.append(option);
+    });
+    select.value = state[key];
+    select.addEventListener("change", () => {
+      state[key] = Number(select.value);
+      then();
+      changed();
+    });
+  };
+  several("which", about.recordings.map((one) => one.name), "recording", () => {
+    if (!layer()?.pattern) state.layer = recording().layers.findIndex((one) => one.pattern);
+    state.head = Math.min(state.head, layer().heads - 1);
+    state.word = null;
+  });
+  several("item", Array.from({ length: recording().batch }, (_, i) => String(i)), "batch", () => {});
+  document.addEventListener("keydown", (event) => {
+    if (event.target.closest("input, select")) return;
+    if (event.key === "/") {
+      byId("find").querySelector("input").focus();
+      event.preventDefault();
+    } else if (event.key === "Escape") {
+      [state.word, hover, fan] = [null, null, null];
+      changed();
+    } else if (event.key === "m" || event.key === "t") {
+      state.view = event.key === "m" ? "map" : "text";
+      changed();
+    }
+  });
+}
+
+function tellAbout() {
+  const shown = recording();
+  const total = shown.layers.reduce((sum, one) => sum + one.heads, 0);
+  byId("about").replaceChildren("regard view · ", bold(shown.model),
+    ` · ${count(shown.layers.length, "layer")}, ${count(total, "head")} · ` +
+    `${count(layer().k_len, "token")} · where heads read, not why`);
+  document.title = `${shown.name} · regard view`;
+  const lines = [
+    "This page says where heads read, not why: a large weight need not matter to the result.",
+    "Every zoom of the map is computed from the recorded queries, keys and log-sum-exps; a cell of " +
+      "several tokens holds their sum or their largest weight. In sum, colour and number are the " +
+      "share of its mass that a token of the cell's rows gives to its columns, on average.",
+    "Keys: m and t change between map and text, / finds, Tab reaches map, text and heads, arrows move, + and − " +
+      "zoom the map, Enter keeps a token, Esc lets go. The address holds what is chosen.",
+  ];
+  if (!shown.whole) lines.splice(1, 0, "The run that wrote this recording was stopped: the layers " +
+    "that were whole are here.");
+  for (const damage of shown.damaged) lines.splice(1, 0, damage);
+  if (held) lines.splice(1, 0, "This file holds what was in view when it was written.");
+  byId("foot").replaceChildren(...lines.map((line) => make("p", "", line)));
+}
+
+async function start() {
+  try {
+    about = await ask("about");
+  } catch (error) {
+    byId("loading").remove();
+    document.documentElement.dataset.loaded = "";
+    failed(error);
+    document.querySelector("main").hidden = true;
+    return;
+  }
+  read(about);
+  heads = new Heads(about, failed);
+  byId("loading").remove();
+  document.documentElement.dataset.loaded = "";
+  maps = new Maps(about, tokensOf, failed, (found) => {
+    cell = found;
+    drawHeadline();
+  });
+  build();
+  onChange(() => {
+    tellAbout();
+    wonder();
+    draw();
+  });
+  addEventListener("hashchange", () => {
+    read(about);
+    changed();
+  });
+  tellAbout();
+  wonder();
+  draw();
+  if (state.view === "text" && state.word !== null) requestAnimationFrame(() => goTo(state.word + shift()));
+  document.documentElement.dataset.ready = "";
+}
+
+start();
