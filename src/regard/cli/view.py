@@ -69,10 +69,10 @@ def _export(opened: Opened, file: Path, head: str, word: str | None) -> str:
     """Write the page. Returns its name, with what it opens on."""
     from ..report.inline_page import check_html
     from ..report.view.export import write_export
-    from .common import named_head
+    from ..call.numbers import named_head
 
     check_html(file)
-    named = named_head(head)
+    named = named_head(head, "--head")
     if isinstance(named, int):
         raise RegardError(f"--head {head!r}: give layer and head, as 3.1")
     words = [] if word is None else opened.matching(word)[-1:]
