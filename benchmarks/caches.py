@@ -68,7 +68,7 @@ def decode(heads: tuple[int, int, int], dtype: torch.dtype, held: int, rounds: i
     # Room for every step, as after the buffers have grown
     for name, make in {
         "KVCache": lambda: KVCache(capacity=2 * held),
-        "PagedCache": lambda: PagedCache(block=16),
+        "PagedCache": lambda: PagedCache(page_size=16),
     }.items():
         cache: Cache = make()
         cache.attend(torch.randn(1, h, held - 1, dim, dtype=dtype), *(t[:, :, 1:] for t in given))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regard.analysis.effect import edges
 from regard.analysis.probe import Probe
-from regard.analysis.text_model import Reader, load
+from regard.analysis.text_model import TextModel, load
 
 TOP, LEAST, BATCH = 20, 0.001, 256
 
@@ -43,7 +43,7 @@ def sentences(path: Path, count: int) -> list[tuple[str, str]]:
     return [(lines[5 * i], lines[5 * i + 1]) for i in range(count)]
 
 
-def eager(reader: Reader) -> Any:
+def eager(reader: TextModel) -> Any:
     """The same model with the attention that transformers calls eager."""
     model = type(reader.model).from_pretrained(
         reader.model.name_or_path, attn_implementation="eager"
@@ -80,7 +80,7 @@ def truth(model: Any, ids: Tensor, token: int) -> tuple[Tensor, Tensor]:
     return change, weight
 
 
-def measure(reader: Reader, model: Any, text: str, pronoun: str) -> Found:
+def measure(reader: TextModel, model: Any, text: str, pronoun: str) -> Found:
     """The figures for the last time that the pronoun stands in the text."""
     probe = Probe(reader, text)
     at = [m.start() for m in re.finditer(rf"\b{re.escape(pronoun)}\b", text)][-1]

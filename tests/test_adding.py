@@ -13,7 +13,7 @@ from regard.call.masks import Mask
 from regard.call.observers import PerRow
 from regard.call.opcodes import Op
 from regard.call.results import RowSeen
-from regard.engines.second_pass.readers import Reader
+from regard.engines.second_pass.readers import Accumulator
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Focus(PerRow):
         return RowSeen(tensors[0])
 
 
-class FocusReader(Reader, of=Focus):
+class FocusReader(Accumulator, of=Focus):
     """Its accumulator, in plain torch."""
 
     def read(self, seen):

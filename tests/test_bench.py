@@ -15,7 +15,7 @@ from regard import Causal, RegardError, Window  # noqa: E402
 from regard.bench import Entry, Settings, chosen, machine, measure, peers, run, suites, timing  # noqa: E402
 from regard.bench import runner as running  # noqa: E402
 from regard.bench import tables as written  # noqa: E402
-from regard.bench.sides import Side  # noqa: E402
+from regard.bench.sides import Contestant  # noqa: E402
 from regard.bench.timing import Clock, NeverQuiet, Timing, alternate  # noqa: E402
 from regard.engines import sdpa as sdpa_engine  # noqa: E402
 from test_bench_peers import OBSERVED, problem  # noqa: E402
@@ -179,7 +179,7 @@ def failing(share=1.0):
 
     def make(inputs, engine):
         side = peers.sdpa(inputs, engine)
-        return Side(lambda: side.run() + share * (inputs.problem.dim == 16))
+        return Contestant(lambda: side.run() + share * (inputs.problem.dim == 16))
 
     return make
 

@@ -108,7 +108,7 @@ def test_nan_anywhere_is_wrong(name):
 
 def test_the_bar_is_that_of_the_dtype():
     inputs = Inputs(problem())
-    exact = Truth(inputs)._rows(checking.Part(0, 0, 0, 96), torch.float64)[0]["out"]
+    exact = Truth(inputs)._rows(checking.RowRange(0, 0, 0, 96), torch.float64)[0]["out"]
     answer = answered(inputs)
     answer["out"][:, :1] = (exact + 3e-6).float()
     assert "bar" in Truth(inputs).fault(answer)

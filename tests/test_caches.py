@@ -50,7 +50,7 @@ CACHES = {
     "window of 1 and first": (lambda: WindowCache(1, first=3), Window(1) | First(3)),
     "paged": (PagedCache, Full()),
     "blocks of 1": (lambda: PagedCache(1), Full()),
-    "blocks of 5": (lambda: PagedCache(5, blocks=16), Full()),
+    "blocks of 5": (lambda: PagedCache(5, pages=16), Full()),
 }
 CHUNKS = {
     "at once": (37,),

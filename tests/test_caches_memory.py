@@ -141,9 +141,9 @@ def test_crop_leaves_nothing_behind():
 def of_tables(cache: PagedCache) -> list[Tensor]:
     """Each sequence's keys, read the way an engine would."""
     tables = cache.tables()
-    assert tables.blocks.dtype == tables.lengths.dtype == torch.int32
+    assert tables.pages.dtype == tables.lengths.dtype == torch.int32
     keys = []
-    for row, length in zip(tables.blocks.tolist(), tables.lengths.tolist(), strict=True):
+    for row, length in zip(tables.pages.tolist(), tables.lengths.tolist(), strict=True):
         count = -(-length // cache.block)
         assert all(b >= 0 for b in row[:count])
         assert all(b == -1 for b in row[count:])
@@ -160,18 +160,18 @@ def test_tables_say_where_the_keys_are():
     tables = cache.tables()
     assert tables.key.shape[1:] == (KV_HEADS, 4, DIM)
     assert tables.value.shape[1:] == (KV_HEADS, 4, V_DIM)
-    assert tables.blocks.shape == (3, 4)
-    assert cache.blocks == 4 + 3 + 4
+    assert tables.pages.shape == (3, 4)
+    assert cache.pages == 4 + 3 + 4
 
 
 def test_a_shared_prefix_is_held_once_and_copied_on_write():
     data, cache = drawn(batch=1), PagedCache(4)
     prompt = [t[:, :, :10] for t in (data.query, data.key, data.value)]
     cache.attend(*prompt)
-    assert cache.blocks == 3
+    assert cache.pages == 3
     cache.select([0] * 5)
-    assert cache.blocks == 3
-    tables = cache.tables().blocks
+    assert cache.pages == 3
+    tables = cache.tables().pages
     assert torch.equal(tables, tables[:1].expand(5, -1))
     rng = torch.Generator().manual_seed(3)
     more = Drawn(*(floats(rng, 5, h, 9, d).double() for h, d in ((4, 8), (2, 8), (2, 6))))
@@ -183,9 +183,9 @@ def test_a_shared_prefix_is_held_once_and_copied_on_write():
     )
     go_on(cache, joined, [0, 1, 2, 3, 4], 10, 19, Full())
     # Two whole blocks shared; the third, half full, copied by all but the last to write into it
-    assert cache.blocks == 2 + 5 * 3
+    assert cache.pages == 2 + 5 * 3
     cache.select([2])
-    assert cache.blocks == 5
+    assert cache.pages == 5
     assert torch.equal(of_tables(cache)[0], joined.key[2])
 
 
@@ -196,7 +196,7 @@ def test_fork_shares_a_part():
     assert cache.fork(0) == 2
     assert cache.fork(1, 0) == 3
     assert cache.lengths.tolist() == [11, 6, 11, 0]
-    assert cache.blocks == 3
+    assert cache.pages == 3
     other = drawn(20, batch=4)
     parts = [t[:, :, :5] for t in (other.query, other.key, other.value)]
     out = cache.attend(*parts, lengths=[1, 5, 0, 4])
@@ -212,16 +212,16 @@ def test_fork_shares_a_part():
 
 def test_sequences_come_and_go():
     """As in serving: a sequence is dropped, another takes its blocks, one pool of a fixed size."""
-    data, cache = drawn(12, batch=3), PagedCache(4, blocks=6)
+    data, cache = drawn(12, batch=3), PagedCache(4, pages=6)
     step = [t[:2] for t in (data.query, data.key, data.value)]
     cache.attend(*step)
-    assert cache.blocks == 6
+    assert cache.pages == 6
     pool = cache.tables().key.data_ptr()
     one = [t[:, :, :1] for t in step]
     with pytest.raises(RegardError) as error:
         cache.attend(*one)
     assert str(error.value) == (
-        "PagedCache(4, blocks=6): the new tokens need 2 more blocks of 4, 0 are free; drop "
+        "PagedCache(4, pages=6): the new tokens need 2 more pages of 4, 0 are free; drop "
         "sequences with select, or give a larger pool"
     )
     assert cache.lengths.tolist() == [12, 12]
@@ -229,7 +229,7 @@ def test_sequences_come_and_go():
     cache.select([1])
     cache.add()
     assert cache.lengths.tolist() == [12, 0]
-    assert cache.blocks == 3
+    assert cache.pages == 3
     late = [torch.stack([t[1], t[2]]) for t in (data.query, data.key, data.value)]
     out = cache.attend(*late, lengths=[0, 12])
     torch.testing.assert_close(out[1], whole(data, Full(), {})[2], **EXACT)
@@ -239,7 +239,7 @@ def test_sequences_come_and_go():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_freed_block_brings_nothing_along(dtype):
-    data, cache = drawn(13, dtype, batch=3), PagedCache(4, blocks=12)
+    data, cache = drawn(13, dtype, batch=3), PagedCache(4, pages=12)
     bad = torch.full((1, KV_HEADS, 48, DIM), torch.nan, dtype=dtype)
     cache.append(bad, bad[..., :V_DIM])
     cache.select([])

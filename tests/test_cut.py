@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 import zoo
 from regard.analysis.cut import Edge, cut
 from regard.analysis.probe import Probe
-from regard.analysis.text_model import Reader, load
+from regard.analysis.text_model import TextModel, load
 from regard.cli import main
 
 ANIMAL = "The animal didn't cross the road because it was tired"
@@ -274,7 +274,7 @@ def test_the_command_refuses(spec, said):
     assert result.stderr.count("\n") == 1
 
 
-def writer() -> Reader:
+def writer() -> TextModel:
     """A random Llama that writes, with a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -282,7 +282,7 @@ def writer() -> Reader:
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    return Reader("small", FAMILIES["Llama"].build(), tokenizer, "causal")
+    return TextModel("small", FAMILIES["Llama"].build(), tokenizer, "causal")
 
 
 def test_the_next_token_of_a_causal_model():

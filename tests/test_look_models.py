@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason='needs pip install "re
 
 import regard  # noqa: E402
 from regard.analysis.look import look  # noqa: E402
-from regard.analysis.text_model import Encoded, Reader, load  # noqa: E402
+from regard.analysis.text_model import Encoded, TextModel, load  # noqa: E402
 from small_tokenizers import byte_tokenizer  # noqa: E402
 from test_look import answered, printed, refused  # noqa: E402
 from texts import TROPHY  # noqa: E402
@@ -76,7 +76,7 @@ def test_an_encoder_decoder_shows_both_sides(folders):
 def test_characters_of_several_generated_tokens():
     """Their bytes are decoded when they are whole; each token covers the character."""
     its = byte_tokenizer()
-    reader = Reader("x", SimpleNamespace(), its, "causal")
+    reader = TextModel("x", SimpleNamespace(), its, "causal")
     before = Encoded("it", its("it")["input_ids"])
     before.tokens, before.offsets, before.special = ["it"], [(0, 2)], [False]
     assert len(before.ids) == 1

@@ -9,7 +9,7 @@ from cases import floats
 from regard import ALiBi, Causal, Full, Received, RegardError, Window
 from regard.cache import H2O, TOVA, KVCache, SnapKV, WindowCache
 from regard.engines.cpu import native
-from regard.ops.cache.decode_step import Plan, Steady
+from regard.ops.cache.decode_step import DecodePlan, Steady
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 
@@ -119,8 +119,10 @@ def test_with_other_calls_between(make, steps):
 def planned(monkeypatch) -> list[bool]:
     """Of each decode step whether the plan of the last served it."""
     served: list[bool] = []
-    serves = Plan.serves
-    monkeypatch.setattr(Plan, "serves", lambda *given: served.append(serves(*given)) or served[-1])
+    serves = DecodePlan.serves
+    monkeypatch.setattr(
+        DecodePlan, "serves", lambda *given: served.append(serves(*given)) or served[-1]
+    )
     return served
 
 

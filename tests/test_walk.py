@@ -17,7 +17,7 @@ from rich.cells import cell_len  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import zoo  # noqa: E402
-from regard.analysis.text_model import Reader, load  # noqa: E402
+from regard.analysis.text_model import TextModel, load  # noqa: E402
 from regard.analysis.walk import walk  # noqa: E402
 from regard.cli import main  # noqa: E402
 from regard.errors import RegardError  # noqa: E402
@@ -191,7 +191,7 @@ def test_every_family(family):
     seq2seq = model.config.is_encoder_decoder
     kind = "encoder-decoder" if seq2seq else "causal" if "LM" in type(model).__name__ else "encoder"
     tokenizer = piece_tokenizer() if seq2seq else byte_tokenizer()
-    reader = Reader("random", model, tokenizer, kind)
+    reader = TextModel("random", model, tokenizer, kind)
     target = "the cat was big" if seq2seq else None
     last = 5 if seq2seq else 1
     found = walk(reader, SHORT, "was#2" if seq2seq else "was", head=(last, 1), target=target)
@@ -218,7 +218,7 @@ def test_half_precision(minilm):
     half = transformers.AutoModel.from_pretrained(
         minilm.model.name_or_path, dtype=torch.bfloat16
     ).eval()
-    found = walk(Reader("half", half, minilm.tokenizer, "encoder"), TROPHY, "it", head=(3, 1))
+    found = walk(TextModel("half", half, minilm.tokenizer, "encoder"), TROPHY, "it", head=(3, 1))
     assert [check.fine for check in found.checks] == [True] * 3
 
 
@@ -344,7 +344,7 @@ def test_colour_and_ascii():
 def test_masked_words_and_a_learned_sink():
     family = next(f for f in zoo.FAMILIES if f.name == "gpt-oss")
     config = family.settings(**family.arguments | {"vocab_size": 400})
-    reader = Reader("r", zoo.seeded(lambda: family.model(config)), byte_tokenizer(), "causal")
+    reader = TextModel("r", zoo.seeded(lambda: family.model(config)), byte_tokenizer(), "causal")
     page = walk_html(walk(reader, SHORT, "it", head=(1, 0)))
     assert "masked" in page
     assert "learned sink" in page
@@ -423,4 +423,4 @@ def test_what_it_refuses(folders, tmp_path, minilm):
     model = zoo.HYBRIDS[0].build()
     model.resize_token_embeddings(400)
     with pytest.raises(RegardError, match="has no pattern"):
-        walk(Reader("r", model, byte_tokenizer(), "causal"), SHORT, "it", head=(0, 0))
+        walk(TextModel("r", model, byte_tokenizer(), "causal"), SHORT, "it", head=(0, 0))

@@ -13,7 +13,7 @@ from ..errors import RegardError
 
 
 @dataclass(eq=False)
-class Ran:
+class ModuleRun:
     """One run of a module: the rows that it took and gave, float64 (dim,), where it has such.
 
     row: the number looked up, of an embedding. end: how many runs had begun when it ended.
@@ -37,8 +37,8 @@ class Trace:
 
     def __init__(self, model: nn.Module, at: int) -> None:
         self.model, self.at = model, at
-        self.runs: list[Ran] = []
-        self._open: list[Ran] = []
+        self.runs: list[ModuleRun] = []
+        self._open: list[ModuleRun] = []
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Trace:
@@ -59,7 +59,9 @@ class Trace:
                 given = [*args, *kwargs.values()]
                 rows = [r for r in map(self._row, given) if r is not None]
                 numbers = [int(g[..., self.at]) for g in given[:1] if self._numbers(g)]
-                ran = Ran(name, type(module).__name__, leaf, listed, rows[0] if rows else None)
+                ran = ModuleRun(
+                    name, type(module).__name__, leaf, listed, rows[0] if rows else None
+                )
                 ran.row = numbers[0] if numbers else None
                 self.runs.append(ran)
                 self._open.append(ran)
@@ -100,14 +102,14 @@ class Trace:
             return False
         return 1 <= value.dim() <= 2 and value.numel() == value.shape[-1] > self.at
 
-    def find(self, name: str, run: int = 1) -> Ran:
+    def find(self, name: str, run: int = 1) -> ModuleRun:
         """A module's run; RegardError if it did not run so often."""
         runs = [ran for ran in self.runs if ran.name == name]
         if len(runs) < run:
             raise RegardError(f"{name} was not seen to run {run} times; cannot walk through it")
         return runs[run - 1]
 
-    def before(self, stack: str) -> tuple[list[Ran], Tensor | None, bool]:
+    def before(self, stack: str) -> tuple[list[ModuleRun], Tensor | None, bool]:
         """What was embedded for the list of layers `stack`, what enters it, if a norm gave that."""
         first = next((i for i, r in enumerate(self.runs) if stack and r.listed == stack), None)
         if first is None or self.runs[first].taken is None:
@@ -126,7 +128,7 @@ class Trace:
         return found[::-1], entered, normed
 
     def residual(
-        self, layer: Ran, attention: Ran, attended: Tensor
+        self, layer: ModuleRun, attention: ModuleRun, attended: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """The vector that `attended` is added to, and the sum, if a module takes that sum.
 
@@ -145,7 +147,7 @@ class Trace:
         return None, None
 
 
-def moved(one: Tensor, other: Tensor) -> float:
+def largest_difference(one: Tensor, other: Tensor) -> float:
     """The largest difference."""
     return float((one.double() - other.double()).abs().amax()) if one.numel() else 0.0
 
@@ -155,4 +157,4 @@ def near(one: Tensor, other: Tensor, within: float) -> bool:
     if one.shape != other.shape:
         return False
     size = max(float(one.abs().amax()), float(other.abs().amax()), 1e-30)
-    return moved(one, other) <= within * size
+    return largest_difference(one, other) <= within * size

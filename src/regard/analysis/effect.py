@@ -19,7 +19,7 @@ from ..call.edge_results import NormTopKSeen
 from ..call.observers import Effect, NormTopK, Observer
 from ..capture.recording import Recording
 from ..errors import RegardError
-from .probe import Probe, Run
+from .probe import ModelRun, Probe
 from .words import from_word
 
 LEAST = 32  # directions of a vector target, in a text of any length
@@ -64,7 +64,7 @@ class Effects:
     edges: int
 
 
-class Edges(NamedTuple):
+class EffectTable(NamedTuple):
     """The edges of one layer: indices, effect and weights (heads, q_len, k), and the norms
     ‖W_O v‖ (heads, k_len), NaN where unknown; None where W_O was not found."""
 
@@ -111,14 +111,14 @@ def effects(
 
 def edges(
     probe: Probe, word: int, *, kept: int | None = None, directions: int | None = None
-) -> dict[int, Edges]:
+) -> dict[int, EffectTable]:
     """The edges themselves, by layer, of the effect on a word's final vector."""
     with probe.differentiable():
         return _on_vector(probe, word, kept or len(probe), directions, lambda share: None)[0]
 
 
 class _Target(NamedTuple):
-    run: Run
+    run: ModelRun
     token: str | None
     size: float
     directions: int
@@ -137,7 +137,7 @@ def _observers(probe: Probe, effect: Effect, kept: int) -> list[Observer]:
 
 def _on_token(
     probe: Probe, word: int, kept: int, directions: int | None, progress: Callable[[float], object]
-) -> tuple[dict[int, Edges], _Target]:
+) -> tuple[dict[int, EffectTable], _Target]:
     observers = _observers(probe, Effect(kept), kept)
     with probe.running(observe=observers, keep_qk=True) as run:
         assert run.logits is not None
@@ -150,7 +150,7 @@ def _on_token(
 
 def _on_vector(
     probe: Probe, word: int, kept: int, directions: int | None, progress: Callable[[float], object]
-) -> tuple[dict[int, Edges], _Target]:
+) -> tuple[dict[int, EffectTable], _Target]:
     width = int(probe.model.config.get_text_config().hidden_size)
     directions = max(1, min(directions or max(LEAST, _WORK // len(probe)), width))
     copies = max(1, min(directions, _TOKENS // len(probe)))
@@ -177,7 +177,7 @@ def _directions(vector: Tensor, count: int) -> Iterator[Tensor]:
         yield torch.cat([some, some.new_zeros(copies - len(some), width)])
 
 
-def _layers(run: Run, scale: float) -> dict[int, Edges]:
+def _layers(run: ModelRun, scale: float) -> dict[int, EffectTable]:
     """What each layer with a pattern saw, by its number among all."""
     found = {}
     for number, layer in enumerate(run.layers):
@@ -187,7 +187,7 @@ def _layers(run: Run, scale: float) -> dict[int, Edges]:
         norms = _norms(norm[0], layer.k_len) if norm else None
         if effect.ready:
             tensors = (effect.indices[0], effect.effects[0] * scale, effect.weights[0])
-            found[number] = Edges(*tensors, norms)
+            found[number] = EffectTable(*tensors, norms)
     return found
 
 
@@ -202,7 +202,7 @@ def _norms(seen: NormTopKSeen, k_len: int) -> Tensor:
 
 
 def _linked(
-    probe: Probe, layer: int, edges: Edges, top: int, shown: Callable[[int, int, int], bool]
+    probe: Probe, layer: int, edges: EffectTable, top: int, shown: Callable[[int, int, int], bool]
 ) -> list[Influence]:
     """The links of one layer: edges summed over the tokens of both words."""
     words = probe.words

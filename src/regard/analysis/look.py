@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import RegardError
 from .compare import Versus
-from .parts import Part, Side, kind_of
+from .parts import Part, ReadText, kind_of
 from .summary import Summary, gather
 from .words import Columns, Found, Link, Word, Words, columns, find, from_word, label, strongest_of
 
@@ -92,7 +92,7 @@ class Look:
     """
 
     model: str
-    sides: list[Side]
+    sides: list[ReadText]
     words: list[Word]
     labels: list[str]
     generated: range
@@ -187,15 +187,15 @@ def look(
     return result
 
 
-def _sides(recording: Recording) -> tuple[list[Side], range]:
+def _sides(recording: Recording) -> tuple[list[ReadText], range]:
     """The texts of a recording, and which of their words were generated."""
-    sides: list[Side] = []
+    sides: list[ReadText] = []
     count = 0
     for about in filter(None, (recording.about, recording.about.get("decoder"))):
         begun, offsets = about.get("generated"), about.get("offsets")
         cuts = [offsets[begun][0]] if offsets and begun and begun < len(offsets) else []
         words = Words.of(about, cuts)
-        sides.append(Side(about["text"], words, count))
+        sides.append(ReadText(about["text"], words, count))
         count += len(words)
     if len(sides) > 1:
         return sides, range(sides[1].first, count)
@@ -241,7 +241,7 @@ def _chosen(
 
 def _parts(
     recording: Recording,
-    sides: list[Side],
+    sides: list[ReadText],
     shown: dict[int, list[int]],
     step: Callable[[int], object],
 ) -> list[Part]:

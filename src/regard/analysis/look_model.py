@@ -1,4 +1,4 @@
-"""The model that `regard.look` is given, loaded or by name, as a `Reader`.
+"""The model that `regard.look` is given, loaded or by name, as a `TextModel`.
 
 Everything here needs transformers, which ``pip install "regard[look]"`` brings.
 """
@@ -15,12 +15,12 @@ from torch import nn
 
 from ..call.brief import shortened
 from ..errors import RegardError
-from .text_model import EXTRA, Reader, family_of, load
+from .text_model import EXTRA, TextModel, family_of, load
 
 _GIVE = "give a folder, a name, (model, tokenizer), or an object with .model and .tokenizer"
 
 
-def read_as(given: Any, *, generate: bool = False, head: bool = False) -> Reader:
+def read_as(given: Any, *, generate: bool = False, head: bool = False) -> TextModel:
     """A reader of what was given; RegardError in one line where it can read no text."""
     if given is None or isinstance(given, str | os.PathLike):
         name = None if given is None else os.fspath(given)
@@ -38,7 +38,7 @@ def read_as(given: Any, *, generate: bool = False, head: bool = False) -> Reader
             f"{type(model).__name__} has no head that names the next token; give generate=0, or "
             "load it by AutoModelForCausalLM"
         )
-    return Reader(title, model, tokenizer, family)
+    return TextModel(title, model, tokenizer, family)
 
 
 def _pair(given: Any) -> tuple[Any, Any]:
@@ -86,7 +86,7 @@ def _check(model: Any, tokenizer: Any, title: str) -> None:
 
 
 @contextlib.contextmanager
-def reading(reader: Reader | None) -> Iterator[None]:
+def reading(reader: TextModel | None) -> Iterator[None]:
     """While inside, the model draws no dropout; afterwards every module trains as it did."""
     modules = [] if reader is None else list(reader.model.modules())
     before = [module.training for module in modules]

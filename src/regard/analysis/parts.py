@@ -17,7 +17,7 @@ Heads = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Side:
+class ReadText:
     """A text that is read, with its words, the first of which has the number ``first``."""
 
     text: str
@@ -37,8 +37,8 @@ class Part:
     kind: str
     layers: dict[int, list[int]]
     names: dict[int, str]
-    readers: Side
-    keys: Side
+    readers: ReadText
+    keys: ReadText
     means: Tensor
     received: Tensor
     sinks: Tensor

@@ -19,12 +19,12 @@ from ..capture.layers import Cut, Layer
 from ..capture.recording import Recording
 from ..capture.watching import watch
 from ..errors import RegardError
-from .text_model import Encoded, Reader, quiet
+from .text_model import Encoded, TextModel, quiet
 from .words import Words
 
 
 @dataclass(frozen=True)
-class Run:
+class ModelRun:
     """One run. final (copies, tokens, width): the last layer's vectors, after its last norm.
 
     logits (copies, vocabulary): of the token after the text; None without a language model's head.
@@ -39,7 +39,7 @@ class Run:
 class Probe:
     """A text in a model. An encoder-decoder's text is read by its encoder alone."""
 
-    def __init__(self, reader: Reader, text: str) -> None:
+    def __init__(self, reader: TextModel, text: str) -> None:
         self.reader = reader
         self.encoded: Encoded = reader.encode(text)
         limit = reader.limit
@@ -69,7 +69,7 @@ class Probe:
         observe: Sequence[Observer] = (),
         cut: Sequence[Cut] = (),
         keep_qk: bool = False,
-    ) -> Iterator[Run]:
+    ) -> Iterator[ModelRun]:
         """Run the model on ``copies`` of the text; gradients flow where they are enabled."""
         finals: list[Tensor] = []
         took = inspect.signature(self.model.forward).parameters
@@ -92,7 +92,7 @@ class Probe:
             recording = None
             if keep_qk:
                 recording = seen.recording(model=self.reader.name, **self.encoded.about())
-            yield Run(finals[0], logits, seen.layers, recording)
+            yield ModelRun(finals[0], logits, seen.layers, recording)
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:

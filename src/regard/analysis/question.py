@@ -11,7 +11,7 @@ from .cut import Edge, cut
 from .effect import effects
 from .look import Look
 from .probe import Probe
-from .text_model import Reader, load
+from .text_model import TextModel, load
 from .versus import add_versus
 
 
@@ -47,13 +47,13 @@ class Question:
     def answer(
         self,
         found: Look,
-        reader: Reader,
+        reader: TextModel,
         recording: Recording,
         readers: Sequence[str],
         layers: Sequence[int],
         heads: Sequence[int | tuple[int, int]],
         progress: Callable[[str, float | None], object],
-        second: Reader | None = None,
+        second: TextModel | None = None,
     ) -> Recording | None:
         """Fill in ``found``; returns the recording of the other text or model, if there is one.
 

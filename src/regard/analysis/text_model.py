@@ -53,7 +53,7 @@ class Encoded:
         } | ({"pieces": True} if self.pieces else {})
 
 
-class Reader:
+class TextModel:
     """A loaded model with its tokenizer: what it reads in a text can be recorded.
 
     ``pieces``: whether each token counts as a word.
@@ -273,7 +273,7 @@ class _Likeliest:
         return scores
 
 
-def load(name: str | None = None, *, generate: bool = False, head: bool = False) -> Reader:
+def load(name: str | None = None, *, generate: bool = False, head: bool = False) -> TextModel:
     """The model ``name``: a folder, or a name on the Hugging Face hub; default: the packaged one.
 
     The hub's cache is tried before its network. ``generate`` loads the head that names the next
@@ -373,7 +373,7 @@ def _reachable() -> bool:
 
 def _loaded(
     transformers: Any, place: str, title: str, generate: bool, head: bool, local_only: bool
-) -> Reader:
+) -> TextModel:
     config = transformers.AutoConfig.from_pretrained(place, local_files_only=local_only)
     family = family_of(config)
     if generate and family == "encoder":
@@ -399,7 +399,7 @@ def _loaded(
         raise RegardError(f"{title} lacks {len(missing)} of its weights, such as {missing[0]}")
     if model.main_input_name != "input_ids":
         raise RegardError(f"{title} reads {model.main_input_name}, not text")
-    return Reader(title, model.eval(), tokenizer, family)
+    return TextModel(title, model.eval(), tokenizer, family)
 
 
 def family_of(config: Any, loaded: str = "") -> Family:

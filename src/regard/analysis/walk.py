@@ -21,22 +21,22 @@ from ..capture.options import WatchOptions
 from ..capture.projection import output_projection
 from ..capture.watching import WatchBlock
 from ..errors import RegardError
-from .activations import Trace, moved, near
+from .activations import Trace, largest_difference, near
 from .parts import kind_of
 from .text_model import Encoded, quiet, without_cache
-from .walk_result import Check, Embedded, Side, Token, Walk, Weighing
+from .walk_result import Check, Embedded, Token, Walk, WalkText, Weighing
 from .words import Words, columns, find, label
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording
-    from .text_model import Reader
+    from .text_model import TextModel
 
 _PLAIN = (-5.0, 12.0)  # largest scores of which exp prints well without anything taken off
 _ROUNDINGS = 256  # a difference is rounding up to so many ε of the largest number compared
 
 
 def walk(
-    reader: Reader,
+    reader: TextModel,
     text: str,
     word: str,
     *,
@@ -96,7 +96,7 @@ def walk(
 
 
 def _prepared(
-    reader: Reader,
+    reader: TextModel,
     text: str,
     generate: int,
     target: str | None,
@@ -130,7 +130,7 @@ def _prepared(
     return model, inputs | without_cache(model), texts
 
 
-def _target(reader: Reader, text: str) -> Encoded:
+def _target(reader: TextModel, text: str) -> Encoded:
     """A given target as the decoder reads it: its start token first, no end."""
     said = reader.encode(text)
     config = reader.model.config
@@ -149,11 +149,11 @@ def _target(reader: Reader, text: str) -> Encoded:
     )
 
 
-def _sides(texts: Sequence[Encoded]) -> list[Side]:
+def _sides(texts: Sequence[Encoded]) -> list[WalkText]:
     """The texts with their words, which are numbered over all of them."""
     split = [Words.of(text.about()) for text in texts]
     names = label([word for words in split for word in words])
-    sides: list[Side] = []
+    sides: list[WalkText] = []
     first = 0
     for text, words in zip(texts, split, strict=True):
         tokens = []
@@ -164,12 +164,12 @@ def _sides(texts: Sequence[Encoded]) -> list[Side]:
             piece = "…" * before + cut + "…" * after + names[first + of][len(word.text) :]
             whole = len(word.tokens) == 1
             tokens.append(Token(names[first + of], piece, text.ids[i], text.special[i], whole))
-        sides.append(Side(text.text, words, tokens, first))
+        sides.append(WalkText(text.text, words, tokens, first))
         first += len(words)
     return sides
 
 
-def _of_word(sides: Sequence[Side], number: int) -> int:
+def _of_word(sides: Sequence[WalkText], number: int) -> int:
     return 1 if len(sides) > 1 and number >= sides[1].first else 0
 
 
@@ -185,7 +185,7 @@ def _pair(layer: int | None, head: tuple[int, int] | int | None) -> tuple[int | 
 
 
 def _place(
-    recording: Recording, sides: list[Side], name: str, layer: int | None, which: int | None
+    recording: Recording, sides: list[WalkText], name: str, layer: int | None, which: int | None
 ) -> tuple[int, tuple[int, int], tuple[str, float] | None]:
     """The number of the word, its layer and head, and what it reads there where we chose."""
     words = [word for side in sides for word in side.words]
@@ -209,7 +209,7 @@ def _place(
 
 
 def _strongest(
-    recording: Recording, sides: list[Side], number: int, layer: int | None, head: int | None
+    recording: Recording, sides: list[WalkText], number: int, layer: int | None, head: int | None
 ) -> tuple[tuple[int, int], tuple[str, float]]:
     """The head with the strongest link from a word, and what it is a link to; of one layer, or of
     the heads of one number, where these are given."""
@@ -389,6 +389,6 @@ def _block(modules: dict[str, nn.Module], name: str) -> str:
 def _check(what: str, ours: Tensor, theirs: Tensor, kind: torch.dtype) -> Check:
     """Two results that may differ by the rounding of a dtype."""
     size = float(theirs.abs().amax()) if theirs.numel() else 0.0
-    difference = moved(ours, theirs)
+    difference = largest_difference(ours, theirs)
     bound = _ROUNDINGS * torch.finfo(kind).eps / 2 * max(size, 1e-6)
     return Check(what, difference, size, difference <= bound)

@@ -27,7 +27,7 @@ class Token:
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class WalkText:
     """A text that is read: its words, and its tokens by name."""
 
     text: str
@@ -111,8 +111,8 @@ class Walk:
     engine: str
     chosen: tuple[str, float] | None
     among: str
-    reader: Side
-    source: Side
+    reader: WalkText
+    source: WalkText
     word: int
     at: int
     embedded: list[Embedded]

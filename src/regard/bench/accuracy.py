@@ -29,7 +29,7 @@ STRIP = 2**24  # weights held at a time by what is summed over all rows
 
 
 @dataclass(frozen=True)
-class Part:
+class RowRange:
     """Some rows of one head of one item of the batch."""
 
     batch: int
@@ -94,7 +94,7 @@ class Truth:
         # A NaN is not within the bar
         return None if error <= bar else f"{what} is off by {error:.1e}, bar {bar:.1e}"
 
-    def _parts(self) -> Iterable[Part]:
+    def _parts(self) -> Iterable[RowRange]:
         p = self.problem
         if p.q_len * p.k_len <= WHOLE or p.q_len <= 3 * RUN:
             runs = [(0, p.q_len)]
@@ -102,10 +102,10 @@ class Truth:
             starts = (0, p.q_len // 2, p.q_len - RUN)
             runs = [(start, start + RUN) for start in starts]
         ends = {(0, 0), (p.batch - 1, p.heads - 1)}
-        return [Part(b, h, *run) for b, h in sorted(ends) for run in runs]
+        return [RowRange(b, h, *run) for b, h in sorted(ends) for run in runs]
 
     def _given(
-        self, part: Part, dtype: torch.dtype
+        self, part: RowRange, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
         """Query, key, value, who sees whom, and the scale, of a part."""
         call, kv = self.inputs.call, part.head // self.problem.group
@@ -126,7 +126,7 @@ class Truth:
         return out
 
     @torch.no_grad()
-    def _rows_of(self, part: Part, dtype: torch.dtype) -> tuple[Answer, Tensor]:
+    def _rows_of(self, part: RowRange, dtype: torch.dtype) -> tuple[Answer, Tensor]:
         """Output and row statistics of a part, and its weights."""
         out, weights = attend(*self._given(part, dtype))
         by_row = tuple(o for o in self.problem.observe if isinstance(o, TopK | Entropy))
@@ -142,7 +142,7 @@ class Truth:
         step = max(STRIP // p.k_len // rows, 1) * rows
         received, cells = torch.zeros(1, 1, p.k_len, dtype=torch.float64, device="cpu"), []
         for start in range(0, p.q_len, step):
-            part = Part(p.batch - 1, p.heads - 1, start, min(start + step, p.q_len))
+            part = RowRange(p.batch - 1, p.heads - 1, start, min(start + step, p.q_len))
             _, weights = attend(*self._given(part, dtype))
             received += weights.sum(-2)
             cells.append(pooled(weights, rows, cols) if maps else weights[:0])

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ..call.masks import And, Causal, Window
 from .inputs import Inputs
-from .sides import Refused, Side
+from .sides import Contestant, Refused
 
 _TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
 _OPSET, _IR = 21, 10
 
 
-def side(inputs: Inputs) -> Side:
+def side(inputs: Inputs) -> Contestant:
     """The operator that fits; Refused where none does."""
     p = inputs.problem
     if p.dtype not in _TYPES:
@@ -59,14 +59,14 @@ def _window(inputs: Inputs) -> int | None:
     return None
 
 
-def _multi_head(inputs: Inputs) -> Side:
+def _multi_head(inputs: Inputs) -> Contestant:
     p = inputs.problem
     given = {name: _rows(t) for name, t in zip("qkv", inputs.tensors, strict=True)}
     node = {"op_type": "MultiHeadAttention", "num_heads": p.heads, "outputs": ["out"]}
     return _Session(inputs, node, given).side()
 
 
-def _group_query(inputs: Inputs, window: int) -> Side:
+def _group_query(inputs: Inputs, window: int) -> Contestant:
     p = inputs.problem
     past = p.k_len - p.q_len
     query, key, value = inputs.tensors
@@ -129,12 +129,14 @@ class _Session:
             self.bound.bind_ortvalue_output(name, values[(shared or {}).get(name, name)])
         self.kept = values, given  # the memory that is bound
 
-    def side(self) -> Side:
+    def side(self) -> Contestant:
         try:
             self.session.run_with_iobinding(self.bound)
         except RuntimeError as error:  # some of what it cannot do it says only now
             raise Refused(" ".join(str(error).split())) from error
-        return Side(lambda: self.session.run_with_iobinding(self.bound), lambda _: self.read())
+        return Contestant(
+            lambda: self.session.run_with_iobinding(self.bound), lambda _: self.read()
+        )
 
     def read(self) -> dict[str, Tensor]:
         p = self.problem

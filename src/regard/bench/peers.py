@@ -23,7 +23,7 @@ from .accuracy import gradients
 from .dense import Answer, attend, statistics
 from .inputs import Inputs
 from .machine import available_bytes
-from .sides import Refused, Side
+from .sides import Contestant, Refused
 
 LINEAR = "chunked"
 """The engine of `linear_attention`."""
@@ -37,36 +37,40 @@ def engine_of(inputs: Inputs, engine: str) -> str:
     return name
 
 
-def ours(inputs: Inputs, engine: str) -> Side:
+def ours(inputs: Inputs, engine: str) -> Contestant:
     """`regard.attention`, with the problem's observers, or `regard.linear_attention`."""
     q, k, v = inputs.tensors
     mask, observe = inputs.problem.mask, inputs.problem.observe
     if inputs.problem.form is not None:
-        return Side(partial(linear_attention, **inputs.first(inputs.problem.k_len), engine=LINEAR))
+        return Contestant(
+            partial(linear_attention, **inputs.first(inputs.problem.k_len), engine=LINEAR)
+        )
     if observe:
-        return Side(lambda: attention(q, k, v, mask=mask, observe=observe, engine=engine), _seen)
+        return Contestant(
+            lambda: attention(q, k, v, mask=mask, observe=observe, engine=engine), _seen
+        )
     return _timed(inputs, lambda: attention(q, k, v, mask=mask, engine=engine))
 
 
-def plain(inputs: Inputs, engine: str) -> Side:
+def plain(inputs: Inputs, engine: str) -> Contestant:
     """`regard.attention` without the observers: their cost is ours over this."""
     q, k, v = inputs.tensors
     return _timed(inputs, lambda: attention(q, k, v, mask=inputs.problem.mask, engine=engine))
 
 
-def causal(inputs: Inputs, engine: str) -> Side:
+def causal(inputs: Inputs, engine: str) -> Contestant:
     """`regard.attention`, causal: what a sparser mask, or linear attention, is to save."""
     q, k, v = inputs.tensors
-    return Side(lambda: attention(q, k, v, mask=Causal(), engine=engine), None)
+    return Contestant(lambda: attention(q, k, v, mask=Causal(), engine=engine), None)
 
 
-def half(inputs: Inputs, engine: str) -> Side:
+def half(inputs: Inputs, engine: str) -> Contestant:
     """`regard.linear_attention` of the first half of the tokens: whether the time is linear."""
     given = inputs.first(inputs.problem.k_len // 2)
-    return Side(partial(linear_attention, **given, engine=LINEAR), None)
+    return Contestant(partial(linear_attention, **given, engine=LINEAR), None)
 
 
-def sdpa(inputs: Inputs, engine: str) -> Side:
+def sdpa(inputs: Inputs, engine: str) -> Contestant:
     """torch's scaled_dot_product_attention; a mask that it does not know as a tensor."""
     q, k, v = inputs.tensors
     how: dict[str, Any] = {"enable_gqa": inputs.problem.group > 1}
@@ -77,7 +81,7 @@ def sdpa(inputs: Inputs, engine: str) -> Side:
     return _timed(inputs, lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, **how))
 
 
-def eager(inputs: Inputs, engine: str) -> Side:
+def eager(inputs: Inputs, engine: str) -> Contestant:
     """Plain torch with the weights materialised."""
     q, k, v = inputs.tensors
     _fits(inputs)
@@ -85,7 +89,7 @@ def eager(inputs: Inputs, engine: str) -> Side:
     return _timed(inputs, lambda: attend(q, k, v, visible, scale)[0])
 
 
-def materialised(inputs: Inputs, engine: str) -> Side:
+def materialised(inputs: Inputs, engine: str) -> Contestant:
     """The same, and what the observers would see of those weights."""
     q, k, v = inputs.tensors
     _fits(inputs)
@@ -95,10 +99,10 @@ def materialised(inputs: Inputs, engine: str) -> Side:
         out, weights = attend(q, k, v, visible, scale)
         return {"out": out} | statistics(inputs.problem.observe, weights)
 
-    return Side(run, lambda answer: answer)
+    return Contestant(run, lambda answer: answer)
 
 
-def flex(inputs: Inputs, engine: str) -> Side:
+def flex(inputs: Inputs, engine: str) -> Contestant:
     """FlexAttention, compiled, with the mask as a block mask."""
     from torch._dynamo import reset
     from torch._dynamo.exc import TorchDynamoException
@@ -119,7 +123,7 @@ def flex(inputs: Inputs, engine: str) -> Side:
     return _timed(inputs, lambda: compiled(q, k, v, **how))
 
 
-def onnxruntime(inputs: Inputs, engine: str) -> Side:
+def onnxruntime(inputs: Inputs, engine: str) -> Contestant:
     """onnxruntime's own attention operators; the extra `bench` brings it."""
     try:
         from . import ort
@@ -128,7 +132,7 @@ def onnxruntime(inputs: Inputs, engine: str) -> Side:
     return ort.side(inputs)
 
 
-PEERS: dict[str, Callable[[Inputs, str], Side]] = {
+PEERS: dict[str, Callable[[Inputs, str], Contestant]] = {
     "sdpa": sdpa,
     "eager": eager,
     "flex": flex,
@@ -173,12 +177,14 @@ def flex_mask(mask: Mask, offset: int) -> Callable[..., Tensor]:
     raise Refused(f"no mask_mod is written here for {mask}")
 
 
-def _timed(inputs: Inputs, forward: Callable[[], Tensor]) -> Side:
+def _timed(inputs: Inputs, forward: Callable[[], Tensor]) -> Contestant:
     """The forward, or, where the problem asks for it, the backward pass alone."""
     if not inputs.problem.backward:
-        return Side(forward)
+        return Contestant(forward)
     out, tensors, gradient = forward(), inputs.tensors, inputs.gradient
-    return Side(lambda: torch.autograd.grad(out, tensors, gradient, retain_graph=True), gradients)
+    return Contestant(
+        lambda: torch.autograd.grad(out, tensors, gradient, retain_graph=True), gradients
+    )
 
 
 def _seen(answer: tuple[Tensor, tuple[Any, ...]]) -> Answer:

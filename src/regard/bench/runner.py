@@ -17,7 +17,7 @@ from .accuracy import Truth
 from .inputs import Inputs
 from .peers import PEERS, engine_of, ours
 from .problems import Problem
-from .sides import Refused, Side
+from .sides import Contestant, Refused
 from .suites import Entry
 from .timing import Clock, NeverQuiet, Ratio, Timing, alternate
 
@@ -132,7 +132,7 @@ def measure(
     return outcome
 
 
-def _right(inputs: Inputs, engine: str, outcome: Outcome) -> dict[str, Side]:
+def _right(inputs: Inputs, engine: str, outcome: Outcome) -> dict[str, Contestant]:
     """The sides that can run the problem and are right; the others are noted in the outcome."""
     truth = Truth(inputs)
     makers: dict[str, Any] = {OURS: ours} | {name: PEERS[name] for name in outcome.entry.peers}

@@ -14,7 +14,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Side:
+class Contestant:
     """run: the call that is timed. read: its result by name, not timed.
 
     A yardstick computes something else, of which only the time is of use: it has no `read`.

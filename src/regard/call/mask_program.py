@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Span
-from .mask_tiles import Answer, Side, Tiling
+from .mask_tiles import Answer, BlockRange, Tiling
 from .opcodes import FULL_CELL, TILE_SIDE, Op
 
 
@@ -175,8 +175,8 @@ class Program:
     def tiles(self, block_q: int, block_k: int, lead: tuple[int, int] = (0, 0)) -> Tiles:
         """All tiles with their classes; the first ones begin `lead` indices before the call."""
         grid = Tiling(
-            Side(self.q_len, block_q, self.query_start, lead[0], self.device),
-            Side(self.k_len, block_k, self.key_start, lead[1], self.device),
+            BlockRange(self.q_len, block_q, self.query_start, lead[0], self.device),
+            BlockRange(self.k_len, block_k, self.key_start, lead[1], self.device),
         )
         stack: list[Answer] = []
         for op, args in self.instructions():
@@ -205,8 +205,8 @@ class Tiles:
 
     some: Tensor
     every: Tensor
-    query: Side
-    key: Side
+    query: BlockRange
+    key: BlockRange
 
     @cached_property
     def undecided(self) -> Tensor:

@@ -16,7 +16,7 @@ from .opcodes import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
 Answer = tuple[Tensor, Tensor]  # for tiles: (something may be visible, everything is visible)
 
 
-class Side:
+class BlockRange:
     """One side of a grid of tiles: blocks over `length` indices, the first at position `start`.
 
     lead: how many indices the first block has lost in front, so that blocks can be aligned to the
@@ -47,7 +47,7 @@ class Side:
 class Tiling:
     """A grid of tiles over a call; each answer is broadcastable to (batch, heads, rows, cols)."""
 
-    def __init__(self, query: Side, key: Side) -> None:
+    def __init__(self, query: BlockRange, key: BlockRange) -> None:
         self.query, self.key = query, key
 
     def leaf(self, op: Op, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Answer:

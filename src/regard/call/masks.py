@@ -224,10 +224,10 @@ def _fits(tensor: Tensor, shape: Sequence[int], place: Place, mask: Mask, name: 
         raise RegardError(
             f"{mask}: {name} is {tuple(tensor.shape)}, this call needs {tuple(shape)} ({place})"
         )
-    return moved(tensor, place, mask, name)
+    return on_device(tensor, place, mask, name)
 
 
-def moved(tensor: Tensor, place: Place, mask: Mask, name: str) -> Tensor:
+def on_device(tensor: Tensor, place: Place, mask: Mask, name: str) -> Tensor:
     """The tensor, if it stands on the call's device."""
     if tensor.device != place.device:
         raise RegardError(
@@ -374,7 +374,7 @@ class Dense(Mask):
             raise RegardError(
                 f"{self}: {tuple(visible.shape)} does not broadcast to {shape} ({place})"
             )
-        to.write(Op.DENSE, moved(aligned, place, self, "visible"))
+        to.write(Op.DENSE, on_device(aligned, place, self, "visible"))
 
     def __str__(self) -> str:
         return f"Dense({tuple(self.visible.shape)})"

@@ -381,7 +381,7 @@ def _check_k(observer: Observer, k: int, place: Place) -> None:
         )
 
 
-def written(observers: Sequence[Observer]) -> str:
+def to_json(observers: Sequence[Observer]) -> str:
     """The observers as JSON: the form in which they cross a registered op, or stand in a file.
 
     Built by hand, as torch.compile cannot trace the json module.
@@ -391,8 +391,8 @@ def written(observers: Sequence[Observer]) -> str:
 
 
 @lru_cache(256)  # a user may ask for ever new rows
-def parse(text: str) -> tuple[Observer, ...]:
-    """The observers that `written` wrote."""
+def from_json(text: str) -> tuple[Observer, ...]:
+    """The observers that `to_json` wrote."""
     kinds: dict[str, Any] = {c.__name__: c for c in _below(Observer)}
     return tuple(
         kinds[name](*(tuple(a) if isinstance(a, list) else a for a in arguments))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import RegardError
 from .dropout import philox
-from .masks import Lowering, Mask, given_tensor, moved
+from .masks import Lowering, Mask, given_tensor, on_device
 from .numbers import FARTHEST, whole, whole_fields, wholes
 from .opcodes import Op
 
@@ -65,7 +65,7 @@ class BlockSparse(Mask):
             cells(place.query_start, place.q_len, self.block),
             cells(place.key_start, place.k_len, self.block),
         )
-        layout = moved(self.layout[(None,) * (4 - self.layout.dim())], place, self, "layout")
+        layout = on_device(self.layout[(None,) * (4 - self.layout.dim())], place, self, "layout")
         first = self.first or tuple(span.start for span in spans)
         for dim, span, begins in zip((2, 3), spans, first, strict=True):
             size, skip = layout.shape[dim], span.start - begins

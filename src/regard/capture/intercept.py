@@ -123,7 +123,7 @@ def _recorded(met: WatchedCall, call: Call, engine: str) -> tuple[Tensor, Tensor
         met.kind = "self" if placed or call.place.q_len == call.place.k_len else "cross"
     # A mask that asks for no position leaves the start open: a cross layer's is its own count
     start = met.position(call.place.query_start)
-    moved = call if placed else _moved(call, start)
+    moved = call if placed else _shifted(call, start)
     if not call.observers:
         out, lse, _ = met.run(moved, engine)
         return out, lse, {}
@@ -152,7 +152,7 @@ def _depends_on_positions(call: Call) -> bool:
     )
 
 
-def _moved(call: Call, start: int) -> Call:
+def _shifted(call: Call, start: int) -> Call:
     """The same call with its queries counted from `start`; nothing in it depends on that."""
     place = replace(call.place, query_start=start)
     return replace(call, place=place, program=replace(call.program, query_start=start))

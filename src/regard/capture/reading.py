@@ -17,8 +17,8 @@ from ..call.brief import Brief
 from ..call.checked import Call
 from ..call.observers import Distances, Entropy, Received, TopK
 from ..engines.second_pass.pooled import SIDE, Rectangle, Reduce
-from ..engines.second_pass.readers import READERS, Reader
-from ..engines.second_pass.strips import Strips, Weighed
+from ..engines.second_pass.readers import READERS, Accumulator
+from ..engines.second_pass.strips import Strips, StripWeights
 from ..errors import RegardError
 from ..ops.pooled import pooled_tiles
 from .pyramid import BINS
@@ -239,11 +239,11 @@ def distances(
 def _read(
     call: Call, lse: Tensor, observers: Sequence[TopK | Received | Entropy | Distances],
     rows: tuple[int, int] | None = None,
-) -> list[Reader]:  # fmt: skip
+) -> list[Accumulator]:  # fmt: skip
     """The readers of these observers, fed the strips of these rows."""
     readers = [READERS[type(o)](o, call) for o in observers]
     for strip in Strips(call, rows=rows):
-        seen = Weighed(strip, lse.to(call.working), call)
+        seen = StripWeights(strip, lse.to(call.working), call)
         for reader in readers:
             reader.read(seen)
     return readers

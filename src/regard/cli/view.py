@@ -67,9 +67,9 @@ def view(
 
 def _export(opened: Opened, file: Path, head: str, word: str | None) -> str:
     """Write the page. Returns its name, with what it opens on."""
+    from ..call.numbers import named_head
     from ..report.inline_page import check_html
     from ..report.view.export import write_export
-    from ..call.numbers import named_head
 
     check_html(file)
     named = named_head(head, "--head")

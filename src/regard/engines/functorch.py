@@ -63,7 +63,7 @@ def run(call: Call, value: Tensor, forward: Any, backward: Any) -> tuple[Tensor,
     """
     packed = pack(call)
     flat = [call.query, call.key, value, *tensors_of(packed)]
-    out, lse = _Forward.apply(Laid.of(packed), forward, backward, *flat)
+    out, lse = _Forward.apply(FlatArguments.of(packed), forward, backward, *flat)
     return out, lse
 
 
@@ -75,7 +75,7 @@ def tensors_of(packed: Sequence[Any], beside: Sequence[Any] | None = None) -> li
 
 
 @dataclass(frozen=True, eq=False)
-class Laid:
+class FlatArguments:
     """How the tensors of packed arguments lie in a flat list, and their numbers.
 
     counted: for each mask and bias, whether its first dimension counts batch items (or is 1).
@@ -89,7 +89,7 @@ class Laid:
     counted: tuple[bool, ...]
 
     @classmethod
-    def of(cls, packed: Sequence[Any]) -> Laid:
+    def of(cls, packed: Sequence[Any]) -> FlatArguments:
         """The layout of what `packed.pack` gives."""
         masks, biases, sinks, seed, *numbers = packed
         counted = [False] * len(masks)
@@ -119,7 +119,7 @@ class Laid:
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(laid: Laid, op: Any, backward: Any, *flat: Tensor) -> Any:
+    def forward(laid: FlatArguments, op: Any, backward: Any, *flat: Tensor) -> Any:
         return op(*flat[:3], *laid.packed(flat[3:]))
 
     @staticmethod
@@ -129,7 +129,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        laid: Laid = ctx.laid
+        laid: FlatArguments = ctx.laid
         first = 6 + laid.masks  # behind laid, the ops, query, key and value
         wanted = tuple(ctx.needs_input_grad[first : first + laid.biases])
         grads = _Backward.apply(laid, ctx.op, wanted, *ctx.saved_tensors, grad_out, grad_lse)
@@ -138,7 +138,9 @@ class _Forward(torch.autograd.Function):
         return None, None, None, *grads[:3], *more
 
     @staticmethod
-    def vmap(info: Any, in_dims: Dims, laid: Laid, op: Any, backward: Any, *flat: Tensor) -> Any:
+    def vmap(
+        info: Any, in_dims: Dims, laid: FlatArguments, op: Any, backward: Any, *flat: Tensor
+    ) -> Any:
         def once(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             answer: Sequence[Tensor] = _Forward.apply(laid, op, backward, *tensors)
             return answer
@@ -149,7 +151,7 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(laid: Laid, op: Any, wanted: tuple[bool, ...], *tensors: Tensor) -> Any:
+    def forward(laid: FlatArguments, op: Any, wanted: tuple[bool, ...], *tensors: Tensor) -> Any:
         packed = laid.packed(tensors[3:-4])
         return tuple(op(*tensors[:3], *packed, *tensors[-4:], list(wanted)))
 
@@ -165,7 +167,12 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Dims, laid: Laid, op: Any, wanted: tuple[bool, ...], *tensors: Tensor
+        info: Any,
+        in_dims: Dims,
+        laid: FlatArguments,
+        op: Any,
+        wanted: tuple[bool, ...],
+        *tensors: Tensor,
     ) -> Any:
         def once(slices: Sequence[Tensor]) -> Sequence[Tensor]:
             answer: Sequence[Tensor] = _Backward.apply(laid, op, wanted, *slices)

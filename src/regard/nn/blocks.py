@@ -13,7 +13,7 @@ from ..call.biases import Bias
 from ..call.masks import Full, Mask
 from ..call.observers import Observer
 from ..errors import RegardError
-from .multihead import Cache, Memory, MultiHeadAttention, start_of
+from .multihead import AttendingCache, Memory, MultiHeadAttention, start_of
 from .positions import Positions
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it gates
@@ -137,7 +137,7 @@ class Block(nn.Module):
         bias: Bias | Tensor | Sequence[Bias | Tensor] | None = None,
         observe: Sequence[Observer] | None = None,
         positions: Positions | None = None,
-        cache: Cache | None = None,
+        cache: AttendingCache | None = None,
     ) -> Any:
         """x (batch, length, dim) to the same; memory (batch, k_len, memory_dim) for `cross`.
 

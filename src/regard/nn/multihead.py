@@ -27,7 +27,7 @@ class Memory(NamedTuple):
     value: Tensor
 
 
-class Cache(Protocol):
+class AttendingCache(Protocol):
     """What a cache must offer: keep these keys and values, and attend to all that it keeps."""
 
     @property
@@ -40,7 +40,7 @@ class Cache(Protocol):
         ...
 
 
-def start_of(positions: Positions | None, cache: Cache | None) -> Positions:
+def start_of(positions: Positions | None, cache: AttendingCache | None) -> Positions:
     """Where tokens stand: as given, or behind those that the cache has seen, or at 0."""
     if positions is not None:
         return positions
@@ -132,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         bias: Bias | Tensor | Sequence[Bias | Tensor] | None = None,
         observe: Sequence[Observer] | None = None,
         positions: Positions | None = None,
-        cache: Cache | None = None,
+        cache: AttendingCache | None = None,
     ) -> Any:
         """Self-attention of query, or cross-attention to key and value.
 
@@ -206,7 +206,7 @@ class MultiHeadAttention(nn.Module):
         query: Tensor,
         key: Tensor | Memory | None,
         value: Tensor | None,
-        cache: Cache | None,
+        cache: AttendingCache | None,
     ) -> None:
         if cache is not None and key is not None:
             raise RegardError(

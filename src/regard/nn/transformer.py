@@ -14,7 +14,7 @@ from ..call.numbers import head_counts
 from ..call.observers import Observer
 from ..errors import RegardError
 from .blocks import Block, BlockSeen, norm_of
-from .multihead import Cache, Memory, start_of
+from .multihead import AttendingCache, Memory, start_of
 from .positions import (
     LearnedPositions,
     Positions,
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         bias: Biases = None,
         observe: Sequence[Observer] | None = None,
         positions: Positions | None = None,
-        caches: Sequence[Cache] | None = None,
+        caches: Sequence[AttendingCache] | None = None,
     ) -> Any:
         """x (batch, length, dim) to the same, through every block.
 
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
         source_mask: Mask = Full(),
         observe: Sequence[Observer] | None = None,
         positions: Positions | None = None,
-        caches: Sequence[Cache] | None = None,
+        caches: Sequence[AttendingCache] | None = None,
     ) -> Any:
         """Logits (batch, length, vocab) of tokens (batch, length), integers.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..analysis.compare import NOISE, align
 from ..analysis.look import Look
-from ..analysis.parts import Part, Side
+from ..analysis.parts import Part, ReadText
 from ..analysis.tables import tables
 from ..analysis.text_model import DEFAULT
 from .inline_page import check_html, digest, inert, write_page
@@ -217,7 +217,7 @@ def _effects(found: Effects) -> dict[str, Any]:
     }
 
 
-def _side(side: Side) -> dict[str, Any]:
+def _side(side: ReadText) -> dict[str, Any]:
     """A text as pieces: the number of a word, or what lies between two."""
     pieces: list[int | str] = []
     reached = 0

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..analysis.look import Focus, Look, Row
-from ..analysis.parts import Part, Side
+from ..analysis.parts import Part, ReadText
 from ..analysis.words import SINK, SINK_QUERIES
 from .continuation import continuation
 from .first_screen import OF, FirstScreen
@@ -86,7 +86,7 @@ class Page(FirstScreen):
             at = focus.found.number - side.first if focus else -1
             yield from wrapped(self._bits(side, shades, at, i > 0), self.width, self.colour)
 
-    def _bits(self, side: Side, shades: list[int], at: int, answer: bool) -> Iterator[Bit]:
+    def _bits(self, side: ReadText, shades: list[int], at: int, answer: bool) -> Iterator[Bit]:
         """The text in stretches: words, and what lies between them."""
         words, text = side.words, side.text
         room = _LINES * self.width

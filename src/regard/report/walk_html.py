@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..analysis.walk_result import Side, Walk
+from ..analysis.walk_result import Walk, WalkText
 from .inline_page import check_html, digest, write_page
 from .screen import clean, word_name
-from .walk_steps import Line, Row, Step, checks, chosen_line, head_line, head_name, steps
+from .walk_steps import Line, Step, WeightRow, checks, chosen_line, head_line, head_name, steps
 from .walk_terminal import vector
 
 CELLS = 128
@@ -111,7 +111,7 @@ def _header(walk: Walk) -> Iterator[str]:
         yield f'<p class="about">{_text(chosen)}</p>'
 
 
-def _words(walk: Walk, side: Side) -> Iterator[str]:
+def _words(walk: Walk, side: WalkText) -> Iterator[str]:
     weights = side.words.sum_tokens(walk.weighing.weights) if side is walk.source else None
     reached = 0
     for i, word in enumerate(side.words):
@@ -164,7 +164,7 @@ def _table(step: Step, most: float) -> str:
     return f"<tr><th></th>{names}<th></th><th>value</th><th></th></tr>\n{rows}"
 
 
-def _row(row: Row, most: float) -> str:
+def _row(row: WeightRow, most: float) -> str:
     kind = "sum" if row.kind == "sum" else "" if row.kind == "word" else "aside"
     cells = [f"<td>{_name(row.name)}</td>"]
     cells += [f'<td class="num">{_text(cell)}</td>' for cell in row.cells]

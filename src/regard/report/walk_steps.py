@@ -24,7 +24,7 @@ class Line(NamedTuple):
     numbers: tuple[str, ...] = ()
 
 
-class Row(NamedTuple):
+class WeightRow(NamedTuple):
     """A row of the table of weights: kind "word", "special", "others", "masked", "sink", "sum"."""
 
     name: str
@@ -42,7 +42,7 @@ class Step:
     said: str
     lines: list[Line] = field(default_factory=list)
     header: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[WeightRow] = field(default_factory=list)
 
 
 def top_keys(walk: Walk, top: int) -> list[int]:
@@ -182,23 +182,23 @@ def _compare(walk: Walk, keys: list[int]) -> Step:
         cells = [num(float(c[i])) for _, c in columns]
         kind = "special" if walk.source.tokens[i].special else "word"
         cells += [_exp(w, float(w.exps[i])), f"{float(w.weights[i]):.3f}"]
-        step.rows.append(Row(name, cells, float(w.weights[i]), walk.values[i], kind))
+        step.rows.append(WeightRow(name, cells, float(w.weights[i]), walk.values[i], kind))
     blank = [""] * len(columns)
     rest = _rest(walk, keys)
     if rest:
         exps, weight = float(w.exps[rest].sum()), float(w.weights[rest].sum())
         cells = [*blank, _exp(w, exps), f"{weight:.3f}"]
-        step.rows.append(Row(_count(len(rest), "other"), cells, weight, None, "others"))
+        step.rows.append(WeightRow(_count(len(rest), "other"), cells, weight, None, "others"))
     hidden = int((~w.visible).sum())
     if hidden:
         cells = [*blank[1:], "−∞", "0", "0"]
-        step.rows.append(Row(f"{hidden} masked", cells, None, None, "masked"))
+        step.rows.append(WeightRow(f"{hidden} masked", cells, None, None, "masked"))
     if w.sink is not None:
         cells = [*blank[1:], num(w.sink), _exp(w, w.sink_exp), f"{w.sink_weight:.3f}"]
-        step.rows.append(Row("learned sink", cells, w.sink_weight, None, "sink"))
+        step.rows.append(WeightRow("learned sink", cells, w.sink_weight, None, "sink"))
     total = float(w.weights.sum()) + w.sink_weight
     cells = [*blank, _exp(w, w.total), f"{total:.3f}"]
-    step.rows.append(Row("sum", cells, None, None, "sum"))
+    step.rows.append(WeightRow("sum", cells, None, None, "sum"))
     return step
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ..analysis.walk_result import Side, Walk
+from ..analysis.walk_result import Walk, WalkText
 from .screen import bar, clean, fit, word_name
-from .walk_steps import Line, Row, Step, checks, chosen_line, head_line, steps
+from .walk_steps import Line, Step, WeightRow, checks, chosen_line, head_line, steps
 
 _DIM, _HEAD, _GOOD, _BAD = "dim", "bold", "bold green", "bold red"
 _NAME = 15  # columns of a name
@@ -79,7 +79,7 @@ class _Page:
         for line in textwrap.wrap(clean(chosen_line(walk)), self.width):
             yield self._plain(line, _DIM)
 
-    def _around(self, side: Side, at: int, mark: str) -> Text:
+    def _around(self, side: WalkText, at: int, mark: str) -> Text:
         """One line of the text, with what is around the word."""
         text = Text(self._said(mark), style=_DIM)
         if at < 0:
@@ -146,7 +146,7 @@ class _Page:
     def _cells(self, cells: Sequence[str], sizes: Sequence[int]) -> str:
         return "".join(fit(self._said(c), n, right=True) for c, n in zip(cells, sizes, strict=True))
 
-    def _row(self, row: Row, sizes: Sequence[int], gauge: int, value: int) -> Text:
+    def _row(self, row: WeightRow, sizes: Sequence[int], gauge: int, value: int) -> Text:
         style = _DIM if row.kind in ("special", "others", "masked", "sink") else ""
         out = Text("  " + fit(self._said(word_name(row.name)), _NAME), style=style)
         out.append(self._cells(row.cells, sizes))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...call.checked import Call
-from ...call.observers import Effect, Observer, parse, written
+from ...call.observers import Effect, Observer, from_json, to_json
 from ...call.op_schema import SCHEMA, pack, unpack
 from .. import functorch as transforms
 from ..op_with_backward import op_with_backward
@@ -81,7 +81,7 @@ def _computed(call: Call, observers: tuple[Observer, ...]) -> Any:
     """
     if not direct(call):
         return torch.ops.regard.cpu(
-            call.query, call.key, call.value, *pack(call), written(observers), call.needs_grad
+            call.query, call.key, call.value, *pack(call), to_json(observers), call.needs_grad
         )
     if not call.needs_grad:
         return run(call, observers)
@@ -136,7 +136,7 @@ def _filled(
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     *packed, observers, stats = rest
-    return run(unpack(query, key, value, *packed), parse(observers), stats)
+    return run(unpack(query, key, value, *packed), from_json(observers), stats)
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
@@ -144,7 +144,7 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tenso
     call = unpack(query, key, value, *packed)
     rows = query.shape[:3]
     numbers = (*rows, 2) if stats else (0,)
-    shapes = [s for o in parse(observers) for s in o.shapes(call.place, call.working)]
+    shapes = [s for o in from_json(observers) for s in o.shapes(call.place, call.working)]
     return [
         query.new_empty(*rows, value.shape[-1]),
         query.new_empty(rows, dtype=torch.float32),

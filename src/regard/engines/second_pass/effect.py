@@ -16,7 +16,7 @@ from ...call.checked import Call
 from ...call.edge_results import EffectSeen
 from ...call.observers import Effect
 from ...errors import RegardError
-from .strips import Strips, Weighed, product, take
+from .strips import Strips, StripWeights, product, take
 from .top_k import largest
 
 Measured = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
@@ -96,7 +96,7 @@ def measure(
     deltas = (grads * out.to(working)).sum(-1)
     strips = Strips(call)
     for strip in strips:
-        seen = Weighed(strip, lse, call)
+        seen = StripWeights(strip, lse, call)
         p = seen.weights
         values = take(strip.runs, value[strip.part.batch, strip.kv], 2).mT
         effect = torch.zeros_like(p)

@@ -19,13 +19,13 @@ from ...call.observers import (
     TopK,
 )
 from ..hidden import plus
-from .strips import Weighed, take
+from .strips import StripWeights, take
 from .top_k import largest
 
-READERS: dict[type[Observer], type[Reader]] = {}  # of softmax attention; `of` enters them
+READERS: dict[type[Observer], type[Accumulator]] = {}  # of softmax attention; `of` enters them
 
 
-class Reader:
+class Accumulator:
     """Feeds strips into the tensors of one observer."""
 
     def __init_subclass__(cls, *, of: type[Observer] | None = None) -> None:
@@ -41,7 +41,7 @@ class Reader:
     def start(self) -> None:
         """Set what an untouched row holds, where that is not 0."""
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         """Take what the observer keeps from one strip."""
         raise NotImplementedError
 
@@ -50,11 +50,11 @@ class Reader:
         return self.tensors
 
 
-class TopKReader(Reader, of=TopK):
+class TopKAccumulator(Accumulator, of=TopK):
     def start(self) -> None:
         self.tensors[0].fill_(-1)
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         indices, weights, rest, _ = self.tensors
         k = min(self.observer.k, seen.log.shape[-1])
         logs, cols = largest(seen.log, k)
@@ -73,13 +73,13 @@ class TopKReader(Reader, of=TopK):
         return self.tensors
 
 
-class NormTopKReader(Reader, of=NormTopK):
+class NormTopKAccumulator(Accumulator, of=NormTopK):
     norms: Tensor  # (batch, heads, k_len), given before the first strip
 
     def start(self) -> None:
         self.tensors[0].fill_(-1)
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         indices, norms, weights = self.tensors
         k = min(self.observer.k, seen.log.shape[-1])
         own = take(seen.strip.runs, self.norms[seen.part.batch, seen.part.heads], 2)
@@ -92,14 +92,14 @@ class NormTopKReader(Reader, of=NormTopK):
         weights[at][..., :k] = (seen.log.gather(-1, cols).exp() / total).where(shown, 0)
 
 
-class ReceivedReader(Reader, of=Received):
+class ReceivedAccumulator(Accumulator, of=Received):
     def start(self) -> None:
         self.rows = self.observer.span(self.place)
         self.pooled = self.observer.pooled(self.place)
         shape = (self.place.batch, self.place.heads, self.place.k_len)
         self.count = torch.zeros(shape, dtype=torch.int32, device=self.place.device)
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         part = seen.part
         r0, r1 = (min(max(r - part.q0, 0), part.q1 - part.q0) for r in self.rows)
         if r0 == r1:
@@ -134,8 +134,8 @@ class ReceivedReader(Reader, of=Received):
         return [total, self.count.unflatten(1, (self.pooled, size)).amax(2)]
 
 
-class EntropyReader(Reader, of=Entropy):
-    def read(self, seen: Weighed) -> None:
+class EntropyAccumulator(Accumulator, of=Entropy):
+    def read(self, seen: StripWeights) -> None:
         terms = seen.exp * seen.log
         # A hidden pair is 0 · −inf there
         for col, hidden in seen.strip.hidden:
@@ -147,27 +147,27 @@ class EntropyReader(Reader, of=Entropy):
         self.tensors[0][seen.strip.here] = entropy
 
 
-class MaxScoreReader(Reader, of=MaxScore):
+class MaxScoreAccumulator(Accumulator, of=MaxScore):
     def start(self) -> None:
         self.tensors[0].fill_(-torch.inf)
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         self.tensors[0][seen.strip.here] = seen.top
 
 
-class LogSumExpReader(Reader, of=LogSumExp):
-    def read(self, seen: Weighed) -> None:
+class LogSumExpAccumulator(Accumulator, of=LogSumExp):
+    def read(self, seen: StripWeights) -> None:
         """Nothing: the pass was given it."""
 
     def finish(self, lse: Tensor) -> list[Tensor]:
         return [lse.to(self.tensors[0].dtype, copy=True)]
 
 
-class RowsReader(Reader, of=Rows):
+class RowsAccumulator(Accumulator, of=Rows):
     def start(self) -> None:
         self.wanted = [row for _, row in self.observer.local(self.place)]
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         part = seen.part
         for n, row in enumerate(self.wanted):
             if part.q0 <= row < part.q1:
@@ -175,12 +175,12 @@ class RowsReader(Reader, of=Rows):
                 seen.strip.add(mine, seen.weights[:, :, row - part.q0], 2)
 
 
-class MapReader(Reader, of=Map):
+class MapAccumulator(Accumulator, of=Map):
     def start(self) -> None:
         self.rows, self.cols = self.observer.cells(self.place)
         self.max = self.observer.reduce == "max"
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         part, place = seen.part, self.place
         first = (place.query_start + part.q0) // self.rows.size
         last = (place.query_start + part.q1 - 1) // self.rows.size
@@ -217,13 +217,13 @@ class MapReader(Reader, of=Map):
         return part.amax(dim, keepdim) if self.max else part.sum(dim, keepdim)
 
 
-class DistancesReader(Reader, of=Distances):
+class DistancesAccumulator(Accumulator, of=Distances):
     """Shears each run of a strip so that every distance stands in one column, then adds up."""
 
     def start(self) -> None:
         self.edges = torch.tensor(self.observer.edges, device=self.place.device, dtype=torch.int64)
 
-    def read(self, seen: Weighed) -> None:
+    def read(self, seen: StripWeights) -> None:
         for at, span in seen.strip.spans():
             p = seen.weights[..., at : at + span.k1 - span.k0]
             items, heads, rows, cols = p.shape

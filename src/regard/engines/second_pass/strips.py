@@ -211,7 +211,7 @@ def _ranges(flags: Tensor, length: int) -> list[tuple[int, int]]:
     ]
 
 
-class Weighed:
+class StripWeights:
     """A strip's weights, exp(score − lse).
 
     top: the largest score of each row. log: score − lse, −inf where hidden; exp: its exponential.

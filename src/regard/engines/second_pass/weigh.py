@@ -22,15 +22,15 @@ from ...call.observers import (
     Effect,
     NormTopK,
     Observer,
-    parse,
-    written,
+    from_json,
+    to_json,
 )
 from ...call.op_schema import SCHEMA, pack, unpack
 from ...errors import RegardError
 from .. import functorch as transforms
 from .effect import Measure, attach
-from .readers import READERS, LogSumExpReader, NormTopKReader
-from .strips import Strips, Weighed
+from .readers import READERS, LogSumExpAccumulator, NormTopKAccumulator
+from .strips import Strips, StripWeights
 from .triton import effect as measuring
 from .triton import read as reading
 
@@ -93,7 +93,7 @@ def _read(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> li
     packed = tuple(_detached(argument) for argument in pack(call))
     tensors = torch.ops.regard.weigh(
         call.query.detach(), call.key.detach(), *packed, lse.detach().to(call.working), norms,
-        shard, written(observers),
+        shard, to_json(observers),
     )  # fmt: skip
     results, at = [], 0
     for observer in observers:
@@ -140,7 +140,7 @@ def _detached(argument: Any) -> Any:
 def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
     *packed, lse, norms, shard, observers = rest
     call = unpack(query, key, None, *packed)
-    asked = parse(observers)
+    asked = from_json(observers)
     by_kernel = [] if kernel_refuses(call) else [o for o in asked if not reading.refuses(o)]
     found = iter(reading.read(call, by_kernel, lse, shard) if by_kernel else ())
     left = [o for o in asked if o not in by_kernel]
@@ -153,12 +153,12 @@ def _fill(
 ) -> list[list[Tensor]]:
     """The tensors of each observer, by the readers in torch."""
     readers = [READERS[type(o)](o, call) for o in observers]
-    by_norm = (r for r in readers if isinstance(r, NormTopKReader))
+    by_norm = (r for r in readers if isinstance(r, NormTopKAccumulator))
     for weighted, own in zip(by_norm, norms, strict=True):
         weighted.norms = own
-    if any(not isinstance(r, LogSumExpReader) for r in readers):
+    if any(not isinstance(r, LogSumExpAccumulator) for r in readers):
         for strip in Strips(call):
-            seen = Weighed(strip, lse, call, shard)
+            seen = StripWeights(strip, lse, call, shard)
             for reader in readers:
                 reader.read(seen)
     return [reader.finish(lse) for reader in readers]
@@ -189,7 +189,7 @@ def explained(call: Call) -> list[str]:
 def _(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
     *packed, _, _, _, observers = rest
     call = unpack(query, key, None, *packed)
-    shapes = [s for o in parse(observers) for s in o.shapes(call.place, call.working)]
+    shapes = [s for o in from_json(observers) for s in o.shapes(call.place, call.working)]
     return [query.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
@@ -198,7 +198,7 @@ def _(info: Any, in_dims: Any, query: Tensor, key: Tensor, *rest: Any) -> Any:
     *packed, lse, norms, shard, observers = rest
     packed[3] = None  # dropout's seed: weights are observed before it
     dims = in_dims[2:]
-    laid, kinds = transforms.Laid.of(packed), ["all", "all"]
+    laid, kinds = transforms.FlatArguments.of(packed), ["all", "all"]
     flat = transforms.tensors_of(packed)
     end = 2 + len(flat)
 
@@ -228,5 +228,5 @@ def whole_rows(call: Call, lse: Tensor, rows: tuple[int, int]) -> Tensor:
     for strip in Strips(call, rows=rows):
         part: Span = strip.part
         mine = out[part.batch, part.heads, part.q0 - rows[0] : part.q1 - rows[0]]
-        strip.add(mine, Weighed(strip, lse, call).weights, 3)
+        strip.add(mine, StripWeights(strip, lse, call).weights, 3)
     return out

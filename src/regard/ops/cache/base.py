@@ -21,7 +21,7 @@ from ...call.padding import kept
 from ...engines.second_pass.weigh import weigh
 from ...errors import RegardError
 from ..attend import attention
-from .slot_results import moved, moves, spread
+from .slot_results import moves, spread, to_positions
 from .slots import Biases, InSlots, Layout
 
 Lengths = Sequence[int] | Tensor | None
@@ -248,7 +248,7 @@ class Cache:
         results = dict(zip(map(id, direct), seen[len(wanted) :], strict=True))
         if direct and not straight:
             slots = InSlots(layout, query)
-            results = {name: moved(result, slots) for name, result in results.items()}
+            results = {name: to_positions(result, slots) for name, result in results.items()}
         if watched:
             tell(self.in_positions(query, mask=mask, bias=bias, **rest), told[0], out)
         if later:

@@ -1,6 +1,6 @@
 """From decode step to decode step: what stays the same is made once, so that Python costs little.
 
-`Plan` is the attention of one new token; `Steady` is what a cache that evicts does after it.
+`DecodePlan` is the attention of one new token; `Steady` is what a cache that evicts does after it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Steady:
         self.next = length
 
 
-class Plan:
+class DecodePlan:
     """The attention of a decode step by engine cpu: one new token of each item, over all slots.
 
     observe: the address of what the kernel fills beside, 0 for nothing. asked: what
@@ -73,7 +73,9 @@ class Plan:
         self._again = running.Again(call, observe)
 
     @classmethod
-    def of(cls, call: Call, engine: str, observe: int, asked: Mapping[str, Any]) -> Plan | None:
+    def of(
+        cls, call: Call, engine: str, observe: int, asked: Mapping[str, Any]
+    ) -> DecodePlan | None:
         """The plan; None where another engine computes the call, or a graph is wanted of it."""
         fits = cpu.direct(call) and not call.needs_grad and _plain(asked)
         if not fits or select(call, engine) is not cpu:

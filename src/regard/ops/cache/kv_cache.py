@@ -17,7 +17,7 @@ from ...engines.cpu import native
 from ...engines.functorch import CPU, unwatched
 from ...errors import RegardError
 from .base import Cache
-from .decode_step import Plan, Steady
+from .decode_step import DecodePlan, Steady
 from .eviction import Eviction, first_to_go
 from .real_tokens import padding_last
 from .slots import Biases, Layout, one
@@ -50,7 +50,7 @@ class KVCache(Cache):
         self._ordered = True  # whether the slots stand in order of position
         # The positions held last, and the same with those of tokens to come
         self._ahead: tuple[Tensor, Tensor] | None = None
-        self._plan: Plan | None = None  # the call of a decode step
+        self._plan: DecodePlan | None = None  # the call of a decode step
         self._worth: Tensor | None = None  # what a policy that sums up has summed so far
         self._steady: Steady | None = None  # what decode steps go by
 
@@ -231,7 +231,7 @@ class KVCache(Cache):
         plan, watched = self._plan, 0 if steady is None else steady.observe
         if plan is None or plan.observe != watched:
             call = Call.checked(query, *self.read(), **rest)
-            plan = self._plan = Plan.of(call, engine, watched, rest)
+            plan = self._plan = DecodePlan.of(call, engine, watched, rest)
         if plan is None or not plan.serves(query, engine, rest):
             return None
         answer = plan.attend(query, layout.slots)

@@ -1,4 +1,4 @@
-"""PagedCache: keys and values in blocks of one pool, a table of blocks for each sequence."""
+"""PagedCache: keys and values in pages of one pool, a table of pages for each sequence."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..attend import attention
 from .base import Cache
 from .slots import Layout
 
-NO_BLOCK = -1  # in a table, beyond a sequence's last block
+NO_PAGE = -1  # in a table, beyond a sequence's last page
 
 
 class Tables(NamedTuple):
     """What an engine reads in place.
 
-    blocks int32 (batch, max_blocks): the block that holds tokens block · i … of a sequence, −1
-    beyond its last. lengths int32 (batch,): tokens of each sequence. key (num_blocks, kv_heads,
-    block, dim), value (num_blocks, kv_heads, block, v_dim): the pools.
+    pages int32 (batch, max_pages): the page that holds tokens page_size · i … of a sequence, −1
+    beyond its last. lengths int32 (batch,): tokens of each sequence. key (num_pages, kv_heads,
+    page_size, dim), value (num_pages, kv_heads, page_size, v_dim): the pools.
     """
 
-    blocks: Tensor
+    pages: Tensor
     lengths: Tensor
     key: Tensor
     value: Tensor
@@ -48,37 +48,37 @@ class _Own(Pages):
 
 
 class PagedCache(Cache):
-    """Keys and values in blocks of `block` tokens, which sequences may share. Kwon et al. 2023.
+    """Keys and values in pages of `page_size` tokens, which sequences may share. Kwon et al. 2023.
 
-        cache = regard.cache.PagedCache(block=16)
+        cache = regard.cache.PagedCache(page_size=16)
         cache.attend(query, key, value)       # one prompt
         cache.select([0, 0, 0, 0])            # four answers to it: the prompt is held once
         cache.attend(queries, keys, values)   # each goes on by itself
 
-    A block is shared by all whose prefix it holds, with a count of them, and copied when one of
+    A page is shared by all whose prefix it holds, with a count of them, and copied when one of
     them writes into it. Sequences have any lengths, are added (`add`, `fork`) and dropped
-    (`select`) at any time; a freed block is used again. blocks: the size of the pool; default: it
+    (`select`) at any time; a freed page is used again. pages: the size of the pool; default: it
     grows by half as needed.
     """
 
-    def __init__(self, block: int = 16, *, blocks: int | None = None) -> None:
+    def __init__(self, page_size: int = 16, *, pages: int | None = None) -> None:
         super().__init__()
-        if block < 1 or (blocks is not None and blocks < 1):
+        if page_size < 1 or (pages is not None and pages < 1):
             raise RegardError(
-                f"PagedCache({block}, blocks={blocks}): give block ≥ 1 and blocks ≥ 1"
+                f"PagedCache({page_size}, pages={pages}): give page_size ≥ 1 and pages ≥ 1"
             )
-        self.block, self._most = block, blocks
+        self.page_size, self._most = page_size, pages
         self._tables: list[list[int]] = []
-        self._shares: list[int] = []  # of each block of the pool: the tables that name it
+        self._shares: list[int] = []  # of each page of the pool: the tables that name it
         self._free: list[int] = []
-        self._written: Tensor | None = None  # the tables as a tensor, until a block comes or goes
+        self._written: Tensor | None = None  # the tables as a tensor, until a page comes or goes
 
     def __repr__(self) -> str:
-        return f"PagedCache({self.block}, blocks={self._most})"
+        return f"PagedCache({self.page_size}, pages={self._most})"
 
     @property
-    def blocks(self) -> int:
-        """Blocks in use; one that is shared counts once."""
+    def pages(self) -> int:
+        """Pages in use; one that is shared counts once."""
         return len(self._shares) - len(self._free)
 
     @property
@@ -87,11 +87,11 @@ class PagedCache(Cache):
         return sum(t.numel() * t.element_size() for t in pools if t is not None)
 
     def tables(self) -> Tables:
-        """The tables, lengths and pools, for an engine that reads the blocks in place."""
+        """The tables, lengths and pools, for an engine that reads the pages in place."""
         key, value = self._buffers()
         if self._written is None:
             most = max(map(len, self._tables), default=0)
-            rows = [t + [NO_BLOCK] * (most - len(t)) for t in self._tables]
+            rows = [t + [NO_PAGE] * (most - len(t)) for t in self._tables]
             self._written = torch.tensor(rows, dtype=torch.int32, device=key.device)
             self._written = self._written.reshape(len(rows), most)
         lengths = torch.tensor(self._lengths, dtype=torch.int32, device=key.device)
@@ -100,16 +100,16 @@ class PagedCache(Cache):
     def read(self) -> tuple[Tensor, Tensor]:
         """Key and value, gathered: (batch, kv_heads, slots, dim), 0 beyond a sequence's end."""
         tables = self.tables()
-        pages = Pages(tables.blocks, tables.lengths)
+        pages = Pages(tables.pages, tables.lengths)
         return pages.gather(tables.key), pages.gather(tables.value)
 
     def _attention(self, query: Tensor, **request: Any) -> Any:
-        # An engine that can reads the blocks in place; who watches has no use for a table
+        # An engine that can reads the pages in place; who watches has no use for a table
         named = request.get("engine", "auto")
         if named not in ("auto", "cpu") or has_torch_function_unary(query):
             return super()._attention(query, **request)
         tables = self.tables()
-        pages = _Own(tables.blocks, tables.lengths, self.length)
+        pages = _Own(tables.pages, tables.lengths, self.length)
         return attention(query, tables.key, tables.value, pages=pages, **request)
 
     # Sequences
@@ -164,30 +164,30 @@ class PagedCache(Cache):
         at = torch.arange(key.shape[2], device=key.device, dtype=torch.int64)
         position = torch.tensor(starts, device=key.device, dtype=torch.int64)[:, None] + at
         real = at < torch.tensor(new, device=key.device, dtype=torch.int64)[:, None]
-        table = self.tables().blocks.long()
-        number = (position // self.block).clamp(max=max(table.shape[1] - 1, 0))
-        block, offset = table.gather(1, number)[real], (position % self.block)[real]
+        table = self.tables().pages.long()
+        number = (position // self.page_size).clamp(max=max(table.shape[1] - 1, 0))
+        page, offset = table.gather(1, number)[real], (position % self.page_size)[real]
         for pool, tensor in zip(pools, (key, value), strict=True):
-            pool[block, :, offset] = tensor.transpose(1, 2)[real]
+            pool[page, :, offset] = tensor.transpose(1, 2)[real]
         return layout
 
     def _write_one(self, key: Tensor, value: Tensor, starts: list[int], new: list[int]) -> None:
         """A decode step's keys and values: at most one token of each sequence."""
         rows = [row for row, n in enumerate(new) if n]
-        blocks = [self._tables[row][starts[row] // self.block] for row in rows]
-        offsets = [starts[row] % self.block for row in rows]
-        block, offset = torch.tensor([blocks, offsets], device=key.device, dtype=torch.int64).long()
+        pages = [self._tables[row][starts[row] // self.page_size] for row in rows]
+        offsets = [starts[row] % self.page_size for row in rows]
+        page, offset = torch.tensor([pages, offsets], device=key.device, dtype=torch.int64).long()
         for pool, tensor in zip(self._buffers(), (key, value), strict=True):
             token = tensor[:, :, 0]
-            pool[block, :, offset] = token if len(rows) == len(new) else token[rows]
+            pool[page, :, offset] = token if len(rows) == len(new) else token[rows]
 
     def _make_room(self, key: Tensor, value: Tensor, starts: list[int], new: list[int]) -> None:
-        """Give every sequence the blocks that it is about to write, its own. All or nothing."""
+        """Give every sequence the pages that it is about to write, its own. All or nothing."""
         shares, copied, needed = dict[int, int](), [], 0
         for row, (start, n) in enumerate(zip(starts, new, strict=True)):
             table = self._tables[row]
             needed += self._count(start + n) - len(table)
-            if n and start % self.block:
+            if n and start % self.page_size:
                 last = table[-1]
                 left = shares.get(last, self._shares[last])
                 if left > 1:
@@ -207,12 +207,12 @@ class PagedCache(Cache):
             self._tables[row] += [self._taken() for _ in range(missing)]
 
     def _provide(self, key: Tensor, value: Tensor, needed: int) -> None:
-        """At least that many free blocks. RegardError if the pool may not have them."""
+        """At least that many free pages. RegardError if the pool may not have them."""
         have = len(self._shares)
         total = have + needed - len(self._free)
         if self._most is not None and total > self._most:
             raise RegardError(
-                f"{self!r}: the new tokens need {needed} more blocks of {self.block}, "
+                f"{self!r}: the new tokens need {needed} more pages of {self.page_size}, "
                 f"{len(self._free) + self._most - have} are free; drop sequences with select, or "
                 "give a larger pool"
             )
@@ -221,7 +221,7 @@ class PagedCache(Cache):
         size = max(total, have + have // 2) if self._most is None else self._most
         pools = []
         for pool, like in ((self._key, key), (self._value, value)):
-            larger = like.new_zeros(size, like.shape[1], self.block, like.shape[3])
+            larger = like.new_zeros(size, like.shape[1], self.page_size, like.shape[3])
             if pool is not None:
                 larger[:have] = pool
             pools.append(larger)
@@ -229,25 +229,25 @@ class PagedCache(Cache):
         self._shares += [0] * (size - have)
         self._free += range(size - 1, have - 1, -1)
 
-    # Blocks
+    # Pages
 
     def _count(self, length: int) -> int:
-        """How many blocks hold that many tokens."""
-        return -(-length // self.block)
+        """How many pages hold that many tokens."""
+        return -(-length // self.page_size)
 
     def _shared(self, table: Sequence[int]) -> list[int]:
-        for block in table:
-            self._shares[block] += 1
+        for page in table:
+            self._shares[page] += 1
         return list(table)
 
     def _release(self, table: Sequence[int]) -> None:
-        for block in table:
-            self._shares[block] -= 1
-            if not self._shares[block]:
-                self._free.append(block)
+        for page in table:
+            self._shares[page] -= 1
+            if not self._shares[page]:
+                self._free.append(page)
 
     def _taken(self) -> int:
-        """A free block, now in one table."""
-        block = self._free.pop()
-        self._shares[block] = 1
-        return block
+        """A free page, now in one table."""
+        page = self._free.pop()
+        self._shares[page] = 1
+        return page

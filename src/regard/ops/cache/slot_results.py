@@ -29,7 +29,7 @@ def moves(observer: Observer) -> bool:
     return isinstance(observer, TopK | NormTopK | PerRow)
 
 
-def moved(result: Any, slots: InSlots) -> Any:
+def to_positions(result: Any, slots: InSlots) -> Any:
     """A result over slots, over positions. Needs slots in order of position (ties of TopK)."""
     layout = slots.layout
     if hasattr(result, "query_start"):

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ...engines.op_with_backward import op_with_backward
 from .recurrence import Flow, full_precision, with_ones
-from .within_chunk import CHUNK, Run, chunk_size, fit, grouped, pairs_gradient, split, ungrouped
+from .within_chunk import (
+    CHUNK,
+    ChunkTerms,
+    chunk_size,
+    fit,
+    grouped,
+    pairs_gradient,
+    split,
+    ungrouped,
+)
 
 BUDGET = 2**21  # numbers that a segment's largest tensor may hold
 MOST_CHUNKS = 32  # of a segment
@@ -61,13 +70,13 @@ class Segments:
         # Nothing to compute: an empty dimension has no chunks
         self.starts = list(range(0, self.tokens, self.step)) if query.shape[0] else []
 
-    def at(self, start: int) -> tuple[Run, Tensor]:
+    def at(self, start: int) -> tuple[ChunkTerms, Tensor]:
         """The chunks of a segment, and its values (…, chunks, size, columns)."""
         stop = min(start + self.step, self.tokens)
         query, key, decay, beta = (_cut(t, start, stop, self.dtype) for t in self.inputs)
         assert query is not None
         assert key is not None
-        run = Run(query, key, decay, beta)
+        run = ChunkTerms(query, key, decay, beta)
         value = with_ones(self.value[:, :, start:stop].to(self.dtype), self.columns)
         return run, split(value, run.size)
 
@@ -120,7 +129,7 @@ def _computed_back(
 
 
 def _of_segment(
-    run: Run, value: Tensor, memory: Tensor, grad: Tensor, grad_state: Tensor
+    run: ChunkTerms, value: Tensor, memory: Tensor, grad: Tensor, grad_state: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of one segment: of its inputs, (…, tokens, …), and of the memory before it.
 
@@ -175,7 +184,7 @@ def _of_segment(
 
 
 def _of_solved(
-    run: Run, value: Tensor, solved: Tensor, grad: Tensor, d_key: Tensor
+    run: ChunkTerms, value: Tensor, solved: Tensor, grad: Tensor, d_key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """Through solved = (1 + lower)⁻¹ beta [value, reading]: gradients of value, reading, beta and
     the sums' levels; that of the keys' overlap is added to d_key.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...call.geometry import Span
 from .recurrence import Flow
-from .within_chunk import CHUNK, Run, ungrouped
+from .within_chunk import CHUNK, ChunkTerms, ungrouped
 
 BUDGET = 2**21  # numbers in a strip
 MOST_CHUNKS = 4  # of rows in a strip
@@ -73,7 +73,9 @@ def causal(flow: Flow) -> Iterator[ImpliedRows]:
     for batch, kv in parts(flow, step * CHUNK):
         heads = slice(kv.start * group, kv.stop * group)
         decay, beta = (None if t is None else t[batch, kv] for t in (flow.decay, flow.beta))
-        walk = Walk(Run(flow.query[batch, heads], flow.key[batch, kv], decay, beta))
+        walk = ChunksBackward(
+            ChunkTerms(flow.query[batch, heads], flow.key[batch, kv], decay, beta)
+        )
         for first in range(0, walk.count, step):
             last = min(first + step, walk.count)
             weights, arrived = walk.back(first, last)
@@ -83,10 +85,10 @@ def causal(flow: Flow) -> Iterator[ImpliedRows]:
             yield ImpliedRows(Span(q0, q1, 0, q1, batch, heads), kv, weights, arrived)
 
 
-class Walk:
+class ChunksBackward:
     """Back from chunk to chunk, with what the delta rule needs of each computed once."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ChunkTerms) -> None:
         self.run, self.size, self.count = run, run.size, run.key.shape[2]
         self.reads = self.solving = None
         if run.beta is not None:

@@ -72,7 +72,7 @@ class Flow:
 class Prepared:
     """A request's flow, and what turns the recurrence's results into the request's.
 
-    taken (batch, heads, q_len): ln of the factor that the query's features lack, or None.
+    log_factor (batch, heads, q_len): ln of the factor that the query's features lack, or None.
     shift (batch, state_heads, features): ln of the factor that the last state lacks, or None.
     short: the items of the batch, bool (batch,), that need no shift, and their decay; None: all
         items are alike.
@@ -80,7 +80,7 @@ class Prepared:
 
     request: Request
     flow: Flow
-    taken: Tensor | None
+    log_factor: Tensor | None
     shift: Tensor | None = None
     short: tuple[Tensor, Tensor | None] | None = None
 

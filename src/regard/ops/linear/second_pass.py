@@ -26,18 +26,18 @@ from ...call.observers import (
     Received,
     Rows,
     TopK,
-    parse,
-    written,
+    from_json,
+    to_json,
 )
 from ...call.op_schema import SCHEMA, pack, unpack
 from ...engines.second_pass.readers import (
-    DistancesReader,
-    MapReader,
-    Reader,
-    ReceivedReader,
-    RowsReader,
+    Accumulator,
+    DistancesAccumulator,
+    MapAccumulator,
+    ReceivedAccumulator,
+    RowsAccumulator,
 )
-from ...engines.second_pass.strips import Strip, Weighed
+from ...engines.second_pass.strips import Strip, StripWeights
 from ...engines.second_pass.top_k import largest
 from ...errors import RegardError
 from . import implied_weights as implied
@@ -46,7 +46,7 @@ from .recurrence import Flow, Prepared, full_precision
 from .request import Request
 
 
-class Seen(Weighed):
+class ImpliedStripWeights(StripWeights):
     """A strip's weights as the readers of softmax attention take them.
 
     weights, column_sum: their absolute values. signed: as they are. visible bool. total (…, rows):
@@ -69,7 +69,7 @@ class Seen(Weighed):
                 divisor = divisor + (rows.arrived @ given[..., None])[..., 0]
             shift = 0 if taken is None else taken[part.batch, part.heads, part.q0 : part.q1]
             most = signed.amax(-1) if signed.shape[-1] else torch.zeros_like(divisor)
-            self.top, self.total = most.log() + shift, divisor.log() + shift
+            self.top, self.log_total = most.log() + shift, divisor.log() + shift
             signed = signed / divisor.masked_fill(divisor == 0, 1)[..., None]
         self.signed = signed
         self.weights = signed.abs()
@@ -83,7 +83,7 @@ class Seen(Weighed):
         return found, keys, ~(found < 0)
 
 
-class TopKReader(Reader):
+class SignedTopKAccumulator(Accumulator):
     """By absolute value; `rest` is the sum of those not listed."""
 
     def start(self) -> None:
@@ -99,7 +99,7 @@ class TopKReader(Reader):
         rest[at] = (seen.weights.sum(-1) - listed).clamp(min=0)
 
 
-class NormTopKReader(Reader):
+class SignedNormTopKAccumulator(Accumulator):
     """By |weight| · ‖W_O v‖."""
 
     norms: Tensor  # (batch, heads, k_len), given before the first strip
@@ -118,7 +118,7 @@ class NormTopKReader(Reader):
         weights[at][..., :k] = seen.signed.gather(-1, keys).where(shown, 0)
 
 
-class SignedRowsReader(RowsReader):
+class SignedRowsAccumulator(RowsAccumulator):
     """Rows keep their signs."""
 
     def read(self, seen: Any) -> None:
@@ -129,14 +129,14 @@ class SignedRowsReader(RowsReader):
                 seen.strip.add(mine, seen.signed[:, :, row - part.q0], 2)
 
 
-class EntropyReader(Reader):
+class ImpliedEntropyAccumulator(Accumulator):
     """−Σ w ln w of normalised weights."""
 
     def read(self, seen: Any) -> None:
         self.tensors[0][seen.strip.here] = torch.special.entr(seen.weights).sum(-1)
 
 
-class MaxScoreReader(Reader):
+class ImpliedMaxScoreAccumulator(Accumulator):
     """ln of the row's largest φ(q) · φ(k), decayed."""
 
     def start(self) -> None:
@@ -146,26 +146,26 @@ class MaxScoreReader(Reader):
         self.tensors[0][seen.strip.here] = seen.top
 
 
-class LogSumExpReader(Reader):
+class ImpliedLogSumExpAccumulator(Accumulator):
     """ln of what the row's weights were divided by."""
 
     def start(self) -> None:
         self.tensors[0].fill_(-torch.inf)
 
     def read(self, seen: Any) -> None:
-        self.tensors[0][seen.strip.here] = seen.total
+        self.tensors[0][seen.strip.here] = seen.log_total
 
 
-READERS: dict[type[Observer], type[Reader]] = {
-    TopK: TopKReader,
-    NormTopK: NormTopKReader,
-    Received: ReceivedReader,
-    Entropy: EntropyReader,
-    MaxScore: MaxScoreReader,
-    LogSumExp: LogSumExpReader,
-    Rows: SignedRowsReader,
-    Map: MapReader,
-    Distances: DistancesReader,
+READERS: dict[type[Observer], type[Accumulator]] = {
+    TopK: SignedTopKAccumulator,
+    NormTopK: SignedNormTopKAccumulator,
+    Received: ReceivedAccumulator,
+    Entropy: ImpliedEntropyAccumulator,
+    MaxScore: ImpliedMaxScoreAccumulator,
+    LogSumExp: ImpliedLogSumExpAccumulator,
+    Rows: SignedRowsAccumulator,
+    Map: MapAccumulator,
+    Distances: DistancesAccumulator,
 }
 
 
@@ -194,8 +194,8 @@ def weigh(ready: Prepared) -> tuple[Any, ...]:
     normaliser = flow.memory[..., -1] if request.normalise and request.state is not None else None
     tensors = torch.ops.regard.linear_weigh(
         flow.query.detach(), flow.key.detach(), *pack(call), _detached(flow.decay),
-        _detached(flow.beta), _detached(normaliser), ready.taken, norms, request.causal,
-        request.normalise, call.place.kv_heads, written(call.observers),
+        _detached(flow.beta), _detached(normaliser), ready.log_factor, norms, request.causal,
+        request.normalise, call.place.kv_heads, to_json(call.observers),
     )  # fmt: skip
     results, at = [], 0
     for observer in call.observers:
@@ -225,14 +225,14 @@ def _call(query: Tensor, key: Tensor, packed: Any, kv_heads: int) -> Call:
 def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
     *packed, decay, beta, normaliser, taken, norms, causal, normalise, kv_heads, observers = rest
     call = _call(query, key, packed, kv_heads)
-    readers = [READERS[type(o)](o, call) for o in parse(observers)]
-    by_norm = (r for r in readers if isinstance(r, NormTopKReader))
+    readers = [READERS[type(o)](o, call) for o in from_json(observers)]
+    by_norm = (r for r in readers if isinstance(r, SignedNormTopKAccumulator))
     for weighted, own in zip(by_norm, norms, strict=True):
         weighted.norms = own
     flow = Flow(query, key, key, decay, beta, key)  # neither value nor memory are read
     with full_precision(query):
         for rows in implied.causal(flow) if causal else implied.everywhere(flow):
-            seen = Seen(rows, call, normaliser, taken, normalise)
+            seen = ImpliedStripWeights(rows, call, normaliser, taken, normalise)
             for reader in readers:
                 reader.read(seen)
     return [tensor for reader in readers for tensor in reader.finish(query)]
@@ -242,5 +242,5 @@ def _weigh(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
 def _(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
     *packed, _, _, _, _, _, _, _, kv_heads, observers = rest
     call = _call(query, key, packed, kv_heads)
-    shapes = [s for o in parse(observers) for s in o.shapes(call.place, call.working)]
+    shapes = [s for o in from_json(observers) for s in o.shapes(call.place, call.working)]
     return [query.new_empty(shape, dtype=dtype) for shape, dtype in shapes]

@@ -47,7 +47,7 @@ def ungrouped(rows: Tensor, group: int) -> Tensor:
     return rows.unflatten(2, (-1, group)).movedim(3, 2).flatten(1, 2)
 
 
-class Run:
+class ChunkTerms:
     """Of query (batch, heads, tokens, features), key (batch, state_heads, tokens, features),
     decay (batch, state_heads, tokens, 1 or features) or None, beta (batch, state_heads, tokens)
     or None. Rows of queries count tokens, and within each the query heads of its group.
