@@ -67,7 +67,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests run in one process, and so do all of `TOGETHER`."""
+    """A file's tests run in one process, and so do all of `TOGETHER`; what is long goes first."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -75,16 +75,25 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.split("::", 1)[0]
             return next((kind for kind in TOGETHER if kind in file), file)
 
+    config.option.loadscopereorder = False  # it would begin with the files of most tests
     return ByFile(config, log)
 
 
-# One browser, and one pair of processes that interpret: not one for each process of tests
-TOGETHER = ("test_html", "test_triton")
+# One pair of processes that interpret, not one for each process of tests
+TOGETHER = ("test_triton",)
+LONG = (
+    "test_triton",
+    "test_html",
+    "test_view_page",
+    "test_docs",
+    "test_walk",
+)  # a test of it
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes its choice
 def pytest_collection_modifyitems(items):
     mark_others_slow(items)
+    items.sort(key=lambda item: not item.path.name.startswith(LONG))  # stable: files stay whole
     if importlib.util.find_spec("triton") is None:
         missing = pytest.mark.skip('triton is not installed; pip install ".[dev,cuda]"')
         for item in items:

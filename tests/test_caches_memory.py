@@ -144,10 +144,12 @@ def of_tables(cache: PagedCache) -> list[Tensor]:
     assert tables.pages.dtype == tables.lengths.dtype == torch.int32
     keys = []
     for row, length in zip(tables.pages.tolist(), tables.lengths.tolist(), strict=True):
-        count = -(-length // cache.block)
+        count = -(-length // cache.page_size)
         assert all(b >= 0 for b in row[:count])
         assert all(b == -1 for b in row[count:])
-        found = [tables.key[row[i // cache.block], :, i % cache.block] for i in range(length)]
+        found = [
+            tables.key[row[i // cache.page_size], :, i % cache.page_size] for i in range(length)
+        ]
         keys.append(torch.stack(found, 1) if found else tables.key.new_zeros(KV_HEADS, 0, DIM))
     return keys
 

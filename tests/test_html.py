@@ -339,7 +339,7 @@ def test_a_failed_write_leaves_the_old_page(minilm, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(html.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     recording = minilm.record("One sentence.")
     with pytest.raises(RegardError, match="No space left"):
         html.write_html(look(recording), recording, path)

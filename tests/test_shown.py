@@ -41,7 +41,6 @@ from regard.sparse import (
     Strided,
     TopBlocks,
 )
-from test_html import browser  # noqa: F401 (a fixture)
 
 OBSERVERS = [
     TopK(3), Received(), Entropy(), Map(64, 64), Distances(), Rows([3, -1]), NormTopK(2),
@@ -157,7 +156,7 @@ def test_layers_and_recordings_list_what_they_hold():
         assert "0 layers so far" in "".join(parsed(nothing).itertext())
 
 
-def test_a_browser_draws_it_light_and_dark(browser, tmp_path):  # noqa: F811
+def test_a_browser_draws_it_light_and_dark(browser, tmp_path):
     """In sight on both, nothing of a text is run, and the console stays empty."""
     seen = watched(TopK(2), Entropy())
     shown = [seen, seen[0], seen.recording(text=ATTACK, model=ATTACK), *MASKS, *every_result(60)]

@@ -192,7 +192,7 @@ def test_two_streams_and_a_memory():
     mems = unwatched(model, {"input_ids": ids, "use_mems": True}).mems
     _, _, seen = watched(model, {"input_ids": ids[:, :5], "mems": mems})
     assert [(layer.q_len, layer.k_len) for layer in seen] == [(5, 21)] * 2
-    assert seen[0].seen[0].indices == tuple(range(16, 21))
+    assert seen[0].seen[0].queries == tuple(range(16, 21))
 
 
 class Handwritten(nn.Module):

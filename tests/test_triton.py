@@ -109,7 +109,7 @@ with compiling(kernels, report):
     value = query[:, :2]
     wide = torch.zeros(1, 4, 256, 128, dtype=torch.bfloat16)  # no square tiles
     call = Call.checked(wide, wide[:, :2], value, mask=Causal(), dropout=Dropout(0.1, 3))
-    effect.effects(call, lse, query, 8, query)
+    effect.effect(call, lse, query, 8, query)
     pages = Pages(torch.arange(4).view(1, 4), torch.tensor([256]))
     pool = torch.zeros(4, 2, 64, 64, dtype=torch.bfloat16)
     asked = [TopK(8), Received(), Entropy(), MaxScore(), Map(16, 16), Distances(), Rows([-1])]

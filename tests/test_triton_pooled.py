@@ -13,6 +13,7 @@ from regard.call.checked import Call
 from regard.engines.second_pass.pooled import Rectangle
 from regard.engines.second_pass.triton import pooled
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"  # where `hopper` compiles
 # Every instruction of a mask is tested in test_triton.py, by the same function
 CHOSEN = [
     "full", "causal", "sinks and window", "an item of padding", "predicate by head", "nothing",
@@ -59,41 +60,23 @@ def test_says_what_it_cannot_pool():
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from hopper import compiling
 
 from regard import *
 from regard.call.checked import Call
 from regard.engines.second_pass.pooled import Rectangle
 from regard.engines.second_pass.triton import pooled, pooled_kernel
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
-         torch.uint8: "u8"}
+def report(kernel, made):
+    print("wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
-class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.compile
-
-    def compile(self, *given, num_warps, enable_fp_fusion, **constants):
-        names = self.kernel.arg_names
-        types = {n: "*" + NAMES[g.dtype] if isinstance(g, torch.Tensor)
-                 else "fp32" if isinstance(g, float) else "i32" for n, g in zip(names, given)}
-        source = ASTSource(self.kernel, types | dict.fromkeys(constants, "constexpr"),
-                           {(names.index(n),): value for n, value in constants.items()})
-        options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        print("wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
-
-pooled_kernel.pool_rectangles = Compiled(pooled_kernel.pool_rectangles)
-query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
-lse = torch.zeros(1, 4, 256)
-call = Call.checked(query, query[:, :2], None, mask=Causal() & (Window(64) | First(4)))
-for zoom in (0, 3, 9):
-    pooled.pooled(call, lse, [Rectangle(1, zoom, 0, 0)], zoom == 3)
+with compiling({pooled_kernel: "pool_rectangles"}, report):
+    query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
+    lse = torch.zeros(1, 4, 256)
+    call = Call.checked(query, query[:, :2], None, mask=Causal() & (Window(64) | First(4)))
+    for zoom in (0, 3, 9):
+        pooled.pooled(call, lse, [Rectangle(1, zoom, 0, 0)], zoom == 3)
 """
 
 
@@ -103,7 +86,7 @@ def test_compiles_for_a_gpu(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        | {"TRITON_CACHE_DIR": str(tmp_path)},
+        | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(BENCHMARKS)},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

@@ -63,7 +63,7 @@ def grid(layers: Sequence[Named], results: Sequence[Any], batch: int) -> Picture
     unit = ""
     for result in results:
         if result is None:
-            rows.append(torch.zeros(0, dtype=torch.float64))
+            rows.append(torch.zeros(0, dtype=torch.float64, device="cpu"))
             continue
         numbers, unit = result._per_head()
         if not 0 <= batch < len(numbers):
@@ -71,7 +71,9 @@ def grid(layers: Sequence[Named], results: Sequence[Any], batch: int) -> Picture
         rows.append(numbers[batch].detach().double().cpu())
     if not unit:
         raise RegardError("plot: no layer here has a result to draw")
-    values = torch.full((len(rows), max(map(len, rows))), torch.nan, dtype=torch.float64)
+    values = torch.full(
+        (len(rows), max(map(len, rows))), torch.nan, dtype=torch.float64, device="cpu"
+    )
     for row, numbers in zip(values, rows, strict=True):
         row[: len(numbers)] = numbers
     return Picture(values, Side("layer", labels=tuple(labels(layers))), Side("head"), unit)

@@ -118,7 +118,7 @@ def _shades(values: Tensor, log: bool, signed: bool, top: float | None) -> Tenso
 
 def _path(cells: Tensor) -> str:
     """The cells that are set, as one SVG path of their runs along the rows."""
-    edge = torch.zeros(len(cells), 1, dtype=torch.bool)
+    edge = torch.zeros(len(cells), 1, dtype=torch.bool, device=cells.device)
     change = torch.cat([edge, cells, edge], 1).int().diff(dim=1).nonzero().tolist()
     pairs = zip(change[::2], change[1::2], strict=True)
     return "".join(f"M{a} {row}h{b - a}v1h{a - b}z" for (row, a), (_, b) in pairs)

@@ -125,7 +125,9 @@ def _line(picture: Picture, ax: Axes) -> None:
     if side.labels:
         ax.bar(range(len(values)), values.numpy(), color=LINE)
     else:
-        starts = _low(side) + side.size * torch.arange(len(values) + 1, dtype=torch.float64)
+        starts = _low(side) + side.size * torch.arange(
+            len(values) + 1, dtype=torch.float64, device="cpu"
+        )
         low = None if picture.log else 0  # of many magnitudes: steps on a scale of logarithms
         ax.stairs(values.numpy(), starts.numpy(), color=LINE, baseline=low, linewidth=1)
         ax.margins(x=0)

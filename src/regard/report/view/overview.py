@@ -53,9 +53,10 @@ def _sums(
     """Each metric (heads,), summed over some queries."""
     weights = recording.weights(number, None, rows, batch=batch)
     # Positions count from the end: the last query of a self-attention sees the last key
-    at = torch.tensor(rows) + layer.k_len - layer.q_len
-    far = (at[:, None] - torch.arange(layer.k_len)).abs().to(weights.dtype)
-    one = torch.arange(len(rows))
+    at = torch.tensor(rows, dtype=torch.int64, device=weights.device) + layer.k_len - layer.q_len
+    keys = torch.arange(layer.k_len, dtype=torch.int64, device=weights.device)
+    far = (at[:, None] - keys).abs().to(weights.dtype)
+    one = torch.arange(len(rows), dtype=torch.int64, device=weights.device)
     return {
         "sink": weights[:, :, 0].sum(1),
         "before": (weights[:, one, (at - 1).clamp(0)] * (at >= 1)).sum(1),
