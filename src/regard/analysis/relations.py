@@ -165,6 +165,24 @@ class RelationTally:
         ]
         return max(found, default=None, key=lambda one: one.share - one.baseline)
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON says it, exactly."""
+        found = [
+            [*key, pairs, self.offsets[key].tolist(), [mine.tolist() for mine in self.hits[key]]]
+            for key, pairs in self.pairs.items()
+        ]
+        return {"sentences": self.sentences, "found": found}
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> RelationTally:
+        """The same again."""
+        made = cls(sentences=int(said["sentences"]))
+        for name, to, pairs, steps, hits in said["found"]:
+            made.pairs[name, to] = int(pairs)
+            made.offsets[name, to] = torch.tensor(steps, dtype=torch.int64, device="cpu")
+            made.hits[name, to] = [torch.tensor(h, dtype=torch.int64, device="cpu") for h in hits]
+        return made
+
     def _relation(self, key: tuple[str, str], hits: int) -> Relation:
         pairs, steps = self.pairs[key], self.offsets[key]
         offset = int(steps.argmax()) - FARTHEST
