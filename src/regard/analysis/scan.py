@@ -165,7 +165,7 @@ class ScanState:
         if not self.names:
             self.names = [(n, layer.name, layer.kind) for n, layer in places]
             self.heads = [[HeadState() for _ in range(layer.heads)] for _, layer in places]
-        words: list[tuple[int, int]] | None = None
+        words: list[list[int]] | None = None
         for mine, (_, layer) in zip(self.heads, places, strict=True):
             means, best = _read(layer, recording)
             for head, state in enumerate(mine):
@@ -214,17 +214,19 @@ def _read(layer: RecordedLayer, recording: Recording) -> tuple[dict[str, Tensor]
 
 
 def _example(
-    weight: float, number: int, about: dict[str, Any], words: list[tuple[int, int]],
+    weight: float, number: int, about: dict[str, Any], words: list[list[int]],
     pair: tuple[int, int],
 ) -> Example:  # fmt: skip
     offsets, text = about["offsets"], about["text"]
-    said = []
-    for token in pair:
+
+    def word_of(token: int) -> str:
         first, last = next(word for word in words if word[0] <= token < word[1])
-        said.append(text[offsets[first][0] : offsets[last - 1][1]].strip())
+        return str(text[offsets[first][0] : offsets[last - 1][1]]).strip()
+
+    reader, read = map(word_of, pair)
     middle = offsets[pair[0]][0]
-    start = max(middle - 60, 0)
-    return Example(weight, number, *said, " ".join(text[start : middle + 60].split()))
+    around = text[max(middle - 60, 0) : middle + 60]
+    return Example(weight, number, reader, read, " ".join(around.split()))
 
 
 def scan(
