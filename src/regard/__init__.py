@@ -5,6 +5,7 @@ Functions   attention: softmax attention; observe: its weights again
             explain: which engine runs a call, and why not others
             merge, piecewise: keys that come in parts
 In words    look: which words a text's words read; LookResult
+            heads: what every head of a model does; HeadScores
 In models   watch: a live model's attention; Cut: run without some of it
             record: streamed to a folder; Recording: any weight, exactly
 Masks       Full, Causal, Window, First, Documents, Padding, Edges, Heads,

@@ -6,6 +6,7 @@ from .call.biases import ALiBi, RelativeBias
 from .call.dropout import Dropout
 from .errors import NoEngine, RegardError
 from .ops.linear import linear_attention
+from .analysis.heads import HeadScores, heads
 from .report.look_result import LookResult, look
 from .call.masks import Causal, Dense, Documents, Edges, First, Full, Heads, Mask
 from .call.masks import Padding, Predicate, Window
@@ -19,10 +20,10 @@ from .capture.watching import watch
 
 __all__ = [
     "ALiBi", "Causal", "Cut", "Dense", "Distances", "Documents", "Dropout", "Edges", "Effect",
-    "Entropy", "First", "Full", "Heads", "LogSumExp", "LookResult", "Map", "Mask", "MaxScore",
-    "NoEngine", "NormTopK", "Padding", "Predicate", "Received", "Recording", "RegardError",
-    "RelativeBias", "Rows", "TopK", "Window", "attention", "explain", "linear_attention", "look",
-    "merge", "observe", "piecewise", "record", "watch",
+    "Entropy", "First", "Full", "HeadScores", "Heads", "LogSumExp", "LookResult", "Map", "Mask",
+    "MaxScore", "NoEngine", "NormTopK", "Padding", "Predicate", "Received", "Recording",
+    "RegardError", "RelativeBias", "Rows", "TopK", "Window", "attention", "explain", "heads",
+    "linear_attention", "look", "merge", "observe", "piecewise", "record", "watch",
 ]  # fmt: skip
 
 NAMESPACES = ["cache", "context", "linear", "nn", "sparse"]  # `huggingface` needs transformers

@@ -11,6 +11,33 @@ from pathlib import Path
 
 from ..errors import RegardError
 
+_FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def document(title: str, body: str, style: str, script: str) -> str:
+    """A page of markup, title and body escaped already, that obeys its own style and script."""
+    policy = (
+        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return _FRAME.format(policy=policy, title=title, style=style, body=body, script=script)
+
 
 def check_html(path: Path) -> None:
     """Raise RegardError where ``write_html`` could not write: a folder, or in one that is not."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..analysis.walk_result import Walk, WalkText
-from .inline_page import check_html, digest, write_page
+from .inline_page import check_html, document, write_page
 from .screen import clean, word_name
 from .walk_steps import Line, Step, WeightRow, checks, chosen_line, head_line, head_name, steps
 from .walk_terminal import vector
@@ -37,19 +37,7 @@ _WHY = {
     "new": "The result is added to the vector that came in. The word's vector now holds something "
     "of what its heads have read.",
 }
-_FRAME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
+_BODY = """<header>
 {header}
 <nav hidden><button id="first">one by one</button>
 <button id="back" aria-label="step back">←</button>
@@ -58,11 +46,7 @@ _FRAME = """<!doctype html>
 </header>
 <main>
 {main}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+</main>"""
 
 
 def write_walk(walk: Walk, path: Path, top: int = 3) -> None:
@@ -75,20 +59,12 @@ def walk_html(walk: Walk, top: int = 3) -> str:
     """The page."""
     page = files(__package__).joinpath("page")
     style, script = (page.joinpath(f"walk.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
     title = f"{walk.token.word} in head {head_name(walk)} · regard walk"
     main = [_step(number, step) for number, step in enumerate(steps(walk, top), 1)]
-    return _FRAME.format(
-        policy=policy,
-        title=_text(title),
-        style=style,
-        header="\n".join(_header(walk)),
-        main="\n".join([*main, _checks(walk, len(main) + 1)]),
-        script=script,
+    body = _BODY.format(
+        header="\n".join(_header(walk)), main="\n".join([*main, _checks(walk, len(main) + 1)])
     )
+    return document(_text(title), body, style, script)
 
 
 def _text(said: str) -> str:

