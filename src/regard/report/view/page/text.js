@@ -38,6 +38,7 @@ class Pane {
     this.blocks = new Map();
     this.cursor = null;
     this.shown = null;
+    this.chipped = {};
     this.listen();
     this.virtual = new Virtualizer({
       count: Math.ceil((stop - start) / BLOCK),
@@ -266,6 +267,9 @@ class Pane {
       edges[(box ? box.bottom <= frame.top : i < first) ? "above" : "below"].push([i, weight]);
     }
     for (const [side, targets] of Object.entries(edges)) {
+      const key = JSON.stringify(targets.map(([i, weight]) => [i, weight, this.tokens.piece(i)]));
+      if (this.chipped[side] === key) continue; // a button under a finger stays the same button
+      this.chipped[side] = key;
       const sign = side === "above" ? "↑" : "↓";
       const chips = targets.slice(0, CHIPS).map(([i, weight]) => {
         const chip = make("button", "chip");

@@ -18,6 +18,7 @@ let cell = null; // a cell of the map under the pointer
 let fan = null; // the answer about one token
 let asking = null;
 const tokens = new Map();
+const touched = matchMedia("(pointer: coarse)").matches; // by fingers
 
 function failed(error) {
   if (error?.name === "AbortError") return;
@@ -190,8 +191,10 @@ function drawHeadline() {
   if (!fan || !fan.items.length) {
     line.replaceChildren(state.view === "map" ? "The whole map" : "The text", where);
     byId("note").textContent = state.view === "map"
-      ? "Scroll to zoom, drag to move; the pointer names what it is on."
-      : "Hover a token to see what it reads; click to keep it.";
+      ? touched ? "Pinch to zoom, drag to move; touch a cell to name it."
+        : "Scroll to zoom, drag to move; the pointer names what it is on."
+      : touched ? "Touch a token to see what it reads."
+        : "Hover a token to see what it reads; click to keep it.";
     return;
   }
   const other = fan.index + (fan.inward ? -shift() : shift());
