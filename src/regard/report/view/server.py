@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import RegardError
-from . import overview
+from . import overview, segments
 from .opened import BINS, LISTED, SIDE, Opened
 
 HOST = "127.0.0.1"
@@ -138,6 +138,7 @@ class Site:
             Route("/api/tokens", self.answers(self.tokens)),
             Route("/api/overview", self.answers(self.overview)),
             Route("/api/fan", self.answers(self.fan)),
+            Route("/api/segments", self.answers(self.segments)),
             Route("/api/weight", self.answers(self.weight)),
             Route("/api/matching", self.answers(self.matching)),
             Route("/api/reads", self.answers(self.reads)),
@@ -187,6 +188,7 @@ class Site:
         return {
             "recordings": [one.about() for one in self.opened],
             "metrics": metrics,
+            "kinds": segments.KINDS,
             "sampled": overview.SAMPLED,
             "page": PAGE,
             "side": SIDE,
@@ -195,7 +197,8 @@ class Site:
         }
 
     def tokens(self, asked: _Asked, opened: Opened) -> Any:
-        pieces = opened.pieces(asked.one_of("side", "text", "decoder"))
+        side = asked.one_of("side", "text", "decoder", "words")
+        pieces = opened.words() if side == "words" else opened.pieces(side)
         start = asked.number("page", 0) * PAGE
         return {"start": start, "pieces": pieces[start : start + PAGE]}
 
@@ -205,7 +208,15 @@ class Site:
     def fan(self, asked: _Asked, opened: Opened) -> Any:
         inward = asked.one_of("way", "out", "in") == "in"
         layer, head, index = (asked.number(name) for name in ("layer", "head", "index"))
-        return opened.fan(layer, head, index, batch=asked.number("batch", 0), inward=inward)
+        by_words = asked.one_of("by", "tokens", "words") == "words"
+        fan = opened.word_fan if by_words else opened.fan
+        return fan(layer, head, index, batch=asked.number("batch", 0), inward=inward)
+
+    def segments(self, asked: _Asked, opened: Opened) -> Any:
+        token = asked.number("index") if asked.word("index") else None
+        by_words = asked.one_of("by", "tokens", "words") == "words"
+        layer, batch = asked.number("layer"), asked.number("batch", 0)
+        return opened.segments(asked.word("given"), layer, token, batch, by_words)
 
     def weight(self, asked: _Asked, opened: Opened) -> Any:
         layer, head, row, col = (asked.number(name) for name in ("layer", "head", "row", "col"))
