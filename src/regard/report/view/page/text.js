@@ -104,7 +104,7 @@ class Pane {
     element.append(text);
     const fill = () => {
       text.replaceChildren();
-      for (let i = first; i < last; i++) this.word(block, text, i);
+      for (let i = first; i < last; i++) if (this.tokens.first(i) === i) this.word(block, text, i);
     };
     if (this.tokens.piece(first) !== null && this.tokens.piece(last - 1) !== null) fill();
     else {
@@ -141,6 +141,7 @@ class Pane {
   }
 
   element(i) {
+    i = this.tokens.first(i);
     return this.blocks.get(Math.floor((i - this.start) / BLOCK))?.words.get(i);
   }
 
@@ -156,7 +157,9 @@ class Pane {
       const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (by) {
         const here = this.cursor ?? state.word ?? this.firstInSight() - by;
-        this.cursor = Math.max(this.start, Math.min(this.stop - 1, here + by));
+        let next = here + by;
+        while (next < this.stop && this.tokens.first(next) !== next) next += by;
+        this.cursor = this.tokens.first(Math.max(this.start, Math.min(this.stop - 1, next)));
         if (!this.inSight(this.cursor)) this.goTo(this.cursor);
         this.does.hover(this.cursor, this);
       } else if ((event.key === "Enter" || event.key === " ") && this.cursor !== null)
