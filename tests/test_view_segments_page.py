@@ -58,6 +58,22 @@ def test_words_are_the_unit_until_tokens_are_chosen(browser, site, folder):
 
 
 @pytest.mark.slow
+def test_the_word_of_the_address_is_in_sight(browser, tmp_path):
+    made = recording(2000)
+    made.about["words"] = [[n, n + 2] for n in range(0, 2000, 2)]
+    made.save(tmp_path / "long")
+    with served(tmp_path / "long") as (address, _):
+        for word in (900, 1500, 101):
+            page = ViewPage(browser, f"{address}#head=1.2&view=text&word={word}")
+            page.until(f"document.querySelector('.word.focus')?.dataset.word === '{word // 2 * 2}'")
+            page.until(
+                "(([word, frame]) => word.top >= frame.top && word.bottom <= frame.bottom)"
+                "(['.word.focus', '.pane .scroll']"
+                ".map((one) => document.querySelector(one).getBoundingClientRect()))"
+            )
+
+
+@pytest.mark.slow
 def test_segments_are_shared_out_and_rank_the_heads(browser, site, folder):
     page = ViewPage(browser, f"{site}#head=0.0&word=35&view=text&by=tokens")
     page.type("#segments [name=given]", r"Document\d+")

@@ -190,16 +190,22 @@ class Pane {
   /** Scroll to a token: to its block, and, once that is laid out, to the word itself. */
   goTo(i) {
     if (!this.has(i)) return;
-    this.virtual.scrollToIndex(Math.floor((i - this.start) / BLOCK), { align: "start" });
+    const near = () => this.virtual.scrollToIndex(Math.floor((i - this.start) / BLOCK), { align: "start" });
     const settle = (turns) => {
+      if (this.target !== i) return; // another one is wanted by now
       const word = this.element(i);
-      if (!word) return turns && requestAnimationFrame(() => settle(turns - 1));
+      if (!word) {
+        near();
+        return turns && requestAnimationFrame(() => settle(turns - 1));
+      }
       const [box, frame] = [word.getBoundingClientRect(), this.scroll.getBoundingClientRect()];
       if (box.top < frame.top + 30 || box.bottom > frame.bottom - 30)
         this.scroll.scrollTop += box.top - frame.top - frame.height / 3;
       if (turns) requestAnimationFrame(() => settle(turns - 1));
     };
-    requestAnimationFrame(() => settle(8));
+    this.target = i;
+    near();
+    this.tokens.need(i, i + 1).then(() => requestAnimationFrame(() => settle(16)), this.does.failed);
   }
 
   /** `shown`: {focus, items [[token, weight]], whole, bins, bin, locked}; null: nothing. */
