@@ -7,11 +7,11 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,8 +23,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import RegardError
-from . import overview, segments
-from .opened import BINS, LISTED, SIDE, Opened
+
+if TYPE_CHECKING:  # it imports torch: the page is there before that is done
+    from .opened import Opened
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
@@ -123,12 +124,26 @@ class _Asked:
 
 
 class Site:
-    """The routes over some recordings."""
+    """The routes over some recordings: given as they are, or once `load` has opened them."""
 
-    def __init__(self, opened: Sequence[Opened]) -> None:
-        self.opened = list(opened)
+    def __init__(self, opened: Sequence[Opened] = ()) -> None:
+        self.loaded: Future[list[Opened]] = Future()
+        if opened:
+            self.loaded.set_result(list(opened))
         self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="tile")
         self.computed = 0  # tiles, for whoever watches that those left behind are dropped
+
+    def load(self, make: Callable[[], list[Opened]]) -> None:
+        """Open recordings; what asks for them waits."""
+        try:
+            self.loaded.set_result(make())
+        except BaseException as error:
+            self.loaded.set_exception(error)
+
+    @property
+    def opened(self) -> list[Opened]:
+        """The recordings, once they are open. Raises what kept them from it."""
+        return self.loaded.result()
 
     def app(self) -> Starlette:
         routes = [
@@ -181,6 +196,8 @@ class Site:
 
     def about_page(self) -> dict[str, Any]:
         """What the page needs to begin."""
+        from . import opened, overview, segments
+
         metrics = [
             {"key": key, "title": title, "said": said, "share": key not in overview.SCALED}
             for key, (title, said) in overview.SAID.items()
@@ -191,9 +208,9 @@ class Site:
             "kinds": segments.KINDS,
             "sampled": overview.SAMPLED,
             "page": PAGE,
-            "side": SIDE,
-            "bins": BINS,
-            "listed": LISTED,
+            "side": opened.SIDE,
+            "bins": opened.BINS,
+            "listed": opened.LISTED,
         }
 
     def tokens(self, asked: _Asked, opened: Opened) -> Any:
@@ -234,6 +251,7 @@ class Site:
         Whoever goes away stops the work: this generator is cancelled, and computes no further.
         """
         try:
+            await asyncio.wrap_future(self.loaded)
             asked = _Asked(request)
             opened = self.which(asked)
             layer, head, zoom = (asked.number(name) for name in ("layer", "head", "zoom"))
@@ -315,12 +333,24 @@ def server(site: Site) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(opened: Sequence[Opened], sock: socket.socket) -> None:
-    """Answer until interrupted."""
-    site = Site(opened)
+def serve(make: Callable[[], list[Opened]], sock: socket.socket) -> None:
+    """Answer until interrupted, the page at once, the rest when `make` has opened the recordings.
+
+    Raises what kept them from being opened, and ends.
+    """
+    site = Site()
+    runs = server(site)
+
+    def failed(loaded: Future[list[Opened]]) -> None:
+        runs.should_exit = loaded.exception() is not None
+
+    site.loaded.add_done_callback(failed)
+    site.pool.submit(site.load, make)
     try:
-        server(site).run(sockets=[sock])
+        runs.run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn raises again what it has handled
         pass
     finally:
         site.pool.shutdown(wait=False, cancel_futures=True)
+    if site.loaded.done():
+        site.loaded.result()
