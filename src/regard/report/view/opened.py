@@ -89,22 +89,26 @@ class Opened:
             "damaged": self.recording.damaged[:20],
             "sides": {name: len(self.pieces(name)) for name in ("text", "decoder")},
             "special": self._special(),
-            "words": self.units is not None,
+            "words": self.worded,
         }
 
     @property
+    def worded(self) -> bool:
+        """Whether the recording names words that fit its layers."""
+        words = self.recording.about.get("words")
+        if not isinstance(words, list) or not words or self.pieces("decoder"):
+            return False
+        shown = [layer for layer in self.recording.layers if readable(layer)]
+        count = len(self.pieces("text"))
+        return all(max(layer.q_len, layer.k_len) <= count for layer in shown)
+
+    @property
     def units(self) -> Units | None:
-        """The words of the text; None where the recording names none that fit its layers."""
-
-        def found() -> Units | None:
-            count = len(self.pieces("text"))
-            units = Units(self.recording.about.get("words"), count)
-            named = len(units.starts) < count or bool(self.recording.about.get("words"))
-            shown = [layer for layer in self.recording.layers if readable(layer)]
-            fits = all(max(layer.q_len, layer.k_len) <= count for layer in shown)
-            return units if named and fits and not self.pieces("decoder") else None
-
-        return self._once("units", found)
+        """The words of the text, and the tokens of none; None where no words are named."""
+        if not self.worded:
+            return None
+        words, count = self.recording.about["words"], len(self.pieces("text"))
+        return self._once("units", lambda: Units(words, count))
 
     def words(self) -> list[Piece | int]:
         """Each word at its first token, 0 at its others."""

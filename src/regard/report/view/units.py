@@ -18,18 +18,15 @@ class Units:
 
     def __init__(self, words: Any, count: int) -> None:
         """words: the tokens (first, last + 1) of each, in order, as a recording names them."""
-        self.of = torch.full((count,), -1, dtype=torch.int64, device="cpu")
-        reached, number, self.starts = 0, 0, list[int]()
+        reached, self.starts = 0, list[int]()
         for first, last in [*_checked(words, count), (count, count)]:
-            for token in range(reached, first):  # of no word: alone
-                self.of[token] = number
-                self.starts.append(token)
-                number += 1
+            self.starts += range(reached, first)  # of no word: alone
             if first < last:
-                self.of[first:last] = number
                 self.starts.append(first)
-                number += 1
             reached = last
+        begins = torch.zeros(count, dtype=torch.int64, device="cpu")
+        begins[self.starts] = 1
+        self.of = begins.cumsum(0) - 1
 
     def tokens(self, token: int) -> range:
         """The tokens of the unit that holds this one."""
