@@ -1,10 +1,11 @@
-"""Take again what the README shows: the first screen, and the picture of the page.
+"""Take again what README and docs show: the first screen, and a picture of each page.
 
-python docs/refresh.py          needs Debian's chromium, and regard with its extra "look"
+python docs/refresh.py    needs Debian's chromium, and regard with its extras "look" and "view"
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,14 +16,14 @@ from pathlib import Path
 import regard
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "page.png"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PICTURES = ("page.png", "view.png")
 MODEL, TEXT = (
     "all-MiniLM-L6-v2",
     "The trophy didn't fit in the suitcase because it was too big.",
 )
 LINES = 24  # of the first screen, at most, ending with a paragraph; the rest is "…"
-SIZE = (1180, 712)
-LARGEST = 150_000  # bytes of the picture
+LARGEST = 150_000  # bytes of a picture
 SWITCHES = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync --hide-scrollbars "
@@ -50,33 +51,59 @@ def write_screen() -> None:
     README.write_text(shown.sub(lambda found: found[1] + screen(), text, count=1), "utf-8")
 
 
-def take_picture() -> None:
-    """The page, at the word "it" in its telling head, as chromium shows it."""
+def take_picture(name: str, address: str, size: tuple[int, int]) -> None:
+    """An address, as chromium shows it, into docs/."""
     chromium = shutil.which("chromium")
     if chromium is None:
         sys.exit("no chromium; Debian: apt install chromium")
-    found = regard.look(MODEL, TEXT, from_words="it")
-    number = found.words.index("it")
+    picture = DOCS / name
     with tempfile.TemporaryDirectory() as folder:
-        page = found.html(Path(folder) / "page.html")
         subprocess.run(
             [
                 chromium,
                 *SWITCHES.split(),
-                f"--user-data-dir={folder}/chromium",
-                f"--window-size={SIZE[0]},{SIZE[1]}",
-                f"--screenshot={PICTURE}",
-                f"{page.as_uri()}#word={number}&head=3.1",
+                f"--user-data-dir={folder}",
+                f"--window-size={size[0]},{size[1]}",
+                f"--screenshot={picture}",
+                address,
             ],
             check=True,
             capture_output=True,
         )
-    size = PICTURE.stat().st_size
-    print(f"{PICTURE.relative_to(ROOT)}: {size:,} bytes")
-    if size > LARGEST:
+    written = picture.stat().st_size
+    print(f"{picture.relative_to(ROOT)}: {written:,} bytes")
+    if written > LARGEST:
         sys.exit(f"that is more than {LARGEST:,}")
+
+
+def take_look() -> None:
+    """The page of `regard look --html`, at the word "it" in its telling head."""
+    found = regard.look(MODEL, TEXT, from_words="it")
+    number = found.words.index("it")
+    with tempfile.TemporaryDirectory() as folder:
+        page = found.html(Path(folder) / "page.html")
+        take_picture(PICTURES[0], f"{page.as_uri()}#word={number}&head=3.1", (1180, 712))
+
+
+def take_view() -> None:
+    """The page of `regard view`, at the map of the same head, the row of "it" kept."""
+    regard_command = [sys.executable, "-m", "regard.cli"]
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "trophy"
+        subprocess.run([*regard_command, "look", TEXT, "--save", folder], check=True,
+                       capture_output=True)  # fmt: skip
+        tokens = json.loads((folder / "recording.json").read_text("utf-8"))["about"]["tokens"]
+        command = [*regard_command, "view", str(folder), "--no-browser"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            address = next(word for word in line.split() if word.startswith("http"))
+            where = f"{address}#head=3.1&word={tokens.index('it')}"
+            take_picture(PICTURES[1], where, (1400, 900))
+            server.terminate()
 
 
 if __name__ == "__main__":
     write_screen()
-    take_picture()
+    take_look()
+    take_view()

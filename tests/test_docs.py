@@ -165,16 +165,17 @@ def test_examples_run(example, elsewhere):
 
 
 def test_the_readme_shows_the_first_screen(elsewhere, monkeypatch):
-    """And a picture that is no burden. `python docs/refresh.py` takes both again."""
+    """And pictures that are no burden. `python docs/refresh.py` takes all again."""
     pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
     if not (ROOT / "docs").is_dir():
         pytest.skip("the docs are not in a source distribution")
     monkeypatch.syspath_prepend(ROOT / "docs")
     refresh = importlib.import_module("refresh")
     assert f"```text\n{refresh.screen()}\n```" in (ROOT / "README.md").read_text("utf-8")
-    picture = refresh.PICTURE.read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < refresh.LARGEST
+    for name in refresh.PICTURES:
+        picture = (ROOT / "docs" / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < refresh.LARGEST
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)

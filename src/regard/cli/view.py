@@ -45,24 +45,32 @@ def view(
             from ..report.view.server import HOST, listen, serve
         except ImportError as error:
             raise RegardError(f'the page needs {error.name}: pip install "regard[view]"') from error
-        from ..report.view.opened import Opened
 
-    opened = [Opened.load(folder.expanduser()) for folder in recordings]
-    if file is not None:
-        if len(opened) > 1:
+        def load() -> list[Opened]:
+            from ..report.view.opened import Opened
+
+            return [Opened.load(folder.expanduser()) for folder in recordings]
+
+        # What is no recording is said before anything opens
+        plain = all(any(folder.expanduser().glob("*.json")) for folder in recordings)
+        early = load() if file is not None or not plain else None
+    if early is not None and file is not None:
+        if len(early) > 1:
             raise RegardError("--export writes one recording; give one")
-        address = _export(opened[0], file, head, word)
+        address = _export(early[0], file, head, word)
         click.echo(f"page: {address}")
         return
     sock = listen(port)
     address = f"http://{HOST}:{sock.getsockname()[1]}/"
-    names = ", ".join(one.folder.name for one in opened)
+    names = ", ".join(folder.name for folder in recordings)
     click.echo(f"regard view of {names}: {address}  (Ctrl-C ends it)")
     if not no_browser:
         import webbrowser
 
         webbrowser.open(address)  # the socket listens: the page is answered once serving begins
-    serve(opened, sock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        serve(load, sock)
 
 
 def _export(opened: Opened, file: Path, head: str, word: str | None) -> str:

@@ -106,17 +106,24 @@ def _answers(opened: Opened, layer: int, head: int, words: list[int]) -> tuple[d
         for page in range(-(-count // PAGE)):
             held = {"start": page * PAGE, "pieces": pieces[page * PAGE : (page + 1) * PAGE]}
             put("tokens", held, r=0, side=side, page=page)
+    joined = [] if opened.units is None else opened.words()
+    for page in range(-(-len(joined) // PAGE)):
+        held = {"start": page * PAGE, "pieces": joined[page * PAGE : (page + 1) * PAGE]}
+        put("tokens", held, r=0, side="words", page=page)
     for number, one in enumerate(opened.recording.layers):
         if readable(one):
             put("overview", opened.overview(number, 0), r=0, batch=0, layer=number)
     for way, count in (("out", shown.q_len), ("in", shown.k_len)):
+        asked = {"r": 0, "layer": layer, "head": head, "batch": 0}
         for index in range(count) if count <= FANS else words:
-            if index < count:
-                put(
-                    "fan",
-                    opened.fan(layer, head, index, batch=0, inward=way == "in"),
-                    r=0, layer=layer, head=head, batch=0, index=index, way=way,
-                )  # fmt: skip
+            if index >= count:
+                continue
+            inward = way == "in"
+            put("fan", opened.fan(layer, head, index, batch=0, inward=inward),
+                **asked, index=index, way=way)  # fmt: skip
+            if joined:
+                fan = opened.word_fan(layer, head, index, batch=0, inward=inward)
+                put("fan", fan, **asked, index=fan["index"], way=way, by="words")
     return answers, _tiles(opened, layer, head, put)
 
 

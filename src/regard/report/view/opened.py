@@ -15,8 +15,9 @@ from torch import Tensor
 from ...capture.recorded_layer import RecordedLayer
 from ...capture.recording import INDEX, Recording
 from ...errors import RegardError
-from . import overview
+from . import overview, segments
 from .pieces import Piece, displayed
+from .units import Units
 
 SIDE = 128
 """Cells along each side of a tile."""
@@ -88,7 +89,33 @@ class Opened:
             "damaged": self.recording.damaged[:20],
             "sides": {name: len(self.pieces(name)) for name in ("text", "decoder")},
             "special": self._special(),
+            "words": self.worded,
         }
+
+    @property
+    def worded(self) -> bool:
+        """Whether the recording names words that fit its layers."""
+        words = self.recording.about.get("words")
+        if not isinstance(words, list) or not words or self.pieces("decoder"):
+            return False
+        shown = [layer for layer in self.recording.layers if readable(layer)]
+        count = len(self.pieces("text"))
+        return all(max(layer.q_len, layer.k_len) <= count for layer in shown)
+
+    @property
+    def units(self) -> Units | None:
+        """The words of the text, and the tokens of none; None where no words are named."""
+        if not self.worded:
+            return None
+        words, count = self.recording.about["words"], len(self.pieces("text"))
+        return self._once("units", lambda: Units(words, count))
+
+    def words(self) -> list[Piece | int]:
+        """Each word at its first token, 0 at its others."""
+        if self.units is None:
+            raise RegardError("the recording names no words")
+        units = self.units
+        return self._once("words", lambda: units.pieces(self.pieces("text")))
 
     def _special(self) -> list[int]:
         given = self.recording.about.get("special")
@@ -159,27 +186,78 @@ class Opened:
     ) -> dict[str, Any]:
         """One word's strongest weights, out or in, and where they lie along the whole text."""
         values = (self.column if inward else self.row)(number, head, index, batch)
+        return self._fan(values, values, None, index, number, head, inward)
+
+    def word_fan(
+        self, number: int, head: int, index: int, *, batch: int, inward: bool
+    ) -> dict[str, Any]:
+        """The same by words, `index` any token of one: each stands at its first token.
+
+        Sums over the tokens read, means over the tokens that read: `recording.to_words()`.
+        """
+        units, layer = self.units, self.layer(number, head, batch)
+        if units is None:
+            raise RegardError("the recording names no words")
+        before = layer.k_len - layer.q_len if layer.kind == "self" else 0  # keys with no query
+        limit, moved = (layer.k_len, 0) if inward else (layer.q_len, before)
+        if not 0 <= index < limit:
+            raise RegardError(f"no token {index}: the layer has {limit:,}")
+        mine = [t - moved for t in units.tokens(index + moved) if 0 <= t - moved < limit]
+        if inward:
+            values = sum(self.column(number, head, key, batch) for key in mine)
+            assert isinstance(values, Tensor)
+            summed = units.mean(values, before)
+        else:
+            values = self.recording.weights(number, head, mine, batch=batch).mean(0)
+            summed = units.summed(values)
+        starts = [max(0, start - before) if inward else start for start in units.starts]
+        return self._fan(values, summed, starts, mine[0], number, head, inward)
+
+    def _fan(
+        self, values: Tensor, summed: Tensor, starts: list[int] | None, index: int, number: int,
+        head: int, inward: bool,
+    ) -> dict[str, Any]:  # fmt: skip
+        """values: of each token, for the strip; summed: of each word, listed at `starts`."""
         if not bool(values.isfinite().all()):
             raise RegardError(
                 f"a weight of token {index:,} is not a number in head {number}.{head}: the model's "
                 "queries or keys held NaN or infinity there"
             )
-        best = values.topk(min(LISTED, len(values)))
+        best = summed.topk(min(LISTED, len(summed)))
         shown = best.values > 0
+        places = best.indices[shown].tolist()
         size = -(-max(1, len(values)) // BINS)
         padded = torch.nn.functional.pad(values, (0, -len(values) % size))
         return {
             "index": index,
             "inward": inward,
             "items": list(
-                zip(best.indices[shown].tolist(), best.values[shown].tolist(), strict=True)
+                zip(
+                    places if starts is None else [starts[unit] for unit in places],
+                    best.values[shown].tolist(),
+                    strict=True,
+                )
             ),
-            "total": float(values.double().sum()),
-            "visible": int((values > 0).sum()),
-            "count": len(values),
+            "total": float(summed.double().sum()),
+            "visible": int((summed > 0).sum()),
+            "count": len(summed),
             "bins": padded.view(-1, size).sum(1).tolist(),
             "bin": size,
         }
+
+    def segments(
+        self, given: str, number: int, token: int | None, batch: int, by_words: bool
+    ) -> dict[str, Any] | None:
+        """How much of its mass each head of a layer gives to each segment of the text."""
+        layer = self.layer(number, 0, batch)
+        if self.side(layer, "k") != "text":
+            return None
+        rows = None if token is None else [token]
+        if token is not None and by_words and self.units is not None:
+            before = layer.k_len - layer.q_len if layer.kind == "self" else 0
+            if 0 <= token + before < layer.k_len:
+                rows = [t - before for t in self.units.tokens(token + before)]
+        return segments.shares(self.recording, given, number, rows, batch)
 
     def weight(self, number: int, head: int, query: int, key: int, batch: int) -> float:
         """One weight."""

@@ -7,11 +7,11 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,8 +23,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import RegardError
-from . import overview
-from .opened import BINS, LISTED, SIDE, Opened
+
+if TYPE_CHECKING:  # it imports torch: the page is there before that is done
+    from .opened import Opened
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
@@ -123,12 +124,26 @@ class _Asked:
 
 
 class Site:
-    """The routes over some recordings."""
+    """The routes over some recordings: given as they are, or once `load` has opened them."""
 
-    def __init__(self, opened: Sequence[Opened]) -> None:
-        self.opened = list(opened)
+    def __init__(self, opened: Sequence[Opened] = ()) -> None:
+        self.loaded: Future[list[Opened]] = Future()
+        if opened:
+            self.loaded.set_result(list(opened))
         self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="tile")
         self.computed = 0  # tiles, for whoever watches that those left behind are dropped
+
+    def load(self, make: Callable[[], list[Opened]]) -> None:
+        """Open recordings; what asks for them waits."""
+        try:
+            self.loaded.set_result(make())
+        except BaseException as error:
+            self.loaded.set_exception(error)
+
+    @property
+    def opened(self) -> list[Opened]:
+        """The recordings, once they are open. Raises what kept them from it."""
+        return self.loaded.result()
 
     def app(self) -> Starlette:
         routes = [
@@ -138,6 +153,7 @@ class Site:
             Route("/api/tokens", self.answers(self.tokens)),
             Route("/api/overview", self.answers(self.overview)),
             Route("/api/fan", self.answers(self.fan)),
+            Route("/api/segments", self.answers(self.segments)),
             Route("/api/weight", self.answers(self.weight)),
             Route("/api/matching", self.answers(self.matching)),
             Route("/api/reads", self.answers(self.reads)),
@@ -180,6 +196,8 @@ class Site:
 
     def about_page(self) -> dict[str, Any]:
         """What the page needs to begin."""
+        from . import opened, overview, segments
+
         metrics = [
             {"key": key, "title": title, "said": said, "share": key not in overview.SCALED}
             for key, (title, said) in overview.SAID.items()
@@ -187,15 +205,17 @@ class Site:
         return {
             "recordings": [one.about() for one in self.opened],
             "metrics": metrics,
+            "kinds": segments.KINDS,
             "sampled": overview.SAMPLED,
             "page": PAGE,
-            "side": SIDE,
-            "bins": BINS,
-            "listed": LISTED,
+            "side": opened.SIDE,
+            "bins": opened.BINS,
+            "listed": opened.LISTED,
         }
 
     def tokens(self, asked: _Asked, opened: Opened) -> Any:
-        pieces = opened.pieces(asked.one_of("side", "text", "decoder"))
+        side = asked.one_of("side", "text", "decoder", "words")
+        pieces = opened.words() if side == "words" else opened.pieces(side)
         start = asked.number("page", 0) * PAGE
         return {"start": start, "pieces": pieces[start : start + PAGE]}
 
@@ -205,7 +225,15 @@ class Site:
     def fan(self, asked: _Asked, opened: Opened) -> Any:
         inward = asked.one_of("way", "out", "in") == "in"
         layer, head, index = (asked.number(name) for name in ("layer", "head", "index"))
-        return opened.fan(layer, head, index, batch=asked.number("batch", 0), inward=inward)
+        by_words = asked.one_of("by", "tokens", "words") == "words"
+        fan = opened.word_fan if by_words else opened.fan
+        return fan(layer, head, index, batch=asked.number("batch", 0), inward=inward)
+
+    def segments(self, asked: _Asked, opened: Opened) -> Any:
+        token = asked.number("index") if asked.word("index") else None
+        by_words = asked.one_of("by", "tokens", "words") == "words"
+        layer, batch = asked.number("layer"), asked.number("batch", 0)
+        return opened.segments(asked.word("given"), layer, token, batch, by_words)
 
     def weight(self, asked: _Asked, opened: Opened) -> Any:
         layer, head, row, col = (asked.number(name) for name in ("layer", "head", "row", "col"))
@@ -223,6 +251,7 @@ class Site:
         Whoever goes away stops the work: this generator is cancelled, and computes no further.
         """
         try:
+            await asyncio.wrap_future(self.loaded)
             asked = _Asked(request)
             opened = self.which(asked)
             layer, head, zoom = (asked.number(name) for name in ("layer", "head", "zoom"))
@@ -304,12 +333,24 @@ def server(site: Site) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(opened: Sequence[Opened], sock: socket.socket) -> None:
-    """Answer until interrupted."""
-    site = Site(opened)
+def serve(make: Callable[[], list[Opened]], sock: socket.socket) -> None:
+    """Answer until interrupted, the page at once, the rest when `make` has opened the recordings.
+
+    Raises what kept them from being opened, and ends.
+    """
+    site = Site()
+    runs = server(site)
+
+    def failed(loaded: Future[list[Opened]]) -> None:
+        runs.should_exit = loaded.exception() is not None
+
+    site.loaded.add_done_callback(failed)
+    site.pool.submit(site.load, make)
     try:
-        server(site).run(sockets=[sock])
+        runs.run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn raises again what it has handled
         pass
     finally:
         site.pool.shutdown(wait=False, cancel_futures=True)
+    if site.loaded.done():
+        site.loaded.result()

@@ -84,23 +84,33 @@ function visible(text) {
 
 /** The tokens of one side of a recording, brought in pages when they are looked at. */
 class Tokens {
-  constructor(recording, side, length, page) {
-    Object.assign(this, { recording, side, length, page });
+  /** By words, the text of a whole word stands at its first token. */
+  constructor(recording, side, length, page, byWords = false) {
+    Object.assign(this, { recording, side, length, page, byWords });
     this.pages = new Map();
     this.asked = new Map();
   }
 
+  entry(i) {
+    return this.pages.get(Math.floor(i / this.page))?.[i % this.page];
+  }
+
+  /** The first token of the word that a token continues; itself otherwise. */
+  first(i) {
+    while (i > 0 && this.entry(i) === 0) i--;
+    return i;
+  }
+
   /** A token as the text holds it, with the white space before it; null while it is on its way. */
   piece(i) {
-    const page = this.pages.get(Math.floor(i / this.page));
-    if (!page) return null;
-    const piece = page[i % this.page] ?? "";
+    if (!this.pages.has(Math.floor(i / this.page))) return null;
+    const piece = this.entry(this.first(i)) ?? "";
     return typeof piece === "string" ? piece : piece[1];
   }
 
   /** What stands before a token that is no token's; "" mostly. */
   gap(i) {
-    const piece = this.pages.get(Math.floor(i / this.page))?.[i % this.page];
+    const piece = this.entry(this.first(i));
     return Array.isArray(piece) ? piece[0] : "";
   }
 
@@ -120,7 +130,7 @@ class Tokens {
     for (let number = Math.floor(start / this.page); number * this.page < stop; number++) {
       if (this.pages.has(number)) continue;
       if (!this.asked.has(number)) {
-        const asked = ask("tokens", { r: this.recording, side: this.side, page: number });
+        const asked = ask("tokens", { r: this.recording, side: this.byWords ? "words" : this.side, page: number });
         this.asked.set(number, asked.then((answer) => this.pages.set(number, answer.pieces)));
         asked.catch(() => this.asked.delete(number));
       }

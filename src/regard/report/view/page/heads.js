@@ -7,8 +7,8 @@ import { changed, state } from "./state.js";
 const RANKED = 10;
 
 class Heads {
-  constructor(about, failed) {
-    Object.assign(this, { about, failed, values: new Map(), cells: new Map(), built: null });
+  constructor(about, segments, failed) {
+    Object.assign(this, { about, segments, failed, values: new Map(), cells: new Map(), built: null });
     const select = byId("metric");
     for (const { key, title } of about.metrics) this.option(key, title);
     select.addEventListener("change", () => {
@@ -106,16 +106,20 @@ class Heads {
 
   metric() {
     return this.about.metrics.find((one) => one.key === state.metric)
+      ?? (state.metric === "segment" ? { key: "segment", share: true, said: this.segments.said() } : null)
       ?? { key: "reads", share: true, said: this.readsSaid ?? "reads a word: search below" };
   }
 
   value(layer, head) {
     if (state.metric === "reads") return this.read?.values[layer]?.[head] ?? null;
+    if (state.metric === "segment") return this.segments.value(layer, head);
     return this.values.get(layer)?.[state.metric]?.[head] ?? null;
   }
 
   draw() {
-    if (state.metric === "reads" && !this.read) state.metric = this.about.metrics[0].key;
+    if (state.metric === "segment" && state.given && !byId("metric").querySelector("[value=segment]"))
+      this.option("segment", "a segment");
+    if ((state.metric === "reads" && !this.read) || (state.metric === "segment" && !state.given)) state.metric = this.about.metrics[0].key;
     const metric = this.metric();
     byId("metric").value = state.metric;
     byId("metric-title").textContent = metric.said + (metric.share ? ", %" : "");
@@ -144,7 +148,7 @@ class Heads {
     this.rank(all, metric);
     const of = this.recording.layers[state.layer].q_len;
     const sampled = this.about.sampled;
-    byId("metric-note").textContent = state.metric === "reads" ? ""
+    byId("metric-note").textContent = ["reads", "segment"].includes(state.metric) ? ""
       : of > sampled ? `means over ${sampled} tokens spread over the ${of.toLocaleString("en")}` : "";
   }
 

@@ -4,11 +4,11 @@ import { bold, byId, make, percent, three } from "./shared.js";
 
 const ROWS = 12;
 
-function drawList({ fan, kept, state, readers, keys, keep }) {
+function drawList({ fan, unit, state, readers, keys, keep }) {
   const list = byId("list");
   if (!fan) {
     list.replaceChildren(make("p", "empty",
-      "Choose a token to list its strongest weights: hover or click it in the text, click its row " +
+      `Choose a ${unit} to list its strongest weights: hover or click it in the text, click its row ` +
       "in the map, or find it."));
     return;
   }
@@ -18,7 +18,7 @@ function drawList({ fan, kept, state, readers, keys, keep }) {
   caption.append(bold(own.name(fan.index)), fan.inward ? " is read by" : " reads",
     `, head ${state.layer}.${state.head}`);
   const head = make("tr");
-  for (const title of ["token", "", "weight", "at", "distance"]) head.append(make("th", "", title));
+  for (const title of [unit, "", "weight", "at", "distance"]) head.append(make("th", "", title));
   const header = make("thead");
   header.append(head);
   const body = make("tbody");
@@ -46,7 +46,7 @@ function drawList({ fan, kept, state, readers, keys, keep }) {
   const total = fan.inward ? fan.total : 1;
   const said = `shown ${percent(total > 0 ? sum / total : 0)} of the mass`;
   list.replaceChildren(table, make("p", "mass", fan.inward
-    ? `${said} that it receives: ${fan.total.toFixed(2)} in sum over ${fan.visible.toLocaleString("en")} tokens`
+    ? `${said} that it receives: ${fan.total.toFixed(2)} in sum over ${fan.visible.toLocaleString("en")} ${unit}s`
     : said));
 }
 

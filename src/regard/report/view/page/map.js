@@ -26,7 +26,8 @@ const MapTiles = L.GridLayer.extend({
       canvas.values = values;
       canvas.classList.remove("pending");
       if (values) this.owner.paint(canvas);
-      done(null, canvas);
+      // Leaflet knows of a tile only once this function has returned it
+      queueMicrotask(() => done(null, canvas));
     });
     canvas.drop = () => drop();
     return canvas;
@@ -46,9 +47,9 @@ class HeadMap {
     this.map = L.map(element, {
       crs: CRS, attributionControl: false, zoomSnap: 0, zoomDelta: 1, wheelPxPerZoomLevel: 120,
       zoomAnimation: !matchMedia("(prefers-reduced-motion: reduce)").matches,
-      minZoom: 0, maxZoom: 1, zoomControl: false,
+      minZoom: 0, maxZoom: 1, zoomControl: false, fadeAnimation: false,
     });
-    L.control.zoom({ position: "topright" }).addTo(this.map);
+    frame.append(L.control.zoom().addTo(this.map).getContainer()); // beside the map, not on it
     element.setAttribute("aria-label", "The map of the head: rows read, columns are read");
     this.map.setView([0, 0], 0);
     this.map.on("moveend zoomend", () => this.moved());
@@ -63,7 +64,7 @@ class HeadMap {
     new ResizeObserver(() => {
       this.map.invalidateSize({ animate: false, pan: !this.untouched });
       if (this.where && this.untouched) this.whole();
-      this.profiles.due();
+      this.profiles.draw(); // before the next frame: no stretched one is seen
     }).observe(element);
   }
 

@@ -8,6 +8,9 @@ const state = {
   head: 0,
   batch: 0,
   view: "map",
+  units: "words", // of the text, where the recording names them
+  given: null, // what segments begin at
+  segment: 0,
   word: null, // the token that is locked, by its number
   way: "out", // what it reads; "in": who reads it
   metric: "largest",
@@ -21,6 +24,7 @@ const state = {
 const SHORT_NAMES = {
   recording: "r", batch: "batch", view: "view", word: "word", way: "way", metric: "metric",
   reduce: "pool", scale: "scale", share: "share", compare: "compare", at: "at",
+  units: "by", given: "segments", segment: "segment",
 };
 const fresh = { ...state };
 const listeners = new Set();
@@ -71,8 +75,11 @@ function read(about) {
   state.view = oneOf("view", ["map", "text"], "map");
   state.word = number("word", layers[state.layer].q_len, null);
   state.way = oneOf("way", ["out", "in"], "out");
-  state.metric = oneOf("metric", [...about.metrics.map((one) => one.key), "reads"],
+  state.metric = oneOf("metric", [...about.metrics.map((one) => one.key), "reads", "segment"],
     fresh.metric);
+  state.units = oneOf("by", ["words", "tokens"], "words");
+  state.given = query.get("segments")?.slice(0, 1000) || null;
+  state.segment = number("segment", 10_000, 0);
   state.reduce = oneOf("pool", ["sum", "max"], "sum");
   state.scale = oneOf("scale", ["log", "linear"], "log");
   state.share = number("share", 101, fresh.share);

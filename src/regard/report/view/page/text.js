@@ -38,6 +38,7 @@ class Pane {
     this.blocks = new Map();
     this.cursor = null;
     this.shown = null;
+    this.chipped = {};
     this.listen();
     this.virtual = new Virtualizer({
       count: Math.ceil((stop - start) / BLOCK),
@@ -103,7 +104,7 @@ class Pane {
     element.append(text);
     const fill = () => {
       text.replaceChildren();
-      for (let i = first; i < last; i++) this.word(block, text, i);
+      for (let i = first; i < last; i++) if (this.tokens.first(i) === i) this.word(block, text, i);
     };
     if (this.tokens.piece(first) !== null && this.tokens.piece(last - 1) !== null) fill();
     else {
@@ -140,6 +141,7 @@ class Pane {
   }
 
   element(i) {
+    i = this.tokens.first(i);
     return this.blocks.get(Math.floor((i - this.start) / BLOCK))?.words.get(i);
   }
 
@@ -155,7 +157,9 @@ class Pane {
       const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (by) {
         const here = this.cursor ?? state.word ?? this.firstInSight() - by;
-        this.cursor = Math.max(this.start, Math.min(this.stop - 1, here + by));
+        let next = here + by;
+        while (next < this.stop && this.tokens.first(next) !== next) next += by;
+        this.cursor = this.tokens.first(Math.max(this.start, Math.min(this.stop - 1, next)));
         if (!this.inSight(this.cursor)) this.goTo(this.cursor);
         this.does.hover(this.cursor, this);
       } else if ((event.key === "Enter" || event.key === " ") && this.cursor !== null)
@@ -186,16 +190,22 @@ class Pane {
   /** Scroll to a token: to its block, and, once that is laid out, to the word itself. */
   goTo(i) {
     if (!this.has(i)) return;
-    this.virtual.scrollToIndex(Math.floor((i - this.start) / BLOCK), { align: "start" });
+    const near = () => this.virtual.scrollToIndex(Math.floor((i - this.start) / BLOCK), { align: "start" });
     const settle = (turns) => {
+      if (this.target !== i) return; // another one is wanted by now
       const word = this.element(i);
-      if (!word) return turns && requestAnimationFrame(() => settle(turns - 1));
+      if (!word) {
+        near();
+        return turns && requestAnimationFrame(() => settle(turns - 1));
+      }
       const [box, frame] = [word.getBoundingClientRect(), this.scroll.getBoundingClientRect()];
       if (box.top < frame.top + 30 || box.bottom > frame.bottom - 30)
         this.scroll.scrollTop += box.top - frame.top - frame.height / 3;
       if (turns) requestAnimationFrame(() => settle(turns - 1));
     };
-    requestAnimationFrame(() => settle(8));
+    this.target = i;
+    near();
+    this.tokens.need(i, i + 1).then(() => requestAnimationFrame(() => settle(16)), this.does.failed);
   }
 
   /** `shown`: {focus, items [[token, weight]], whole, bins, bin, locked}; null: nothing. */
@@ -266,6 +276,9 @@ class Pane {
       edges[(box ? box.bottom <= frame.top : i < first) ? "above" : "below"].push([i, weight]);
     }
     for (const [side, targets] of Object.entries(edges)) {
+      const key = JSON.stringify(targets.map(([i, weight]) => [i, weight, this.tokens.piece(i)]));
+      if (this.chipped[side] === key) continue; // a button under a finger stays the same button
+      this.chipped[side] = key;
       const sign = side === "above" ? "↑" : "↓";
       const chips = targets.slice(0, CHIPS).map(([i, weight]) => {
         const chip = make("button", "chip");

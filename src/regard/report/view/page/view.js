@@ -5,12 +5,13 @@ import { Heads } from "./heads.js";
 import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
 import { bold, byId, count, make, percent, three } from "./shared.js";
+import { Segments } from "./segments.js";
 import { changed, onChange, read, state } from "./state.js";
 import { Pane } from "./text.js";
 
 const PAUSE = 60; // milliseconds that the pointer rests before a token is asked about
 
-let about, heads, maps;
+let about, heads, maps, segments;
 let panes = [];
 let paned = null; // what the panes were made for
 let hover = null; // a token of the text under the pointer
@@ -18,6 +19,7 @@ let cell = null; // a cell of the map under the pointer
 let fan = null; // the answer about one token
 let asking = null;
 const tokens = new Map();
+const touched = matchMedia("(pointer: coarse)").matches; // by fingers
 
 function failed(error) {
   if (error?.name === "AbortError") return;
@@ -28,16 +30,20 @@ function failed(error) {
 const recording = () => about.recordings[state.recording];
 const layer = () => recording().layers[state.layer];
 
-/** The tokens of a recording's side, "text" or "decoder". */
-function tokensOf(number, side) {
-  const key = `${number}.${side}`;
+/** Whether words are the units: in the text, where the recording names them. */
+const byWords = () => state.view === "text" && state.units === "words" && recording().words;
+const unit = () => (byWords() ? "word" : "token");
+
+/** The tokens of a recording's side, "text" or "decoder"; or the words that they make up. */
+function tokensOf(number, side, words = false) {
+  const key = `${number}.${side}.${words}`;
   if (!tokens.has(key))
-    tokens.set(key, new Tokens(number, side, about.recordings[number].sides[side], about.page));
+    tokens.set(key, new Tokens(number, side, about.recordings[number].sides[side], about.page, words));
   return tokens.get(key);
 }
 
-const readers = () => tokensOf(state.recording, layer().q_side);
-const keys = () => tokensOf(state.recording, layer().k_side);
+const readers = () => tokensOf(state.recording, layer().q_side, byWords());
+const keys = () => tokensOf(state.recording, layer().k_side, byWords());
 const shift = () => (layer().kind === "self" ? layer().k_len - layer().q_len : 0);
 
 // ---------------------------------------------------------------- one token's fan
@@ -47,7 +53,7 @@ function wonder() {
   const index = hover ?? state.word;
   const limit = state.way === "out" ? layer().q_len : layer().k_len;
   const where = { r: state.recording, layer: state.layer, head: state.head, batch: state.batch };
-  const question = index === null || index >= limit ? null : JSON.stringify([where, index, state.way]);
+  const question = index === null || index >= limit ? null : JSON.stringify([where, index, state.way, unit()]);
   if (question === asking?.question) return;
   asking?.abort.abort();
   clearTimeout(asking?.timer);
@@ -59,7 +65,12 @@ function wonder() {
   const abort = new AbortController();
   const go = async () => {
     try {
-      const answer = await ask("fan", { ...where, index, way: state.way }, abort.signal);
+      const side = state.way === "out" ? readers() : keys();
+      const moved = state.way === "out" ? shift() : 0;
+      await side.need(index + moved, index + moved + 1);
+      const first = Math.max(0, side.first(index + moved) - moved);
+      const asked = { ...where, index: first, way: state.way, ...(byWords() ? { by: "words" } : {}) };
+      const answer = await ask("fan", asked, abort.signal);
       fan = { ...answer, question };
       await Promise.all([readers().needEach(state.way === "out" ? [index] : fan.items.map(([i]) => i)),
         keys().needEach(state.way === "out" ? fan.items.slice(0, 40).map(([i]) => i) : [index])]);
@@ -95,12 +106,17 @@ function draw() {
   for (const button of byId("way").children)
     button.setAttribute("aria-pressed", button.dataset.way === state.way);
   byId("share").value = state.share;
+  for (const button of byId("units").children)
+    button.setAttribute("aria-pressed", button.dataset.units === state.units);
+  byId("units").hidden = !recording().words || Boolean(held);
+  segments.refresh();
+  segments.draw();
   heads.build();
   heads.draw();
   if (state.view === "map") maps.draw();
   else drawText();
   const kept = fan && chosenItems();
-  drawList({ fan, kept, state, readers: readers(), keys: keys(), keep: (i) => goTo(i) });
+  drawList({ fan, unit: unit(), state, readers: readers(), keys: keys(), keep: (i) => goTo(i) });
   drawShown(kept);
   drawHeadline();
 }
@@ -108,14 +124,14 @@ function draw() {
 function drawText() {
   const { q_side: own, k_side: other } = layer();
   const begun = recording().generated;
-  const key = JSON.stringify([state.recording, own, other]);
+  const key = JSON.stringify([state.recording, own, other, unit()]);
   if (paned !== key) {
     for (const pane of panes) pane.remove();
     panes = [];
     paned = key;
     const does = { hover: hovered, keep, failed, special: new Set(recording().special) };
     const add = (side, start, stop, title) => {
-      if (stop > start) panes.push(new Pane(byId("panes"), tokensOf(state.recording, side), start, stop, does, title));
+      if (stop > start) panes.push(new Pane(byId("panes"), tokensOf(state.recording, side, byWords()), start, stop, does, title));
     };
     if (own !== other) {
       add(other, 0, tokensOf(state.recording, other).length, "the document");
@@ -145,7 +161,7 @@ function drawText() {
       items: same ? kept.items.map(([i, weight]) => [i + moved, weight]) : [],
       most: fan.inward ? Math.max(0.05, fan.items[0]?.[1] ?? 1) : 1,
       bins: same ? fan.bins : [], bin: fan.bin,
-      locked: state.word !== null && fan.index === state.word,
+      locked: state.word !== null && hover === null,
     });
   }
 }
@@ -153,12 +169,12 @@ function drawText() {
 function drawShown(kept) {
   const said = byId("shown");
   if (!fan) {
-    said.textContent = "hover a token, or click it to keep it";
+    said.textContent = `hover a ${unit()}, or click it to keep it`;
     return;
   }
   const lost = 1 - fan.total;
   const parts = [`shown ${percent(fan.total > 0 ? kept.sum / Math.max(fan.total, fan.inward ? 0 : 1) : 0)} of the mass`,
-    `${count(kept.items.length, "token")} of ${fan.visible.toLocaleString("en")}`];
+    `${count(kept.items.length, unit())} of ${fan.visible.toLocaleString("en")}`];
   if (!fan.inward && lost > 0.005) parts.push(`${percent(lost)} goes to a learned sink`);
   if (kept.items.length === about.listed && kept.sum < (state.share / 100) * fan.total - 1e-6)
     parts.push(`at most ${about.listed} are listed`);
@@ -190,8 +206,10 @@ function drawHeadline() {
   if (!fan || !fan.items.length) {
     line.replaceChildren(state.view === "map" ? "The whole map" : "The text", where);
     byId("note").textContent = state.view === "map"
-      ? "Scroll to zoom, drag to move; the pointer names what it is on."
-      : "Hover a token to see what it reads; click to keep it.";
+      ? touched ? "Pinch to zoom, drag to move; touch a cell to name it."
+        : "Scroll to zoom, drag to move; the pointer names what it is on."
+      : touched ? `Touch a ${unit()} to see what it reads.`
+        : `Hover a ${unit()} to see what it reads; click to keep it.`;
     return;
   }
   const other = fan.index + (fan.inward ? -shift() : shift());
@@ -224,7 +242,8 @@ function keep(i, pane) {
   if (state.way === "out" && pane.tokens.side === layer().q_side) i -= shift();
   const side = state.way === "out" ? layer().q_side : layer().k_side;
   if (i < 0 || pane.tokens.side !== side) return;
-  state.word = state.word === i ? null : i;
+  const kept = state.word === null ? null : pane.tokens.first(state.word + (state.way === "out" ? shift() : 0));
+  state.word = kept === i + (state.way === "out" ? shift() : 0) ? null : i;
   hover = null;
   changed();
 }
@@ -293,13 +312,18 @@ function build() {
       if (state.view === "text" && state.word !== null)
         requestAnimationFrame(() => requestAnimationFrame(() => goTo(state.word + shift())));
     });
+  for (const button of byId("units").children)
+    button.addEventListener("click", () => {
+      state.units = button.dataset.units;
+      changed();
+    });
   for (const button of byId("way").children)
     button.addEventListener("click", () => {
       state.way = button.dataset.way;
       changed();
     });
   choose("share", "share");
-  for (const id of held ? ["reduce", "sinks", "find", "reads", "which", "pair"] : []) {
+  for (const id of held ? ["reduce", "sinks", "find", "reads", "segments", "which", "pair"] : []) {
     byId(id).hidden = true;
     byId(id).closest("label")?.setAttribute("hidden", "");
   }
@@ -374,7 +398,9 @@ async function start() {
     return;
   }
   read(about);
-  heads = new Heads(about, failed);
+  segments = new Segments(about, { byWords, goTo, failed,
+    wordName: () => readers().name((state.word ?? 0) + shift()) });
+  heads = new Heads(about, segments, failed);
   byId("loading").remove();
   document.documentElement.dataset.loaded = "";
   maps = new Maps(about, tokensOf, failed, (found) => {
