@@ -48,6 +48,7 @@ def test_interpreted(job, interpreting):
     assert not interpreting(JOBS[job])
 
 
+@pytest.mark.triton
 def test_says_what_it_cannot_pool():
     call = Call.checked(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), None)
     assert pooled.why_not(call, [Rectangle(0, 21, 0, 0)]) == []
