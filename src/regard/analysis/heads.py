@@ -264,7 +264,8 @@ def _random_tokens(reader: TextModel) -> tuple[Tensor, list[bool]] | None:
     drawn = torch.Generator(device="cpu").manual_seed(0)
     rows = []
     for _ in range(SEQUENCES):
-        chosen = known[torch.randperm(len(known), generator=drawn)[:count]].tolist()
+        order = torch.randperm(len(known), generator=drawn, dtype=torch.int64, device="cpu")
+        chosen = known[order[:count]].tolist()
         rows.append([*before, *chosen * REPEATS, *after])
     special = [True] * len(before) + [False] * (count * REPEATS) + [True] * len(after)
     return torch.tensor(rows, dtype=torch.int64, device="cpu"), special
