@@ -88,6 +88,7 @@ def test_python_runs_as_it_stands_and_prints_what_is_said(page, elsewhere):
             printed = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", filter(needs_a_model, PAGES), ids=lambda page: page.name)
 def test_what_needs_a_model_runs_where_it_is(page, shared, elsewhere, monkeypatch):
     """Blocks under "needs NAME": a model of the folder `shared`."""

@@ -252,6 +252,7 @@ def run(*arguments):
     return result
 
 
+@pytest.mark.slow
 def test_all_directions_are_exact():
     """A link's effect on a vector, from as many directions as it has, is the first-order change."""
     from regard.analysis.effect import effects

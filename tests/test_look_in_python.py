@@ -66,6 +66,7 @@ class Encoder(torch.nn.Sequential):
         self.tokenizer = tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.sample(0)
 @pytest.mark.parametrize("how", ["pair", "reversed", "pipeline", "encoder"])
 def test_a_loaded_model_is_read_as_it_is(loaded, how):

@@ -60,6 +60,7 @@ scan(None, sys.argv[1], sys.argv[2], progress=told, saved_every=0)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path):
     """To the bit, on as many threads (the tests run on one)."""
     path, out = tmp_path / "texts.conllu", tmp_path / "out"

@@ -90,6 +90,7 @@ def test_compiles_whole(make, given):
     torch.testing.assert_close(stepped(compiled, module, given), stepped(module, module, given))
 
 
+@pytest.mark.slow
 def test_compiles_with_observers():
     model = translator().eval()
 

@@ -91,6 +91,7 @@ from hopper import compiling
 
 from regard import *
 from regard.call.checked import Call
+from regard.cache import Pages
 from regard.engines.second_pass.triton import effect, read
 from regard.engines.second_pass.triton import effect_kernel, few_queries_kernel, read_kernel
 from regard.engines.second_pass.triton import rows_kernel, top_k_kernel

@@ -161,6 +161,7 @@ def test_the_same_text_in_the_same_model_changes_nothing():
     assert (versus["moved"], versus["flips"]) == (0, [])
 
 
+@pytest.mark.slow
 def test_hostile_words_are_shown_not_sent():
     for extra in ([], ["--from", "it"], ["--from", "it", "--cut", "3.1", "--effect"]):
         result = run(HOSTILE, "--versus", HOSTILE.replace("wild", "\x1b]0;x\x07 tame"), *extra)
