@@ -125,11 +125,9 @@ def test_pieces_are_the_whole(form, growth, engine):
         torch.testing.assert_close(mine, truth, rtol=0, atol=1e-9 * float(truth.abs().max()))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", engines_of("everywhere"))
 def test_the_state_of_a_text_without_causality(engine):
     """Given to queries of another text, it is as if they saw its keys, too."""
-    if engine == "recurrent":
-        pytest.skip("without causality none goes token by token")
     case = Long("everywhere", "growing", torch.float64)
     query, key, value = case.tensors
     truth = linear_attention(*case.tensors, **case.request, engine="reference")
@@ -165,12 +163,12 @@ def test_short_keys_are_computed_as_they_are():
     torch.testing.assert_close(state.memory, plain.memory)
 
 
-@pytest.mark.parametrize("engine", ["auto", "chunked", "recurrent"])
-@pytest.mark.parametrize("form", ["plain", "gated", "everywhere"])
+@pytest.mark.parametrize(
+    "form, engine",
+    [(f, e) for f in ("plain", "gated", "everywhere") for e in engines_of(f) if e != "reference"],
+)
 def test_a_long_key_changes_no_neighbour(form, engine):
     """An item's bits do not depend on whether another one needs a shift; states neither."""
-    if engine == "recurrent" and form in EVERYWHERE:
-        pytest.skip("without causality none goes token by token")
     case = Long(form, "all long", torch.float32)
     tensors = [t.clone() for t in case.tensors]
     tensors[1][0] /= 20
@@ -216,14 +214,19 @@ def test_what_is_observed_after_a_state():
     torch.testing.assert_close(total.values, lse[:, :, 40:], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("where", HIDING)
 @pytest.mark.parametrize("length", [1, 100])
-@pytest.mark.parametrize("engine", ["chunked", "recurrent", "reference"])
+@pytest.mark.parametrize(
+    "where, engine",
+    [
+        (where, engine)
+        for where, (asked, *_) in HIDING.items()
+        for engine in ("chunked", "recurrent", "reference")
+        if engine != "recurrent" or asked.get("causal") is not False  # it goes token by token
+    ],
+)
 def test_a_row_is_what_it_is_without_what_it_does_not_see(engine, length, where):
     """As in test_hidden_linear: to the bit, of short keys and of long ones."""
     asked, token, rows = HIDING[where]
-    if asked.get("causal") is False and engine == "recurrent":
-        pytest.skip("without causality none goes token by token")
     found = []
     for bad in (0.5, *BAD):
         tensors = drawn()

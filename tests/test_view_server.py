@@ -269,7 +269,7 @@ def test_tiles_of_a_request_left_behind_are_not_computed(folder, monkeypatch):
     slow = Opened.tile
 
     def tile(*arguments):
-        time.sleep(0.1)
+        time.sleep(0.1)  # so that most of 60 are still to come when the request is left
         return slow(*arguments)
 
     monkeypatch.setattr(Opened, "tile", tile)
@@ -281,9 +281,9 @@ def test_tiles_of_a_request_left_behind_are_not_computed(folder, monkeypatch):
         response.read(4 * SIDE * SIDE)
         response.close()
         connection.close()
-        time.sleep(1)
+        time.sleep(1)  # what had begun ends: ten tiles' time
         begun = site.computed
-        time.sleep(1)
+        time.sleep(1)  # and nothing more is begun
         assert site.computed == begun < 60
 
 
