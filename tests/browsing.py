@@ -12,6 +12,7 @@ pytest.importorskip("selenium", reason='needs pip install "regard[dev]"')
 os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}  # it is to download nothing
 
 from selenium import webdriver  # noqa: E402
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver import ActionChains  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -52,6 +53,51 @@ def chromium(folder):
     return webdriver.Chrome(options=options, service=Service(found[1]))
 
 
+class Found:
+    """The element that a selector finds now, however often the page draws it anew."""
+
+    def __init__(self, browser, selector):
+        self.browser, self.selector = browser, selector
+
+    def use(self, act):
+        """What `act` gives of the element; once more where it was drawn anew meanwhile."""
+        wait = WebDriverWait(self.browser, 30, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(
+            lambda browser: [act(browser.find_element(By.CSS_SELECTOR, self.selector))],
+            f"{self.selector} is drawn anew all the time",
+        )[0]
+
+    def click(self):
+        self.use(lambda element: element.click())
+
+    def clear(self):
+        self.use(lambda element: element.clear())
+
+    def send_keys(self, keys):
+        self.use(lambda element: element.send_keys(keys))
+
+    def get_attribute(self, name):
+        return self.use(lambda element: element.get_attribute(name))
+
+    def is_displayed(self):
+        return self.use(lambda element: element.is_displayed())
+
+    def is_enabled(self):
+        return self.use(lambda element: element.is_enabled())
+
+    @property
+    def text(self):
+        return self.use(lambda element: element.text)
+
+    @property
+    def size(self):
+        return self.use(lambda element: element.size)
+
+    @property
+    def rect(self):
+        return self.use(lambda element: element.rect)
+
+
 class Page:
     """A page in the browser, as a reader uses it."""
 
@@ -74,7 +120,22 @@ class Page:
         return self
 
     def find(self, selector):
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
+        return Found(self.browser, selector)
+
+    def all(self, selector, read):
+        """What `read`, an expression of JavaScript in `e`, gives of each element, all at once."""
+        return self.run(
+            f"return [...document.querySelectorAll(arguments[0])].map((e) => {read})", selector
+        )
+
+    def cells(self, rows):
+        """The text of each cell of some rows."""
+        return self.all(rows, "[...e.querySelectorAll('td')].map((c) => c.innerText.trim())")
+
+    def shown(self):
+        """The panels of text that are displayed."""
+        views = self.all(".view", "[e.dataset.view, e.checkVisibility()]")
+        return [name for name, displayed in views if displayed]
 
     def word(self, number, view="raw"):
         return self.find(f".view[data-view={view}] .word[data-word='{number}']")
@@ -82,9 +143,15 @@ class Page:
     def cell(self, head):
         return self.find(f"#grid button[data-head='{head}']")
 
-    def hover(self, element):
-        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
-        ActionChains(self.browser, duration=0).move_to_element(element).perform()
+    def hover(self, found, x=0, y=0):
+        """The pointer at a place of an element, from its middle."""
+
+        def point(element):
+            self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+            chain = ActionChains(self.browser, duration=0)
+            chain.move_to_element_with_offset(element, x, y).perform()
+
+        found.use(point)
         return self.settled()
 
     def click(self, element):

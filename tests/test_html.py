@@ -14,7 +14,6 @@ os.environ |= {"SE_OFFLINE": "true", "SE_AVOID_STATS": "true"}  # it is to downl
 
 from click.testing import CliRunner  # noqa: E402
 from selenium.webdriver import Keys  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 from browsing import ATTACK, HOSTILE, Page, Written, close  # noqa: E402
@@ -302,16 +301,15 @@ def test_versus_and_effect_are_on_the_page(browser, tmp_path):
     assert page.weights(reading=1)[2] == pytest.approx(links["animal"]["weight2"], abs=1e-3)
     change = links["animal"]["weight2"] - links["animal"]["weight"]
     assert page.grid()["3.1"] == pytest.approx(change, abs=2e-3)
-    rows = page.browser.find_elements(By.CSS_SELECTOR, ".effects tbody tr")
+    rows = page.cells(".effects tbody tr")
     effects = found["effect"][0]["links"]
     assert len(rows) == len(effects)
-    for row, link in zip(rows, effects, strict=True):
-        cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+    for cells, link in zip(rows, effects, strict=True):
         assert cells[0] == f"{link['from']} → {link['to']}"
         assert cells[1] == f"{link['layer']}.{link['head']}"
         assert float(cells[2]) == pytest.approx(link["effect"], rel=0.01)
         assert float(cells[3]) == pytest.approx(link["weight"], abs=1e-3)
-    page.click(rows[0].find_element(By.TAG_NAME, "button"))
+    page.click(page.find(".effects tbody tr button"))
     assert f"head={effects[0]['layer']}.{effects[0]['head']}" in page.hash
     page.is_quiet()
 

@@ -27,7 +27,7 @@ def test_the_page_works_in_a_frame(browser, tmp_path):
     cell = browser.find_elements(By.CSS_SELECTOR, "button")[20]  # of the grid of heads
     before = browser.find_element(By.TAG_NAME, "body").text
     cell.click()
-    assert browser.find_element(By.TAG_NAME, "body").text != before
+    WebDriverWait(browser, 60).until(lambda b: b.find_element(By.TAG_NAME, "body").text != before)
     reached = "try { return parent.document.title } catch { return 'kept out' }"
     assert browser.execute_script(reached) == "kept out"
     browser.switch_to.default_content()

@@ -11,7 +11,6 @@ pytest.importorskip("selenium", reason='needs pip install "regard[dev]"')
 
 from click.testing import CliRunner
 from selenium.webdriver import Keys
-from selenium.webdriver.common.by import By
 
 from browsing import HOSTILE, Page, Written, close
 from regard.cli import main
@@ -55,8 +54,7 @@ def test_find_goes_from_word_to_word(browser, long):
     assert page.run("return document.activeElement.type") == "search"
     page.press(*"WHALE")
     assert page.text("#found") == "12 words; Enter goes to the next"
-    marked = page.browser.find_elements(By.CSS_SELECTOR, ".word[data-hit]")
-    assert [int(word.get_attribute("data-word")) for word in marked] == hits
+    assert page.all(".word[data-hit]", "Number(e.dataset.word)") == hits
     for at, word in enumerate([*hits[:3], hits[0]], 1):
         page.press(Keys.ENTER)
         if at == 4:
@@ -65,7 +63,7 @@ def test_find_goes_from_word_to_word(browser, long):
     assert page.text("#found") == "1 of 12"
     page.press(Keys.ESCAPE)
     assert page.text("#found") == ""
-    assert not page.browser.find_elements(By.CSS_SELECTOR, ".word[data-hit]")
+    assert page.all(".word[data-hit]", "e.dataset.word") == []
     page.press(*"xyzzy")
     assert page.text("#found") == "no such word"
     page.is_quiet()
@@ -73,7 +71,7 @@ def test_find_goes_from_word_to_word(browser, long):
 
 def test_a_long_text_stands_once_with_a_switch(browser, long):
     page = Page(browser, long.path, "#word=3&head=3.1")
-    assert len(page.browser.find_elements(By.CSS_SELECTOR, ".view")) == 1
+    assert page.all(".view", "e.dataset.view") == ["raw"]
     raw, rest = long.exact(3, (3, 1))
     close(page.weights(), raw)
     page.click(page.find("#switch [data-shows=rest]"))
@@ -85,8 +83,7 @@ def test_a_long_text_stands_once_with_a_switch(browser, long):
 
 def test_a_short_text_stands_twice_where_there_is_room(browser, trophy):
     page = Page(browser, trophy.path)
-    views = page.browser.find_elements(By.CSS_SELECTOR, ".view")
-    assert [view.is_displayed() for view in views] == [True, True]
+    assert page.shown() == ["raw", "rest"]
     assert not page.find("#switch").is_displayed()
 
 
@@ -128,16 +125,15 @@ def test_versus_opens_on_the_head_that_changed_most_and_lists_flips(browser, ver
     assert (most["layer"], most["head"], most["to"]) == (3, 1, "animal")
     assert page.text("#headline") == "it reads animal 0.606, then 0.258 · head 3.1"
     assert page.run("return document.getElementById('metric').value") == "change"
-    rows = page.browser.find_elements(By.CSS_SELECTOR, "#versus tbody tr")
+    rows = page.cells("#versus tbody tr")
     sure = found["flips"]
     assert 0 < len(sure) == len(rows)
-    for row, flip in zip(rows, sure, strict=True):
-        cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+    for cells, flip in zip(rows, sure, strict=True):
         assert cells[0] == f"{flip['layer']}.{flip['head']}"
         assert cells[1].startswith(flip["to"])
         assert cells[2].startswith(flip["to2"])
     assert f"{len(sure)} of 72 heads flip" in page.text("#versus h2")
-    page.click(rows[0].find_element(By.TAG_NAME, "button"))
+    page.click(page.find("#versus tbody tr button"))
     assert f"head={sure[0]['layer']}.{sure[0]['head']}" in page.hash
     page.is_quiet()
 
@@ -153,17 +149,13 @@ def test_nothing_is_clipped_on_a_phone(phone, trophy, versus):
         assert clipped == []
         assert page.run("return document.documentElement.scrollWidth") <= 390
         assert page.find("#grid [data-head]").text  # numbers, not bare shades
-        for row in page.browser.find_elements(By.CSS_SELECTOR, "#list tbody tr"):
-            assert re.search(r"\d\.\d+ 0\.\d\d", row.text) or "0.00" in row.text
+        for row in page.cells("#list tbody tr"):
+            assert re.search(r"\d\.\d+ 0\.\d\d", " ".join(row)) or "0.00" in row
         assert page.text("#note").startswith("Tap a word")
-        shown = [v.get_attribute("data-view") for v in page.browser.find_elements(
-            By.CSS_SELECTOR, ".view") if v.is_displayed()]  # fmt: skip
-        assert set(shown) == {"raw"}
+        assert set(page.shown()) == {"raw"}
         page.run("document.querySelector('#switch [data-shows=rest]').click()")
         page.settled()
-        shown = [v.get_attribute("data-view") for v in page.browser.find_elements(
-            By.CSS_SELECTOR, ".view") if v.is_displayed()]  # fmt: skip
-        assert set(shown) == {"rest"}
+        assert set(page.shown()) == {"rest"}
 
 
 def test_a_page_says_that_it_is_loading_until_it_is_not(browser, trophy):
@@ -171,6 +163,6 @@ def test_a_page_says_that_it_is_loading_until_it_is_not(browser, trophy):
     markup = written[written.index("<body>") : written.index('<script type="application/json"')]
     assert 'id="loading" role="status"' in markup
     page = Page(browser, trophy.path)
-    assert not page.browser.find_elements(By.ID, "loading")
+    assert page.all("#loading", "e.id") == []
     style = written[written.index("<style>") : written.index("</style>")]
     assert "prefers-reduced-motion: reduce" in style

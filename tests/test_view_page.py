@@ -11,8 +11,7 @@ pytest.importorskip("starlette", reason='needs pip install "regard[view]"')
 pytest.importorskip("selenium", reason='needs pip install "regard[dev]"')
 
 from click.testing import CliRunner
-from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.common.by import By
+from selenium.webdriver import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from browsing import Page
@@ -55,10 +54,7 @@ class ViewPage(Page):
 
     def over(self, selector, x, y):
         """The pointer at a place of an element, from its middle."""
-        element = self.find(selector)
-        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
-        ActionChains(self.browser, duration=0).move_to_element_with_offset(element, x, y).perform()
-        return self.settled()
+        return self.hover(self.find(selector), x, y)
 
     def choose(self, name, value):
         self.run(
@@ -159,8 +155,7 @@ def test_what_reads_a_word_is_its_column(browser, site, known):
     page = ViewPage(browser, f"{site}#head=0.2&view=text&word=40&way=in")
     page.until("document.querySelector('#list tbody tr')")
     column = known.weights(0, 2)[:, 40]
-    first = page.find("#list tbody tr")
-    assert int(first.get_attribute("data-key")) == int(column.argmax())
+    assert page.all("#list tbody tr", "Number(e.dataset.key)")[0] == int(column.argmax())
     assert f"{float(column.sum()):.2f} in sum" in page.text("#list .mass")
 
 
@@ -222,7 +217,7 @@ def test_the_finder_ranks_heads_and_chooses_the_best(browser, site, known):
 @pytest.mark.slow
 def test_two_recordings_move_together_and_differ_by_their_difference(browser, pair, folders):
     page = ViewPage(browser, f"{pair}#head=0.0&compare=both").exact()
-    assert len(page.browser.find_elements(By.CSS_SELECTOR, ".map")) == 2
+    assert len(page.all(".map", "e.className")) == 2
     page.find(".frame:first-child .leaflet-control-zoom-in").click()
     time.sleep(0.6)  # Leaflet's zoom takes a quarter of a second, and says nowhere that it ended
     page.exact()
@@ -334,12 +329,8 @@ def test_an_exported_file_shows_the_same_without_a_server(browser, folders, know
     page = ViewPage(browser, file.as_uri()).exact()
     row = known.weights(1, 2)[90]
     page.until("document.querySelector('#list tbody tr')")
-    shown = {
-        int(line.get_attribute("data-key")): float(
-            line.find_element(By.CSS_SELECTOR, "td:nth-child(3)").text.replace("<.001", "0")
-        )
-        for line in page.browser.find_elements(By.CSS_SELECTOR, "#list tbody tr")
-    }
+    lines = page.all("#list tbody tr", "[e.dataset.key, e.cells[2].innerText]")
+    shown = {int(key): float(weight.replace("<.001", "0")) for key, weight in lines}
     assert shown == pytest.approx({key: float(row[key]) for key in shown}, abs=6e-4)
     page.press("t")
     page.until("document.querySelector('.word.locked')?.dataset.word === '90'")

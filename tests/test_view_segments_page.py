@@ -7,7 +7,6 @@ pytest.importorskip("starlette", reason='needs pip install "regard[view]"')
 pytest.importorskip("selenium", reason='needs pip install "regard[dev]"')
 
 from click.testing import CliRunner
-from selenium.webdriver.common.by import By
 
 from regard.capture.recording import Recording
 from regard.cli import main
@@ -15,10 +14,6 @@ from test_view_page import ViewPage
 from viewing import recording, served
 
 WORDS = [[0, 1], [1, 3], [3, 4], [5, 8], [8, 9]]
-
-
-def every(page, selector):
-    return page.browser.find_elements(By.CSS_SELECTOR, selector)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +38,8 @@ def test_words_are_the_unit_until_tokens_are_chosen(browser, site, folder):
     assert page.text("#headline").startswith("part5 part6 part7 reads ")
     assert not page.run("return document.querySelector(\".word[data-word='6']\")")
     expected = Recording.load(folder).to_words().weights(1, 2)[3]
-    shown = {
-        int(word.get_attribute("data-word")): float(word.get_attribute("data-weight"))
-        for word in every(page, ".word[data-weight]")
-    }
+    weights = page.all(".word[data-weight]", "[e.dataset.word, e.dataset.weight]")
+    shown = {int(word): float(weight) for word, weight in weights}
     for word, (first, _) in enumerate(WORDS):
         if first in shown:
             assert shown[first] == pytest.approx(float(expected[word]), rel=1e-4)
@@ -81,16 +74,24 @@ def test_segments_are_shared_out_and_rank_the_heads(browser, site, folder):
     page.until("document.querySelectorAll('.segment').length === 4")
     weights = Recording.load(folder).weights(0)[:, 35]
     expected = weights.view(4, 4, 10).sum(-1)
-    shown = [float(one.get_attribute("data-share")) for one in every(page, ".segment")]
+    shown = page.all(".segment", "Number(e.dataset.share)")
     torch.testing.assert_close(torch.tensor(shown), expected[0], rtol=0, atol=2e-6)
-    every(page, ".segment")[2].click()
+    page.find(".segment:nth-child(3)").click()
     page.settled()
+    # The answers of other layers draw the list again; what has the focus stays
+    assert page.run("return document.activeElement.querySelector('.name').textContent") == (
+        "Document20"
+    )
     cell = "document.querySelector(\"#grid [data-head='0.3']\")?.dataset.value"
     page.until(f"Math.abs({cell} - {float(expected[3, 2])}) < 2e-6")
-    best = page.find("#ranked .at").get_attribute("data-ranked")
-    values = [float(one.get_attribute("data-value")) for one in every(page, "#grid [data-value]")]
-    layer, head = (int(n) for n in best.split("."))
-    assert values[layer * 4 + head] == max(values)
+    every = "document.querySelectorAll('#grid [data-value]').length === 8"
+    page.until(f"{every} && document.querySelectorAll('[data-ranked]').length === 8")
+    best, values = page.run(
+        "return [document.querySelector('[data-ranked]').dataset.ranked,"
+        "Object.fromEntries([...document.querySelectorAll('#grid [data-value]')]"
+        ".map((e) => [e.dataset.head, Number(e.dataset.value)]))]"
+    )
+    assert best == max(values, key=values.get)
     assert "“Document20”" in page.text("#metric-title")
     again = ViewPage(browser, page.run("return location.href"))
     again.until("document.querySelectorAll('.segment').length === 4")

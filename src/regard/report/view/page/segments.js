@@ -9,7 +9,8 @@ const OWN = "a pattern or ranges";
 class Segments {
   /** `byWords` says whether words are the unit; `goTo` brings a token into sight. */
   constructor(about, { byWords, goTo, wordName, failed }) {
-    Object.assign(this, { about, byWords, goTo, wordName, failed, question: null, answers: new Map() });
+    Object.assign(this, { about, byWords, goTo, wordName, failed, answers: new Map() });
+    this.question = this.listed = null;
     const form = byId("segments");
     const { kind, given } = form.elements;
     for (const name of [OWN, ...Object.keys(about.kinds)]) {
@@ -103,28 +104,39 @@ class Segments {
       kind.value = given.value;
       if (kind.selectedIndex < 0) kind.value = "";
     }
-    if (!answer) return list.replaceChildren();
+    if (!answer) {
+      this.listed = null;
+      return list.replaceChildren();
+    }
     byId("segments-said").replaceChildren("head ", bold(`${state.layer}.${state.head}`), `, by ${this.from()}`);
+    // Every answer draws again: what is under the pointer or has the focus must stay the same element
+    if (this.listed !== this.question) list.replaceChildren(...answer.names.map((_, n) => this.button(n)));
+    this.listed = this.question;
     const shares = answer.shares[state.head];
     const most = Math.max(1e-9, ...shares);
-    list.replaceChildren(...answer.names.map((_, n) => {
-      const button = make("button", "segment");
-      button.type = "button";
+    for (const [n, button] of [...list.children].entries()) {
       button.dataset.share = shares[n];
       button.setAttribute("aria-pressed", state.metric === "segment" && n === this.chosen);
-      const bar = make("i");
-      bar.style.setProperty("--shade", (shares[n] / most).toFixed(3));
-      const [first, last] = answer.ranges[n];
-      button.title = `tokens ${first.toLocaleString("en")} to ${(last - 1).toLocaleString("en")}: colour the heads by it`;
-      button.append(make("span", "name", this.name(n)), make("span", "gauge"), make("span", "share", percent(shares[n])));
-      button.children[1].append(bar);
-      button.addEventListener("click", () => {
-        [state.segment, state.metric] = [n, "segment"];
-        changed();
-        this.goTo(first);
-      });
-      return button;
-    }));
+      button.querySelector("i").style.setProperty("--shade", (shares[n] / most).toFixed(3));
+      button.querySelector(".share").textContent = percent(shares[n]);
+    }
+  }
+
+  /** One segment of the list: where it lies, and that a click colours the heads by it. */
+  button(n) {
+    const [first, last] = this.any().ranges[n];
+    const button = make("button", "segment");
+    button.type = "button";
+    button.title = `tokens ${first.toLocaleString("en")} to ${(last - 1).toLocaleString("en")}: colour the heads by it`;
+    const gauge = make("span", "gauge");
+    gauge.append(make("i"));
+    button.append(make("span", "name", this.name(n)), gauge, make("span", "share"));
+    button.addEventListener("click", () => {
+      [state.segment, state.metric] = [n, "segment"];
+      changed();
+      this.goTo(first);
+    });
+    return button;
   }
 }
 
