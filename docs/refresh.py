@@ -1,6 +1,6 @@
 """Take again what README and docs show: the first screen, and a picture of each page.
 
-python docs/refresh.py    needs Debian's chromium, and regard with its extras "look", "view" and "plot"
+python docs/refresh.py    needs Debian's chromium and regard's extras look, view and plot
 """
 
 from __future__ import annotations

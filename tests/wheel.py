@@ -1,4 +1,4 @@
-"""What a built wheel must be: python tests/wheel.py, in an environment that has it and nothing else."""
+"""What a built wheel must do: python tests/wheel.py, where it and nothing else is installed."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,8 @@ if native.library() is None:
 
 if "REGARD_ISA" not in os.environ:
     for level in native.levels():  # chosen once a process
-        subprocess.run([sys.executable, __file__], env=os.environ | {"REGARD_ISA": level}, check=True)
+        named = os.environ | {"REGARD_ISA": level}
+        subprocess.run([sys.executable, __file__], env=named, check=True)
     sys.exit()
 
 q, k, v = torch.randn(3, 2, 4, 300, 64, dtype=torch.float64).unbind()
