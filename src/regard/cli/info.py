@@ -148,8 +148,8 @@ def faster(found: dict[str, Any]) -> list[str]:
         steps.append(f"unset REGARD_ISA: this machine has {isa['here'][-1]}")
     if found["cores"] and found["threads"] < found["cores"]:
         steps.append(
-            f"torch uses {found['threads']} of {found['cores']} cores: set OMP_NUM_THREADS, or call "
-            "torch.set_num_threads"
+            f"torch uses {found['threads']} of {found['cores']} cores: set OMP_NUM_THREADS, or "
+            "call torch.set_num_threads"
         )
     if found["gpus"] and not versions["triton"]:
         steps.append('on the GPU, weights are read by torch alone: pip install "regard[cuda]"')
