@@ -48,6 +48,7 @@ def plainly(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return plain(*case.tensors(dtype=dtype), **case.request(dtype))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_engine
 @every_case

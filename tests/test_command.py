@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,19 +56,32 @@ def test_a_closed_pipe_is_silent(arguments):
     assert running.wait() == 1
 
 
+READS = """
+import io, runpy, sys
+
+class Told(io.BytesIO):
+    def read(self):
+        print("reads", flush=True)
+        return sys.__stdin__.buffer.read()
+
+sys.argv[0] = "regard"
+sys.stdin = io.TextIOWrapper(Told())
+runpy.run_module("regard.cli", run_name="__main__")
+"""
+
+
 def test_an_interrupt_has_no_traceback():
-    """While it waits for its text."""
-    running = subprocess.Popen(
-        [*COMMAND, "look", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    """While it waits for its text, as it says: before, Python itself would be interrupted."""
+    with subprocess.Popen(
+        [sys.executable, "-c", READS, "look", "-"], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # Whoever runs the tests in the background ignores it, and hands that on
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    time.sleep(3)  # the command reads by then; before, Python itself would be interrupted
-    running.send_signal(signal.SIGINT)
-    with running.stderr:
+    ) as running:  # fmt: skip
+        assert running.stdout.readline() == "reads\n"
+        running.send_signal(signal.SIGINT)
         assert "Traceback" not in running.stderr.read()
-    assert running.wait() == 130
-    running.stdin.close()
+        assert running.wait() == 130
 
 
 @pytest.mark.sample(0)
