@@ -39,7 +39,7 @@ def _values(params: dict[str, object]) -> dict[str, int]:
 def covering(cases: list[dict[str, int]], strength: int) -> set[int]:
     """Greedily: the case that shows most of what is still to be shown, of values seldom taken.
 
-    Neither its worth nor its rarity ever rises: of a heap only what comes to the top is weighed again.
+    Neither its worth nor its rarity ever rises: only what comes to a heap's top is weighed again.
     """
     shown = [_combinations(case, strength) for case in cases]
     left, kept, taken = set().union(*shown), set(), Counter()
