@@ -15,12 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from sampling import mark_others_slow
 
 # A run is a function of the commit: the same examples each time, and no test fails for being slow.
-settings.register_profile("regard", deadline=None, derandomize=True)
+settings.register_profile(
+    "regard",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("regard")
 
 

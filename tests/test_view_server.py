@@ -295,16 +295,7 @@ def said(*arguments):
     return result.exit_code, result.output
 
 
-def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, folder):
-    (tmp_path / "empty").mkdir()
-    for arguments in (
-        [tmp_path / "absent"], [tmp_path / "empty"], [__file__], [folder, tmp_path / "absent"],
-        [folder, "--port", "70000"], [],
-    ):  # fmt: skip
-        code, output = said(*arguments)
-        assert code == 2
-        assert len(output.strip().splitlines()) == 1, output
-        assert output.startswith("regard: ")
+def test_a_port_that_is_taken(folder):
     sock = listen(0)
     code, output = said(folder, "--no-browser", "--port", sock.getsockname()[1])
     assert code == 2
