@@ -1,10 +1,12 @@
 """Which cases of a parametrised test the default run has: `@pytest.mark.sample(strength)`.
 
 strength 0: the first case; 1: as many as show every value of every parameter; 2: every pair of
-values. The others are slow: they run with `pytest -m "slow or not slow"`, and in CI.
+values. `sample(every=n)`: each n-th of one long list. The others are slow: they run with
+`pytest -m "slow or not slow"`, and in CI.
 """
 
 from collections import Counter
+from heapq import heapify, heappop, heapreplace
 from itertools import combinations
 
 import pytest
@@ -17,11 +19,16 @@ def mark_others_slow(items) -> None:
         if item.get_closest_marker("sample"):
             tests.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in tests.values():
-        (strength,) = cases[0].get_closest_marker("sample").args
-        kept = covering([_values(item.callspec.params) for item in cases], strength)
+        kept = _sample(cases, cases[0].get_closest_marker("sample"))
         for n, item in enumerate(cases):
             if n not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+def _sample(cases: list, marker: pytest.Mark) -> set[int]:
+    if "every" in marker.kwargs:
+        return set(range(0, len(cases), marker.kwargs["every"]))
+    return covering([_values(item.callspec.params) for item in cases], *marker.args)
 
 
 def _values(params: dict[str, object]) -> dict[str, int]:
@@ -30,15 +37,25 @@ def _values(params: dict[str, object]) -> dict[str, int]:
 
 
 def covering(cases: list[dict[str, int]], strength: int) -> set[int]:
-    """Greedily: the case that shows most of what is still to be shown, of values seldom taken."""
+    """Greedily: the case that shows most of what is still to be shown, of values seldom taken.
+
+    Neither its worth nor its rarity ever rises: only what comes to a heap's top is weighed again.
+    """
     shown = [_combinations(case, strength) for case in cases]
     left, kept, taken = set().union(*shown), set(), Counter()
+
+    def cost(n: int) -> tuple[int, int, int]:
+        return -len(shown[n] & left), sum(taken[v] for v in cases[n].items()), n
+
+    heap = [cost(n) for n in range(len(cases))]
+    heapify(heap)
     while left or not kept:
-        best = max(
-            range(len(cases)),
-            key=lambda n: (len(shown[n] & left), -sum(taken[v] for v in cases[n].items()), -n),
-        )
-        kept.add(best)
+        best = heap[0][-1]
+        now = cost(best)
+        if now != heap[0]:
+            heapreplace(heap, now)
+            continue
+        kept.add(heappop(heap)[-1])
         left -= shown[best]
         taken.update(cases[best].items())
     return kept

@@ -137,14 +137,6 @@ def test_the_list(small_suites):
     ]
 
 
-def test_what_is_refused():
-    assert refused("nope").startswith("no suite is named 'nope'; there are prefill, causal, gqa, ")
-    assert refused("--only", "x") == "no shape matches 'x'; regard bench --list shows all"
-    assert refused("--engine", "fast").startswith("no engine is named 'fast'; there are auto, ")
-    said = "cannot write /no/folder/b.md: /no/folder is not a folder to write to"
-    assert refused("--out", "/no/folder/b.md") == said
-
-
 def test_too_many_threads(small_suites):
     before = torch.get_num_threads()
     assert refused("--threads", 3) == "--threads 3: this process may use 2 cores"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard import Padding, RegardError, TopK
-from regard.cache import KVCache, PagedCache, WindowCache
+from regard.cache import KVCache, PagedCache
 from test_caches import LENGTH, caches, drawn
 from test_caches_memory import go_on
 
@@ -71,36 +71,6 @@ def test_added_sequences_stay_when_a_call_fails():
     assert cache.lengths.tolist() == [0, 0]
     cache.attend(*QKV, lengths=[2, 3])
     assert cache.lengths.tolist() == [2, 3]
-
-
-ARGUMENTS = {
-    "capacity": (lambda: KVCache(capacity=-1), "capacity is -1; give a number of slots"),
-    "evict": (lambda: KVCache(evict=5), "evict is 5; give a policy, such as H2O(512)"),
-    "window": (lambda: WindowCache(0), "WindowCache(0, first=0): give window ≥ 1, first ≥ 0"),
-    "first": (lambda: WindowCache(4, first=-1), "give window ≥ 1, first ≥ 0"),
-    "block": (lambda: PagedCache(0), "PagedCache(0, pages=None): give page_size ≥ 1 and pages ≥ 1"),
-    "blocks": (lambda: PagedCache(4, pages=0), "pages=0): give page_size ≥ 1 and pages ≥ 1"),
-    "empty": (lambda: KVCache().key, "KVCache() is empty: append keys and values first"),
-    "empty pages": (lambda: PagedCache().tables(), "is empty: append keys and values first"),
-    "layout": (lambda: KVCache().layout, "nothing was appended yet"),
-    "rows": (lambda: filled().select([2]), "select: rows [2]; the batch has items 0 … 1"),
-    "crop": (lambda: filled().crop(4), "crop: 4 of 3 tokens"),
-    "fork": (lambda: filled(PagedCache()).fork(2), "fork: row 2; the batch has items 0 … 1"),
-    "fork length": (lambda: filled(PagedCache()).fork(1, 4), "length 4; item 1 has 3 tokens"),
-}
-
-
-def filled(cache=None):
-    cache = KVCache() if cache is None else cache
-    cache.append(ODD.key, ODD.value)
-    return cache
-
-
-@pytest.mark.parametrize("make, said", ARGUMENTS.values(), ids=ARGUMENTS)
-def test_wrong_arguments(make, said):
-    with pytest.raises(RegardError) as error:
-        make()
-    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("make", [KVCache, PagedCache])

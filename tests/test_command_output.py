@@ -70,30 +70,6 @@ def test_walk_takes_layer_and_head_apart():
     )
 
 
-@pytest.mark.parametrize(
-    "command, arguments, said",
-    [
-        ("look", ["--head", "x"], "--head 'x': give layer and head, as 3.1, or a head, as 1"),
-        ("look", ["--head", "9.1"], "no layer 9: the model has layers 0 to 5"),
-        ("look", ["--head", "3.12"], "no head 3.12: layer 3 has heads 0 to 11"),
-        ("look", ["--head", "12"], "no head 12: the layers have heads 0 to 11"),
-        (
-            "look", ["--head", "3.1", "--layer", "2"],
-            "no head 3.1: layer 3 has heads 0 to 11, and is not among those shown",
-        ),
-        ("walk", ["--head", "3.1", "--layer", "2"], "--head 3.1 is in layer 3, not in layer 2"),
-        ("walk", ["--layer", "6"], "no layer 6: the model has layers 0 to 5"),
-        (
-            "walk", ["--head", "12"],
-            "there is no head 12 with softmax attention in which the word reads",
-        ),
-    ],
-)  # fmt: skip
-def test_heads_that_are_not_there(command, arguments, said):
-    done = run(command, *arguments)
-    assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"regard: {said}\n")
-
-
 @pytest.mark.parametrize("command", ["look", "walk"])
 def test_html_prints_only_its_file(command, tmp_path):
     page = tmp_path / "page.html"

@@ -262,18 +262,6 @@ def test_the_command_prints_what_changed():
     assert "final vector of" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "spec, said",
-    [("9.1", "the model has layers 0 to 5"), ("3.12", "the layer has heads 0 to 11"),
-     ("3.1: it→dog", "no word 'dog'"), ("3.1: it", "one word reading another")],
-)  # fmt: skip
-def test_the_command_refuses(spec, said):
-    result = run(ANIMAL, "--cut", spec)
-    assert result.exit_code == 2
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
 def writer() -> TextModel:
     """A random Llama that writes, with a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers

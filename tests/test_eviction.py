@@ -80,7 +80,7 @@ def assert_kept(cache: KVCache, twins: list[Eager]) -> None:
             assert torch.equal(cache.value[item, kv, : len(held)], twin.values[kv, held])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (4, 1)])
 @chunks
 @policies
@@ -297,30 +297,6 @@ def test_memory_is_bounded_by_the_budget(policy, sizes):
     about = 2 * 4 * (48 + 1) * (4 + 4) + 2 * 8 * (48 + 1) * 4
     assert cache.nbytes <= max(48 + sizes[-1], 48 * 3 // 2 + 16) * key + about
     assert cache.nbytes < 0.5 * cache.length * key
-
-
-# Wrong input
-
-WRONG = {
-    "no budget": (lambda: TOVA(0), "TOVA(budget=0): the budget is 0 keys"),
-    "no room": (
-        lambda: H2O(4, recent=5),
-        "H2O(budget=4, recent=5): the budget is 4 keys, of which the last 5 are exempt; give "
-        "budget ≥ 1, and no more exempt keys than that",
-    ),
-    "negative": (lambda: H2O(4, recent=-1), "of which the last -1 are exempt"),
-    "window": (lambda: SnapKV(16), "the budget is 16 keys, of which the last 32 are exempt"),
-    "no window": (lambda: SnapKV(16, window=0), "give window ≥ 1 and an odd kernel"),
-    "kernel": (lambda: SnapKV(64, kernel=4), "give window ≥ 1 and an odd kernel"),
-    "pool": (lambda: SnapKV(64, pool="sum"), "pool is mean or max"),
-}
-
-
-@pytest.mark.parametrize("make, said", WRONG.values(), ids=WRONG)
-def test_wrong_arguments(make, said):
-    with pytest.raises(RegardError) as error:
-        make()
-    assert said in str(error.value)
 
 
 def test_who_appends_has_to_settle():

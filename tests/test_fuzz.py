@@ -329,6 +329,7 @@ def test_observers_are_exact(given, dtype, data):
         CHECKS[type(observer)](observer, result, truth, 0.02 if given.magnitude > 10 else 1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(drawn(most=200), DTYPES)
 def test_same_bits(given, dtype):

@@ -271,23 +271,6 @@ def test_the_command_of_a_recording(tmp_path):
     assert page.count("<tr>") == 1 + 8 + len(SCORES)
 
 
-def test_wrong_input_is_one_sentence(tmp_path, conllu):
-    pytest.importorskip("transformers")
-    reading(KNOWN["self"]).save(tmp_path / "saved")
-    for arguments, said in (
-        ([tmp_path / "nope"], "there is no model folder"),
-        ([tmp_path / "saved", "--text", "a"], "a recording holds one text already"),
-        ([tmp_path / "saved", "--conllu", conllu], "a recording holds one text already"),
-        (["--text", " "], "the text is empty"),
-        (["--conllu", tmp_path / "none"], "cannot read the file"),
-        ([tmp_path / "saved", "--html", tmp_path], "is a folder; --html writes a file"),
-    ):
-        done = run(*arguments)
-        assert done.exit_code == 2
-        (line,) = done.stderr.splitlines()
-        assert said in line
-
-
 def test_the_packaged_model_has_its_previous_token_head(conllu):
     pytest.importorskip("regard_minilm", reason="needs packages/regard-minilm")
     scores = regard.heads(conllu=conllu, sentences=1)

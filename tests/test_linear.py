@@ -148,7 +148,7 @@ def typical(error: Tensor) -> Tensor:
     return error.square().mean().sqrt()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize(
     "case, dtype",
     [

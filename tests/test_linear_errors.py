@@ -160,12 +160,6 @@ def test_what_does_not_fit(given, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("make", [lambda: Favor(0), lambda: Favor(8, -1)])
-def test_favor_checks_itself(make):
-    with pytest.raises(RegardError, match="give features ≥ 1 and seed ≥ 0"):
-        make()
-
-
 def test_the_recurrent_form_needs_an_order():
     with pytest.raises(NoEngine, match=r"recurrent cannot run query .* token by token"):
         linear_attention(ones(*Q), ones(*K), ones(*V), causal=False, engine="recurrent")

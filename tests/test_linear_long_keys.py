@@ -44,6 +44,7 @@ def under(state: LinearState, shift: Tensor) -> list[Tensor]:
     return [by[..., None] * state.memory.double(), by * state.normaliser.double()]
 
 
+@pytest.mark.sample(1)
 @every_growth
 @every_form
 def test_float64_is_the_formula(form, growth):
@@ -62,6 +63,7 @@ def test_float64_is_the_formula(form, growth):
             torch.testing.assert_close(ours, truth, rtol=0, atol=1e-9 * scale)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_growth
 @every_form
@@ -95,6 +97,7 @@ def test_vectors_of_any_length(size, engine):
     torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-2)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @every_growth
 @pytest.mark.parametrize("form", [f for f in FORMS if f not in EVERYWHERE])
@@ -214,6 +217,7 @@ def test_what_is_observed_after_a_state():
     torch.testing.assert_close(total.values, lse[:, :, 40:], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("length", [1, 100])
 @pytest.mark.parametrize(
     "where, engine",
@@ -262,6 +266,7 @@ def test_a_hidden_key_may_be_as_long_as_it_likes():
     assert torch.equal(linear_attention(query, key, value, **request), right)
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize(
     "form, growth",
     [

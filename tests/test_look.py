@@ -199,59 +199,10 @@ def test_save(tmp_path):
 # What it refuses
 
 
-def test_words_that_are_not_there():
-    line = refused(TROPHY, "--from", "trophey")
-    assert line.startswith("no word 'trophey' in the text; did you mean 'trophy'? its words: [CLS]")
-    assert "only" not in refused(TROPHY, "--from", "it#2")
-    refused("a \x1b[31mb", "--from", "\x1b[31m")
-
-
-@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
-def test_empty_text(text):
-    assert refused(text) == "the text is empty; there is nothing to look at"
-
-
-def test_files_that_are_not_text(tmp_path):
-    cases = {"latin": b"caf\xe9", "binary": b"a\x00b", "empty": b"", "blank": b" \n"}
-    for name, data in cases.items():
-        (tmp_path / name).write_bytes(data)
-    assert "latin is not text: byte 3 is not UTF-8" in refused(f"@{tmp_path}/latin")
-    assert "binary is not text: it has a zero byte" in refused(f"@{tmp_path}/binary")
-    assert "empty is empty" in refused(f"@{tmp_path}/empty")
-    assert "blank is empty" in refused(f"@{tmp_path}/blank")
-    assert "No such file" in refused(f"@{tmp_path}/none")
-    assert "directory" in refused(f"@{tmp_path}")
-    assert "zero byte" in refused("a\0b")
+def test_standard_input_that_is_no_text():
     result = CliRunner().invoke(main, ["look", "-"], input=b"\xff\xfe")
     assert result.exit_code == 2
     assert result.stderr == "regard: standard input is not text: byte 0 is not UTF-8\n"
-
-
-def test_models_that_are_not_there(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    (tmp_path / "folder").mkdir()
-    assert "there is no model folder" in refused("a", "--model", tmp_path / "none")
-    assert "the folder has no config.json" in refused("a", "--model", tmp_path / "folder")
-    assert "is a file" in refused("a", "--model", tmp_path / "config.json")
-    refused("a", "--model", tmp_path)  # a configuration without weights
-    assert "not in the cache" in refused("a", "--model", "nobody/nothing-of-this-name")
-    assert "there is no model folder" in refused("a", "--model", "no such model!")
-
-
-def test_numbers_out_of_range():
-    assert refused("a", "--layer", 6) == "no layer 6: the model has layers 0 to 5"
-    assert refused("a", "--layer", -1) == "no layer -1: the model has layers 0 to 5"
-    assert refused("a", "--head", 12) == "no head 12: the layers have heads 0 to 11"
-    assert run("a", "--top", 0).exit_code == 2
-
-
-def test_a_text_longer_than_the_positions():
-    line = refused("word " * 600)
-    assert line == "the text has 602 tokens, but all-MiniLM-L6-v2 has positions for 512"
-
-
-def test_an_encoder_generates_nothing():
-    assert refused("a", "--generate", 3) == "all-MiniLM-L6-v2 is an encoder: it generates no text"
 
 
 @pytest.mark.parametrize("missing", ["transformers", "rich.console"])

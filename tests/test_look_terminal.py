@@ -58,6 +58,7 @@ def test_the_page_fits(width, arguments):
     assert page.count("…") == sum(line.endswith("…") for line in apart) or width < 80
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("arguments", [(), ("--from", "end"), ("--from", "it")])
 @pytest.mark.parametrize("colour", [False, True])
 def test_hostile_text_is_shown_not_obeyed(arguments, colour):
@@ -170,6 +171,7 @@ def test_json_escapes_what_a_terminal_obeys(minilm):
     assert as_json(found, ascii_only=True).isascii()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("width", [60, 76, 80, 100])
 @pytest.mark.parametrize("asked", [["--from", "it"], []], ids=["a word", "the whole"])
 def test_labels_of_layers_and_heads_from_10_on_stand_apart(monkeypatch, asked, width):

@@ -167,9 +167,6 @@ def test_cu_seqlens():
         [False, False, False, False, True],
         [False, False, False, False, True],
     ]
-    for wrong in ([1, 3], [0, 3, 2], [[0, 3]]):
-        with pytest.raises(RegardError, match="must be one row that starts at 0"):
-            Documents.from_cu_seqlens(torch.tensor(wrong))
 
 
 def test_a_predicate_is_evaluated_once_for_a_shape():
@@ -232,14 +229,6 @@ def test_wrong_sizes_are_said(mask, said, combined):
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda: Window(0), lambda: Window(3, ahead=-1), lambda: First(-1)]
-)
-def test_wrong_numbers_are_said(wrong):
-    with pytest.raises(RegardError, match="give n ≥"):
-        wrong()
-
-
-@pytest.mark.parametrize(
     "join",
     [lambda: Causal() and Window(3), lambda: Causal() or Window(3), lambda: not Causal()],
     ids=["and", "or", "not"],
@@ -298,12 +287,6 @@ def test_documents_of_any_ids(engine):
     torch.testing.assert_close(given, right, rtol=0, atol=1e-5)
 
 
-def test_documents_of_floats_are_refused():
-    q = torch.zeros(1, 1, 3, 8)
-    with pytest.raises(RegardError, match=r"query_ids is torch\.float32; give integers"):
-        attention(q, q, q, mask=Documents(torch.tensor([0.2, 0.7, 1.0])))
-
-
 def test_masks_say_what_they_are():
     def near(b, h, q, k):
         return q - k < 3
@@ -334,9 +317,3 @@ def test_edges_of_an_iterator_stay():
         assert naively(Edges([(70, 1), (80, 2)]), place()).equal(
             mask.lower(place()).visible(Span(0, 66, 0, 133)).expand(2, 2, -1, -1)
         )
-
-
-def test_padding_refuses_an_additive_mask():
-    q = torch.zeros(1, 1, 3, 8)
-    with pytest.raises(RegardError, match=r"keep is torch\.float32"):
-        attention(q, q, q, mask=Padding(torch.tensor([[0.0, 0.0, -torch.inf]])))

@@ -195,6 +195,7 @@ def test_all_observers_where_keys_are_cut_into_chunks(sizes, mask):
     look(Case("", sizes, lambda s, g: {"mask": mask}), "cpu", torch.float32, 1e-4)
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("case", [c for c in FEW if c.sizes.q_len > 64], ids=str)
 def test_all_observers_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""

@@ -19,7 +19,7 @@ from test_observers import parts
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 
-PATIENCE = 60  # seconds until a process counts as hung
+PATIENCE = 300  # seconds until a process counts as hung: the machine may be busy
 
 
 @pytest.fixture(autouse=True)
@@ -147,4 +147,5 @@ def test_the_threads_are_torchs_own():
     done = subprocess.run(
         [sys.executable, "-c", OPENMP], capture_output=True, text=True, check=True
     )
-    assert os.path.dirname(torch.__file__) in done.stdout
+    # Where torch is a link, as in a shared environment, the map names what it leads to
+    assert os.path.dirname(os.path.realpath(torch.__file__)) in done.stdout

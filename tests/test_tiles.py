@@ -42,6 +42,7 @@ def assert_tiles(recording: Recording, truth, layer=0, zooms=None) -> None:
                 )
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_every_kind_of_call_has_its_tiles(case):
     (query, key, _), request = case.tensors(), case.request()

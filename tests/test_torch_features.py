@@ -162,6 +162,7 @@ def test_dropout_compiles():
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
 def test_inductor():
     module = Masked(attend(), mask=Causal() & Window(3))

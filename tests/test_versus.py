@@ -168,9 +168,3 @@ def test_hostile_words_are_shown_not_sent():
         assert result.exit_code == 0, result.stderr
         assert all(c.isprintable() or c == "\n" for c in result.stdout)
         assert max(map(cell_len, result.stdout.splitlines())) <= 80
-
-
-def test_refusals():
-    assert "no counterpart" in run(TIRED, "--versus", "Hello there", "--from", "it").stderr
-    assert "empty" in run(TIRED, "--versus", " ").stderr
-    assert run(TIRED, "--versus", WIDE, "--from", "dog").exit_code == 2

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from importlib.resources import files
 from urllib.parse import urlsplit
 
@@ -266,25 +266,32 @@ def test_nan_and_infinity_are_no_broken_json(tmp_path):
 
 
 def test_tiles_of_a_request_left_behind_are_not_computed(folder, monkeypatch):
-    slow = Opened.tile
+    plain, may = Opened.tile, threading.Semaphore(1)
 
     def tile(*arguments):
-        time.sleep(0.1)  # so that most of 60 are still to come when the request is left
-        return slow(*arguments)
+        may.acquire(timeout=60)
+        return plain(*arguments)
 
     monkeypatch.setattr(Opened, "tile", tile)
     with served(folder) as (address, site):
-        connection = http.client.HTTPConnection(urlsplit(address).netloc)
-        at = ",".join(["0.0"] * 60)
-        connection.request("GET", f"/api/tiles?layer=0&head=0&zoom=0&at={at}")
-        response = connection.getresponse()
-        response.read(4 * SIDE * SIDE)
-        response.close()
-        connection.close()
-        time.sleep(1)  # what had begun ends: ten tiles' time
-        begun = site.computed
-        time.sleep(1)  # and nothing more is begun
-        assert site.computed == begun < 60
+
+        def asked(path: str, size: int | None = None) -> bytes:
+            """The answer, or its first bytes, after which the connection is closed."""
+            connection = http.client.HTTPConnection(urlsplit(address).netloc)
+            connection.request("GET", path)
+            with connection.getresponse() as response:
+                read = response.read(size)
+            connection.close()
+            return read
+
+        path = "/api/tiles?layer=0&head=0&zoom=0&at=" + ",".join(["0.0"] * 60)
+        asked(path, 4 * SIDE * SIDE)  # and leaves while the second waits
+        for _ in range(3):
+            asked("/api/about")  # the server has seen since that it was left
+        may.release(500)
+        assert len(asked(path)) == 60 * 4 * SIDE * SIDE
+        # One that had begun ends, and one may have begun as it was cancelled
+        assert 61 <= site.computed <= 63
 
 
 # The command
@@ -295,16 +302,7 @@ def said(*arguments):
     return result.exit_code, result.output
 
 
-def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path, folder):
-    (tmp_path / "empty").mkdir()
-    for arguments in (
-        [tmp_path / "absent"], [tmp_path / "empty"], [__file__], [folder, tmp_path / "absent"],
-        [folder, "--port", "70000"], [],
-    ):  # fmt: skip
-        code, output = said(*arguments)
-        assert code == 2
-        assert len(output.strip().splitlines()) == 1, output
-        assert output.startswith("regard: ")
+def test_a_port_that_is_taken(folder):
     sock = listen(0)
     code, output = said(folder, "--no-browser", "--port", sock.getsockname()[1])
     assert code == 2
@@ -326,7 +324,7 @@ def test_the_command_serves_until_it_is_interrupted(folder):
         assert json.load(connection.getresponse())["recordings"][0]["name"] == "small"
         connection.close()
         run.send_signal(signal.SIGINT)
-        assert run.wait(20) == 0
+        assert run.wait(120) == 0
         assert run.stderr.read() == ""
 
 

@@ -47,15 +47,6 @@ def printed(*arguments, width=80, **env):
     return result.stdout
 
 
-def refused(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.strip().isprintable()
-    return result.stderr.removeprefix("regard: ").strip()
-
-
 def ids_of(found):
     return torch.tensor([[token.id for token in side.tokens] for side in [found.reader]])
 
@@ -401,25 +392,7 @@ def test_vector():
 # What it refuses
 
 
-def test_what_it_refuses(folders, tmp_path, minilm):
-    assert "no word 'trophey'" in refused(TROPHY, "--from", "trophey")
-    said = refused(TROPHY, "--from", "it", "--head", "3.")
-    assert said == "--head '3.': give layer and head, as 3.1, or a head, as 1"
-    said = refused(TROPHY, "--from", "it", "--head", "6.1")
-    assert said == "no layer 6: the model has layers 0 to 5"
-    said = refused(TROPHY, "--from", "it", "--head", "3.12")
-    assert said == "no head 12: layer 3 has heads 0 to 11"
-    assert "is an encoder" in refused(TROPHY, "--from", "it", "--generate", 2)
-    assert "no decoder apart" in refused(TROPHY, "--from", "it", "--target", "the")
-    assert "needs a terminal" in refused(TROPHY, "--from", "it", "--step")
-    assert "--step waits" in refused(TROPHY, "--from", "it", "--step", "--json")
-    assert "is a folder" in refused(TROPHY, "--from", "it", "--html", tmp_path)
-    assert "is empty" in refused(" ", "--from", "it")
-    t5 = ("--model", folders / "t5")
-    assert "not both" in refused("it", *t5, "--from", "it", "--target", "a", "--generate", 2)
-    said = refused(SHORT, *t5, "--from", "sat", "--head", "3.0", "--target", "the cat")
-    assert "no word 'sat' in the text" in said  # the decoder has none
-    assert run(TROPHY).exit_code == 2
+def test_a_layer_without_a_pattern():
     model = zoo.HYBRIDS[0].build()
     model.resize_token_embeddings(400)
     with pytest.raises(RegardError, match="has no pattern"):
