@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import sys
 import textwrap
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -34,14 +35,16 @@ from tiny_inputs import variants
 
 NEAR = 1e-4  # weights may differ by the rounding of float32
 STEPS = 5
+TRYING = 6  # seconds
 # Tried one after the other: hybrids have attention in later layers only, rotary sections are wide
 WAYS = [
     Way(), Way({"num_hidden_layers": 8}), Way({"head_dim": 64}),
     Way({"image_size": 64, "patch_size": 16}), Way({"head_dim": 128, "hidden_size": 128}),
-    Way({"hidden_size": 256}), Way({"hidden_size": 512}), Way({"window_size": 64}), Way(fills=True), Way({"num_key_value_heads": 4}, fills=True),
-    Way(fills=True, cuts=True), Way({"num_hidden_layers": 8}, fills=True, cuts=True),
-    Way({"hidden_size": 512, "num_key_value_heads": 4}, fills=True), Way(wide=True),
-    Way(wide=True, cuts=True),
+    Way({"hidden_size": 256}), Way({"hidden_size": 512}), Way({"window_size": 64}),
+    Way(fills=True), Way({"num_key_value_heads": 4}, fills=True), Way(fills=True, cuts=True),
+    Way({"num_hidden_layers": 8}, fills=True, cuts=True),
+    Way({"hidden_size": 512, "num_key_value_heads": 4}, fills=True),
+    Way(wide=True), Way(wide=True, cuts=True),
 ]  # fmt: skip
 
 
@@ -158,8 +161,11 @@ def tried(model: nn.Module) -> tuple[dict[str, Tensor], Any]:
 def made(kind: str) -> tuple[nn.Module, dict[str, Tensor], Any, Way]:
     """A model that runs, its inputs and output, and the way in which its sizes fit each other."""
     first: Exception | None = None
+    until = time.monotonic() + TRYING
     for model_class in tiny.model_classes(kind):
         for way in WAYS:
+            if first is not None and time.monotonic() > until:
+                raise first
             try:
                 model = tiny.build(kind, way, model_class)
                 return (model, *tried(model), way)

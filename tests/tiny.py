@@ -61,6 +61,9 @@ TOKENS = {
     "sep_token_id": 2, "cls_token_id": 1, "forced_eos_token_id": None,
     "forced_bos_token_id": None, "lang_id": 0,
 }  # fmt: skip
+SERIES = {
+    "prediction_length": 4, "context_length": 8, "lags_sequence": [1], "num_time_features": 1,
+}  # fmt: skip
 # What the names do not say: sizes that must fit each other, or fields that mean something else
 OWN: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": 4},
@@ -104,9 +107,9 @@ OWN: dict[str, dict[str, Any]] = {
     "squeezebert": {"embedding_size": 32},
     "mpnet": {},
     "esm": {"position_embedding_type": "rotary", "vocab_size": VOCAB, "mask_token_id": 4},
-    "autoformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1], "num_time_features": 1},
-    "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1], "num_time_features": 1},
-    "time_series_transformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1], "num_time_features": 1},
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "visual_embed": False},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
     "bros": {"hidden_size": 64},
@@ -144,7 +147,7 @@ MAPPINGS = (
 
 
 def model_classes(kind: str) -> list[type]:
-    """An architecture's models, one that generates first where there is one; [] where it is a part."""
+    """An architecture's models, one that generates first if there is one; [] where it is a part."""
     config = CONFIG_MAPPING[kind]
     found: list[type] = []
     for mapping in MAPPINGS:

@@ -224,5 +224,8 @@ LAYOUTS: dict[str, list[Callable[[Any], tuple[int, ...]]]] = {
         lambda c: (2, 1, 3, *_sides(c)),
         lambda c: (2, 3, 224, 224),
     ],
-    "past_values": [lambda c: (2, 9), lambda c: (2, _of(c, "context_length", default=32), 1), lambda c: (2, 64)],
+    "past_values": [
+        lambda c: (2, 9), lambda c: (2, _of(c, "context_length", default=32), 1),
+        lambda c: (2, 64),
+    ],
 }  # fmt: skip
