@@ -44,6 +44,11 @@ class Added:
         rows = replace(self, tensor=self.tensor[span.heads].to(dtype))
         return rows.along(self.offsets(span))[None]
 
+    @property
+    def dense(self) -> bool:
+        """Whether it is a tensor, which may hold −∞: that hides a pair, whatever its score is."""
+        return self.kind == Kind.DENSE
+
     def along(self, offsets: Tensor) -> Tensor:
         """A bias of distance alone, at offsets key − query (…): (heads, …)."""
         if self.kind == Kind.ALIBI:
