@@ -70,6 +70,10 @@ struct SharedBackward {
     }
 };
 
+// From one key to the next of a pair's scores and slopes. Rows of a power of two bytes would fall into the
+// same few sets of the cache, where a product reads one panel of all keys.
+constexpr long PAIR = LANES + 16;
+
 class Backward {
   public:
     explicit Backward(SharedBackward& shared)
@@ -122,9 +126,9 @@ class Backward {
         value = cut.cut(KEYS * c.v_dim);
         d_key = cut.cut(KEYS * sh.dim);
         d_value = cut.cut(KEYS * sh.v_dim);
-        score = cut.cut(KEYS * LANES);   // then the weights, dropped out
-        slope = cut.cut(KEYS * LANES);   // d(loss) / d(weight), then / d(score)
-        capped = cut.cut(c.softcap ? KEYS * LANES : 0);
+        score = cut.cut(KEYS * PAIR);   // then the weights, dropped out
+        slope = cut.cut(KEYS * PAIR);   // d(loss) / d(weight), then / d(score)
+        capped = cut.cut(c.softcap ? KEYS * PAIR : 0);
         biases = cut.cut(KEYS * LANES);
         factors = cut.cut(c.dropout ? KEYS * LANES : 0);
         line = cut.cut(most(sh.dim, sh.v_dim));
@@ -190,7 +194,11 @@ class Backward {
 
     // One block of rows against one tile of keys.
     void pair(const Block& block, long id, Rows k, Rows v, long k0, int n, bool every) {
-        if (!every) shaping.look(block, k0, n, visible, stack);
+        if (!every) {
+            shaping.look(block, k0, n, visible, stack);
+            n = seen_keys(~0ull, n);
+            if (!n) return;
+        }
         if (shaping.biased) shaping.bias(block, k0, n, biases);
         if (c.dropout) shaping.dropout(block, k0, n, factors);
         long row = sh.first_row(block);
@@ -222,39 +230,57 @@ class Backward {
             gather_on_tiles(id, block.count, n);
             return gather_odd(g, n, [&](int j, int lane) { return weight_on_tiles(j, lane); });
         }
+        // What a panel sees none of, at the end of the tile, is left out where nothing else reads it
+        bool whole = every || all_on_tiles || shaping.shaped();
+        int seen[PANELS], least_seen = n;
         for (int p = 0; p < block.panels; p++) {
+            seen[p] = whole ? n : seen_keys(first_bits(PW) << p * PW, n);
+            least_seen = (int)least(least_seen, seen[p]);
             if (block.panel_rows(p) > W)
-                panel<2>(id, p, k, v, q, g, n, every);
+                panel<2>(id, p, k, v, q, g, seen[p], every);
             else
-                panel<1>(id, p, k, v, q, g, n, every);
+                panel<1>(id, p, k, v, q, g, seen[p], every);
         }
         if (shaping.biased) gather_biases(block, k0, n);
         // The cap's own slope, 1 − tanh²: `capped` holds the tanh
         if (c.softcap)
-            for (long i = 0; i < (long)n * LANES; i++) {
+            for (long i = 0; i < (long)n * PAIR; i++) {
+                if (i % PAIR >= LANES) continue;
                 slope[i] *= 1 - capped[i] * capped[i];
-                if (careful && !(shown[i / LANES] >> i % LANES & 1)) slope[i] = 0;
+                if (careful && !(shown[i / PAIR] >> i % PAIR & 1)) slope[i] = 0;
             }
-        auto weight = [&](int j, int lane) { return score[j * LANES + lane]; };
+        auto weight = [&](int j, int lane) { return score[j * PAIR + lane]; };
         if (all_on_tiles) {
             with_parts(sh.parts, [&](auto of) {
                 constexpr int parts = of.count;
-                pack_rows<parts, Unseen>(score, LANES, n, block.count, weight_tiles);
-                pack_rows<parts, Unseen>(slope, LANES, n, block.count, slope_tiles);
+                pack_rows<parts, Unseen>(score, PAIR, n, block.count, weight_tiles);
+                pack_rows<parts, Unseen>(slope, PAIR, n, block.count, slope_tiles);
                 for (int p = 0; p < block.panels; p++)
-                    pack_columns<parts, false, Unseen>(slope + p * PW, LANES, n, PW, slopes_of(p));
+                    pack_columns<parts, false, Unseen>(slope + p * PW, PAIR, n, PW, slopes_of(p));
             });
             gather_on_tiles(id, block.count, n);
             return gather_odd(g, n, weight);
         }
         long at = id * sh.lanes;
-        columns(n, block.count, score, LANES, 1, sh.grad + at * sh.v_dim, sh.lanes, sh.v_dim, d_value,
-                KEYS);
-        columns(n, block.count, slope, LANES, 1, sh.query + at * sh.dim, sh.lanes, sh.dim, d_key, KEYS);
-        for (int p = 0; p < block.panels; p++)
-            product<true>(c.dim, n, finite_key.data, 1, finite_key.ld, slope + p * PW, LANES,
+        auto gather = [&](int keys, long lane, long count) {
+            columns(keys, count, score + lane, PAIR, 1, sh.grad + at * sh.v_dim + lane * PW, sh.lanes,
+                    sh.v_dim, d_value, KEYS);
+            columns(keys, count, slope + lane, PAIR, 1, sh.query + at * sh.dim + lane * PW, sh.lanes,
+                    sh.dim, d_key, KEYS);
+        };
+        if (least_seen == n) gather(n, 0, block.count);
+        for (int p = 0; p < block.panels; p++) {
+            if (least_seen < n) gather(seen[p], p * PW, block.panel_rows(p));
+            product<true>(c.dim, seen[p], finite_key.data, 1, finite_key.ld, slope + p * PW, PAIR,
                           d_query_of(id, p), PW);
+        }
         gather_odd(g, n, weight);
+    }
+
+    // How many keys there are up to the last one of n that any of these lanes sees.
+    int seen_keys(uint64_t lanes, int n) const {
+        while (n > 0 && !(visible[n - 1] & lanes)) n--;
+        return n;
     }
 
     // What gradients that are not finite give the values of the keys that their rows see.
@@ -317,34 +343,34 @@ class Backward {
         bool whole = c.query.type == F16;
         if (scores_on_tiles)
             tile_product<false, NV>(sh.parts, whole, n, c.dim, key_tiles,
-                                    sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, LANES);
+                                    sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, PAIR);
         else
-            product<false, NV>(n, c.dim, k.data, k.ld, 1, q + p * c.dim * PW, PW, s, LANES);
+            product<false, NV>(n, c.dim, k.data, k.ld, 1, q + p * c.dim * PW, PW, s, PAIR);
         if (slopes_on_tiles)
             tile_product<false, NV>(sh.parts, whole, n, c.v_dim, value_tiles,
-                                    sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, LANES);
+                                    sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, PAIR);
         else
-            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, LANES);
+            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, PAIR);
         if (careful)
             odd_pairs<NV>(id, p, 0, n, scores_on_tiles ? s : nullptr, slopes_on_tiles ? ds : nullptr,
-                          LANES);
-        if (after != 1.f) multiply<NV>(n, s, LANES, after);
+                          PAIR);
+        if (after != 1.f) multiply<NV>(n, s, PAIR, after);
         if (!every || shaping.shaped())
-            shaping.finish<NV>(p, n, s, LANES, every ? nullptr : visible,
+            shaping.finish<NV>(p, n, s, PAIR, every ? nullptr : visible,
                                shaping.biased ? biases : nullptr, c.softcap ? capped + p * PW : nullptr);
-        if (careful) see<NV>(p, 0, n, s, LANES);
+        if (careful) see<NV>(p, 0, n, s, PAIR);
         #pragma GCC unroll 2
         for (int i = 0; i < NV; i++) {
             V high = load(top + p * PW + i * W), by = load(inverse + p * PW + i * W);
             V less = load(delta + p * PW + i * W);
             for (int j = 0; j < n; j++) {
-                long at = j * LANES + i * W;
+                long at = j * PAIR + i * W;
                 V x = load(s + at), w = exp(x - high) * by, dw = load(ds + at);
                 // A hidden pair has neither weight nor slope, whatever the other numbers are
                 if (careful) w = x == -INFINITY ? V{} : w;
                 V dropped = w;
                 if (c.dropout) {
-                    V f = load(factors + at + p * PW);
+                    V f = load(factors + j * LANES + p * PW + i * W);
                     dropped = w * f;
                     dw *= f;
                 }
@@ -363,7 +389,7 @@ class Backward {
                 long at = ((stripe * c.batch + s.b) * c.heads + s.h) * sh.offsets();
                 for (int j = 0; j < n; j++) {
                     float* to = sh.d_by_offset + at + s.q0 - (k0 + j) + c.k_len - 1;
-                    const float* ds = slope + j * LANES + s.lane;
+                    const float* ds = slope + j * PAIR + s.lane;
                     for (int r = 0; r < s.count; r++) to[r] += ds[r];
                 }
             }
@@ -378,7 +404,7 @@ class Backward {
                 for (int r = 0; r < s.count; r++)
                     for (int j = 0; j < n; j++)
                         to[(s.q0 + r) * view.stride[2] + (k0 + j) * view.stride[3]] +=
-                            slope[j * LANES + s.lane + r];
+                            slope[j * PAIR + s.lane + r];
             }
         }
     }

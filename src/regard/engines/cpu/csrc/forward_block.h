@@ -263,13 +263,16 @@ class Forward {
                     tile_panel<2>(block, state, p, of, keep, k0, n);
                 else
                     tile_panel<1>(block, state, p, of, keep, k0, n);
-            } else if (block.panel_rows(p) > W)
-                panel<2>(block, state, p, of, s, k0, n, every);
+                continue;
+            }
+            int mine = every || few || on_tiles ? n : seen_keys(p, n);
+            if (block.panel_rows(p) > W)
+                panel<2>(block, state, p, of, s, k0, mine, every);
             else
-                panel<1>(block, state, p, of, s, k0, n, every);
-            if (held && n < whole) {
+                panel<1>(block, state, p, of, s, k0, mine, every);
+            if (held) {
                 memset(keep, 0, from * PW * sizeof(float));
-                memset(s + n * PW, 0, (whole - from - n) * PW * sizeof(float));
+                memset(s + mine * PW, 0, (whole - from - mine) * PW * sizeof(float));
             }
         }
         if (held) {
@@ -295,6 +298,12 @@ class Forward {
         while (to > from && !words[to - 1]) to--;
         from = from / W * W;
         return to - from;
+    }
+
+    // How many keys there are up to the last one of n that any row of a panel sees.
+    int seen_keys(int p, int n) const {
+        while (n > 0 && !(seen[n - 1] & first_bits(PW) << p * PW)) n--;
+        return n;
     }
 
     // Keys and values as the products read them: as tiles where there are some, else as rows.
