@@ -70,20 +70,12 @@ struct SharedBackward {
     }
 };
 
-// From one key to the next of a pair's scores and slopes. Rows of a power of two bytes would fall into the
-// same few sets of the cache, where a product reads one panel of all keys.
-constexpr long PAIR = LANES + 16;
-
 class Backward {
   public:
     explicit Backward(SharedBackward& shared)
         : sh(shared), c(shared.call), back(shared.back), shaping(shared.shaping) {
         static thread_local Arena arena;
-        Cutter measure{nullptr}, cut{nullptr};
-        lay_out(measure);
-        cut.data = arena.take(measure.used);
-        ready = cut.data != nullptr;
-        lay_out(cut);
+        ready = laid_out(arena, [&](Cutter& cut) { lay_out(cut); });
     }
 
     void run() {
@@ -126,9 +118,9 @@ class Backward {
         value = cut.cut(KEYS * c.v_dim);
         d_key = cut.cut(KEYS * sh.dim);
         d_value = cut.cut(KEYS * sh.v_dim);
-        score = cut.cut(KEYS * PAIR);   // then the weights, dropped out
-        slope = cut.cut(KEYS * PAIR);   // d(loss) / d(weight), then / d(score)
-        capped = cut.cut(c.softcap ? KEYS * PAIR : 0);
+        score = cut.cut(KEYS * LANES);   // then the weights, dropped out
+        slope = cut.cut(KEYS * LANES);   // d(loss) / d(weight), then / d(score)
+        capped = cut.cut(c.softcap ? KEYS * LANES : 0);
         biases = cut.cut(KEYS * LANES);
         factors = cut.cut(c.dropout ? KEYS * LANES : 0);
         line = cut.cut(most(sh.dim, sh.v_dim));
@@ -196,7 +188,7 @@ class Backward {
     void pair(const Block& block, long id, Rows k, Rows v, long k0, int n, bool every) {
         if (!every) {
             shaping.look(block, k0, n, visible, stack);
-            n = seen_keys(~0ull, n);
+            while (n > 0 && !visible[n - 1]) n--;
             if (!n) return;
         }
         if (shaping.biased) shaping.bias(block, k0, n, biases);
@@ -234,7 +226,7 @@ class Backward {
         bool whole = every || all_on_tiles || shaping.shaped();
         int seen[PANELS], least_seen = n;
         for (int p = 0; p < block.panels; p++) {
-            seen[p] = whole ? n : seen_keys(first_bits(PW) << p * PW, n);
+            seen[p] = whole ? n : seen_keys(visible, p, n);
             least_seen = (int)least(least_seen, seen[p]);
             if (block.panel_rows(p) > W)
                 panel<2>(id, p, k, v, q, g, seen[p], every);
@@ -244,43 +236,36 @@ class Backward {
         if (shaping.biased) gather_biases(block, k0, n);
         // The cap's own slope, 1 − tanh²: `capped` holds the tanh
         if (c.softcap)
-            for (long i = 0; i < (long)n * PAIR; i++) {
-                if (i % PAIR >= LANES) continue;
+            for (long i = 0; i < (long)n * LANES; i++) {
                 slope[i] *= 1 - capped[i] * capped[i];
-                if (careful && !(shown[i / PAIR] >> i % PAIR & 1)) slope[i] = 0;
+                if (careful && !(shown[i / LANES] >> i % LANES & 1)) slope[i] = 0;
             }
-        auto weight = [&](int j, int lane) { return score[j * PAIR + lane]; };
+        auto weight = [&](int j, int lane) { return score[j * LANES + lane]; };
         if (all_on_tiles) {
             with_parts(sh.parts, [&](auto of) {
                 constexpr int parts = of.count;
-                pack_rows<parts, Unseen>(score, PAIR, n, block.count, weight_tiles);
-                pack_rows<parts, Unseen>(slope, PAIR, n, block.count, slope_tiles);
+                pack_rows<parts, Unseen>(score, LANES, n, block.count, weight_tiles);
+                pack_rows<parts, Unseen>(slope, LANES, n, block.count, slope_tiles);
                 for (int p = 0; p < block.panels; p++)
-                    pack_columns<parts, false, Unseen>(slope + p * PW, PAIR, n, PW, slopes_of(p));
+                    pack_columns<parts, false, Unseen>(slope + p * PW, LANES, n, PW, slopes_of(p));
             });
             gather_on_tiles(id, block.count, n);
             return gather_odd(g, n, weight);
         }
         long at = id * sh.lanes;
         auto gather = [&](int keys, long lane, long count) {
-            columns(keys, count, score + lane, PAIR, 1, sh.grad + at * sh.v_dim + lane * PW, sh.lanes,
+            columns(keys, count, score + lane, LANES, 1, sh.grad + at * sh.v_dim + lane * PW, sh.lanes,
                     sh.v_dim, d_value, KEYS);
-            columns(keys, count, slope + lane, PAIR, 1, sh.query + at * sh.dim + lane * PW, sh.lanes,
+            columns(keys, count, slope + lane, LANES, 1, sh.query + at * sh.dim + lane * PW, sh.lanes,
                     sh.dim, d_key, KEYS);
         };
         if (least_seen == n) gather(n, 0, block.count);
         for (int p = 0; p < block.panels; p++) {
             if (least_seen < n) gather(seen[p], p * PW, block.panel_rows(p));
-            product<true>(c.dim, seen[p], finite_key.data, 1, finite_key.ld, slope + p * PW, PAIR,
+            product<true>(c.dim, seen[p], finite_key.data, 1, finite_key.ld, slope + p * PW, LANES,
                           d_query_of(id, p), PW);
         }
         gather_odd(g, n, weight);
-    }
-
-    // How many keys there are up to the last one of n that any of these lanes sees.
-    int seen_keys(uint64_t lanes, int n) const {
-        while (n > 0 && !(visible[n - 1] & lanes)) n--;
-        return n;
     }
 
     // What gradients that are not finite give the values of the keys that their rows see.
@@ -343,34 +328,34 @@ class Backward {
         bool whole = c.query.type == F16;
         if (scores_on_tiles)
             tile_product<false, NV>(sh.parts, whole, n, c.dim, key_tiles,
-                                    sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, PAIR);
+                                    sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, LANES);
         else
-            product<false, NV>(n, c.dim, k.data, k.ld, 1, q + p * c.dim * PW, PW, s, PAIR);
+            product<false, NV>(n, c.dim, k.data, k.ld, 1, q + p * c.dim * PW, PW, s, LANES);
         if (slopes_on_tiles)
             tile_product<false, NV>(sh.parts, whole, n, c.v_dim, value_tiles,
-                                    sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, PAIR);
+                                    sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, LANES);
         else
-            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, PAIR);
+            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, LANES);
         if (careful)
             odd_pairs<NV>(id, p, 0, n, scores_on_tiles ? s : nullptr, slopes_on_tiles ? ds : nullptr,
-                          PAIR);
-        if (after != 1.f) multiply<NV>(n, s, PAIR, after);
+                          LANES);
+        if (after != 1.f) multiply<NV>(n, s, LANES, after);
         if (!every || shaping.shaped())
-            shaping.finish<NV>(p, n, s, PAIR, every ? nullptr : visible,
+            shaping.finish<NV>(p, n, s, LANES, every ? nullptr : visible,
                                shaping.biased ? biases : nullptr, c.softcap ? capped + p * PW : nullptr);
-        if (careful) see<NV>(p, 0, n, s, PAIR);
+        if (careful) see<NV>(p, 0, n, s, LANES);
         #pragma GCC unroll 2
         for (int i = 0; i < NV; i++) {
             V high = load(top + p * PW + i * W), by = load(inverse + p * PW + i * W);
             V less = load(delta + p * PW + i * W);
             for (int j = 0; j < n; j++) {
-                long at = j * PAIR + i * W;
+                long at = j * LANES + i * W;
                 V x = load(s + at), w = exp(x - high) * by, dw = load(ds + at);
                 // A hidden pair has neither weight nor slope, whatever the other numbers are
                 if (careful) w = x == -INFINITY ? V{} : w;
                 V dropped = w;
                 if (c.dropout) {
-                    V f = load(factors + j * LANES + p * PW + i * W);
+                    V f = load(factors + at + p * PW);
                     dropped = w * f;
                     dw *= f;
                 }
@@ -389,7 +374,7 @@ class Backward {
                 long at = ((stripe * c.batch + s.b) * c.heads + s.h) * sh.offsets();
                 for (int j = 0; j < n; j++) {
                     float* to = sh.d_by_offset + at + s.q0 - (k0 + j) + c.k_len - 1;
-                    const float* ds = slope + j * PAIR + s.lane;
+                    const float* ds = slope + j * LANES + s.lane;
                     for (int r = 0; r < s.count; r++) to[r] += ds[r];
                 }
             }
@@ -404,7 +389,7 @@ class Backward {
                 for (int r = 0; r < s.count; r++)
                     for (int j = 0; j < n; j++)
                         to[(s.q0 + r) * view.stride[2] + (k0 + j) * view.stride[3]] +=
-                            slope[j * PAIR + s.lane + r];
+                            slope[j * LANES + s.lane + r];
             }
         }
     }

@@ -50,11 +50,7 @@ class Forward {
   public:
     explicit Forward(Shared& shared)
         : sh(shared), c(shared.call), o(shared.observe), plan(shared.plan), shaping(shared.shaping) {
-        Cutter measure{nullptr};
-        lay_out(measure);
-        Cutter cutter{arena().take(measure.used)};
-        ready = cutter.data != nullptr;
-        lay_out(cutter);
+        ready = laid_out(arena(), [&](Cutter& cut) { lay_out(cut); });
     }
     ~Forward() { arena().trim(); }
 
@@ -265,7 +261,7 @@ class Forward {
                     tile_panel<1>(block, state, p, of, keep, k0, n);
                 continue;
             }
-            int mine = every || few || on_tiles ? n : seen_keys(p, n);
+            int mine = every || few || on_tiles ? n : seen_keys(seen, p, n);
             if (block.panel_rows(p) > W)
                 panel<2>(block, state, p, of, s, k0, mine, every);
             else
@@ -298,12 +294,6 @@ class Forward {
         while (to > from && !words[to - 1]) to--;
         from = from / W * W;
         return to - from;
-    }
-
-    // How many keys there are up to the last one of n that any row of a panel sees.
-    int seen_keys(int p, int n) const {
-        while (n > 0 && !(seen[n - 1] & first_bits(PW) << p * PW)) n--;
-        return n;
     }
 
     // Keys and values as the products read them: as tiles where there are some, else as rows.

@@ -56,17 +56,9 @@ static void last_rows(int rows, const float* a, long rs, long ks, const float* b
 template <bool add, int NV = 2>
 static void product(long rows, long depth, const float* a, long rs, long ks, const float* b,
                     long ldb, float* c, long ldc) {
-    while (rows > 0) {
-        int now = rows < ROWS ? (int)rows : ROWS;
-        // A rest of one or two rows is too few sums to keep the multipliers busy: it is shared with the block
-        // before it. (Of 128 keys by blocks of 6, 4 + 4 in the place of 6 + 2.)
-        if (rows > ROWS && rows < ROWS + 3) now = (int)(rows + 1) / 2;
-        if (now == ROWS)
-            block<ROWS, add, NV>(a, rs, ks, b, ldb, depth, c, ldc);
-        else
-            last_rows<ROWS - 1, add, NV>(now, a, rs, ks, b, ldb, depth, c, ldc);
-        rows -= now, a += now * rs, c += now * ldc;
-    }
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * rs, c += ROWS * ldc)
+        block<ROWS, add, NV>(a, rs, ks, b, ldb, depth, c, ldc);
+    last_rows<ROWS - 1, add, NV>((int)rows, a, rs, ks, b, ldb, depth, c, ldc);
 }
 
 }  // namespace regard::LEVEL
