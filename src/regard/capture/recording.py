@@ -121,9 +121,7 @@ class Recording(Brief):
 
         Kobayashi et al. 2020, section 3. RegardError where values were not kept.
         """
-        norm = self._found(layer, head, batch).norm
-        if norm is None:
-            raise RegardError(f"layer {layer!r} keeps no values; record with values=True")
+        norm = reading.norm_of(self._found(layer, head, batch), "value")
         weights = self.weights(layer, head, rows, cols, batch)
         mine = norm[batch] if head is None else norm[batch, head]
         if cols is not None:
@@ -182,6 +180,11 @@ class Recording(Brief):
             raise RegardError(f"batch {batch}: the recording has {found.batch}")
         return found
 
+    @property
+    def valued(self) -> bool:
+        """Whether values were kept, so that `norm_weights` and tiles by value can be read."""
+        return any(layer.norms for layer in self.layers)
+
     def zooms(self, layer: int | str) -> int:
         """How many zooms the layer's map has: 0 … zooms − 1; at zoom z a cell is 2**z tokens wide.
 
@@ -191,21 +194,22 @@ class Recording(Brief):
 
     def tile(
         self, layer: int | str, head: int, zoom: int, row: int, col: int, reduce: Reduce = "sum",
-        batch: int = 0,
+        batch: int = 0, by: reading.By = "weight",
     ) -> Tensor:  # fmt: skip
         """One tile (128, 128) of a head's map, float32: cells of 2**zoom queries × 2**zoom keys.
 
         They are the cells row · 128 … and col · 128 …, exact at every zoom; 0 beyond the edges.
-        reduce: "sum", a cell's mass, or "max", its largest weight.
+        reduce: "sum", a cell's mass, or "max", its largest weight. by: "weight", or "value": each
+        weight times ‖W_O v‖ of its key, as `norm_weights`, where values were kept.
         """
-        return self.tiles(layer, [(head, zoom, row, col)], reduce, batch)[0]
+        return self.tiles(layer, [(head, zoom, row, col)], reduce, batch, by)[0]
 
     def tiles(
         self, layer: int | str, wanted: Sequence[Sequence[int]], reduce: Reduce = "sum",
-        batch: int = 0,
+        batch: int = 0, by: reading.By = "weight",
     ) -> Tensor:  # fmt: skip
         """Several tiles (n, 128, 128) of one layer, each (head, zoom, row, col): see `tile`."""
-        return reading.tiles(self._found(layer, None, batch), wanted, reduce, batch)
+        return reading.tiles(self._found(layer, None, batch), wanted, reduce, batch, by)
 
     def top(
         self,
