@@ -7,7 +7,7 @@ import regard
 from cases import Case, at
 from regard import ALiBi, Causal, Full, Padding, Window
 from regard.analysis import head_sums
-from regard.analysis.head_scores import tally
+from regard.analysis.head_sums import tally
 from test_record import ids, tiny
 from test_recording import computed, recorded
 

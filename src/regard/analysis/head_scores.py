@@ -19,8 +19,6 @@ from torch import Tensor
 from ..call.geometry import Span
 from ..capture.recorded_layer import Chunk, RecordedLayer
 from ..engines.second_pass.weigh import whole_rows
-from . import head_sums
-from .head_sums import Ranges
 
 SCORES = {
     "previous": "weight on the token before; special tokens are none",
@@ -216,31 +214,6 @@ class Tally:
         ):
             there = (strip.seen & keys).any(-1)
             self.count(name, torch.einsum("hrk,rk->hr", strip.weights, keys.float()), there)
-
-
-def tally(
-    layer: RecordedLayer, queries: dict[str, Any], keys: dict[str, Any], batch: int = 0
-) -> Tally:
-    """The scores of one layer. queries, keys: what is known of the texts ("tokens" …)."""
-    cross = layer.kind == "cross"
-    kinds = TokenKinds.of(keys if cross else queries)
-    last = layer.key_start + layer.k_len
-    if not cross:
-        last = max(last, layer.query_start + layer.q_len)
-    if kinds is not None and last > len(kinds):
-        kinds = None  # other positions than the text's: a resampled sequence, say
-    made = Tally(layer.heads, cross, kinds)
-    entropy, at = layer.results.entropy, 0
-    for chunk in layer.chunks:
-        lse, n = chunk.lse[batch : batch + 1], chunk.query.shape[2]
-        known = None if entropy is None else entropy.values[batch : batch + 1, :, at : at + n]
-        if (ranges := Ranges.of(layer.call(chunk, batch), lse, known)) is not None:
-            head_sums.add(made, ranges)
-        else:
-            for strip in strips(layer, batch, [chunk]):
-                made.add(strip)
-        at += n
-    return made
 
 
 def behaviour(scores: dict[str, float | None], least: float = 0.5) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,10 @@ from ..call.checked import Call
 from ..call.observers import Entropy, listed
 from ..call.opcodes import Op
 from ..call.results import EntropySeen
+from ..capture.recorded_layer import RecordedLayer
 from ..engines import run
 from ..engines.second_pass.weigh import weigh
-
-if TYPE_CHECKING:
-    from .head_scores import Tally
+from .head_scores import Tally, TokenKinds, strips
 
 LEAST = 2**22  # weights of a call from which on this is worth its overhead
 _ROWS = 128  # of tokens sorted by name, at once
@@ -153,9 +152,34 @@ class Ranges:
         return (scores - lse).exp() * self.sees(rows, keys)
 
 
-def add(tally: Tally, ranges: Ranges) -> None:
+def tally(
+    layer: RecordedLayer, queries: dict[str, Any], keys: dict[str, Any], batch: int = 0
+) -> Tally:
+    """The scores of one layer. queries, keys: what is known of the texts ("tokens" …)."""
+    cross = layer.kind == "cross"
+    kinds = TokenKinds.of(keys if cross else queries)
+    last = layer.key_start + layer.k_len
+    if not cross:
+        last = max(last, layer.query_start + layer.q_len)
+    if kinds is not None and last > len(kinds):
+        kinds = None  # other positions than the text's: a resampled sequence, say
+    made = Tally(layer.heads, cross, kinds)
+    entropy, at = layer.results.entropy, 0
+    for chunk in layer.chunks:
+        lse, n = chunk.lse[batch : batch + 1], chunk.query.shape[2]
+        known = None if entropy is None else entropy.values[batch : batch + 1, :, at : at + n]
+        if (ranges := Ranges.of(layer.call(chunk, batch), lse, known)) is not None:
+            add(made, ranges)
+        else:
+            for strip in strips(layer, batch, [chunk]):
+                made.add(strip)
+        at += n
+    return made
+
+
+def add(made: Tally, ranges: Ranges) -> None:
     """Add a call's rows to the sums and counts of a layer, as strips of its weights would."""
-    kinds, cross, keys = tally.kinds, tally.cross, ranges.keys
+    kinds, cross, keys = made.kinds, made.cross, ranges.keys
     rows = torch.arange(len(ranges.rows), dtype=torch.int64, device="cpu")
     if kinds is not None and not cross:
         rows = rows[~kinds.special[ranges.rows]]
@@ -163,41 +187,41 @@ def add(tally: Tally, ranges: Ranges) -> None:
         return
     later = rows if cross else rows[ranges.rows[rows] > keys[0]]
     first = torch.zeros(1, dtype=torch.int64, device="cpu")
-    tally.count("first", ranges.weights(later, first)[..., 0], ranges.sees(later, first)[None])
+    made.count("first", ranges.weights(later, first)[..., 0], ranges.sees(later, first)[None])
     features = torch.zeros(len(keys), _FEATURES, dtype=torch.float32, device="cpu")
     features[:, _ONE], features[:, _PLACE] = 1, keys
     if kinds is not None:
         features[:, _SPECIAL] = kinds.special[keys] & (keys > 0)
         features[:, _PUNCTUATION] = kinds.punctuation[keys]
     sums, entropy = ranges.passed(features, ahead=False)
-    tally.spread(entropy[:, rows], ranges.many[rows][None])
+    made.spread(entropy[:, rows], ranges.many[rows][None])
     if kinds is not None:
         for name, which in (("separator", _SPECIAL), ("punctuation", _PUNCTUATION)):
             marked = features[:, which] > 0
             if marked.any():
                 there = ranges.seen_of(marked)[rows][None] > 0
-                tally.count(name, sums[:, rows, which], there)
+                made.count(name, sums[:, rows, which], there)
     if cross:
         return
     for name, by in (("previous", -1), ("next", 1), ("self", 0)):
-        _neighbour(tally, ranges, rows, name, by)
-    tally.sum("distance", _distance(ranges, features, sums)[:, rows])
+        _neighbour(made, ranges, rows, name, by)
+    made.sum("distance", _distance(ranges, features, sums)[:, rows])
     if kinds is not None:
         order = kinds.same[keys], kinds.same[(keys - 1).clamp(min=0)].where(keys > 0, -1)
         for name, names in zip(("duplicate", "induction"), order, strict=True):
             for given, there in _copies(ranges, rows, kinds.same[ranges.rows[rows]], names):
-                tally.count(name, given, there[None])
+                made.count(name, given, there[None])
 
 
-def _neighbour(tally: Tally, ranges: Ranges, rows: Tensor, name: str, by: int) -> None:
+def _neighbour(made: Tally, ranges: Ranges, rows: Tensor, name: str, by: int) -> None:
     """What is read of the token so many places on; special ones are none."""
-    keys, kinds = ranges.keys, tally.kinds
+    keys, kinds = ranges.keys, made.kinds
     at = ranges.rows[rows] + by - keys[0]
     has = (at >= 0) & (at < len(keys))
     if kinds is not None:
         has &= ~kinds.special[(ranges.rows[rows] + by).clamp(0, len(kinds) - 1)]
     rows, at = rows[has], at[has]
-    tally.count(name, ranges.pairs(rows, at), ranges.sees(rows, at)[None])
+    made.count(name, ranges.pairs(rows, at), ranges.sees(rows, at)[None])
 
 
 def _distance(ranges: Ranges, features: Tensor, sums: Tensor) -> Tensor:
