@@ -100,8 +100,10 @@ def tiles(
     asked = [_checked(layer, one) for one in wanted]
     out = torch.zeros(len(asked), SIDE, SIDE, dtype=torch.float32, device="cpu")
     starts = (layer.query_start, layer.key_start)
-    pyramid = layer.results.pyramid if norm is None else layer.by_value
-    held = [pyramid.tile(starts, one, reduce, batch) for one in asked]
+    held = [  # the stored maps are of weights
+        None if norm is not None else layer.results.tile(starts, one, reduce, batch)
+        for one in asked
+    ]
     for n, found in enumerate(held):
         if found is not None:
             out[n] = found
