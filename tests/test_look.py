@@ -194,6 +194,16 @@ def test_save(tmp_path):
     assert as_dict(look(loaded, readers=["it"])) == found
     assert loaded.about["text"] == TROPHY
     assert "is there already" in refused(TROPHY, "--save", folder)
+    assert answered(folder, "--from", "it") == found
+    assert answered(folder, "--from", "it", "--tokens") != found
+    page = tmp_path / "page.html"
+    assert run(folder, "--html", page).stdout == f"page: {page}\n"
+    page.unlink()
+    for option in (("--effect",), ("--cut", "3.1"), ("--generate", 3), ("--save", tmp_path / "x")):
+        assert f"a recording of one text; leave out {option[0]}" in refused(folder, *option)
+    assert loaded.layer(0).results  # read beside it, while the model ran
+    refused(TROPHY, "--from", "nobody", "--save", tmp_path / "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["trophy"]
 
 
 # What it refuses
@@ -238,11 +248,11 @@ def test_the_default_model_comes_from_a_package_or_from_the_cache_of_the_hub(mon
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    def save(tensors, path):
+    def written(path, layer, seen, first_row):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(regard.capture.recording, "save_file", save)
+    monkeypatch.setattr(regard.capture.stored_layer, "write_layer", written)
     assert "No space left on device" in refused("a", "--save", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
