@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 from ...errors import RegardError
 from ..inline_page import digest, inert, write_page
+from . import along
 from .opened import SIDE, Opened, readable
 from .server import PAGE, Site, page_file
 
@@ -32,7 +33,7 @@ def write_export(opened: Opened, path: Path, layer: int, head: int, words: list[
         raise RegardError(f"--export holds texts of up to {TOKENS:,} tokens; this one has more")
     answers, least = _answers(opened, layer, head, words)
     script = bundle("view.js")
-    styles = ("vendor/leaflet/leaflet.css", "look.css", "view.css")
+    styles = ("vendor/leaflet/leaflet.css", "vendor/uplot/uPlot.css", "look.css", "view.css")
     style = "\n".join(_text(name) for name in styles)
     policy = (
         f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
@@ -79,7 +80,11 @@ def _wrapped(name: str, text: str) -> str:
         names = re.sub(r"\s+as\s+", ": ", match[1] or "")
         return f"const {{{names}}} = modules[{json.dumps(other)}];" if match[1] else ""
 
-    body = _EXPORT.sub(r"return {\1};", _IMPORT.sub(taken, text))
+    def given(match: re.Match[str]) -> str:
+        names = re.sub(r"(\w+)\s+as\s+(\w+)", r"\2: \1", match[1])
+        return f"return {{{names}}};"
+
+    body = _EXPORT.sub(given, _IMPORT.sub(taken, text))
     if re.search(r"^(import|export)\b", body, re.MULTILINE) or "</script" in body:
         raise RegardError(f"{name} cannot stand in one script with others")
     return f"modules[{json.dumps(name)}] = (() => {{\n{body}\n}})();"
@@ -113,6 +118,9 @@ def _answers(opened: Opened, layer: int, head: int, words: list[int]) -> tuple[d
     for number, one in enumerate(opened.recording.layers):
         if readable(one):
             put("overview", opened.overview(number, 0), r=0, batch=0, layer=number)
+    for what in along.LINES:
+        line = opened.along(layer, head, 0, what)
+        put("along", line, r=0, layer=layer, head=head, batch=0, what=what)
     for way, count in (("out", shown.q_len), ("in", shown.k_len)):
         asked = {"r": 0, "layer": layer, "head": head, "batch": 0}
         for index in range(count) if count <= FANS else words:

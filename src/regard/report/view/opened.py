@@ -15,7 +15,7 @@ from torch import Tensor
 from ...capture.recorded_layer import RecordedLayer
 from ...capture.recording import INDEX, Recording
 from ...errors import RegardError
-from . import overview, segments
+from . import along, overview, segments
 from .pieces import Piece, displayed
 from .units import Units
 
@@ -159,6 +159,14 @@ class Opened:
         return self._once(
             ("overview", number, batch),
             lambda: overview.layer_metrics(self.recording, number, batch),
+        )
+
+    def along(self, number: int, head: int, batch: int, what: str) -> dict[str, Any]:
+        """A head's line along the text: see `along.line`."""
+        self.layer(number, head, batch)
+        return self._once(
+            ("along", number, head, batch, what),
+            lambda: along.line(self.recording, number, head, batch, what),
         )
 
     def row(self, number: int, head: int, query: int, batch: int) -> Tensor:

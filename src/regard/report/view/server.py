@@ -152,6 +152,7 @@ class Site:
             Route("/api/about", self.answers(self.about)),
             Route("/api/tokens", self.answers(self.tokens)),
             Route("/api/overview", self.answers(self.overview)),
+            Route("/api/along", self.answers(self.along)),
             Route("/api/fan", self.answers(self.fan)),
             Route("/api/segments", self.answers(self.segments)),
             Route("/api/weight", self.answers(self.weight)),
@@ -221,6 +222,11 @@ class Site:
 
     def overview(self, asked: _Asked, opened: Opened) -> Any:
         return opened.overview(asked.number("layer"), asked.number("batch", 0))
+
+    def along(self, asked: _Asked, opened: Opened) -> Any:
+        what = asked.one_of("what", "entropy", "received")
+        layer, head = asked.number("layer"), asked.number("head")
+        return opened.along(layer, head, asked.number("batch", 0), what)
 
     def fan(self, asked: _Asked, opened: Opened) -> Any:
         inward = asked.one_of("way", "out", "in") == "in"

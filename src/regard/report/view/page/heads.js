@@ -1,6 +1,7 @@
 // Layers × heads, coloured by a metric, and the finder that ranks them.
 
 import { ask } from "./api.js";
+import { keyed } from "./keyed.js";
 import { arrows, byId, make, shade, three } from "./shared.js";
 import { changed, state } from "./state.js";
 
@@ -154,9 +155,8 @@ class Heads {
 
   rank(all, metric) {
     const best = all.filter(([value]) => value !== null).sort((a, b) => b[0] - a[0]).slice(0, RANKED);
-    byId("ranked").replaceChildren(...best.map(([value, layer, head]) => {
-      const button = make("button", "at",
-        `${layer}.${head} ${metric.share ? value.toFixed(2) : value.toFixed(1)}`);
+    const choose = ([, layer, head]) => {
+      const button = make("button", "at");
       button.type = "button";
       button.dataset.ranked = `${layer}.${head}`;
       button.addEventListener("click", () => {
@@ -164,7 +164,10 @@ class Heads {
         changed();
       });
       return button;
-    }));
+    };
+    keyed(byId("ranked"), best, ([, layer, head]) => `${layer}.${head}`, choose, (button, [value, layer, head]) => {
+      button.textContent = `${layer}.${head} ${metric.share ? value.toFixed(2) : value.toFixed(1)}`;
+    });
   }
 
   async findReads() {

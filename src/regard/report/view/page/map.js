@@ -2,7 +2,7 @@
 
 import "./vendor/leaflet/leaflet.js";
 import { held } from "./api.js";
-import { make } from "./shared.js";
+import { count, make, percent } from "./shared.js";
 import { changed, state } from "./state.js";
 import { darkness, paint } from "./tiles.js";
 import { Profiles } from "./profiles.js";
@@ -41,8 +41,14 @@ class HeadMap {
     const element = make("div", "map");
     this.status = make("p", "map-status");
     this.status.setAttribute("role", "status");
+    this.sighted = make("p", "map-sight");
+    this.loose = make("button", "loose");
+    this.loose.type = "button";
+    this.loose.addEventListener("click", () => this.ranged?.(null));
+    const line = make("div", "map-line");
+    line.append(this.status, this.sighted, this.loose);
     this.profiles = new Profiles(this);
-    frame.append(this.profiles.corner, this.profiles.top, element, this.profiles.right, this.status);
+    frame.append(this.profiles.corner, this.profiles.top, element, this.profiles.right, line);
     this.element = element;
     this.map = L.map(element, {
       crs: CRS, attributionControl: false, zoomSnap: 0, zoomDelta: 1, wheelPxPerZoomLevel: 120,
@@ -58,6 +64,9 @@ class HeadMap {
     this.map.on("mouseout", () => this.told(null));
     this.map.on("click", (event) => this.click(event.latlng));
     darkness.addEventListener("change", () => this.repaint());
+    const plain = { interactive: false, weight: 1, bubblingMouseEvents: false };
+    this.marks = { kept: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "kept" }),
+      range: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "range" }) };
     this.untouched = true; // until a hand moves it, the whole map is kept in sight
     for (const kind of ["pointerdown", "wheel", "keydown"])
       element.addEventListener(kind, () => (this.untouched = false), { passive: true });
@@ -78,7 +87,8 @@ class HeadMap {
     this.unit = 2 ** (1 - this.deepest); // pixels of a token at zoom 0
     const same = before && before.rows === where.rows && before.cols === where.cols;
     if (before && same && JSON.stringify(this.asked(before)) === JSON.stringify(this.asked(where))) {
-        return this.repaint();
+      this.mark();
+      return this.repaint();
     }
     this.layer?.remove();
     this.layer = new MapTiles({
@@ -94,7 +104,39 @@ class HeadMap {
       this.whole();
     }
     this.layer.addTo(this.map);
+    this.mark();
     this.tell();
+  }
+
+  /** The row or column of the token that is kept, and the range that is, drawn over the map. */
+  mark() {
+    const { rows, cols } = this.where;
+    const { kept: range } = this.profiles;
+    const spans = { range: range && [range.along, range.first, range.stop],
+      kept: state.word === null ? null : [state.way === "out" ? "row" : "col", state.word, state.word + 1] };
+    for (const [name, span] of Object.entries(spans)) {
+      const shape = this.marks[name];
+      if (!span || span[1] >= (span[0] === "row" ? rows : cols)) {
+        shape.remove();
+        continue;
+      }
+      const [, first, stop] = span.map((one) => one * this.unit);
+      shape.setBounds(span[0] === "row" ? [[first, 0], [stop, cols * this.unit]]
+        : [[0, first], [rows * this.unit, stop]]);
+      shape.addTo(this.map);
+    }
+    const side = range?.along === "row" ? "queries" : "keys";
+    this.loose.hidden = !range;
+    this.loose.title = "show the other side for all again";
+    if (range) this.loose.textContent =
+      `${side} ${range.first.toLocaleString("en")}–${(range.stop - 1).toLocaleString("en")} ×`;
+  }
+
+  /** Say what is in sight: of how much of their mass the rows are shown. */
+  sight({ share, count: rows }) {
+    const weights = state.reduce === "sum" && this.where.versus === undefined && state.measure === "weight";
+    this.sighted.textContent = weights && rows
+      ? `shown ${percent(Math.min(1, share))} of the mass of ${count(rows, "query").replace("querys", "queries")}` : "";
   }
 
   asked({ r, layer, head, batch, versus }) {

@@ -84,6 +84,10 @@ class Maps {
       [state.word, state.way] = [token, along === "row" ? "out" : "in"];
       changed();
     };
+    map.ranged = (range) => {
+      state.range = range;
+      changed();
+    };
     this.maps.push(map);
     if (this.maps.length === 2) {
       lock(...this.maps);
@@ -95,7 +99,7 @@ class Maps {
     const names = this.about.recordings.map((one) => one.name);
     title.textContent = shows === "change" ? `${names[this.other()]} − ${names[state.recording]}`
       : shows === "unequal" ? `${names[r]} · no difference: the lengths differ` : names[r];
-    if (this.about.recordings.length > 1) map.frame.prepend(title);
+    if (this.about.recordings.length > 1 && !title.parentNode) map.frame.prepend(title);
   }
 
   where(r) {

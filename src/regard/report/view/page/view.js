@@ -1,6 +1,7 @@
 // The page of `regard view`: what is chosen, what is under the pointer, and who draws it.
 
 import { Tokens, ask, held } from "./api.js";
+import { Along } from "./along.js";
 import { Heads } from "./heads.js";
 import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
@@ -11,7 +12,7 @@ import { Pane } from "./text.js";
 
 const PAUSE = 60; // milliseconds that the pointer rests before a token is asked about
 
-let about, heads, maps, segments;
+let about, heads, maps, segments, along;
 let panes = [];
 let paned = null; // what the panes were made for
 let hover = null; // a token of the text under the pointer
@@ -113,6 +114,7 @@ function draw() {
   segments.draw();
   heads.build();
   heads.draw();
+  along.refresh();
   if (state.view === "map") maps.draw();
   else drawText();
   const kept = fan && chosenItems();
@@ -248,6 +250,17 @@ function keep(i, pane) {
   changed();
 }
 
+/** Keep a query ("out") or a key ("in"), and bring it into sight. */
+function keepAt(i, way) {
+  [state.word, state.way, hover] = [i, way, null];
+  changed();
+  requestAnimationFrame(() => {
+    if (state.view === "text") goTo(way === "out" ? i + shift() : i);
+    else if (way === "out") maps.first?.goTo(i, Math.min(i + shift(), layer().k_len - 1));
+    else maps.first?.goTo(Math.max(0, Math.min(i - shift(), layer().q_len - 1)), i);
+  });
+}
+
 /** Bring a token into sight. */
 function goTo(i) {
   for (const pane of panes) if (state.view === "text" && pane.has(i)) pane.goTo(i);
@@ -356,7 +369,7 @@ function build() {
       byId("find").querySelector("input").focus();
       event.preventDefault();
     } else if (event.key === "Escape") {
-      [state.word, hover, fan] = [null, null, null];
+      [state.word, state.range, hover, fan] = [null, null, null, null];
       changed();
     } else if (event.key === "m" || event.key === "t") {
       state.view = event.key === "m" ? "map" : "text";
@@ -367,6 +380,9 @@ function build() {
 
 function tellAbout() {
   const shown = recording();
+  const told = JSON.stringify([state.recording, state.layer]);
+  if (tellAbout.told === told) return; // else a selection in it would be lost
+  tellAbout.told = told;
   const total = shown.layers.reduce((sum, one) => sum + one.heads, 0);
   byId("about").replaceChildren("regard view · ", bold(shown.model),
     ` · ${count(shown.layers.length, "layer")}, ${count(total, "head")} · ` +
@@ -401,6 +417,8 @@ async function start() {
   segments = new Segments(about, { byWords, goTo, failed,
     wordName: () => readers().name((state.word ?? 0) + shift()) });
   heads = new Heads(about, segments, failed);
+  along = new Along(about, { keep: keepAt,
+    name: (i, what) => (what === "entropy" ? readers().name(i + shift()) : keys().name(i)) });
   byId("loading").remove();
   document.documentElement.dataset.loaded = "";
   maps = new Maps(about, tokensOf, failed, (found) => {
