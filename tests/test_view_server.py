@@ -22,7 +22,8 @@ from starlette.testclient import TestClient
 
 from regard.capture.recording import Recording
 from regard.cli import main
-from regard.report.view.opened import SIDE, Opened
+from regard.report.view.opened import Opened
+from regard.report.view.page_facts import SIDE
 from regard.report.view.pieces import displayed
 from regard.report.view.server import Site, listen
 from viewing import HOSTILE, recording, served

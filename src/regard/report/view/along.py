@@ -11,7 +11,7 @@ from ...capture.recording import Recording
 from ...errors import RegardError
 
 POINTS = 1024
-"""Of the line at most: where there are more tokens a point is the mean of several, and their most."""
+"""Of the line at most; where there are more tokens, a point is of several."""
 _MOST = 1 << 28  # weights that are read again where nothing was read beside the recording
 LINES = ("entropy", "received")
 
@@ -26,8 +26,8 @@ def line(recording: Recording, number: int, head: int, batch: int, what: str) ->
     held = layer.results.entropy if what == "entropy" else layer.results.received
     if held is None and layer.heads * layer.q_len * layer.k_len > _MOST:
         raise RegardError(
-            f"{what} was not read beside this recording, and {layer.q_len:,} tokens are too many to "
-            "read it now: record it without --bare"
+            f"{what} was not read beside this recording, and {layer.q_len:,} tokens are too many "
+            "to read it now: record it without --bare"
         )
     if what == "entropy":
         values = recording.entropy(number, head, batch)

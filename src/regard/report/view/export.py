@@ -15,8 +15,9 @@ from urllib.parse import urlencode
 from ...errors import RegardError
 from ..inline_page import digest, inert, write_page
 from . import along
-from .opened import SIDE, Opened, readable
-from .server import PAGE, Site, page_file
+from .opened import Opened, readable
+from .page_facts import PAGE, SIDE, page_facts
+from .server import page_file
 
 TILES = 85
 """Tiles of a map that the file holds at most: four zooms of a square one."""
@@ -100,7 +101,7 @@ def _text(name: str) -> str:
 def _answers(opened: Opened, layer: int, head: int, words: list[int]) -> tuple[dict[str, Any], int]:
     """What the page will ask, by address; and the finest zoom whose tiles are among it."""
     shown = opened.layer(layer, head, 0)
-    about = Site([opened]).about_page()
+    about = page_facts([opened.about()])
     answers: dict[str, Any] = {"api/about?": about}
 
     def put(path: str, answer: Any, **query: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,15 +18,19 @@ from ...capture.recorded_layer import RecordedLayer
 from ...capture.recording import INDEX, Recording
 from ...errors import RegardError
 from . import along, overview, segments
+from .page_facts import (
+    BINS,
+    LISTED,
+    SIDE,
+    LayerFacts,
+    names_words,
+    recording_facts,
+    side_of,
+    special_of,
+)
 from .pieces import Piece, displayed
 from .units import Units
 
-SIDE = 128
-"""Cells along each side of a tile."""
-BINS = 512
-"""Bars of the strip that says where along the whole text a word reads."""
-LISTED = 256
-"""Of one word's weights, this many are listed, largest first."""
 _APART = 64  # special tokens that can be taken out of a map
 
 
@@ -33,12 +39,23 @@ def readable(layer: RecordedLayer) -> bool:
     return layer.pattern and not layer.damage and layer.q_len > 0
 
 
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """The size and the file system's number of each file."""
+    try:
+        with os.scandir(folder) as found:
+            stats = {entry.name: entry.stat() for entry in found if entry.is_file()}
+    except OSError:
+        return {}
+    return {name: (stat.st_size, stat.st_ino) for name, stat in stats.items()}
+
+
 @dataclass(eq=False)
 class Opened:
     """One recording. Methods may be called from several threads."""
 
     recording: Recording
     folder: Path
+    files: dict[str, tuple[int, int]]  # as they were when it was opened
     _kept: dict[Any, Any] = field(default_factory=dict)
     _locks: dict[Any, Lock] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
@@ -50,57 +67,57 @@ class Opened:
         if not any(map(readable, recording.layers)):
             damaged = recording.damaged[:1] or ["it has no layer with softmax attention"]
             raise RegardError(f"nothing to view in {folder}: {damaged[0]}")
-        return cls(recording, folder)
+        return cls(recording, folder, _files(folder))
 
     def check(self) -> None:
-        """RegardError where the recording is no longer there."""
-        if not (self.folder / INDEX).is_file():
+        """RegardError where the recording is no longer there, or no longer what was opened.
+
+        Layers are mapped into memory: to read where a file was cut off ends the process.
+        """
+        found = _files(self.folder)
+        if INDEX not in found:
             raise RegardError(
                 f"the recording {self.folder.name} is no longer where it was opened; "
                 "put it back and reload, or start regard view with another"
             )
+        for name, (size, number) in self.files.items():
+            now = found.get(name)
+            if now is None or now[0] < size:
+                raise RegardError(
+                    f"{self.folder.name}/{name} is {'gone' if now is None else 'cut off'} since it "
+                    "was opened; put it back and reload, or start regard view again"
+                )
+            if now[1] != number:
+                raise RegardError(
+                    f"{self.folder.name} was recorded anew since it was opened: "
+                    "start regard view again"
+                )
 
     def about(self) -> dict[str, Any]:
         """What the page needs to begin."""
-        about, layers = self.recording.about, self.recording.layers
-        first = next(layer for layer in layers if readable(layer))
-        begun = about.get("generated")
-        return {
-            "name": self.folder.name,
-            "model": str(about.get("model", "no model named")),
-            "batch": first.batch,
-            "generated": begun if isinstance(begun, int) else None,
-            "layers": [
-                {
-                    "index": layer.index,
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "heads": layer.heads,
-                    "q_len": layer.q_len,
-                    "k_len": layer.k_len,
-                    "q_side": self.side(layer, "q"),
-                    "k_side": self.side(layer, "k"),
-                    "pattern": readable(layer),
-                    "reason": layer.damage or layer.reason,
-                }
-                for layer in layers
-            ],
-            "whole": self.recording.whole,
-            "damaged": self.recording.damaged[:20],
-            "sides": {name: len(self.pieces(name)) for name in ("text", "decoder")},
-            "special": self._special(),
-            "words": self.worded,
-        }
+        whole, damaged = self.recording.whole, self.recording.damaged
+        said = self.recording.about
+        return recording_facts(self.folder.name, said, self._facts, self.sides, whole, damaged)
+
+    @cached_property
+    def sides(self) -> dict[str, int]:
+        """How many tokens each side has."""
+        return {name: len(self.pieces(name)) for name in ("text", "decoder")}
+
+    @cached_property
+    def _facts(self) -> list[LayerFacts]:
+        return [
+            LayerFacts(
+                layer.index, layer.name, layer.kind, layer.heads, layer.q_len, layer.k_len,
+                layer.batch, readable(layer), layer.damage or layer.reason, bool(layer.norms),
+            )
+            for layer in self.recording.layers
+        ]  # fmt: skip
 
     @property
     def worded(self) -> bool:
         """Whether the recording names words that fit its layers."""
-        words = self.recording.about.get("words")
-        if not isinstance(words, list) or not words or self.pieces("decoder"):
-            return False
-        shown = [layer for layer in self.recording.layers if readable(layer)]
-        count = len(self.pieces("text"))
-        return all(max(layer.q_len, layer.k_len) <= count for layer in shown)
+        return names_words(self.recording.about, self._facts, self.sides)
 
     @property
     def units(self) -> Units | None:
@@ -117,19 +134,9 @@ class Opened:
         units = self.units
         return self._once("words", lambda: units.pieces(self.pieces("text")))
 
-    def _special(self) -> list[int]:
-        given = self.recording.about.get("special")
-        if not isinstance(given, list):
-            return []
-        return [i for i, special in enumerate(given) if special][:100_000]
-
     def side(self, layer: RecordedLayer, of: str) -> str:
         """Whose tokens a layer's queries ("q") or keys ("k") are: the text's, or the decoder's."""
-        if not self.pieces("decoder"):
-            return "text"
-        count = layer.q_len if of == "q" else layer.k_len
-        decoded = layer.kind == "cross" and of == "q"
-        return "decoder" if decoded or count != len(self.pieces("text")) else "text"
+        return side_of(layer.kind, layer.q_len if of == "q" else layer.k_len, self.sides, of)
 
     def pieces(self, side: str) -> list[Piece]:
         """Each token as the text shows it, with what stands before it."""
@@ -296,7 +303,7 @@ class Opened:
         head, zoom, row, col = tile
         size, found = 1 << zoom, found.clone()
         first, last = col * SIDE * size, (col + 1) * SIDE * size
-        for key in {0, *self._special()[:_APART]}:
+        for key in {0, *special_of(self.recording.about)[:_APART]}:
             if not first <= key < min(last, self.recording.layers[number].k_len):
                 continue
             at = (key - first) // size

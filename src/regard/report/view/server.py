@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.resources import files
@@ -23,14 +24,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import RegardError
+from .first_answers import FirstAnswers
+from .page_facts import PAGE, page_facts
 
 if TYPE_CHECKING:  # it imports torch: the page is there before that is done
     from .opened import Opened
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
-PAGE = 8192
-"""Tokens that one request brings."""
+PATIENCE = 1.0
+"""Seconds that importing torch waits for the first view to be asked for and answered."""
 TILES = 64
 """Tiles that one request may ask for."""
 POLICY = "; ".join(
@@ -124,9 +127,17 @@ class _Asked:
 
 
 class Site:
-    """The routes over some recordings: given as they are, or once `load` has opened them."""
+    """The routes over some recordings: given as they are, or once `load` has opened them.
 
-    def __init__(self, opened: Sequence[Opened] = ()) -> None:
+    first: what can be answered before that.
+    """
+
+    def __init__(
+        self, opened: Sequence[Opened] = (), first: Sequence[FirstAnswers] | None = None
+    ) -> None:
+        self.first = first
+        self.ended = False
+        self.begun = threading.Event()  # the first view is answered: now to what takes long
         self.loaded: Future[list[Opened]] = Future()
         if opened:
             self.loaded.set_result(list(opened))
@@ -134,7 +145,11 @@ class Site:
         self.computed = 0  # tiles, for whoever watches that those left behind are dropped
 
     def load(self, make: Callable[[], list[Opened]]) -> None:
-        """Open recordings; what asks for them waits."""
+        """Open recordings; what asks for them waits. The first view comes before."""
+        if self.first is not None:
+            self.begun.wait(PATIENCE)
+        if self.ended:
+            return
         try:
             self.loaded.set_result(make())
         except BaseException as error:
@@ -149,8 +164,8 @@ class Site:
         routes = [
             Route("/", self.index),
             Route("/page/{path:path}", self.file),
-            Route("/api/about", self.answers(self.about)),
-            Route("/api/tokens", self.answers(self.tokens)),
+            Route("/api/about", self.at_first(self.first_about, self.about)),
+            Route("/api/tokens", self.at_first(self.first_tokens, self.tokens)),
             Route("/api/overview", self.answers(self.overview)),
             Route("/api/along", self.answers(self.along)),
             Route("/api/fan", self.answers(self.fan)),
@@ -192,33 +207,43 @@ class Site:
         opened.check()
         return opened
 
+    def at_first(
+        self, early: Callable[[_Asked, FirstAnswers], Any], make: Callable[[_Asked, Opened], Any]
+    ) -> Callable[[Request], Response]:
+        """A route that answers at once, where it can, while the recordings are being opened."""
+        later = self.answers(make)
+
+        def route(request: Request) -> Response:
+            try:
+                found = self.early(asked := _Asked(request))
+                answer = None if found is None else early(asked, found)
+            except (RegardError, OSError) as error:
+                return _refused(error)
+            return later(request) if answer is None else _json(answer)
+
+        return route
+
+    def early(self, asked: _Asked) -> FirstAnswers | None:
+        """What answers for a recording while it is being opened; None once it is."""
+        number = asked.number("r", 0)
+        if self.first is None or self.loaded.done() or number >= len(self.first):
+            return None
+        return self.first[number] if self.first[number].there() else None
+
+    def first_about(self, asked: _Asked, first: FirstAnswers) -> Any:
+        return page_facts([one.about for one in self.first or ()])
+
+    def first_tokens(self, asked: _Asked, first: FirstAnswers) -> Any:
+        side = asked.one_of("side", "text", "decoder", "words")
+        return None if side == "words" else _page(first.sides[side], asked.number("page", 0))
+
     def about(self, asked: _Asked, opened: Opened) -> Any:
-        return self.about_page()
-
-    def about_page(self) -> dict[str, Any]:
-        """What the page needs to begin."""
-        from . import opened, overview, segments
-
-        metrics = [
-            {"key": key, "title": title, "said": said, "share": key not in overview.SCALED}
-            for key, (title, said) in overview.SAID.items()
-        ]
-        return {
-            "recordings": [one.about() for one in self.opened],
-            "metrics": metrics,
-            "kinds": segments.KINDS,
-            "sampled": overview.SAMPLED,
-            "page": PAGE,
-            "side": opened.SIDE,
-            "bins": opened.BINS,
-            "listed": opened.LISTED,
-        }
+        return page_facts([one.about() for one in self.opened])
 
     def tokens(self, asked: _Asked, opened: Opened) -> Any:
         side = asked.one_of("side", "text", "decoder", "words")
         pieces = opened.words() if side == "words" else opened.pieces(side)
-        start = asked.number("page", 0) * PAGE
-        return {"start": start, "pieces": pieces[start : start + PAGE]}
+        return _page(pieces, asked.number("page", 0))
 
     def overview(self, asked: _Asked, opened: Opened) -> Any:
         return opened.overview(asked.number("layer"), asked.number("batch", 0))
@@ -257,32 +282,44 @@ class Site:
         Whoever goes away stops the work: this generator is cancelled, and computes no further.
         """
         try:
-            await asyncio.wrap_future(self.loaded)
             asked = _Asked(request)
-            opened = self.which(asked)
             layer, head, zoom = (asked.number(name) for name in ("layer", "head", "zoom"))
             batch, reduce = asked.number("batch", 0), asked.one_of("reduce", "sum", "max")
             places, sinks = asked.places("at"), asked.number("sinks", 1) > 0
+            first = self.early(asked) if sinks and len(places) == 1 else None
+            if first is not None:
+                data = first.tile(layer, (head, zoom, *places[0]), reduce, batch)
+                self.begun.set()
+                if data is not None:
+                    return Response(data, media_type="application/octet-stream")
+            await asyncio.wrap_future(self.loaded)
+            opened = self.which(asked)
             opened.layer(layer, head, batch)
         except (RegardError, OSError) as error:
             return _refused(error)
 
         def one(row: int, col: int) -> bytes:
             self.computed += 1
+            opened.check()
             return opened.tile(layer, (head, zoom, row, col), reduce, batch, sinks)
 
         loop = asyncio.get_running_loop()
         try:
-            first = await loop.run_in_executor(self.pool, one, *places[0])
+            begun = await loop.run_in_executor(self.pool, one, *places[0])
         except (RegardError, OSError) as error:
             return _refused(error)
 
         async def stream() -> AsyncIterator[bytes]:
-            yield first
+            yield begun
             for place in places[1:]:
                 yield await loop.run_in_executor(self.pool, one, *place)
 
         return StreamingResponse(stream(), media_type="application/octet-stream")
+
+
+def _page(pieces: Sequence[Any], number: int) -> dict[str, Any]:
+    start = number * PAGE
+    return {"start": start, "pieces": pieces[start : start + PAGE]}
 
 
 def _file(path: str) -> Response:
@@ -339,12 +376,16 @@ def server(site: Site) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(make: Callable[[], list[Opened]], sock: socket.socket) -> None:
+def serve(
+    make: Callable[[], list[Opened]],
+    sock: socket.socket,
+    first: Sequence[FirstAnswers] | None = None,
+) -> None:
     """Answer until interrupted, the page at once, the rest when `make` has opened the recordings.
 
-    Raises what kept them from being opened, and ends.
+    first: what answers until then. Raises what kept them from being opened, and ends.
     """
-    site = Site()
+    site = Site(first=first)
     runs = server(site)
 
     def failed(loaded: Future[list[Opened]]) -> None:
@@ -357,6 +398,8 @@ def serve(make: Callable[[], list[Opened]], sock: socket.socket) -> None:
     except KeyboardInterrupt:  # uvicorn raises again what it has handled
         pass
     finally:
+        site.ended = True
+        site.begun.set()
         site.pool.shutdown(wait=False, cancel_futures=True)
     if site.loaded.done():
         site.loaded.result()
