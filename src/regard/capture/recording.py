@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT, STREAMED = 1, 2  # what `save` writes, and `record`
 INDEX = "recording.json"
+_WIDGET = "regard.report.view.notebook"  # of a floor above: named, and imported where it is shown
 
 
 @dataclass(eq=False)
@@ -261,6 +264,12 @@ class Recording(Brief):
         """
         observed = [x.observed(observer, batch) if x.pattern else None for x in self.layers]
         return plot(grid(self.layers, observed, 0), ax)
+
+    def _repr_mimebundle_(self, **asked: Any) -> Any:
+        """In a notebook: the page of `regard view`, where the extra "notebook" is installed."""
+        if find_spec("anywidget") is None:
+            return None  # the layers, as `_repr_html_` lists them
+        return import_module(_WIDGET).mimebundle(self, **asked)
 
     def _repr_html_(self) -> str:
         return layers_box(repr(self), self.layers)

@@ -17,7 +17,7 @@ from ..inline_page import digest, inert, write_page
 from . import along
 from .opened import Opened, readable
 from .page_facts import PAGE, SIDE, page_facts
-from .server import page_file
+from .page_files import page_file
 
 TILES = 85
 """Tiles of a map that the file holds at most: four zooms of a square one."""
@@ -33,6 +33,12 @@ def write_export(opened: Opened, path: Path, layer: int, head: int, words: list[
     if len(opened.pieces("text")) > TOKENS:
         raise RegardError(f"--export holds texts of up to {TOKENS:,} tokens; this one has more")
     answers, least = _answers(opened, layer, head, words)
+    opens = f"head={layer}.{head}" + (f"&word={words[0]}" if words else "")
+    write_page(path, inline({"answers": answers, "least": least, "opens": opens}))
+
+
+def inline(held: dict[str, Any]) -> str:
+    """The page with its modules and styles in it; held: what it finds there when it begins."""
     script = bundle("view.js")
     styles = ("vendor/leaflet/leaflet.css", "vendor/uplot/uPlot.css", "look.css", "view.css")
     style = "\n".join(_text(name) for name in styles)
@@ -40,20 +46,18 @@ def write_export(opened: Opened, path: Path, layer: int, head: int, words: list[
         f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-    opens = f"head={layer}.{head}" + (f"&word={words[0]}" if words else "")
-    data = inert({"answers": answers, "least": least, "opens": opens})
     parts = {
         r'<link rel="stylesheet"[^>]*>\n': "",
         r'<link rel="icon"[^>]*>\n': f'<meta http-equiv="Content-Security-Policy" '
         f'content="{html.escape(policy)}">\n<style>{style}</style>\n',
         r'<script type="module"[^>]*></script>\n': "",
-        r"</body>": f'<script type="application/json" id="held">{data}</script>\n'
+        r"</body>": f'<script type="application/json" id="held">{inert(held)}</script>\n'
         f"<script>{script}</script>\n</body>",
     }
     page = _text("index.html")
     for found, put in parts.items():
         page = re.sub(found, lambda _, put=put: put, page)  # type: ignore[misc]
-    write_page(path, page)
+    return page
 
 
 def bundle(first: str) -> str:

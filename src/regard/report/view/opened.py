@@ -54,7 +54,7 @@ class Opened:
     """One recording. Methods may be called from several threads."""
 
     recording: Recording
-    folder: Path
+    folder: Path | None  # None: it is in memory alone
     files: dict[str, tuple[int, int]]  # as they were when it was opened
     _kept: dict[Any, Any] = field(default_factory=dict)
     _locks: dict[Any, Lock] = field(default_factory=dict)
@@ -69,11 +69,21 @@ class Opened:
             raise RegardError(f"nothing to view in {folder}: {damaged[0]}")
         return cls(recording, folder, _files(folder))
 
+    @classmethod
+    def of(cls, recording: Recording) -> Opened:
+        """A recording that is at hand. RegardError where it has nothing to show."""
+        if not any(map(readable, recording.layers)):
+            raise RegardError("the recording has no layer with weights to show")
+        folder = recording.folder
+        return cls(recording, folder, {} if folder is None else _files(folder))
+
     def check(self) -> None:
         """RegardError where the recording is no longer there, or no longer what was opened.
 
         Layers are mapped into memory: to read where a file was cut off ends the process.
         """
+        if self.folder is None:
+            return
         found = _files(self.folder)
         if INDEX not in found:
             raise RegardError(
@@ -97,7 +107,8 @@ class Opened:
         """What the page needs to begin."""
         whole, damaged = self.recording.whole, self.recording.damaged
         said = self.recording.about
-        return recording_facts(self.folder.name, said, self._facts, self.sides, whole, damaged)
+        name = "recording" if self.folder is None else self.folder.name
+        return recording_facts(name, said, self._facts, self.sides, whole, damaged)
 
     @cached_property
     def sides(self) -> dict[str, int]:

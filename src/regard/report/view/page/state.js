@@ -1,6 +1,6 @@
 // What is chosen, kept in the address: a link to it opens the same.
 
-import { held } from "./api.js";
+import { bridge, held } from "./api.js";
 
 const state = {
   recording: 0,
@@ -55,6 +55,7 @@ function write() {
     if (state[key] !== null && state[key] !== fresh[key]) query.set(name, state[key]);
   if (!state.sinks) query.set("sinks", "off");
   const hash = `#${query}`;
+  if (bridge) return; // a frame in a notebook has no address of its own
   if (hash !== location.hash) history.replaceState(null, "", hash);
 }
 
