@@ -61,7 +61,9 @@ def streamed(folder, tokens: int = 1000, layers: int = 2, heads: int = 4, silent
     for number, layer in enumerate(recording(tokens, layers, heads).layers):
         (chunk,) = layer.chunks
         seen = observe(layer.call(chunk, 0), chunk.lse, observers(8))
-        layer.norms = [(0, torch.rand(1, heads, tokens, generator=torch.Generator().manual_seed(1)))]
+        layer.norms = [
+            (0, torch.rand(1, heads, tokens, generator=torch.Generator().manual_seed(1)))
+        ]
         layer.values = [(0, torch.zeros(1, heads // 2, tokens, 16))]
         file = f"layer-{number:03}.safetensors"
         write_layer(folder / file, layer, Results(*seen), 0)

@@ -25,6 +25,7 @@ FANS = 600
 """Tokens whose weights the file holds, where the text has no more; else those asked for."""
 TOKENS = 200_000
 _IMPORT = re.compile(r'^import\s+(?:\{([^}]*)\}\s*from\s+)?"(\.[^"]+)";[ \t]*$', re.MULTILINE)
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _EXPORT = re.compile(r"^export \{([^}]*)\};[ \t]*$", re.MULTILINE)
 
 
@@ -90,7 +91,8 @@ def _wrapped(name: str, text: str) -> str:
         return f"return {{{names}}};"
 
     body = _EXPORT.sub(given, _IMPORT.sub(taken, text))
-    if re.search(r"^(import|export)\b", body, re.MULTILINE) or "</script" in body:
+    code = _COMMENT.sub("", body)
+    if re.search(r"^(import|export)\b", code, re.MULTILINE) or "</script" in body:
         raise RegardError(f"{name} cannot stand in one script with others")
     return f"modules[{json.dumps(name)}] = (() => {{\n{body}\n}})();"
 
