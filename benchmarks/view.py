@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import random
 import statistics
 import subprocess
@@ -24,9 +23,9 @@ import torch
 
 import regard
 from regard.call.checked import Call
+from regard.capture.index_file import entry_of, layer_file, write_index
 from regard.capture.pyramid import Results, observers
 from regard.capture.recorded_layer import RecordedLayer
-from regard.capture.recording import INDEX, STREAMED
 from regard.capture.stored_layer import write_layer
 
 DIM, SIDE = 64, 128
@@ -48,12 +47,10 @@ def made(tokens: int, heads: int, folder: Path) -> None:
     layer.add(Call.checked(query, key, key, mask=mask), lse.values)
     names = [f"word{i}" for i in range(tokens)]
     folder.mkdir()
-    write_layer(folder / "layer-000.safetensors", layer, Results(*seen), 0)
-    entry = {"name": layer.name, "index": 0, "kind": layer.kind, "pattern": True, "reason": "",
-             "file": "layer-000.safetensors"}  # fmt: skip
+    file = layer_file(folder, 0)
+    write_layer(file, layer, Results(*seen), 0)
     about = {"model": "synthetic", "tokens": names}
-    index = {"format": STREAMED, "whole": True, "about": about, "layers": [entry]}
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, about, [entry_of(layer, file)], whole=True)
 
 
 def memory(process: int) -> float:

@@ -192,6 +192,9 @@ def test_save(tmp_path):
     assert as_dict(look(loaded, readers=["it"])) == found
     assert loaded.about["text"] == TROPHY
     assert "is there already" in refused(TROPHY, "--save", folder)
+    assert loaded.layer(0).results  # read beside it, while the model ran
+    refused(TROPHY, "--from", "nobody", "--save", tmp_path / "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["trophy"]
 
 
 # What it refuses
@@ -260,11 +263,11 @@ def test_a_missing_extra_is_named(monkeypatch, missing):
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    def save(tensors, path):
+    def written(path, layer, seen, first_row):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(regard.capture.recording, "save_file", save)
+    monkeypatch.setattr(regard.capture.stored_layer, "write_layer", written)
     assert "No space left on device" in refused("a", "--save", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

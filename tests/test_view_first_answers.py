@@ -95,9 +95,11 @@ def test_what_is_not_as_it_was_recorded_is_left_to_the_recording(tmp_path, spoil
     assert first_answers([folder]) is None
 
 
-def test_what_save_wrote_is_left_to_the_recording(tmp_path):
+def test_what_save_wrote_has_no_map_that_was_pooled(tmp_path):
     recording(20).save(tmp_path / "one")
-    assert first_answers([tmp_path / "one"]) is None
+    (first,) = first_answers([tmp_path / "one"])
+    assert first.about == Opened.load(tmp_path / "one").about()
+    assert first.tile(0, (0, 0, 0, 0), "sum", 0) is None
 
 
 def test_the_first_view_is_answered_before_the_recording_is_opened(folder):

@@ -119,7 +119,8 @@ FRONT_END = """
 const [source, page] = arguments;
 window.sent = [];
 const model = { get: (name) => ({ page, height: 800 })[name],
-  on: (name, heard) => (window.heard = heard), off: () => {}, send: (said) => window.sent.push(said) };
+  on: (name, heard) => (window.heard = heard), off: () => {},
+  send: (said) => window.sent.push(said) };
 document.body.replaceChildren();
 import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })))
   .then((module) => (window.gone = module.default.render({ model, el: document.body })));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from dataclasses import replace
@@ -12,9 +11,10 @@ import torch
 
 import regard
 from regard.call.checked import Call
+from regard.capture.index_file import entry_of, layer_file, write_index
 from regard.capture.pyramid import Results, observers
 from regard.capture.recorded_layer import RecordedLayer
-from regard.capture.recording import INDEX, STREAMED, Recording
+from regard.capture.recording import Recording
 from regard.capture.stored_layer import write_layer
 from regard.engines.second_pass.weigh import weigh
 from regard.report.view.opened import Opened
@@ -65,16 +65,13 @@ def streamed(folder, tokens: int = 1000, layers: int = 2, heads: int = 4, silent
             (0, torch.rand(1, heads, tokens, generator=torch.Generator().manual_seed(1)))
         ]
         layer.values = [(0, torch.zeros(1, heads // 2, tokens, 16))]
-        file = f"layer-{number:03}.safetensors"
-        write_layer(folder / file, layer, Results(*seen), 0)
-        entries.append({"name": layer.name, "index": number, "kind": "self", "pattern": True,
-                        "reason": "", "file": file})  # fmt: skip
+        file = layer_file(folder, number)
+        write_layer(file, layer, Results(*seen), 0)
+        entries.append(entry_of(layer, file))
     if silent:
-        entries.append({"name": "conv", "index": layers, "kind": "self", "pattern": False,
-                        "reason": "it convolves", "file": None})  # fmt: skip
+        entries.append(entry_of(RecordedLayer("conv", layers, "self", False, "it convolves"), None))
     about = recording(tokens, 1, 2).about | {"words": [[i, i + 2] for i in range(0, tokens - 1, 2)]}
-    index = {"format": STREAMED, "whole": True, "about": about, "layers": entries}
-    (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, about, entries, whole=True)
     return folder
 
 

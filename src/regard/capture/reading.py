@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from ..engines.second_pass.readers import READERS, Accumulator
 from ..engines.second_pass.strips import Strips, StripWeights
 from ..errors import RegardError
 from ..ops.pooled import pooled_tiles
+from .by_value import by_norm
 from .pyramid import BINS
 from .recorded_layer import RecordedLayer
+
+By = Literal["weight", "value"]
 
 
 class Tile(NamedTuple):
@@ -87,15 +90,18 @@ def zooms(layer: RecordedLayer) -> int:
 
 
 def tiles(
-    layer: RecordedLayer, wanted: Sequence[Sequence[int]], reduce: Reduce, batch: int
-) -> Tensor:
+    layer: RecordedLayer, wanted: Sequence[Sequence[int]], reduce: Reduce, batch: int,
+    by: By = "weight",
+) -> Tensor:  # fmt: skip
     """The tiles (n, SIDE, SIDE), float32, of one batch item."""
     if reduce not in ("sum", "max"):
         raise RegardError(f"reduce is {reduce!r}; give 'sum' or 'max'")
+    norm = None if by == "weight" else norm_of(layer, by)[batch : batch + 1]
     asked = [_checked(layer, one) for one in wanted]
     out = torch.zeros(len(asked), SIDE, SIDE, dtype=torch.float32, device="cpu")
     starts = (layer.query_start, layer.key_start)
-    held = [layer.results.tile(starts, one, reduce, batch) for one in asked]
+    pyramid = layer.results.pyramid if norm is None else layer.by_value
+    held = [pyramid.tile(starts, one, reduce, batch) for one in asked]
     for n, found in enumerate(held):
         if found is not None:
             out[n] = found
@@ -111,12 +117,23 @@ def tiles(
         ]  # fmt: skip
         inside = [n for n, r in enumerate(rectangles) if held[n] is None and _meets(r, call)]
         if inside:
+            if norm is not None:
+                call = by_norm(call, norm[:, :, first_key : first_key + call.place.k_len])
             found = pooled_tiles(call, lse, [rectangles[n] for n in inside], reduce)
             found = found.to(out)
             out[inside] = (
                 out[inside] + found if reduce == "sum" else torch.maximum(out[inside], found)
             )
     return out
+
+
+def norm_of(layer: RecordedLayer, by: str) -> Tensor:
+    """‖W_O v‖ of each key (batch, heads, k_len). RegardError where no values were kept."""
+    if by != "value":
+        raise RegardError(f"by is {by!r}; give 'weight' or 'value'")
+    if layer.norm is None:
+        raise RegardError(f"layer {layer.name} keeps no values; record with values=True")
+    return layer.norm
 
 
 def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:

@@ -134,7 +134,7 @@ def look(
         question = Question.parse(text2, model2, cuts, effect, generate)
         result = answered(
             model, text, question, words=readers, layers=layers, heads=chosen, top=top,
-            special=not no_special, tokens=tokens, progress=told,
+            special=not no_special, tokens=tokens, save=save, progress=told,
         )  # fmt: skip
         found, recording = result.found, result.recording
         if html is not None:
@@ -145,9 +145,7 @@ def look(
                 other=result.other,
                 progress=lambda share: told("writing the page", share),
             )
-        if save is not None:
-            told("saving", None)
-            saved = _save(recording, save)
+        saved = "" if save is None else _size(recording, save)
     replace_unprintable()
     if as_object:
         from ..report.look_json import as_json
@@ -168,15 +166,8 @@ def look(
         click.echo(f"saved: {save}, {saved}", err=as_object)
 
 
-def _save(recording: Recording, folder: Path) -> str:
-    """Write the recording, which is there once it is whole. Returns what was written."""
-    from ..analysis.words import word_tokens
-
-    recording.about["words"] = word_tokens(recording.about)
-    try:
-        recording.save(folder)
-    except OSError as error:
-        raise RegardError(f"cannot save to {folder}: {error.strerror or error}") from error
+def _size(recording: Recording, folder: Path) -> str:
+    """What was written."""
     size = sum(path.stat().st_size for path in folder.iterdir())
     kept, tokens = len(recording.layers), len(recording.about["tokens"])
     return f"q, k and lse of {kept} layers and {tokens:,} tokens, {size / 1e6:.1f} MB"

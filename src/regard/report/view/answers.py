@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ...errors import RegardError
 from .page_facts import PAGE, page_facts
 
 if TYPE_CHECKING:  # it imports torch: the page is there before that is done
-    from .opened import Opened
+    from .opened import By, Opened
 
 TILES = 64
 """Tiles that one request may ask for."""
@@ -37,6 +37,10 @@ class Asked:
             raise RegardError(f"{name}: one of {', '.join(choices)} is wanted")
         return text
 
+    def measure(self) -> By:
+        """What is shown of each edge."""
+        return cast("By", self.one_of("measure", "weight", "value"))
+
     def word(self, name: str) -> str:
         return self._given.get(name, "")[:1000]
 
@@ -61,6 +65,7 @@ class TilesAsked(NamedTuple):
     batch: int
     reduce: str
     sinks: bool
+    by: By
     places: list[tuple[int, int]]
 
     @classmethod
@@ -69,7 +74,8 @@ class TilesAsked(NamedTuple):
         layer, head, zoom = (asked.number(name) for name in ("layer", "head", "zoom"))
         batch, reduce = asked.number("batch", 0), asked.one_of("reduce", "sum", "max")
         sinks = asked.number("sinks", 1) > 0
-        return cls(layer, head, zoom, batch, reduce, sinks, asked.places("at"))
+        by = asked.measure()
+        return cls(layer, head, zoom, batch, reduce, sinks, by, asked.places("at"))
 
 
 class Answers:
@@ -105,7 +111,7 @@ class Answers:
         """One of them."""
         opened.check()
         tile = (wanted.head, wanted.zoom, *place)
-        return opened.tile(wanted.layer, tile, wanted.reduce, wanted.batch, wanted.sinks)
+        return opened.tile(wanted.layer, tile, wanted.reduce, wanted.batch, wanted.sinks, wanted.by)
 
     def about(self, asked: Asked, opened: Opened) -> Any:
         return page_facts([one.about() for one in self.opened])
@@ -127,8 +133,9 @@ class Answers:
         inward = asked.one_of("way", "out", "in") == "in"
         layer, head, index = (asked.number(name) for name in ("layer", "head", "index"))
         by_words = asked.one_of("by", "tokens", "words") == "words"
-        fan = opened.word_fan if by_words else opened.fan
-        return fan(layer, head, index, batch=asked.number("batch", 0), inward=inward)
+        fan, batch = opened.word_fan if by_words else opened.fan, asked.number("batch", 0)
+        by = asked.measure()
+        return fan(layer, head, index, batch=batch, inward=inward, by=by)
 
     def segments(self, asked: Asked, opened: Opened) -> Any:
         token = asked.number("index") if asked.word("index") else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from .page_facts import (
 from .pieces import Piece, displayed
 from .units import Units
 
+By = Literal["weight", "value"]
+"""What is shown: weights, or weight · ‖W_O v‖, how long a vector each key adds."""
 _APART = 64  # special tokens that can be taken out of a map
 
 
@@ -187,14 +189,18 @@ class Opened:
             lambda: along.line(self.recording, number, head, batch, what),
         )
 
-    def row(self, number: int, head: int, query: int, batch: int) -> Tensor:
-        """What one query reads: (k_len,)."""
+    def row(
+        self, number: int, head: int, queries: list[int], batch: int, by: By = "weight"
+    ) -> Tensor:
+        """What some queries read, on average: (k_len,)."""
         layer = self.layer(number, head, batch)
-        if not 0 <= query < layer.q_len:
-            raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
-        return self.recording.weights(number, head, [query], batch=batch)[0]
+        for query in queries:
+            if not 0 <= query < layer.q_len:
+                raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
+        read = self.recording.weights if by == "weight" else self.recording.norm_weights
+        return read(number, head, queries, batch=batch).mean(0)
 
-    def column(self, number: int, head: int, key: int, batch: int) -> Tensor:
+    def column(self, number: int, head: int, key: int, batch: int, by: By = "weight") -> Tensor:
         """By how much each query reads one key: (q_len,)."""
         layer = self.layer(number, head, batch)
         if not 0 <= key < layer.k_len:
@@ -202,20 +208,25 @@ class Opened:
         col, place = divmod(key, SIDE)
         tiles = [(head, 0, row, col) for row in range(-(-layer.q_len // SIDE))]
         parts = [
-            self.recording.tiles(number, tiles[at : at + SIDE], "sum", batch)[:, :, place].flatten()
+            self.recording.tiles(number, tiles[at : at + SIDE], "sum", batch, by)[
+                :, :, place
+            ].flatten()
             for at in range(0, len(tiles), SIDE)
         ]
         return torch.cat(parts)[: layer.q_len]
 
     def fan(
-        self, number: int, head: int, index: int, *, batch: int, inward: bool
+        self, number: int, head: int, index: int, *, batch: int, inward: bool, by: By = "weight"
     ) -> dict[str, Any]:
         """One word's strongest weights, out or in, and where they lie along the whole text."""
-        values = (self.column if inward else self.row)(number, head, index, batch)
+        if inward:
+            values = self.column(number, head, index, batch, by)
+        else:
+            values = self.row(number, head, [index], batch, by)
         return self._fan(values, values, None, index, number, head, inward)
 
     def word_fan(
-        self, number: int, head: int, index: int, *, batch: int, inward: bool
+        self, number: int, head: int, index: int, *, batch: int, inward: bool, by: By = "weight"
     ) -> dict[str, Any]:
         """The same by words, `index` any token of one: each stands at its first token.
 
@@ -230,11 +241,11 @@ class Opened:
             raise RegardError(f"no token {index}: the layer has {limit:,}")
         mine = [t - moved for t in units.tokens(index + moved) if 0 <= t - moved < limit]
         if inward:
-            values = sum(self.column(number, head, key, batch) for key in mine)
+            values = sum(self.column(number, head, key, batch, by) for key in mine)
             assert isinstance(values, Tensor)
             summed = units.mean(values, before)
         else:
-            values = self.recording.weights(number, head, mine, batch=batch).mean(0)
+            values = self.row(number, head, mine, batch, by)
             summed = units.summed(values)
         starts = [max(0, start - before) if inward else start for start in units.starts]
         return self._fan(values, summed, starts, mine[0], number, head, inward)
@@ -296,21 +307,23 @@ class Opened:
         return found
 
     def tile(
-        self, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int, sinks: bool
-    ) -> bytes:
+        self, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int, sinks: bool,
+        by: By = "weight",
+    ) -> bytes:  # fmt: skip
         """One tile (head, zoom, row, col) of a map: 128 × 128 float32, little-endian.
 
         Without `sinks`, the first and the special tokens' columns are taken out of it: from sums
         exactly; a cell of several tokens whose largest weight may be theirs is +inf.
         """
-        found = self.recording.tile(number, *tile, reduce, batch).float()  # type: ignore[arg-type]
+        found = self.recording.tile(number, *tile, reduce, batch, by).float()  # type: ignore[arg-type]
         if not sinks:
-            found = self._without_sinks(found, number, tile, reduce, batch)
+            found = self._without_sinks(found, number, tile, reduce, batch, by)
         return found.contiguous().numpy().astype("<f4", copy=False).tobytes()
 
     def _without_sinks(
-        self, found: Tensor, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int
-    ) -> Tensor:
+        self, found: Tensor, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int,
+        by: By,
+    ) -> Tensor:  # fmt: skip
         head, zoom, row, col = tile
         size, found = 1 << zoom, found.clone()
         first, last = col * SIDE * size, (col + 1) * SIDE * size
@@ -324,8 +337,8 @@ class Opened:
                 found[:, at] = torch.inf
             else:
                 column = self._once(
-                    ("column", number, head, key, batch),
-                    lambda key=key: self.column(number, head, key, batch),  # type: ignore[misc]
+                    ("column", number, head, key, batch, by),
+                    lambda key=key: self.column(number, head, key, batch, by),  # type: ignore[misc]
                 )
                 part = column[row * SIDE * size : (row + 1) * SIDE * size]
                 part = torch.nn.functional.pad(part, (0, SIDE * size - len(part)))

@@ -214,7 +214,8 @@ class Site:
 
     def first_tile(self, asked: Asked, wanted: TilesAsked) -> bytes | None:
         """A tile of the first view, from the files alone; then the recordings may be opened."""
-        first = self.early(asked) if wanted.sinks and len(wanted.places) == 1 else None
+        plain = wanted.sinks and wanted.by == "weight" and len(wanted.places) == 1
+        first = self.early(asked) if plain else None
         if first is None:
             return None
         tile = (wanted.head, wanted.zoom, *wanted.places[0])

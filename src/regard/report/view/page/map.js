@@ -25,7 +25,7 @@ const MapTiles = L.GridLayer.extend({
     drop = this.owner.values(place, (values) => {
       canvas.values = values;
       canvas.classList.remove("pending");
-      if (values) this.owner.paint(canvas);
+      if (values) this.owner.painted(canvas);
       // Leaflet knows of a tile only once this function has returned it
       queueMicrotask(() => done(null, canvas));
     });
@@ -140,7 +140,7 @@ class HeadMap {
   }
 
   asked({ r, layer, head, batch, versus }) {
-    return { r, layer, head, batch, reduce: state.reduce, versus: versus ?? null, sinks: state.sinks };
+    return { r, layer, head, batch, reduce: state.reduce, versus: versus ?? null, sinks: state.sinks, measure: state.measure };
   }
 
   bounds() {
@@ -176,6 +176,7 @@ class HeadMap {
     const { r, layer, head, batch, versus } = this.where;
     const where = { r, layer, head, batch, zoom: place.zoom, reduce: state.reduce };
     if (!state.sinks) where.sinks = 0;
+    if (state.measure !== "weight") where.measure = state.measure;
     const at = { row: place.row, col: place.col };
     if (versus === undefined) return this.loader.ask(where, at, got);
     let [one, two] = [null, null];
@@ -185,6 +186,12 @@ class HeadMap {
       this.loader.ask({ ...where, r: versus }, at, (values) => ((two = values), both())),
     ];
     return () => drops.forEach((drop) => drop());
+  }
+
+  /** Paint a tile that has come; with it all others, where the darkest colour is theirs together. */
+  painted(canvas) {
+    if (state.measure === "weight") return this.paint(canvas);
+    requestAnimationFrame(() => this.tiles().forEach((one) => this.paint(one)));
   }
 
   paint(canvas) {
@@ -198,9 +205,19 @@ class HeadMap {
   scale(zoom) {
     const size = 2 ** zoom;
     // In sum: the share of its mass that a token of the cell gives to the cell's keys, on average
-    const unit = state.reduce === "sum" ? size : 1;
+    const unit = (state.reduce === "sum" ? size : 1) * this.longest(zoom);
     const even = (state.reduce === "sum" ? size : 1) / Math.max(2, this.where.cols);
     return { unit, low: Math.min(0.05, Math.max(1e-7, even / 20)) };
+  }
+
+  /** What weights are multiplied by at most, where lengths are shown: the darkest colour's. */
+  longest(zoom) {
+    if (state.measure === "weight") return 1;
+    const size = state.reduce === "sum" ? 2 ** zoom : 1;
+    let most = 1e-9;
+    for (const { place, values } of this.tiles())
+      if (place.zoom === zoom) for (const value of values) if (value < Infinity && Math.abs(value) > most) most = Math.abs(value);
+    return most / size;
   }
 
   get zoom() {

@@ -125,7 +125,8 @@ class Maps {
     }
     const low = this.first?.where ? this.first.scale(this.first.zoom).low : 0;
     const from = both ? "−1" : state.scale === "linear" ? "0" : low.toExponential(0).replace("e-", "·10⁻").replace(/⁻(\d+)/, (_, n) => `⁻${[...n].map((d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("")}`);
-    byId("legend").replaceChildren(make("span", "", from), canvas, make("span", "", "1"));
+    byId("legend").replaceChildren(make("span", "", state.measure === "weight" ? from : "0"), canvas,
+      make("span", "", state.measure === "weight" ? "1" : "most in sight"));
   }
 }
 

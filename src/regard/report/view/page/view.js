@@ -54,6 +54,7 @@ function wonder() {
   const index = hover ?? state.word;
   const limit = state.way === "out" ? layer().q_len : layer().k_len;
   const where = { r: state.recording, layer: state.layer, head: state.head, batch: state.batch };
+  if (state.measure !== "weight") where.measure = state.measure;
   const question = index === null || index >= limit ? null : JSON.stringify([where, index, state.way, unit()]);
   if (question === asking?.question) return;
   asking?.abort.abort();
@@ -84,6 +85,9 @@ function wonder() {
   asking = { question, abort, timer: setTimeout(go, hover === null ? 0 : PAUSE) };
 }
 
+/** Whether lengths are shown, of what each key adds, instead of weights. */
+const added = () => state.measure !== "weight";
+
 /** The items that hold the share of the mass that the slider asks for. */
 function chosenItems() {
   let sum = 0;
@@ -110,6 +114,8 @@ function draw() {
   for (const button of byId("units").children)
     button.setAttribute("aria-pressed", button.dataset.units === state.units);
   byId("units").hidden = !recording().words || Boolean(held);
+  byId("measure").hidden = !layer().norms || Boolean(held);
+  byId("measure").querySelector("select").value = state.measure;
   segments.refresh();
   segments.draw();
   heads.build();
@@ -118,7 +124,7 @@ function draw() {
   if (state.view === "map") maps.draw();
   else drawText();
   const kept = fan && chosenItems();
-  drawList({ fan, unit: unit(), state, readers: readers(), keys: keys(), keep: (i) => goTo(i) });
+  drawList({ fan, unit: unit(), state, readers: readers(), keys: keys(), keep: (i) => goTo(i), added: added() });
   drawShown(kept);
   drawHeadline();
 }
@@ -161,7 +167,7 @@ function drawText() {
       focus: fan.index + (fan.inward ? 0 : shift()),
       focusHere: pane.tokens.side === focusSide,
       items: same ? kept.items.map(([i, weight]) => [i + moved, weight]) : [],
-      most: fan.inward ? Math.max(0.05, fan.items[0]?.[1] ?? 1) : 1,
+      most: added() ? fan.items[0]?.[1] || 1 : fan.inward ? Math.max(0.05, fan.items[0]?.[1] ?? 1) : 1,
       bins: same ? fan.bins : [], bin: fan.bin,
       locked: state.word !== null && hover === null,
     });
@@ -174,8 +180,9 @@ function drawShown(kept) {
     said.textContent = `hover a ${unit()}, or click it to keep it`;
     return;
   }
-  const lost = 1 - fan.total;
-  const parts = [`shown ${percent(fan.total > 0 ? kept.sum / Math.max(fan.total, fan.inward ? 0 : 1) : 0)} of the mass`,
+  const lost = added() ? 0 : 1 - fan.total;
+  const whole = Math.max(fan.total, fan.inward || added() ? 0 : 1);
+  const parts = [`shown ${percent(whole > 0 ? kept.sum / whole : 0)} of the ${added() ? "lengths added" : "mass"}`,
     `${count(kept.items.length, unit())} of ${fan.visible.toLocaleString("en")}`];
   if (!fan.inward && lost > 0.005) parts.push(`${percent(lost)} goes to a learned sink`);
   if (kept.items.length === about.listed && kept.sum < (state.share / 100) * fan.total - 1e-6)
@@ -219,7 +226,7 @@ function drawHeadline() {
     .concat(fan.items);
   const names = fan.inward ? [readers().name(best[0]), keys().name(fan.index)]
     : [readers().name(fan.index), keys().name(best[0])];
-  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(three(best[1]), "weight"), where);
+  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(added() ? `${best[1].toPrecision(3)} added` : three(best[1]), "weight"), where);
   byId("note").replaceChildren(...(state.word === null ? ["Click to keep it."]
     : ["Kept. ", make("kbd", "", "Esc"), " lets go."]));
 }
@@ -336,6 +343,10 @@ function build() {
       changed();
     });
   choose("share", "share");
+  byId("measure").querySelector("select").addEventListener("change", (event) => {
+    state.measure = event.target.value;
+    changed();
+  });
   for (const id of held ? ["reduce", "sinks", "find", "reads", "segments", "which", "pair"] : []) {
     byId(id).hidden = true;
     byId(id).closest("label")?.setAttribute("hidden", "");
