@@ -285,9 +285,10 @@ class HeadMap {
     const size = 2 ** this.zoom;
     const cells = size === 1 ? "a cell is one weight"
       : `a cell is ${size.toLocaleString("en")} × ${size.toLocaleString("en")} tokens`;
+    const missing = this.element.querySelector("canvas.pending"); // the error says why
     this.status.textContent = waits
       ? `${cells} · coarser until ${waits} exact ${waits === 1 ? "tile comes" : "tiles come"}`
-      : `${cells} · exact`;
+      : missing ? `${cells} · some tiles are missing` : `${cells} · exact`;
     this.frame.toggleAttribute("data-waits", waits > 0);
   }
 }

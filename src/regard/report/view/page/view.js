@@ -438,6 +438,8 @@ async function start() {
   });
   build();
   onChange(() => {
+    byId("error").hidden = true; // it comes again where it still holds
+    if (!layer().norms) state.measure = "weight";
     tellAbout();
     wonder();
     draw();
