@@ -71,12 +71,8 @@ def test_what_keys_add_is_weight_times_length(client, folder, way, by):
     added = Opened.load(folder).recording.norm_weights(0, 1)
     if by == "words":  # two tokens each: means over those that read, sums over those read
         added = added.view(1500, 2, 1500, 2).mean(1).sum(-1)
-    line = (
-        added[1500 if by == "tokens" else 750]
-        if way == "out"
-        else added[:, 1500 if by == "tokens" else 750]
-    )
     step = 1 if by == "tokens" else 2
+    line = added[1500 // step] if way == "out" else added[:, 1500 // step]
     assert dict(found["items"]) == pytest.approx(
         {i: float(line[i // step]) for i, _ in found["items"]}, rel=1e-3, abs=1e-5
     )
