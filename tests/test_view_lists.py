@@ -63,7 +63,7 @@ def test_a_drag_beside_the_map_keeps_its_rows_and_a_click_one(browser, site):
 
 @pytest.mark.slow
 def test_the_line_along_the_text_keeps_a_token(browser, site, folder):
-    page = ViewPage(browser, f"{site}#head=1.2&view=text&along=received")
+    page = ViewPage(browser, f"{site}#head=1.2&view=text&by=tokens&along=received")
     page.until("document.querySelector('#along-line canvas')")
     page.over("#along-line .u-over", 0, 0)
     page.until("document.getElementById('along-said').textContent.includes('Click keeps')")
@@ -123,6 +123,9 @@ def test_a_recording_cut_off_while_open_is_said_until_it_is_whole(browser, folde
     shutil.copytree(folder, tmp_path / "one")
     with served(tmp_path / "one") as (address, _):
         page = ViewPage(browser, f"{address}#head=0.0").exact()
+        # Nothing is being read: what is cut off in the middle of a read ends a process
+        page.until("document.querySelectorAll('#grid [data-value]').length === 8")
+        page.until("document.querySelector('#along-line canvas')")
         path = tmp_path / "one" / "layer-001.safetensors"
         whole = path.read_bytes()
         with path.open("r+b") as file:
