@@ -2,6 +2,7 @@
 
 import { Tokens, ask, held } from "./api.js";
 import { Along } from "./along.js";
+import { buildFind } from "./find.js";
 import { Heads } from "./heads.js";
 import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
@@ -275,44 +276,6 @@ function goTo(i) {
     state.way === "out" ? maps.first.goTo(state.word, i) : maps.first.goTo(i, state.word);
 }
 
-function buildFind() {
-  const field = byId("find").querySelector("input");
-  const said = byId("found");
-  let [hits, at, timer] = [[], -1, null];
-  const search = async () => {
-    const text = field.value.trim();
-    try {
-      hits = text ? await ask("matching", { r: state.recording, text, side: layer().q_side }) : [];
-    } catch (error) {
-      return failed(error);
-    }
-    at = -1;
-    said.textContent = !text ? "" : hits.length ? `${count(hits.length, "place")}; Enter goes to the next`
-      : "no such token; try a part of it";
-  };
-  const go = (by) => {
-    if (!hits.length) return;
-    at = (at + by + hits.length) % hits.length;
-    said.textContent = `${at + 1} of ${hits.length}`;
-    const query = hits[at] - shift();
-    if (query >= 0 && query < layer().q_len) [state.word, state.way] = [query, "out"];
-    changed();
-    requestAnimationFrame(() => goTo(hits[at]));
-    if (state.view === "map") maps.first.goTo(query, Math.min(query + shift(), layer().k_len - 1));
-  };
-  field.addEventListener("input", () => {
-    clearTimeout(timer);
-    timer = setTimeout(search, 150);
-  });
-  field.addEventListener("keydown", async (event) => {
-    if (event.key !== "Enter") return;
-    event.preventDefault();
-    clearTimeout(timer);
-    if (at < 0) await search();
-    go(event.shiftKey ? -1 : 1);
-  });
-}
-
 function choose(id, key, then = () => {}) {
   const element = byId(id);
   element.addEventListener(element.type === "range" ? "input" : "change", () => {
@@ -351,7 +314,7 @@ function build() {
     byId(id).hidden = true;
     byId(id).closest("label")?.setAttribute("hidden", "");
   }
-  buildFind();
+  buildFind({ layer, shift, failed, goTo, map: () => maps.first });
   const several = (id, names, key, then) => {
     if (names.length < 2) return;
     const select = byId(id).querySelector("select");
