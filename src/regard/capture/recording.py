@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ from .stored_layer import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_WIDGET = "regard.report.view.notebook"  # of a floor above: named, and imported where it is shown
 
 
 @dataclass(eq=False)
@@ -268,6 +272,12 @@ class Recording(Brief):
         """
         observed = [x.observed(observer, batch) if x.pattern else None for x in self.layers]
         return plot(grid(self.layers, observed, 0), ax)
+
+    def _repr_mimebundle_(self, **asked: Any) -> Any:
+        """In a notebook: the page of `regard view`, where the extra "notebook" is installed."""
+        if find_spec("anywidget") is None:
+            return None  # the layers, as `_repr_html_` lists them
+        return import_module(_WIDGET).mimebundle(self, **asked)
 
     def _repr_html_(self) -> str:
         return layers_box(repr(self), self.layers)
