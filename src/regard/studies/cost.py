@@ -23,7 +23,9 @@ WINDOW, BLOCK = 256, 64
 def ways(length: int, at: Setting) -> dict[str, Callable[[], Any]]:
     """The calls, one a way, on random float32 numbers."""
     rng = at.generator(length)
-    q, k, v = torch.randn(3, 1, HEADS, length, DIM, generator=rng, device="cpu", dtype=torch.float32)
+    q, k, v = torch.randn(
+        3, 1, HEADS, length, DIM, generator=rng, device="cpu", dtype=torch.float32
+    )
     lstm = torch.nn.LSTM(HEADS * DIM, HEADS * DIM, batch_first=True, device="cpu")
     x = v.transpose(1, 2).flatten(2)
     future = torch.ones(length, length, dtype=torch.bool, device="cpu").triu(1)

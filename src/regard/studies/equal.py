@@ -76,7 +76,9 @@ def run(at: Setting) -> Result:
 def _inputs(at: Setting) -> dict[str, tuple[Tensor, ...]]:
     """Random numbers, and what a real layer makes of a text: (1, heads, N, dim) each."""
     rng = at.generator()
-    drawn = torch.randn(3, 1, 4, at.size.length, 64, generator=rng, device="cpu", dtype=torch.float32)
+    drawn = torch.randn(
+        3, 1, 4, at.size.length, 64, generator=rng, device="cpu", dtype=torch.float32
+    )
     return {"random": tuple(drawn), "MiniLM": _of_minilm(at)}
 
 

@@ -37,7 +37,9 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark
     except OSError as error:
-        raise RegardError("peak memory is read from Linux's /proc/self, which is not here") from error
+        raise RegardError(
+            "peak memory is read from Linux's /proc/self, which is not here"
+        ) from error
     before = _held("VmRSS")
     kept = run()
     peak = _held("VmHWM") - before

@@ -21,6 +21,9 @@ BETWEEN = (
     "The shop on the corner was open.",
     "It was a quiet morning in the town.",
 )
+START = "<|im_start|>user\n"
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+"""As minimind2-small was trained to be asked."""
 
 
 class Fact(NamedTuple):
@@ -39,10 +42,9 @@ def facts(at: Setting) -> list[Fact]:
     for _ in range(at.size.facts):
         name, thing, colour = rng.choice(NAMES), rng.choice(THINGS), rng.choice(COLOURS)
         between = " ".join(rng.sample(BETWEEN, 2))
-        made.append(Fact(
-            f"The colour of {name}'s {thing} is {colour}. ", between,
-            f" The colour of {name}'s {thing} is", f" {colour}",
-        ))  # fmt: skip
+        what = f"colour of {name}'s {thing} is"
+        asked = f" What colour is {name}'s {thing}?{TURN}The {what}"
+        made.append(Fact(f"The {what} {colour}. ", between, asked, f" {colour}"))
     return made
 
 
@@ -54,20 +56,22 @@ def run(at: Setting) -> Result:
     with torch.no_grad(), quiet():
         for number, fact in enumerate(facts(at)):
             at.told("facts", number / at.size.facts)
-            whole = _answered(reader, [fact.said + fact.between + fact.asked], fact.answer)
-            parts = _answered(reader, [fact.said + fact.between, fact.asked], fact.answer)
+            whole = _answered(reader, [START + fact.said + fact.between + fact.asked], fact.answer)
+            parts = _answered(reader, [START + fact.said + fact.between, fact.asked], fact.answer)
             # The same two calls, but nothing is handed from one to the other
-            dropped = _answered(reader, [fact.between + fact.asked], fact.answer)
+            dropped = _answered(reader, [START + fact.between + fact.asked], fact.answer)
             found["whole"].append(whole[0])
             found["cached"].append(parts[0])
             found["dropped"].append(dropped[0])
-            cache = _cached(reader, fact.said)
+            cache = _cached(reader, START + fact.said)
             found["kept cache"].append(
                 _answered(reader, [fact.between + fact.asked], fact.answer, cache)[0]
             )
             moved = max(moved, float((whole[1] - parts[1]).abs().max()))
     told = {name: mean_interval(values, rng) for name, values in found.items()}
-    fell = mean_interval([a - b for a, b in zip(found["whole"], found["dropped"], strict=True)], rng)
+    fell = mean_interval(
+        [a - b for a, b in zip(found["whole"], found["dropped"], strict=True)], rng
+    )
     ways = (
         ("one call reads fact and question", "whole"),
         ("fact, then question with its cache", "cached"),
