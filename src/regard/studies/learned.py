@@ -14,12 +14,19 @@ from .study import Cell, Panel, Result, Setting, Study, Verdict
 HEADS = 4
 
 
-def repeated(at: Setting, generator: torch.Generator) -> Batch:
-    """Random tokens said twice: ids (batch, 2 · half) and the next token of each; what is random
-    is learned too, so the first half's loss is that of guessing."""
-    ids = torch.randint(
-        0, at.size.vocabulary, (at.size.batch, at.size.half), generator=generator, device="cpu"
-    ).repeat(1, 2)
+def repeated(at: Setting, generator: torch.Generator, varied: bool = True) -> Batch:
+    """Random tokens said again and again: ids (batch, 2 · half) and the next token of each.
+
+    They begin again after `half` tokens, or (varied) after half of that or more, another number in
+    each row: else a head could learn the distance, and need not look for the earlier copy.
+    """
+    size, draw = at.size, {"generator": generator, "device": "cpu"}
+    said = torch.randint(0, size.vocabulary, (size.batch, size.half), **draw)  # type: ignore[call-overload]
+    after = torch.full((size.batch, 1), size.half, dtype=torch.int64, device="cpu")
+    if varied:
+        after = torch.randint(size.half // 2, size.half + 1, (size.batch, 1), **draw)  # type: ignore[call-overload]
+    places = torch.arange(2 * size.half, dtype=torch.int64, device="cpu")
+    ids = said.gather(1, places % after)
     targets = ids.roll(-1, 1)
     targets[:, -1] = IGNORED
     return ids, targets
@@ -64,7 +71,7 @@ def run(at: Setting) -> Result:
     torch.manual_seed(at.seed)
     model = SmallLM(size.vocabulary, size.dim, 2, HEADS, positions="learned",
                     length=2 * size.half, feed_forward=False)  # fmt: skip
-    train, test = at.generator(1), repeated(at, at.generator(2))
+    train, test = at.generator(1), repeated(at, at.generator(2), varied=False)
     found: dict[int, dict[str, float]] = {0: scores(model, test)}
 
     def each(step: int, loss: float) -> None:
@@ -103,7 +110,8 @@ def run(at: Setting) -> Result:
                                        for n in names[2:]}),
     ], notes=[
         f"Two layers of attention alone, {HEADS} heads, width {size.dim}, learned positions; "
-        f"{size.half} random tokens of {size.vocabulary}, twice; {size.steps} steps of "
+        f"{size.half} random tokens of {size.vocabulary} said twice (in training after {size.half // 2} "
+        f"to {size.half}, so that no fixed distance helps); {size.steps} steps of "
         f"{size.batch}. induction: mean weight on the token after the earlier copy, the best head "
         "of both layers; previous: on the token before, the best of layer 0 (Olsson et al. 2022)."
     ])  # fmt: skip
