@@ -21,6 +21,7 @@ regard.linear       Favor: random features; LinearState
 regard.cache        KVCache, WindowCache, PagedCache; H2O …: evicting
 regard.context      what a window no longer sees; chunks stitched
 regard.nn           modules: MultiHeadAttention, Transformer, Rotary …
+regard.models       LanguageModel, Translator …: small, with any mixer
 regard.huggingface  attn_implementation="regard"; needs transformers
 
 help(regard.attention) says more, and so on for each.
@@ -33,7 +34,7 @@ from importlib.util import find_spec as _find
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
-    from . import cache, context, huggingface, linear, nn, sparse  # noqa: F401
+    from . import cache, context, huggingface, linear, models, nn, sparse  # noqa: F401
     from .public import *  # noqa: F403
 else:
     # All come with the first that is asked for: `regard --help` needs neither them nor torch.

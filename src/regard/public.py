@@ -26,4 +26,11 @@ __all__ = [
     "linear_attention", "look", "merge", "observe", "piecewise", "record", "watch",
 ]  # fmt: skip
 
-NAMESPACES = ["cache", "context", "linear", "nn", "sparse"]  # `huggingface` needs transformers
+NAMESPACES = [
+    "cache",
+    "context",
+    "linear",
+    "models",
+    "nn",
+    "sparse",
+]  # `huggingface` needs transformers
