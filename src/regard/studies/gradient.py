@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .learning import IGNORED, Batch, SmallLM, fit
+from .learning import IGNORED, Batch, fit, small_lm
 from .stats import power_law
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
-MIXERS = ("RNN", "LSTM", "softmax")
+MIXERS = ("rnn", "lstm", "softmax")
 
 
 def run(at: Setting) -> Result:
@@ -19,7 +22,7 @@ def run(at: Setting) -> Result:
     falls: dict[tuple[str, str], float] = {}
     for place, mixer in enumerate(MIXERS):
         torch.manual_seed(at.seed)
-        model = SmallLM(size.vocabulary, size.dim, 1, 1, mixer=mixer)
+        model = small_lm(size.vocabulary, size.dim, 1, 1, mixer=mixer)
         for when, norms in lines.items():
             if when == "trained":
                 rng = at.generator(1)
@@ -35,15 +38,15 @@ def run(at: Setting) -> Result:
     vanish = {m: falls[m, "at first"] for m in MIXERS}
     verdicts = [
         Verdict("the gradient of an RNN vanishes with distance (to less than 1 % at first)",
-                vanish["RNN"] < 0.01, f"oldest/newest {vanish['RNN']:.1e}"),
-        Verdict("an LSTM's vanishes less than an RNN's", vanish["LSTM"] > vanish["RNN"],
-                f"{vanish['LSTM']:.1e} against {vanish['RNN']:.1e}"),
+                vanish["rnn"] < 0.01, f"oldest/newest {vanish['rnn']:.1e}"),
+        Verdict("an LSTM's vanishes less than an RNN's", vanish["lstm"] > vanish["rnn"],
+                f"{vanish['lstm']:.1e} against {vanish['rnn']:.1e}"),
         Verdict("attention's does not vanish (oldest at least a tenth of the newest)",
                 vanish["softmax"] >= 0.1, f"{vanish['softmax']:.2g}"),
         Verdict("after training on what stood first, attention's largest gradient is there",
                 falls["softmax", "trained"] > 1,
                 f"oldest/newest {falls['softmax', 'trained']:.2g}; RNN "
-                f"{falls['RNN', 'trained']:.1e}, LSTM {falls['LSTM', 'trained']:.1e}"),
+                f"{falls['rnn', 'trained']:.1e}, LSTM {falls['lstm', 'trained']:.1e}"),
     ]  # fmt: skip
     rates = {m: power_law(range(1, size.length), lines["at first"][m][1][-2::-1]) for m in MIXERS}
     panels = [Panel(when, "tokens back", "gradient norm", found, "y") for when, found in
@@ -67,14 +70,20 @@ def first_again(at: Setting, generator: torch.Generator) -> Batch:
     return ids, targets
 
 
-def gradients(model: SmallLM, batch: Batch) -> list[float]:
+def gradients(model: Any, batch: Batch) -> list[float]:
     """Of the last target's loss, the norm of its gradient in each token's embedding."""
     ids, targets = batch
+    embedded: list[Tensor] = []
+
+    def as_leaf(module: object, args: object, out: Tensor) -> Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[0]
+
+    hook = model.embedding.register_forward_hook(as_leaf)
     with torch.enable_grad():
-        x = model.embedding(ids).detach().requires_grad_()
-        logits = model.head(model.hidden(x))[:, -1]
-        loss = F.cross_entropy(logits, targets[:, -1], reduction="sum")
-        (found,) = torch.autograd.grad(loss, x)
+        loss = F.cross_entropy(model(ids)[:, -1], targets[:, -1], reduction="sum")
+        (found,) = torch.autograd.grad(loss, embedded)
+    hook.remove()
     norms: list[float] = found.double().norm(dim=-1).mean(0).tolist()
     return norms
 

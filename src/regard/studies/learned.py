@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..call.observers import Rows
-from .learning import IGNORED, Batch, SmallLM, fit
+from .learning import IGNORED, Batch, fit, small_lm
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
 HEADS = 4
@@ -32,22 +32,14 @@ def repeated(at: Setting, generator: torch.Generator, varied: bool = True) -> Ba
     return ids, targets
 
 
-def weights(model: SmallLM, ids: Tensor) -> list[Tensor]:
+def weights(model: Any, ids: Tensor) -> list[Tensor]:
     """Of each layer, float32 (batch, heads, length, length)."""
-    x = model.embedding(ids)
-    found = []
-    rows = Rows(range(ids.shape[1]))
     with torch.no_grad():
-        x = x if model.positions is None else model.positions(x)
-        for number, mixer in enumerate(model.mixers):
-            attend: Any = mixer
-            out, (seen,) = attend(model.norms[2 * number](x), observe=[rows])
-            x = x + out
-            found.append(seen.weights)
-    return found
+        _, seen = model(ids, observe=[Rows(range(ids.shape[1]))])
+    return [block.own[0].weights for block in seen]
 
 
-def scores(model: SmallLM, batch: Batch) -> dict[str, float]:
+def scores(model: Any, batch: Batch) -> dict[str, float]:
     """The best head's weight: induction (on what followed the token before), previous; and the
     loss in both halves."""
     ids, targets = batch
@@ -69,8 +61,9 @@ def scores(model: SmallLM, batch: Batch) -> dict[str, float]:
 def run(at: Setting) -> Result:
     size = at.size
     torch.manual_seed(at.seed)
-    model = SmallLM(size.vocabulary, size.dim, 2, HEADS, positions="learned",
-                    length=2 * size.half, feed_forward=False)  # fmt: skip
+    model = small_lm(
+        size.vocabulary, size.dim, 2, HEADS, positions="learned", length=2 * size.half, hidden=0
+    )
     train, test = at.generator(1), repeated(at, at.generator(2), varied=False)
     found: dict[int, dict[str, float]] = {0: scores(model, test)}
 

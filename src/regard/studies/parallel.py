@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .learning import Batch, SmallLM, loss_of
+from .learning import Batch, loss_of, small_lm
 from .measuring import seconds
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
-MIXERS = ("softmax", "linear", "delta", "LSTM", "GRU", "RNN")
+MIXERS = ("softmax", "linear", "delta", "lstm", "gru", "rnn")
 CHUNK = 64  # tokens that linear attention computes at once (ops/linear)
 
 
@@ -29,7 +31,7 @@ def run(at: Setting) -> Result:
         for mixer in MIXERS:
             at.told(f"{mixer} at {length}", place / len(size.lengths))
             torch.manual_seed(at.seed)
-            model = SmallLM(64, size.dim, 2, 2, mixer=mixer)
+            model = small_lm(64, size.dim, 2, 2, mixer=mixer)
             taken = seconds(lambda model=model, given=given: _step(model, given), size.enough)
             speeds[mixer].append(batch * length / taken)
     last = size.lengths[-1]
@@ -38,20 +40,20 @@ def run(at: Setting) -> Result:
         for mixer, found in speeds.items()
     ]
     kept = {mixer: found[-1] / found[0] for mixer, found in speeds.items()}
-    slow = [m for m in ("LSTM", "GRU", "RNN") if speeds[m][-1] >= speeds["softmax"][-1]]
+    slow = [m for m in ("lstm", "gru", "rnn") if speeds[m][-1] >= speeds["softmax"][-1]]
     verdicts = [
         Verdict("attention trains faster than every recurrence at every length here",
-                all(speeds["softmax"][i] > speeds[m][i] for m in ("LSTM", "GRU", "RNN")
+                all(speeds["softmax"][i] > speeds[m][i] for m in ("lstm", "gru", "rnn")
                     for i in range(len(size.lengths))),
                 f"at {last:,} tokens softmax {speeds['softmax'][-1]:,.0f} tokens/s, " +
-                ", ".join(f"{m} {speeds[m][-1]:,.0f}" for m in ("LSTM", "GRU", "RNN"))
+                ", ".join(f"{m} {speeds[m][-1]:,.0f}" for m in ("lstm", "gru", "rnn"))
                 + (f"; faster there: {', '.join(slow)}" if slow else ""), True),
         Verdict("attention's tokens/s fall with the length (its work is N²), a recurrence's do not "
-                "(by half at most)", kept["softmax"] < 0.5 <= kept["LSTM"],
+                "(by half at most)", kept["softmax"] < 0.5 <= kept["lstm"],
                 f"from {size.lengths[0]} to {last:,} tokens softmax keeps {kept['softmax']:.0%}, "
-                f"LSTM {kept['LSTM']:.0%}", True),
+                f"LSTM {kept['lstm']:.0%}", True),
         Verdict("an LSTM's steps wait for each other, attention's do not",
-                waiting("softmax", last) == 1 and waiting("LSTM", last) == last,
+                waiting("softmax", last) == 1 and waiting("lstm", last) == last,
                 f"{waiting('LSTM', last):,} steps of a layer against 1; linear "
                 f"{waiting('linear', last):,} chunks"),
     ]  # fmt: skip
@@ -67,7 +69,7 @@ def run(at: Setting) -> Result:
     ])  # fmt: skip
 
 
-def _step(model: SmallLM, given: Batch) -> None:
+def _step(model: Any, given: Batch) -> None:
     loss_of(model, given).backward()
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .learning import IGNORED, Batch, SmallLM, fit
+from .learning import IGNORED, Batch, fit, small_lm
 from .recall_tasks import associative, copying
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
-MIXERS = ("softmax", "window", "linear", "delta", "LSTM", "GRU")
-WIDE = "LSTM, equal memory"
+MIXERS = ("softmax", "window", "linear", "delta", "lstm", "gru")
+WIDE = "lstm, equal memory"
 GOOD, BAD = 0.99, 0.9
 
 
@@ -23,8 +25,8 @@ def state_size(mixer: str, length: int, dim: int, depth: int, heads: int, window
             "window": 2 * min(window, length) * dim,
             "linear": dim * dim // heads + dim,  # the matrix of each head, and the sum of its keys
             "delta": dim * dim // heads,
-            "LSTM": 2 * dim,
-            "GRU": dim,
+            "lstm": 2 * dim,
+            "gru": dim,
             WIDE: 2 * length * dim,
         }[mixer]
     )
@@ -75,17 +77,19 @@ def run(at: Setting) -> Result:
     ])  # fmt: skip
 
 
-def _model(at: Setting, mixer: str, state: int) -> SmallLM:
+def _model(at: Setting, mixer: str, state: int) -> Any:
     size = at.size
     torch.manual_seed(at.seed)
-    wide = state // (2 * size.depth) if mixer == WIDE else None
-    return SmallLM(
-        size.vocabulary, size.dim, size.depth, size.heads, window=size.window, state=wide,
-        mixer="LSTM" if mixer == WIDE else mixer,
-    )  # fmt: skip
+    if mixer == WIDE:  # its state is as wide as its vectors are
+        return small_lm(
+            size.vocabulary, state // (2 * size.depth), size.depth, 1, mixer="lstm", hidden=0
+        )
+    return small_lm(
+        size.vocabulary, size.dim, size.depth, size.heads, window=size.window, mixer=mixer
+    )
 
 
-def _tested(model: SmallLM, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+def _tested(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     """Whether each target was found, and how far back its value was last said."""
     hits, far = [], []
     for ids, targets in batches:
@@ -114,7 +118,7 @@ def _by_distance(hits: Tensor, far: Tensor, length: int) -> tuple[list[int], lis
 
 
 def _verdicts(reached: dict[tuple[str, str], float], budget: str) -> list[Verdict]:
-    fixed = [mixer for mixer in ("LSTM", "GRU", WIDE) if (mixer, "recall") in reached]
+    fixed = [mixer for mixer in ("lstm", "gru", WIDE) if (mixer, "recall") in reached]
     said = ", ".join(f"{mixer} {reached[mixer, 'recall']:.0%}" for mixer in fixed)
     softmax = reached["softmax", "recall"]
     linear = {mixer: reached[mixer, "recall"] for mixer in ("linear", "delta")}
@@ -126,7 +130,7 @@ def _verdicts(reached: dict[tuple[str, str], float], budget: str) -> list[Verdic
         Verdict("a window forgets what left it", reached["window", "recall"] < BAD,
                 f"window {reached['window', 'recall']:.1%}"),
         Verdict("linear and delta stand between attention and LSTM",
-                all(reached["LSTM", "recall"] < x <= softmax for x in linear.values()),
+                all(reached["lstm", "recall"] < x <= softmax for x in linear.values()),
                 ", ".join(f"{m} {x:.1%}" for m, x in linear.items())),
     ]  # fmt: skip
     if WIDE in fixed:

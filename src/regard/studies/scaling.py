@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .learning import SmallLM, fit, loss_of
+from .learning import fit, loss_of, small_lm
 from .positions import characters, drawn
 from .stats import Interval, exponent, with_floor
 from .study import Cell, Panel, Result, Setting, Study, Verdict
@@ -32,7 +32,7 @@ def run(at: Setting) -> Result:
     for budget in size.budgets:
         for dim in size.dims:
             torch.manual_seed(at.seed)
-            model = SmallLM(vocabulary, dim, 2, 2)
+            model = small_lm(vocabulary, dim, 2, 2)
             parameters = sum(
                 p.numel() for n, p in model.named_parameters() if not n.startswith("embedding")
             )
