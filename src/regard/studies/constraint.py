@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from ..analysis.text_model import load
 from .links import Item, Span, by_effect, by_weight, chosen, hits, nearest, share
@@ -66,12 +67,10 @@ def run(at: Setting) -> Result:
         ):  # fmt: skip
             rng = at.random(kind)
             one, other = ([make(rng) for _ in range(most)] for _ in range(2))
-            found = chosen(
-                hits(reader, one, measure, lambda x: at.told(f"{kind} by {by}", x / 2)),
-                hits(reader, other, measure, lambda x: at.told(f"{kind} by {by}", (1 + x) / 2)),
-                other, at.random(f"{kind} {by}"),
-            )  # fmt: skip
-            rows.append((kind, by, f"{found.layer}.{found.head}", found.count, *found.share,
+            told = partial(at.told, f"{kind} by {by}")
+            dev, test = (hits(reader, items, measure, told) for items in (one, other))
+            found = chosen(dev, test, other, at.random(f"{kind} {by}"))
+            rows.append((kind, by, f"{found.layer}.{found.head}", found.items, *found.share,
                          share(other, nearest)))  # fmt: skip
             bars[by].append(found.share.value)
             links = "a later request to the form that its rule demands"

@@ -53,9 +53,9 @@ SENSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 RELATED = (
     ("cat", "dog"), ("king", "queen"), ("red", "blue"), ("car", "truck"), ("doctor", "nurse"),
     ("bread", "butter"), ("river", "lake"), ("monday", "tuesday"), ("london", "paris"),
-    ("hot", "cold"), ("buy", "sell"), ("mother", "father"), ("gold", "silver"), ("winter", "summer"),
-    ("eat", "drink"), ("run", "walk"), ("hand", "foot"), ("table", "chair"), ("big", "small"),
-    ("moon", "sun"),
+    ("hot", "cold"), ("buy", "sell"), ("mother", "father"), ("gold", "silver"),
+    ("winter", "summer"), ("eat", "drink"), ("run", "walk"), ("hand", "foot"), ("table", "chair"),
+    ("big", "small"), ("moon", "sun"),
 )  # fmt: skip
 
 
@@ -137,7 +137,8 @@ def _compared(vectors: Tensor) -> tuple[list[float], list[float], list[bool]]:
     half = len(vectors) // 2
     near = torch.nn.functional.normalize(vectors.double(), dim=-1)
     cosines = near @ near.mT
-    same, other = [], []
+    same: list[float] = []
+    other: list[float] = []
     for i, j in combinations(range(len(vectors)), 2):
         (same if (i < half) == (j < half) else other).append(float(cosines[i, j]))
     apart = cosines.clone().fill_diagonal_(-2)
@@ -182,7 +183,7 @@ def _read(reader: TextModel, text: str, word: str) -> list[dict[str, object]]:
 
 STUDY = Study(
     "context",
-    "A word starts with one vector for all its meanings; layer by layer attention tells them apart.",
+    "A word has one vector for all its meanings; layer by layer attention tells them apart.",
     "Words of two meanings in sentences of each: the cosine between their vectors within a meaning "
     "and across, from the input embedding to the last layer.",
     run,

@@ -59,9 +59,10 @@ def dpr(path: Path) -> list[Item]:
     found = []
     for number, block in enumerate(blocks):
         lines = [line.strip() for line in block]
-        if len(lines) == 4 and (item := _dpr(*lines, number // 2)) is not None:
-            found.append(item)
-    return found
+        if len(lines) == 4:
+            text, pronoun, names, answer = lines
+            found.append(_dpr(text, pronoun, names, answer, number // 2))
+    return [item for item in found if item is not None]
 
 
 def _dpr(text: str, pronoun: str, names: str, answer: str, pair: int) -> Item | None:
@@ -83,7 +84,7 @@ def _first(text: str, name: str) -> Span | None:
 
 
 def gap(path: Path) -> list[Item]:
-    """Webster et al. 2018: a pronoun and two names in a passage; those with neither are left out."""
+    """Webster et al. 2018: a pronoun and two names in a passage, of which one is right."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return list(_gap(rows))

@@ -19,7 +19,7 @@ from .study import Cell, Panel, Result, Setting, Study, Verdict
 EXACT = ("eager", "sdpa", "tiled") + (("cpu",) if native.library() is not None else ())
 TEXT = (
     "The lighthouse keeper counted the ships every evening, and the village counted on him. "
-    "When the fog came in from the north he lit the lamp, and the ships turned away from the rocks. "
+    "When the fog came in from the north he lit the lamp, and the ships turned away from it. "
 )
 
 

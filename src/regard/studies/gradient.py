@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +26,15 @@ def run(at: Setting) -> Result:
         model = small_lm(size.vocabulary, size.dim, 1, 1, mixer=mixer)
         for when, norms in lines.items():
             if when == "trained":
-                rng = at.generator(1)
-                losses = fit(model, lambda _, rng=rng: first_again(at, rng), size.steps,
-                             each=lambda step, loss, m=mixer, p=place: at.told(
-                                 f"{m}: loss {loss:.2f}", (p + step / size.steps) / len(MIXERS)))  # fmt: skip
+                draw = partial(first_again, at, at.generator(1))
+                told = at.training(mixer, place, len(MIXERS), size.steps)
+                losses = fit(model, draw, size.steps, each=told)
             found = gradients(model, first_again(at, at.generator(2)))
             norms[mixer] = (list(range(len(found) - 1, -1, -1)), found)
             falls[mixer, when] = found[0] / max(found[-2], 1e-30)
-            rows.append((mixer, when, found[0], found[len(found) // 2], found[-2],
-                         falls[mixer, when], None if when == "at first" else losses[-1]))  # fmt: skip
+            loss = None if when == "at first" else losses[-1]
+            middle = found[len(found) // 2]
+            rows.append((mixer, when, found[0], middle, found[-2], falls[mixer, when], loss))
     columns = ("mixer", "when", "oldest", "middle", "newest", "oldest/newest", "loss")
     vanish = {m: falls[m, "at first"] for m in MIXERS}
     verdicts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ def repeated(at: Setting, generator: torch.Generator, varied: bool = True) -> Ba
     They begin again after `half` tokens, or (varied) after half of that or more, another number in
     each row: else a head could learn the distance, and need not look for the earlier copy.
     """
-    size, draw = at.size, {"generator": generator, "device": "cpu"}
-    said = torch.randint(0, size.vocabulary, (size.batch, size.half), **draw)  # type: ignore[call-overload]
+    size = at.size
+    draw: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    said = torch.randint(0, size.vocabulary, (size.batch, size.half), **draw)
     after = torch.full((size.batch, 1), size.half, dtype=torch.int64, device="cpu")
     if varied:
-        after = torch.randint(size.half // 2, size.half + 1, (size.batch, 1), **draw)  # type: ignore[call-overload]
+        after = torch.randint(size.half // 2, size.half + 1, (size.batch, 1), **draw)
     places = torch.arange(2 * size.half, dtype=torch.int64, device="cpu")
     ids = said.gather(1, places % after)
     targets = ids.roll(-1, 1)
@@ -61,9 +63,7 @@ def scores(model: Any, batch: Batch) -> dict[str, float]:
 def run(at: Setting) -> Result:
     size = at.size
     torch.manual_seed(at.seed)
-    model = small_lm(
-        size.vocabulary, size.dim, 2, HEADS, positions="learned", length=2 * size.half, hidden=0
-    )
+    model = small_lm(size.vocabulary, size.dim, 2, HEADS, hidden=0)
     train, test = at.generator(1), repeated(at, at.generator(2), varied=False)
     found: dict[int, dict[str, float]] = {0: scores(model, test)}
 
@@ -74,7 +74,7 @@ def run(at: Setting) -> Result:
             found[step + 1] = scores(model, test)
             model.train()
 
-    fit(model, lambda _: repeated(at, train), size.steps, rate=size.rate, each=each)
+    fit(model, partial(repeated, at, train), size.steps, rate=size.rate, each=each)
     names = list(found[0])
     rows: list[tuple[Cell, ...]] = [(step, *one.values()) for step, one in found.items()]
     first, last = found[0], found[max(found)]
@@ -102,9 +102,9 @@ def run(at: Setting) -> Result:
         Panel("loss", "step", "nats", {n: (steps, [found[s][n] for s in steps])
                                        for n in names[2:]}),
     ], notes=[
-        f"Two layers of attention alone, {HEADS} heads, width {size.dim}, learned positions; "
-        f"{size.half} random tokens of {size.vocabulary} said twice (in training after {size.half // 2} "
-        f"to {size.half}, so that no fixed distance helps); {size.steps} steps of "
+        f"Two layers of attention alone, {HEADS} heads, width {size.dim}, rotary; "
+        f"{size.half} random tokens of {size.vocabulary} said twice (in training after "
+        f"{size.half // 2} to {size.half}, so that no fixed distance helps); {size.steps} steps of "
         f"{size.batch}. induction: mean weight on the token after the earlier copy, the best head "
         "of both layers; previous: on the token before, the best of layer 0 (Olsson et al. 2022)."
     ])  # fmt: skip
@@ -120,10 +120,10 @@ def _thinned(rows: list[tuple[Cell, ...]], most: int = 12) -> list[tuple[Cell, .
 STUDY = Study(
     "learned",
     "Attention is learned: an induction head is not there at first, and appears in training.",
-    "A two-layer model of attention alone learns random tokens that are said twice; on the way each "
-    "head's weight on the token after the earlier copy is read, beside the loss.",
+    "A two-layer model of attention alone learns random tokens that are said twice; on the way "
+    "each head's weight on the token after the earlier copy is read, beside the loss.",
     run,
     tiny=dict(half=6, vocabulary=8, dim=16, batch=4, steps=4, every=2, rate=3e-3),
-    quick=dict(half=16, vocabulary=32, dim=64, batch=32, steps=400, every=20, rate=3e-3),
-    full=dict(half=32, vocabulary=64, dim=64, batch=32, steps=3000, every=50, rate=2e-3),
+    quick=dict(half=16, vocabulary=32, dim=64, batch=32, steps=400, every=20, rate=1e-2),
+    full=dict(half=32, vocabulary=64, dim=64, batch=32, steps=3000, every=50, rate=5e-3),
 )

@@ -31,7 +31,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def fit(
     model: nn.Module,
-    draw: Callable[[int], Batch],
+    draw: Callable[[], Batch],
     steps: int,
     *,
     rate: float = 3e-3,
@@ -40,7 +40,7 @@ def fit(
 ) -> list[float]:
     """Train: the loss of every step. Warm-up over a tenth, then a cosine to a tenth of the rate.
 
-    draw: the batch of a step. each: called after each. until: a running mean that ends it early.
+    draw: gives a batch. each: called after each. until: a running mean that ends it early.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     warm = max(1, steps // 10)
@@ -53,7 +53,7 @@ def fit(
     losses: list[float] = []
     model.train()
     for step in range(steps):
-        loss = loss_of(model, draw(step))
+        loss = loss_of(model, draw())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     head: int
     share: Interval
     pairs: float | None
-    count: int
+    items: int
     hits: list[float]
 
 
@@ -65,7 +65,7 @@ def by_effect(reader: TextModel, item: Item) -> Tensor:
     offsets = probe.encoded.offsets
     rows = tokens(offsets, item.reader)
     word = int(probe.words.of_token[rows[0]])
-    found = []
+    found: list[Tensor] = []
     for table in edges(probe, word, directions=DIRECTIONS).values():
         mine, at = table.effect[:, rows].abs(), table.indices[:, rows]
         parts = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..analysis.text_model import TextModel, load, quiet
 from ..ops.attend import attention
 from .stats import Interval, mean_interval
-from .study import Panel, Result, Setting, Study, Verdict
+from .study import Cell, Panel, Result, Setting, Study, Verdict
 
 NAMES = ("Tom", "Lily", "Anna", "Peter", "Mary", "Jack", "Sara", "David")
 THINGS = ("dog", "hat", "ball", "car", "book", "cat", "cup", "bird")
@@ -78,9 +78,12 @@ def run(at: Setting) -> Result:
         ("the fact's cache kept, text not read again", "kept cache"),
         ("question alone: the fact was an earlier call", "dropped"),
     )
-    rows = [(said, told[name].value, told[name].low, told[name].high) for said, name in ways]
+    rows: list[tuple[Cell, ...]] = [
+        (said, told[name].value, told[name].low, told[name].high) for said, name in ways
+    ]
     panel = Panel("log-probability of the answer", "", "nats", {
-        "mean": ([name for _, name in ways], [told[name].value for _, name in ways])}, bars=True)  # fmt: skip
+        "mean": ([name for _, name in ways], [told[name].value for _, name in ways]),
+    }, bars=True)  # fmt: skip
     return Result(
         ("what the model is given", "log p", "low", "high"), rows,
         _verdicts(at, fell, moved), [panel], notes=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def run(at: Setting) -> Result:
             at.told(f"{mixer} at {length}", place / len(size.lengths))
             torch.manual_seed(at.seed)
             model = small_lm(64, size.dim, 2, 2, mixer=mixer)
-            taken = seconds(lambda model=model, given=given: _step(model, given), size.enough)
+            taken = seconds(partial(_step, model, given), size.enough)
             speeds[mixer].append(batch * length / taken)
     last = size.lengths[-1]
     rows: list[tuple[Cell, ...]] = [

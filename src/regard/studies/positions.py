@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..analysis.text_model import TextModel, load
-from .learning import Batch, fit, loss_of, small_lm
+from .learning import IGNORED, Batch, fit, loss_of, small_lm
 from .stats import mean_interval
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
@@ -37,20 +38,16 @@ def run(at: Setting) -> Result:
     cut = len(ids) * 9 // 10
     lengths = [size.length, 2 * size.length, 4 * size.length]
     held = ids[cut:]
+    ends = torch.randint(lengths[-1], len(held) - 1, (8 * size.batch,), generator=at.generator(2),
+                         device="cpu")  # fmt: skip
     losses: dict[str, list[float]] = {}
     for place, kind in enumerate(KINDS):
         torch.manual_seed(at.seed)
         model = small_lm(vocabulary, size.dim, 2, 2, positions=kind, length=lengths[-1])
-        train = at.generator(1)
-
-        def draw(step: int, train: torch.Generator = train) -> Batch:
-            return drawn(ids[:cut], size.length, size.batch, train)
-
-        def each(step: int, loss: float, kind: str = kind, place: int = place) -> None:
-            at.told(f"{kind}: loss {loss:.2f}", (place + step / size.steps) / len(KINDS))
-
-        fit(model, draw, size.steps, each=each)
-        losses[kind] = [_at_end(model, held, n, size, at.generator(2)) for n in lengths]
+        draw = partial(drawn, ids[:cut], size.length, size.batch, at.generator(1))
+        told = at.training(kind, place, len(KINDS), size.steps)
+        fit(model, draw, size.steps, each=told)
+        losses[kind] = [_at_end(model, held, n, size, ends) for n in lengths]
     rows: list[tuple[Cell, ...]] = [(kind, *found) for kind, found in losses.items()]
     same, apart = _shuffled(at)
     grown = {kind: found[-1] - found[0] for kind, found in losses.items()}
@@ -76,22 +73,23 @@ def run(at: Setting) -> Result:
     return Result(columns, rows, verdicts, [panel], notes=[
         f"Two blocks of width {size.dim}, 2 heads, trained for {size.steps} steps of {size.batch} "
         f"pieces of {size.length} characters of Tiny Shakespeare; loss in nats of the last "
-        f"{size.length // 2} characters of pieces that were held out. Learned positions beyond the "
-        "trained length are as they began. The encoder is all-MiniLM-L6-v2, its positions set to "
-        f"zero, over {size.sentences} sentences."
+        f"{size.length // 2} characters before the same places of held-out text, at each length. "
+        "Learned positions beyond the trained length are as they began. The encoder is "
+        f"all-MiniLM-L6-v2, its positions set to zero, over {size.sentences} sentences."
     ])  # fmt: skip
 
 
-def _at_end(model: Any, ids: Tensor, length: int, size: object, rng: torch.Generator) -> float:
-    """Loss of the last half of a trained length, of pieces of a length."""
+def _at_end(model: Any, ids: Tensor, length: int, size: Any, ends: Tensor) -> float:
+    """Loss of the characters before the same ends, with so many to read in all."""
+    last = size.length // 2  # of a trained length
     found = []
-    last = size.length // 2  # type: ignore[attr-defined]
-    for _ in range(4):
-        given, targets = drawn(ids, length, size.batch // 2, rng)  # type: ignore[attr-defined]
-        targets[:, :-last] = -100
+    for some in ends.split(size.batch):
+        at = some[:, None] + torch.arange(-length, 0, dtype=torch.int64, device="cpu")
+        targets = ids[at + 1].clone()
+        targets[:, :-last] = IGNORED
         with torch.no_grad():
-            found.append(float(loss_of(model, (given, targets))))
-    return sum(found) / len(found)
+            found.append(float(loss_of(model, (ids[at], targets))) * len(some))
+    return sum(found) / len(ends)
 
 
 def _shuffled(at: Setting) -> tuple[float, float]:
@@ -99,8 +97,9 @@ def _shuffled(at: Setting) -> tuple[float, float]:
     positions."""
     reader = load()
     rng = at.random("shuffled")
+    text = at.file("tinystories/tiny_stories_sample.txt").read_text("utf-8")
     sentences = [
-        line for line in at.file("tinystories/tiny_stories_sample.txt").read_text("utf-8").split(". ")
+        line for line in text.split(". ")
         if 8 <= len(line.split()) <= 30
     ][: at.size.sentences]  # fmt: skip
     pairs = []
@@ -132,7 +131,7 @@ def _vector(reader: TextModel, text: str) -> Tensor:
 
 STUDY = Study(
     "positions",
-    "Without positions attention sees a bag of words; some positions reach beyond what was learned.",
+    "Without positions attention sees a bag of words; some positions reach beyond training.",
     "An encoder reads sentences and their shuffled words; small causal models with each kind of "
     "positions are tried at the trained length, twice and four times that.",
     run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from ..analysis.text_model import TextModel, load
 from . import coreference
@@ -35,14 +36,12 @@ def run(at: Setting) -> Result:
             ("weight", by_weight, at.size.items), ("Effect", by_effect, at.size.effects)
         ):  # fmt: skip
             one, other = (_some(at, part, most) for part in parts)
-            tellings = [lambda x, half=half: at.told(f"{name} by {kind}", (half + x) / 2)
-                        for half in (0, 1)]  # fmt: skip
-            dev = hits(reader, one, measure, tellings[0])
-            test = hits(reader, other, measure, tellings[1])
+            told = partial(at.told, f"{name} by {kind}")
+            dev, test = (hits(reader, items, measure, told) for items in (one, other))
             found = chosen(dev, test, other, at.random(name))
             base = share(other, nearest), share(other, first)
             rows.append((
-                name, kind, f"{found.layer}.{found.head}", found.count, found.share.value,
+                name, kind, f"{found.layer}.{found.head}", found.items, found.share.value,
                 found.share.low, found.share.high, *base, found.pairs,
             ))  # fmt: skip
             if kind == "weight":
@@ -57,14 +56,15 @@ def run(at: Setting) -> Result:
         apart is not None and apart > 0.5,
         f"{apart or 0:.0%} of DPR's pairs; by chance 25 %, by any fixed order 0 %",
     ))  # fmt: skip
-    right = sum(one["right"] for one in sentences)
+    right = sum(bool(one["right"]) for one in sentences)
     verdicts.append(Verdict(
         "the sentences that the claim is told with come out right", right == len(sentences),
         f"{right} of {len(sentences)} with the head chosen on DPR",
     ))  # fmt: skip
     columns = ("data", "by", "head", "n", "share", "low", "high", "nearest", "first", "pairs")
     panel = Panel("strongest candidate is the antecedent", "", "share",
-                  {key: (list(data), values) for key, values in bars.items()}, bars=True, level=0.5)  # fmt: skip
+                  {key: (list(data), values) for key, values in bars.items()},
+                  bars=True, level=0.5)  # fmt: skip
     return Result(columns, rows, verdicts, [panel], notes=[
         "all-MiniLM-L6-v2. Head (layer.head, from 0) chosen on WinoBias dev, DPR train, GAP "
         "development; share of items whose antecedent gets more than the other candidate on "

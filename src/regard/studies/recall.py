@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,14 +36,11 @@ def state_size(mixer: str, length: int, dim: int, depth: int, heads: int, window
 
 def run(at: Setting) -> Result:
     size = at.size
-    tasks = {
-        "recall": lambda generator: associative(
-            size.batch, size.pairs, size.length, size.vocabulary, generator
-        ),
-        "copy": lambda generator: copying(
-            size.batch, size.count, size.length - 2 * size.count, size.vocabulary, generator
-        ),
-    }
+    tasks: dict[str, Callable[[torch.Generator], Batch]] = {
+        "recall": partial(associative, size.batch, size.pairs, size.length, size.vocabulary),
+        "copy": partial(copying, size.batch, size.count, size.length - 2 * size.count,
+                        size.vocabulary),
+    }  # fmt: skip
     mixers = (*MIXERS, WIDE) if size.wide else MIXERS
     rows: list[tuple[Cell, ...]] = []
     reached: dict[tuple[str, str], float] = {}
@@ -52,13 +51,10 @@ def run(at: Setting) -> Result:
         for task, draw in tasks.items():
             model = _model(at, mixer, state)
             train, test = at.generator(1), at.generator(2)
+            each = at.training(f"{mixer}, {task}", place, len(mixers), size.steps)
             losses = fit(
-                model, lambda _, draw=draw, train=train: draw(train), size.steps, rate=size.rate,
-                each=lambda step, loss: at.told(
-                    f"{mixer}, {task}: loss {loss:.2f}", (place + step / size.steps) / len(mixers)
-                ),
-                until=0.005,
-            )  # fmt: skip
+                model, partial(draw, train), size.steps, rate=size.rate, each=each, until=0.005
+            )
             hits, far = _tested(model, [draw(test) for _ in range(size.tests)])
             reached[mixer, task] = float(hits.double().mean())
             row += [reached[mixer, task], len(losses)]
@@ -71,8 +67,8 @@ def run(at: Setting) -> Result:
     budget = f"at most {size.steps} steps of {size.batch} sequences of {size.length} tokens"
     return Result(columns, rows, _verdicts(reached, budget), [panel], notes=[
         f"Multi-query associative recall: {size.pairs} pairs, vocabulary {size.vocabulary}; copy: "
-        f"{size.count} tokens. {size.depth} blocks of width {size.dim}, {size.heads} heads, rotary "
-        f"in softmax and window (of {size.window}); {budget}, the same for all (a run whose loss is "
+        f"{size.count} tokens. {size.depth} blocks of width {size.dim}, {size.heads} heads, "
+        f"rotary in softmax and window (of {size.window}); {budget}, the same for all (a run whose loss is "
         "below 0.005 ends early). state: numbers kept of the past at the last token."
     ])  # fmt: skip
 
@@ -151,8 +147,8 @@ STUDY = Study(
     run,
     tiny=dict(length=16, pairs=2, vocabulary=16, count=2, dim=16, depth=2, heads=1, window=4,
               batch=8, steps=3, rate=3e-3, tests=2, wide=True),
-    quick=dict(length=24, pairs=3, vocabulary=16, count=4, dim=32, depth=2, heads=1, window=4,
-               batch=32, steps=300, rate=5e-3, tests=8, wide=False),
-    full=dict(length=48, pairs=6, vocabulary=32, count=8, dim=32, depth=2, heads=1, window=8,
-              batch=64, steps=2000, rate=3e-3, tests=16, wide=True),
+    quick=dict(length=24, pairs=3, vocabulary=16, count=4, dim=32, depth=2, heads=2, window=4,
+               batch=32, steps=250, rate=1e-2, tests=8, wide=False),
+    full=dict(length=24, pairs=3, vocabulary=16, count=4, dim=16, depth=2, heads=2, window=4,
+              batch=32, steps=600, rate=1e-2, tests=32, wide=True),
 )  # fmt: skip

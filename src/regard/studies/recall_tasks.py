@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,14 @@ def associative(
     half = (vocabulary - 1) // 2
     if pairs > half or length < 4 * pairs:
         raise ValueError(f"{pairs} pairs need {pairs} keys and a length of {4 * pairs}")
-    draw = dict(generator=generator, device="cpu")
-    keys = torch.rand(batch, half, **draw).argsort(1)[:, :pairs] + 1  # type: ignore[arg-type]
-    values = torch.randint(half + 1, 2 * half + 1, (batch, pairs), **draw)  # type: ignore[arg-type]
+    draw: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    keys = torch.rand(batch, half, **draw).argsort(1)[:, :pairs] + 1
+    values = torch.randint(half + 1, 2 * half + 1, (batch, pairs), **draw)
     ids = torch.zeros(batch, length, dtype=torch.int64, device="cpu")
     targets = torch.full_like(ids, IGNORED)
     ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
     room = length - 2 * pairs
-    at = torch.rand(batch, room, **draw).argsort(1)[:, :pairs] + 2 * pairs  # type: ignore[arg-type]
+    at = torch.rand(batch, room, **draw).argsort(1)[:, :pairs] + 2 * pairs
     ids.scatter_(1, at, keys)
     targets.scatter_(1, at, values)
     return ids, targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -40,11 +41,9 @@ def run(at: Setting) -> Result:
             done += 1
             if steps < size.least:
                 continue
-            rng = at.generator(1)
-            fit(model, lambda _, rng=rng: drawn(ids[:cut], size.length, size.batch, rng), steps,
-                each=lambda step, loss, d=dim, n=done, s=steps: at.told(
-                    f"width {d}: loss {loss:.2f}",
-                    (n - 1 + step / s) / (len(size.budgets) * len(size.dims))))  # fmt: skip
+            draw = partial(drawn, ids[:cut], size.length, size.batch, at.generator(1))
+            of = len(size.budgets) * len(size.dims)
+            fit(model, draw, steps, each=at.training(f"width {dim}", done - 1, of, steps))
             with torch.no_grad():
                 loss = float(loss_of(model, test))
             runs.append(Trained(parameters, steps * size.batch * size.length, budget, loss))

@@ -98,6 +98,14 @@ class Setting:
             models = self.data.absolute().parent / "models"
         return _within(models, name, "--models FOLDER", "or keep it as `models` beside the data")
 
+    def training(self, what: str, place: int, of: int, steps: int) -> Callable[[int, float], None]:
+        """Tells of the steps of one training among several: called with step and loss."""
+
+        def each(step: int, loss: float) -> None:
+            self.told(f"{what}: loss {loss:.2f}", (place + step / steps) / of)
+
+        return each
+
     def random(self, salt: object = "") -> random.Random:
         """Draws that depend on the seed and on what they are for."""
         return random.Random(f"{self.seed} {salt}")

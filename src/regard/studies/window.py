@@ -117,7 +117,7 @@ def _mass(recording: Any, mask: Mask) -> float:
 STUDY = Study(
     "window",
     "A model that reads through a window, in chunks or truncated loses what it no longer sees.",
-    "Every layer of a language model is given the mask of each way, and the loss of the last tokens "
+    "Every layer of a language model is given the mask of each way; the loss of the last tokens "
     "of long documents is compared with that of the whole context.",
     run,
     tiny=dict(length=64, window=16, asked=8, documents=2, text=4000),
