@@ -120,9 +120,10 @@ def test_data_may_be_named_by_the_environment(monkeypatch, tmp_path):
 
 
 def test_a_full_translation_needs_a_translator(shared):
+    study = study_named("translation")
+    setting = Setting(study.sizes("full"), 0, "full", shared / "data")
     with pytest.raises(RegardError, match="run regard train translate"):
-        study = study_named("translation")
-        measure(study, Setting(study.sizes("full"), 0, "full", shared / "data"))
+        measure(study, setting)
 
 
 def test_no_such_study_is_one_sentence():

@@ -102,5 +102,5 @@ STUDY = Study(
     run,
     tiny=dict(items=4, effects=2),
     quick=dict(items=30, effects=6),
-    full=dict(items=200, effects=60),
+    full=dict(items=150, effects=30),
 )

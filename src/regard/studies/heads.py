@@ -192,5 +192,5 @@ STUDY = Study(
     run,
     tiny=dict(sentences=12, least=3, shown=6),
     quick=dict(sentences=150, least=20, shown=14),
-    full=dict(sentences=1500, least=50, shown=24),
+    full=dict(sentences=800, least=40, shown=24),
 )

@@ -147,5 +147,5 @@ STUDY = Study(
     run,
     tiny=dict(facts=3),
     quick=dict(facts=40),
-    full=dict(facts=200),
+    full=dict(facts=120),
 )

@@ -10,8 +10,8 @@ from . import NAMES, printed, study_named
 HEAD = """\
 # `regard study`
 
-What people say of attention, measured. `regard study` lists the claims; each study measures one on this
-machine and says whether it holds here. A claim that does not hold is reported as such.
+What people say of attention, measured. `regard study` lists the claims; each study measures one on
+this machine and says whether it holds here. A claim that does not hold is reported as such.
 
 ```sh
 pip install -c constraints.txt ".[studies,train]"
@@ -23,9 +23,10 @@ regard study all --quick --data ../shared/data   # all, at small sizes
 regard study pronouns --data ../shared/data --seed 1
 regard study cost equal --out results            # results/cost.json, results/cost.png, …
 ```
-`--data` (or `REGARD_DATA`) is the folder of texts, `--models` that of models (by default `models` beside
-the data); `translation` takes a trained translator by `--translator`. The same seed gives the same figures
-on the same machine, but for times and memory. `regard study --help` tells what the JSON holds.
+`--data` (or `REGARD_DATA`) is the folder of texts, `--models` that of models (by default `models`
+beside the data); `translation` takes a trained translator by `--translator`. The same seed gives
+the same figures on the same machine with as many threads, but for times and memory.
+`regard study --help` tells what the JSON holds.
 
 `python docs/studies.py` writes this page from the JSON of full runs, which
 `regard study NAME --out docs/studies` keeps.

@@ -72,7 +72,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     notes = " ".join(found["notes"])
     made = (
         f"`{found['command']}`: {found['seconds']:.0f} s on {about['processor']}, "
-        f"{about['cores']} cores, torch {about['torch']}, {about['date']}. {notes}".strip()
+        f"{about['cores']} cores, {about['threads']} of torch's threads, torch {about['torch']}, "
+        f"{about['date']}. {notes}".strip()
     )
     picture = f"![{found['study']}](studies/{found['study']}.png)"
     said[2:] = ["\n".join(said[2:]), "\n".join(table), picture, made]

@@ -119,5 +119,5 @@ STUDY = Study(
     run,
     tiny=dict(items=8, effects=4),
     quick=dict(items=40, effects=6),
-    full=dict(items=1500, effects=150),
+    full=dict(items=500, effects=40),
 )

@@ -68,8 +68,8 @@ def run(at: Setting) -> Result:
     return Result(columns, rows, _verdicts(reached, budget), [panel], notes=[
         f"Multi-query associative recall: {size.pairs} pairs, vocabulary {size.vocabulary}; copy: "
         f"{size.count} tokens. {size.depth} blocks of width {size.dim}, {size.heads} heads, "
-        f"rotary in softmax and window (of {size.window}); {budget}, the same for all (a run whose loss is "
-        "below 0.005 ends early). state: numbers kept of the past at the last token."
+        f"rotary in softmax and window (of {size.window}); {budget}, the same for all (a run whose "
+        "loss is below 0.005 ends early). state: numbers kept of the past at the last token."
     ])  # fmt: skip
 
 

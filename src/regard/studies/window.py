@@ -122,5 +122,5 @@ STUDY = Study(
     run,
     tiny=dict(length=64, window=16, asked=8, documents=2, text=4000),
     quick=dict(length=512, window=64, asked=64, documents=6, text=60_000),
-    full=dict(length=2048, window=256, asked=256, documents=24, text=2_000_000),
+    full=dict(length=1024, window=128, asked=128, documents=10, text=2_000_000),
 )
