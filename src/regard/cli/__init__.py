@@ -18,7 +18,7 @@ except ImportError:  # the entry point comes with the package, its libraries wit
     print('regard: the command needs its extra: pip install "regard[look]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-_COMMANDS = ("bench", "heads", "info", "look", "record", "scan", "study", "view", "walk")
+_COMMANDS = ("bench", "heads", "info", "look", "record", "scan", "study", "train", "view", "walk")
 
 
 class _Commands(click.Group):
