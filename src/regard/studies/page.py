@@ -14,7 +14,7 @@ What people say of attention, measured. `regard study` lists the claims; each st
 this machine and says whether it holds here. A claim that does not hold is reported as such.
 
 ```sh
-pip install -c constraints.txt ".[studies,train]"
+pip install -c constraints.txt ".[studies]"
 regard study                                     # the claims, a line each
 ```
 <!-- not run: they take minutes, and read the folder of data -->

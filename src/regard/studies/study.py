@@ -16,7 +16,7 @@ import torch
 from ..bench import machine
 from ..errors import RegardError
 
-Told = Callable[[str, float | None], object]
+Told = Callable[[str, float | None], None]
 Cell = str | int | float | None
 Mode = Literal["tiny", "quick", "full"]
 
