@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .learning import IGNORED, Batch, fit, small_lm
+from .learning import IGNORED, Batch, fit, integers, small_lm
 from .stats import power_law
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
@@ -62,9 +62,7 @@ def run(at: Setting) -> Result:
 def first_again(at: Setting, generator: torch.Generator) -> Batch:
     """Random tokens; the last asks for the first."""
     size = at.size
-    ids = torch.randint(
-        1, size.vocabulary, (size.batch, size.length), generator=generator, device="cpu"
-    )
+    ids = integers(1, size.vocabulary, (size.batch, size.length), generator)
     ids[:, -1] = 0
     targets = torch.full_like(ids, IGNORED)
     targets[:, -1] = ids[:, 0]

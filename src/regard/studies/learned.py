@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call.observers import Rows
-from .learning import IGNORED, Batch, fit, small_lm
+from .learning import IGNORED, Batch, fit, integers, small_lm
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
 HEADS = 4
@@ -22,11 +22,10 @@ def repeated(at: Setting, generator: torch.Generator, varied: bool = True) -> Ba
     each row: else a head could learn the distance, and need not look for the earlier copy.
     """
     size = at.size
-    draw: dict[str, Any] = {"generator": generator, "device": "cpu"}
-    said = torch.randint(0, size.vocabulary, (size.batch, size.half), **draw)
+    said = integers(0, size.vocabulary, (size.batch, size.half), generator)
     after = torch.full((size.batch, 1), size.half, dtype=torch.int64, device="cpu")
     if varied:
-        after = torch.randint(size.half // 2, size.half + 1, (size.batch, 1), **draw)
+        after = integers(size.half // 2, size.half + 1, (size.batch, 1), generator)
     places = torch.arange(2 * size.half, dtype=torch.int64, device="cpu")
     ids = said.gather(1, places % after)
     targets = ids.roll(-1, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .learning import Batch, loss_of, small_lm
+from .learning import Batch, integers, loss_of, small_lm
 from .measuring import seconds
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
@@ -27,7 +27,7 @@ def run(at: Setting) -> Result:
     speeds: dict[str, list[float]] = {mixer: [] for mixer in MIXERS}
     for place, length in enumerate(size.lengths):
         batch = max(1, size.tokens // length)
-        ids = torch.randint(0, 64, (batch, length + 1), generator=at.generator(), device="cpu")
+        ids = integers(0, 64, (batch, length + 1), at.generator())
         given: Batch = (ids[:, :-1], ids[:, 1:])
         for mixer in MIXERS:
             at.told(f"{mixer} at {length}", place / len(size.lengths))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.text_model import TextModel, load
-from .learning import IGNORED, Batch, fit, loss_of, small_lm
+from .learning import IGNORED, Batch, fit, integers, loss_of, small_lm
 from .stats import mean_interval
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
@@ -27,7 +27,7 @@ def characters(at: Setting) -> tuple[Tensor, int]:
 
 def drawn(ids: Tensor, length: int, batch: int, generator: torch.Generator) -> Batch:
     """Pieces of a text, and the next character of each."""
-    starts = torch.randint(0, len(ids) - length - 1, (batch, 1), generator=generator, device="cpu")
+    starts = integers(0, len(ids) - length - 1, (batch, 1), generator)
     at = starts + torch.arange(length, dtype=torch.int64, device="cpu")
     return ids[at], ids[at + 1]
 
@@ -38,8 +38,7 @@ def run(at: Setting) -> Result:
     cut = len(ids) * 9 // 10
     lengths = [size.length, 2 * size.length, 4 * size.length]
     held = ids[cut:]
-    ends = torch.randint(lengths[-1], len(held) - 1, (8 * size.batch,), generator=at.generator(2),
-                         device="cpu")  # fmt: skip
+    ends = integers(lengths[-1], len(held) - 1, (8 * size.batch,), at.generator(2))
     losses: dict[str, list[float]] = {}
     for place, kind in enumerate(KINDS):
         torch.manual_seed(at.seed)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .learning import IGNORED, Batch
+from .learning import IGNORED, Batch, integers
 
 
 def associative(
@@ -22,9 +21,9 @@ def associative(
     half = (vocabulary - 1) // 2
     if pairs > half or length < 4 * pairs:
         raise ValueError(f"{pairs} pairs need {pairs} keys and a length of {4 * pairs}")
-    draw: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    draw: dict[str, Any] = dict(generator=generator, dtype=torch.float32, device="cpu")
     keys = torch.rand(batch, half, **draw).argsort(1)[:, :pairs] + 1
-    values = torch.randint(half + 1, 2 * half + 1, (batch, pairs), **draw)
+    values = integers(half + 1, 2 * half + 1, (batch, pairs), generator)
     ids = torch.zeros(batch, length, dtype=torch.int64, device="cpu")
     targets = torch.full_like(ids, IGNORED)
     ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
@@ -41,7 +40,7 @@ def copying(
     """Tokens to be said again in order after `distance` empty ones (Hochreiter and Schmidhuber
     1997; Arjovsky et al. 2016): ids and targets (batch, 2 · count + distance). Token 0 is empty,
     token 1 asks for the next."""
-    said: Tensor = torch.randint(2, vocabulary, (batch, count), generator=generator, device="cpu")
+    said = integers(2, vocabulary, (batch, count), generator)
     ids = torch.zeros(batch, 2 * count + distance, dtype=torch.int64, device="cpu")
     targets = torch.full_like(ids, IGNORED)
     ids[:, :count], ids[:, -count:] = said, 1
