@@ -101,7 +101,7 @@ STUDY = Study(
     "Each way is called on longer and longer random input; its exponent is the slope of its time "
     "and peak memory over N on logarithmic axes.",
     run,
-    tiny=dict(lengths=[64, 128, 256], fitted=2, enough=0.0),
+    tiny=dict(lengths=[64, 128], fitted=2, enough=0.0),
     quick=dict(lengths=[256, 512, 1024, 2048], fitted=3, enough=0.1),
     full=dict(lengths=[512, 1024, 2048, 4096, 8192], fitted=4, enough=0.5),
 )

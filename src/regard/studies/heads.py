@@ -190,7 +190,7 @@ STUDY = Study(
     "Each head's mass by place, the dependency it follows against the best fixed offset, and its "
     "weights between words that mean related things against those between other words.",
     run,
-    tiny=dict(sentences=12, least=3, shown=6),
+    tiny=dict(sentences=8, least=2, shown=6),
     quick=dict(sentences=150, least=20, shown=14),
     full=dict(sentences=800, least=40, shown=24),
 )

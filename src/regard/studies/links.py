@@ -15,7 +15,6 @@ from ..analysis.text_model import TextModel
 from .stats import Interval, mean_interval
 
 Span = tuple[int, int]
-DIRECTIONS = 16  # of a vector's change, from which an effect is estimated
 
 
 class Item(NamedTuple):
@@ -59,14 +58,17 @@ def by_weight(reader: TextModel, item: Item) -> Tensor:
     return torch.stack(found)
 
 
-def by_effect(reader: TextModel, item: Item) -> Tensor:
-    """The same by what removing the edges would do to the reading word's final vector."""
+def by_effect(reader: TextModel, item: Item, directions: int = 16) -> Tensor:
+    """The same by what removing the edges would do to the reading word's final vector.
+
+    directions: of the vector's change, from which its length is estimated; each is a backward pass.
+    """
     probe = Probe(reader, item.text)
     offsets = probe.encoded.offsets
     rows = tokens(offsets, item.reader)
     word = int(probe.words.of_token[rows[0]])
     found: list[Tensor] = []
-    for table in edges(probe, word, directions=DIRECTIONS).values():
+    for table in edges(probe, word, directions=directions).values():
         mine, at = table.effect[:, rows].abs(), table.indices[:, rows]
         parts = []
         for span in item.candidates:

@@ -145,7 +145,7 @@ STUDY = Study(
     "A model is told a fact and asked for it: in one call, in two with the cache handed on, and in "
     "two with nothing handed on.",
     run,
-    tiny=dict(facts=3),
+    tiny=dict(facts=2),
     quick=dict(facts=40),
     full=dict(facts=120),
 )

@@ -117,7 +117,7 @@ STUDY = Study(
     "In each sentence with two candidates, a head's answer is the one that gets the larger weight "
     "from the pronoun; the best head is chosen on one part of the data and reported on another.",
     run,
-    tiny=dict(items=8, effects=4),
+    tiny=dict(items=4, effects=1),
     quick=dict(items=40, effects=6),
     full=dict(items=500, effects=40),
 )

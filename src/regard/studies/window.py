@@ -120,7 +120,7 @@ STUDY = Study(
     "Every layer of a language model is given the mask of each way; the loss of the last tokens "
     "of long documents is compared with that of the whole context.",
     run,
-    tiny=dict(length=64, window=16, asked=8, documents=2, text=4000),
+    tiny=dict(length=48, window=16, asked=8, documents=1, text=4000),
     quick=dict(length=512, window=64, asked=64, documents=6, text=60_000),
     full=dict(length=1024, window=128, asked=128, documents=10, text=2_000_000),
 )
