@@ -61,9 +61,10 @@ def run(at: Setting) -> Result:
     rows: list[tuple[Cell, ...]] = []
     verdicts = []
     bars: dict[str, list[float]] = {"weight": [], "Effect": [], "nearest": []}
+    effect = partial(by_effect, directions=at.size.directions)
     for kind, make in KINDS.items():
         for by, measure, most in (
-            ("weight", by_weight, at.size.items), ("Effect", partial(by_effect, directions=4), at.size.effects)
+            ("weight", by_weight, at.size.items), ("Effect", effect, at.size.effects)
         ):  # fmt: skip
             rng = at.random(kind)
             one, other = ([make(rng) for _ in range(most)] for _ in range(2))
@@ -100,7 +101,7 @@ STUDY = Study(
     "Texts with three rules, or three functions, of which one is then used: how often the head "
     "chosen on other texts reads the right one the most, by weight and by Effect.",
     run,
-    tiny=dict(items=2, effects=1),
-    quick=dict(items=24, effects=6),
-    full=dict(items=150, effects=30),
+    tiny=dict(items=2, effects=1, directions=2),
+    quick=dict(items=24, effects=6, directions=4),
+    full=dict(items=150, effects=30, directions=16),
 )

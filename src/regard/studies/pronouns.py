@@ -31,9 +31,10 @@ def run(at: Setting) -> Result:
     rows: list[tuple[Cell, ...]] = []
     verdicts = []
     bars: dict[str, list[float]] = {"best head": [], "nearest": [], "first": []}
+    effect = partial(by_effect, directions=at.size.directions)
     for name, parts in data.items():
         for kind, measure, most in (
-            ("weight", by_weight, at.size.items), ("Effect", by_effect, at.size.effects)
+            ("weight", by_weight, at.size.items), ("Effect", effect, at.size.effects)
         ):  # fmt: skip
             one, other = (_some(at, part, most) for part in parts)
             told = partial(at.told, f"{name} by {kind}")
@@ -117,7 +118,7 @@ STUDY = Study(
     "In each sentence with two candidates, a head's answer is the one that gets the larger weight "
     "from the pronoun; the best head is chosen on one part of the data and reported on another.",
     run,
-    tiny=dict(items=4, effects=1),
-    quick=dict(items=40, effects=6),
-    full=dict(items=500, effects=40),
+    tiny=dict(items=4, effects=1, directions=2),
+    quick=dict(items=40, effects=6, directions=8),
+    full=dict(items=500, effects=40, directions=16),
 )
