@@ -26,6 +26,7 @@ _COMMANDS = (
     "look",
     "record",
     "scan",
+    "study",
     "train",
     "view",
     "walk",
