@@ -1,0 +1,42 @@
+"""The context-parallel region that this thread is inside of: `attention` asks for it first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+_OPEN = threading.local()
+
+
+class Region(Protocol):
+    """Computes attention over the ranks that hold the sequence."""
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *, engine: str, **request: Any
+    ) -> Any:
+        """As `regard.attention`, on this rank's part of the sequence."""
+
+    def explain(
+        self, query: Tensor, key: Tensor, value: Tensor, **request: Any
+    ) -> dict[str, list[str]]:
+        """As `regard.explain`."""
+
+
+def current() -> Region | None:
+    """The innermost region of this thread; None outside of any."""
+    return getattr(_OPEN, "region", None)
+
+
+@contextmanager
+def inside(region: Region | None) -> Iterator[None]:
+    """While inside, attention of this thread goes through the region; None: through none."""
+    before = current()
+    _OPEN.region = region
+    try:
+        yield
+    finally:
+        _OPEN.region = before
