@@ -1,10 +1,11 @@
 """What ranks do in tests: a case of `cases` computed together, or whole, and what came of it."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import regard
-from cases import CASES
+from cases import CASES, plain
 from regard import (
     Distances,
     Effect,
@@ -19,6 +20,7 @@ from regard import (
 )
 from regard.call.biases import ALiBi, RelativeBias
 from regard.distributed import context_parallel, shard, unshard
+from regard.ops.distributed.formulas import Sizes
 
 BY_NAME = {case.name: case for case in CASES}
 OBSERVERS = (
@@ -77,9 +79,7 @@ def together(mesh, name, how, dtype=torch.float64, order="zigzag", observe=OBSER
     """The same, each rank with its part; unsharded."""
     case = BY_NAME[name]
     cut = {"order": order, "dim": 2}
-    q, k, v = (
-        shard(t, mesh, **cut).clone().requires_grad_() for t in case.tensors(dtype=dtype)
-    )
+    q, k, v = (shard(t, mesh, **cut).clone().requires_grad_() for t in case.tensors(dtype=dtype))
     request = case.request(dtype)
     others = floats_in(request)
     with context_parallel(mesh, how, order=order, most=most):
@@ -92,9 +92,18 @@ def together(mesh, name, how, dtype=torch.float64, order="zigzag", observe=OBSER
     loss_of(out, lse, g, h).backward()
     grads = [unshard(t.grad, mesh, **cut) for t in (q, k, v)]
     for t in others:
-        torch.distributed.all_reduce(t.grad, group=mesh.get_group())
+        dist.all_reduce(t.grad, group=mesh.get_group())
         grads.append(t.grad)
     return unshard(out, mesh, **cut), unshard(lse, mesh, **cut), grads, [s.gather() for s in seen]
+
+
+def plainly(case, dtype, working=None):
+    """out and gradients of q, k, v by plain torch, in `working`, of numbers rounded to dtype."""
+    tensors = [t.to(working or dtype).requires_grad_() for t in case.tensors(dtype=dtype)]
+    out, lse = plain(*tensors, **case.request(working or dtype))
+    g, h = weights_of(out.to(dtype), 1), weights_of(lse.to(torch.float32), 2)
+    loss_of(out, lse, g.to(out.dtype), h.to(out.dtype)).backward()
+    return [out.detach(), *(t.grad for t in tensors)]
 
 
 def tensors_of(result) -> dict[str, Tensor]:
@@ -110,3 +119,63 @@ def numbers_of(result) -> dict:
 
 
 EFFECTS = (*OBSERVERS, Effect(2))
+
+
+def two_layers(mesh, how):
+    """Two calls before one backward of both: pairs of gradients, ours and one process'."""
+    case, cut = BY_NAME["causal"], {"dim": 2}
+    wholes = [[t.requires_grad_() for t in case.tensors(seed)] for seed in (0, 1)]
+    parts = [[shard(t.detach(), mesh, **cut).requires_grad_() for t in w] for w in wholes]
+    mask = regard.Causal()
+    one = [regard.attention(*w, mask=mask) for w in wholes]
+    (one[0] * one[1]).sum().backward()
+    with context_parallel(mesh, how):
+        two = [regard.attention(*p, mask=mask) for p in parts]
+    (two[0] * two[1]).sum().backward()
+    return [
+        (unshard(p.grad, mesh, **cut), w.grad)
+        for ps, ws in zip(parts, wholes, strict=True)
+        for p, w in zip(ps, ws, strict=True)
+    ]
+
+
+def counted(mesh, how, dtype, observe, wants):
+    """(bytes that this rank sent in the forward, in the backward, the formulas' sizes)."""
+    sent = [0]
+    group = mesh.get_group()
+    kept = {n: getattr(dist, n) for n in ("all_gather", "all_to_all_single", "batch_isend_irecv")}
+    rank, size = mesh.get_local_rank(), mesh.size()
+
+    def all_gather(found, tensor, **more):
+        sent[0] += (size - 1) * tensor.nbytes
+        return kept["all_gather"](found, tensor, **more)
+
+    def all_to_all_single(found, tensor, ins, outs, **more):
+        sent[0] += (sum(outs) - outs[rank]) * tensor.element_size()
+        return kept["all_to_all_single"](found, tensor, ins, outs, **more)
+
+    def batch_isend_irecv(ops):
+        sent[0] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
+        return kept["batch_isend_irecv"](ops)
+
+    sizes = Sizes(size, 2, 8, 4, 96, 96, 16, 16, dtype.itemsize)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (
+        shard(torch.randn(2, h, 96, 16, generator=rng).to(dtype), mesh, dim=2).requires_grad_(wants)
+        for h in (8, 4, 4)
+    )
+    for name, function in list(locals().items()):
+        if name in kept:
+            setattr(dist, name, function)
+    try:
+        with context_parallel(mesh, how):
+            answer = regard.attention(q, k, v, mask=regard.Causal(), observe=observe)
+        out = answer[0] if observe is not None else answer
+        forward = sent[0]
+        if wants:
+            out.float().sum().backward()
+        assert group is mesh.get_group()
+        return forward, sent[0] - forward, sizes
+    finally:
+        for name, function in kept.items():
+            setattr(dist, name, function)

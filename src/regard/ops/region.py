@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from ..call.checked import Call
 
 _OPEN = threading.local()
 
@@ -19,6 +22,20 @@ class Region(Protocol):
         self, query: Tensor, key: Tensor, value: Tensor, *, engine: str, **request: Any
     ) -> Any:
         """As `regard.attention`, on this rank's part of the sequence."""
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        asking: Callable[[Call], Call] | None = None,
+        **request: Any,
+    ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+        """(out, lse, results). asking: gives the whole call the observers of a watch."""
+
+    def positions(self, length: int, start: int, device: torch.device) -> Tensor:
+        """The positions of this rank's tokens, of which there are `length`."""
 
     def explain(
         self, query: Tensor, key: Tensor, value: Tensor, **request: Any

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 
+from ...call.checked import Call
+from ...call.geometry import Span
 from ...call.observers import Effect
-from ...call.top_blocks import by_content
 from ...engines import functorch, refusals
 from ...errors import RegardError
 from ..region import inside
 from . import formulas, heads
 from .collectives import Ranks
 from .gather import Gather
-from .layout import Order, named
+from .layout import Layout, Order, named
 from .parts import NAMES
 from .ring import Ring
-from .whole import Whole, agreed
+from .whole import Whole, agreed, hollow, observed
 
 How = Literal["auto", "heads", "gather", "ring"]
 WAYS = ("heads", "gather", "ring")
@@ -61,8 +65,22 @@ def context_parallel(
     if how not in ("auto", *WAYS):
         raise RegardError(f'how is {how!r}; give "auto", "heads", "gather" or "ring"')
     ranks = Ranks(mesh)
-    with inside(Parallel(ranks, how, named(order, ranks.size), most)):
+    with _Guard(), inside(Parallel(ranks, how, named(order, ranks.size), most)):
         yield
+
+
+class _Guard(TorchFunctionMode):
+    """RegardError where a model computes attention by torch: a rank would see its part alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            raise RegardError(
+                f"context_parallel: {func.__name__} of torch sees this rank's part of the sequence "
+                'alone; use attn_implementation="regard", regard.nn, or regard.attention'
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class Parallel:
@@ -82,22 +100,44 @@ class Parallel:
         return found if len(found) > 1 else out
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, *, engine: str = "auto", **request: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        engine: str = "auto",
+        asking: Callable[[Call], Call] | None = None,
+        **request: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
-        """(out, lse, results); by heads, lse is None unless it is asked for."""
+        """(out, lse, results); by heads, lse is None unless it is asked for.
+
+        asking: gives the call of the whole sequence the observers of a watch; all ranks do alike.
+        """
         whole = self.whole(query, key, value, engine=engine, **request)
+        if asking is not None:
+            whole = replace(whole, call=observed(asking(whole.call)))
         how = self.chosen(whole, engine, query, key, value)
         if how == "heads":
             lse = bool(request.get("return_lse"))
             return heads.attend(whole, query, key, value, engine, lse)
-        if whole.call.dropout is not None or how == "ring":
-            job: Gather | Ring = Ring(whole, engine) if how == "ring" else Gather(
-                whole, engine, self.most)  # fmt: skip
-        else:
-            job = Gather(whole, engine, self.most)
+        job: Gather | Ring = (
+            Ring(whole, engine) if how == "ring" else Gather(whole, engine, self.most)
+        )
         biases = [b.tensor for b in whole.call.biases]
         out, lse = _Attention.apply(job, query, key, value, whole.call.sinks, *biases)
         return out, lse, job.results
+
+    def positions(self, length: int, start: int, device: torch.device) -> Tensor:
+        """The positions of this rank's tokens, of which there are `length`: int64 (length,)."""
+        own = torch.tensor([length], dtype=torch.int64, device=device)
+        held = [int(n) for n in torch.cat(self.ranks.all_gather(own)).tolist()]
+        layout = Layout(sum(held), self.order)
+        if held != layout.sizes:
+            raise RegardError(
+                f"the ranks hold {held} of {sum(held)} positions; in this order they must hold "
+                f"{layout.sizes}: cut the sequence by regard.distributed.shard"
+            )
+        return layout.positions(self.ranks.rank, device) + start
 
     def whole(
         self, query: Tensor, key: Tensor, value: Tensor, *, engine: str = "auto", **request: Any
@@ -149,8 +189,6 @@ class Parallel:
             by_ring.append("Effect ranks all edges of a row at once; a block has some of them")
             if not wants:
                 by_gather.append("Effect needs gradients: nothing here asks for one")
-        if by_content(call.mask) and call.place.query_start < 0:
-            by_ring.append("blocks chosen by content begin before position 0")
         return {"heads": by_heads, "gather": by_gather, "ring": by_ring}
 
     def sizes(self, whole: Whole, query: Tensor, value: Tensor) -> formulas.Sizes:
@@ -180,16 +218,13 @@ class Parallel:
 
     def _local(self, whole: Whole, how: str, query: Tensor, key: Tensor, value: Tensor) -> Any:
         """A call as a rank computes it, in form alone."""
-        from ...call.geometry import Span
-        from .whole import _hollow
-
         place, size = whole.call.place, self.ranks.size
         share = slice(0, place.heads // size) if how == "heads" else slice(0, place.heads)
         first = (0, place.q_len) if how == "heads" else whole.queries.spans(self.ranks.rank)[0]
         group = share.stop * place.kv_heads // place.heads
-        q = _hollow(query, (place.batch, share.stop, first[1] - first[0], query.shape[3]))
-        k = _hollow(query, (place.batch, group, place.k_len, query.shape[3]))
-        v = _hollow(query, (place.batch, group, place.k_len, value.shape[3]))
+        q = hollow(query, (place.batch, share.stop, first[1] - first[0], query.shape[3]))
+        k = hollow(query, (place.batch, group, place.k_len, query.shape[3]))
+        v = hollow(query, (place.batch, group, place.k_len, value.shape[3]))
         return whole.part(q, k, v, Span(*first, 0, place.k_len, heads=share))
 
 

@@ -61,7 +61,6 @@ class Gather:
             if i + 1 < len(groups):
                 wait = begin(groups[i + 1])
             own = slice(group.start * size, group.stop * size)
-            # What the next part of the sequence is computed from must not be a view of other strides
             split = both.split([key.shape[3], value.shape[3]], 3)
             yield group, own, split[0].contiguous(), split[1].contiguous()
 

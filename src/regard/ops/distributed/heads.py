@@ -1,4 +1,4 @@
-"""how="heads": an all-to-all gives each rank the whole sequence in some heads, another takes it back.
+"""how="heads": an all-to-all gives each rank the whole sequence in some heads, another undoes it.
 
 The call between them is an ordinary one (Jacobs et al. 2023, DeepSpeed-Ulysses, section 3).
 """
@@ -31,7 +31,7 @@ def attend(
     heads = slice(ranks.rank * mine, (ranks.rank + 1) * mine)
     span = Span(0, place.q_len, 0, place.k_len, heads=heads)
     asked = [of_heads(o, heads, place.heads) for o in whole.call.observers]
-    call = whole.part(*full, span, asked)
+    call = whole.part(full[0], full[1], full[2], span, asked)
     if not lse_wanted:  # an engine may compute it that gives no gradient through lse
         call = replace(call, return_lse=False)
     out, lse, seen = run(call, engine)
@@ -98,7 +98,7 @@ def to_rows(ranks: Ranks, layouts: Sequence[Layout], tensors: Sequence[Tensor]) 
 
 
 def _exchanged(
-    ranks: Ranks, sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]
+    ranks: Ranks, sent: list[list[Tensor]], shapes: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[Tensor]]:
     """An all-to-all of several tensors for each rank; one a dtype."""
     came: list[dict[int, Tensor]] = [{} for _ in sent]
@@ -110,5 +110,5 @@ def _exchanged(
         found = ranks.all_to_all(flat, [(sum(s),) for s in sizes])
         for rank, whole in enumerate(found):
             for i, piece in zip(mine, whole.split(sizes[rank]), strict=True):
-                came[rank][i] = piece.view(shapes[rank][i])
+                came[rank][i] = piece.view(*shapes[rank][i])
     return [[parts[i] for i in range(len(dtypes))] for parts in came]

@@ -14,7 +14,6 @@ from ...call.edge_results import EffectSeen
 from ...call.observers import Distances, Map, NormTopK, Observer, Received, Rows
 from ...call.results import MapSeen, ReceivedSeen, RowsSeen
 from ...errors import RegardError
-from .layout import Layout
 from .whole import Whole
 
 By = Literal["queries", "keys", "heads", "nothing"]
@@ -40,7 +39,7 @@ class Sharded:
     def gather(self) -> Any:
         """The whole result, in every rank."""
         whole, first = self._whole, self.local[0]
-        if self.by == "nothing" or whole.ranks.size == 1 and len(self.local) == 1:
+        if self.by == "nothing" or (whole.ranks.size == 1 and len(self.local) == 1):
             return first
         if isinstance(first, RowsSeen) and self.by == "queries":
             return self._rows()

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...call.checked import Call
 from ...call.geometry import Span
 from ...call.observers import NormTopK
+from ...call.results import LogSumExpSeen
 from ...engines import run
 from ...engines.second_pass.weigh import weigh
 from ..merging import merge
@@ -43,9 +44,10 @@ class Ring:
         for step in range(ranks.size):
             owner = (ranks.rank - step) % ranks.size
             last = step == ranks.size - 1
-            wait = (lambda: held) if last else ranks.passing(held)
+            wait = None if last else ranks.passing(held)
             yield owner, _unpacked(held, tensors, layout.size(owner))
-            held = wait()
+            if wait is not None:
+                held = wait()
 
     def spans(self, owner: int) -> Iterator[tuple[Span, slice, slice]]:
         """The pairs of this rank's ranges of queries with a block's ranges of keys, not all hidden.
@@ -96,7 +98,7 @@ class Ring:
     def _observed(
         self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor
     ) -> tuple[Sharded, ...]:
-        """What all observers see: a second ring of keys, and of values where norms are asked for."""
+        """What all observers see: a second ring of keys, and of values where norms are needed."""
         whole = self.whole
         observers = whole.call.observers
         asked = [of_span(o, whole) for o in observers]
@@ -112,10 +114,13 @@ class Ring:
                     span, here = Span(q0, q1, k0, k1), slice(at, at + q1 - q0)
                     there = slice(begin, begin + k1 - k0)
                     call = self._call(query, keys, values, span, here, there, asked, True)
-                    for into, result in zip(
-                        seen, weigh(call, lse[:, :, here], shard=True), strict=True
-                    ):
-                        into[q0] = into[q0].beside(result) if q0 in into else result
+                    results = weigh(call, lse[:, :, here], shard=True)
+                    for into, result in zip(seen, results, strict=True):
+                        # The log-sum-exp given is that of all keys already
+                        if q0 not in into or isinstance(result, LogSumExpSeen):
+                            into[q0] = result
+                        else:
+                            into[q0] = into[q0].beside(result)
         return tuple(
             collected(whole, o, [into[q0] for _, q0, _ in local])
             for o, into in zip(observers, seen, strict=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...call.checked import Call
 from ...call.dropout import Dropout
 from ...call.geometry import Place, Span
-from ...call.masks import And, Documents, Full, Mask, Not, Or, Padding
+from ...call.masks import And, Documents, Full, Mask, Not, Or, Padding, given_tensor
 from ...call.observers import Observer, Rows, to_json
 from ...call.top_blocks import by_content
 from ...errors import RegardError
@@ -95,7 +95,7 @@ def agreed(
         mask = _globalised(mask, ranks, queries, keys)
     batch, heads, _, dim = query.shape
     shapes = (batch, heads, queries.length, dim), (batch, key.shape[1], keys.length, dim)
-    given = [_hollow(query, s) for s in (*shapes, (*shapes[1][:3], value.shape[3]))]
+    given = [hollow(query, s) for s in (*shapes, (*shapes[1][:3], value.shape[3]))]
     if isinstance(mask, Mask) and by_content(mask):  # it looks at them all
         given[0] = ranks.gather(query.detach(), queries, 2)
         given[1] = ranks.gather(key.detach(), keys, 2)
@@ -103,14 +103,14 @@ def agreed(
         seed = torch.tensor(int(headers[0][2]), dtype=torch.int64, device="cpu")
         dropout = Dropout(dropout.p, seed)
     call = Call.checked(*given, **request | {"mask": mask, "dropout": dropout})
-    call = replace(call, observers=tuple(_placed(o, call.place) for o in call.observers))
-    return Whole(call, queries, keys, ranks)
+    return Whole(observed(call), queries, keys, ranks)
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """RegardError for what is not even of the right form; the rest is checked of the whole."""
     for name, given in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(given, Tensor) or given.dim() != 4:
+        given_tensor(given, name)
+        if given.dim() != 4:
             raise RegardError(f"{name} needs 4 dimensions, (batch, heads, length, dim)")
     if key.shape[:3] != value.shape[:3] or key.dtype != query.dtype or value.dtype != query.dtype:
         raise RegardError(
@@ -119,7 +119,7 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
+def hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of this shape that holds one number: only its form is looked at."""
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(*shape)
 
@@ -196,8 +196,10 @@ def _globalised(mask: Mask, ranks: Ranks, queries: Layout, keys: Layout) -> Mask
     return mask
 
 
-def _placed(observer: Observer, place: Place) -> Observer:
-    """Rows by positions of the whole: a rank's last query is not the sequence's."""
-    if not isinstance(observer, Rows):
-        return observer
-    return Rows([position for position, _ in observer.local(place)])
+def observed(call: Call) -> Call:
+    """The call with rows by positions of the whole: a rank's last query is not the sequence's."""
+    placed = (
+        Rows([p for p, _ in o.local(call.place)]) if isinstance(o, Rows) else o
+        for o in call.observers
+    )  # fmt: skip
+    return replace(call, observers=tuple(placed))
