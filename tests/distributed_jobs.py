@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import regard
@@ -19,8 +20,9 @@ from regard import (
     TopK,
 )
 from regard.call.biases import ALiBi, RelativeBias
-from regard.distributed import context_parallel, shard, unshard
+from regard.distributed import context_parallel, decode, linear_over_ranks, shard, unshard
 from regard.ops.distributed.formulas import Sizes
+from regard.ops.distributed.layout import Layout, named
 
 BY_NAME = {case.name: case for case in CASES}
 OBSERVERS = (
@@ -179,3 +181,174 @@ def counted(mesh, how, dtype, observe, wants):
     finally:
         for name, function in kept.items():
             setattr(dist, name, function)
+
+
+def llama(dtype=torch.float64):
+    """A Llama-shaped model of two layers, and a batch of two texts of which one is padded."""
+    from zoo import FAMILIES
+
+    ids = torch.arange(2 * 23).view(2, 23) * 7 % 90 + 3
+    keep = torch.ones(2, 23, dtype=torch.int64)
+    keep[1, :6] = 0
+    model = FAMILIES["Llama"].build().to(dtype)
+    model.set_attn_implementation("regard")
+    return model, {
+        "input_ids": ids,
+        "attention_mask": keep,
+        "labels": ids.masked_fill(keep == 0, -100),
+    }
+
+
+def watched(mesh, how):
+    """Logits, loss, results and a weight's gradient: over the ranks (mesh), or of one process."""
+    model, inputs = llama()
+    observe = [TopK(3), Received(), Entropy(), Map(4, 4)]
+    watching = regard.watch(model, observe=observe, count_padding=True)
+    if mesh is None:
+        with watching as seen:
+            answer = model(**inputs, use_cache=False)
+        loss, logits = answer.loss, answer.logits
+    else:
+        own = shard(inputs, mesh)
+        with context_parallel(mesh, how), watching as seen:
+            answer = model(**own, use_cache=False, num_items_in_batch=_labels(inputs))
+            loss, logits = answer.loss, unshard(answer.logits, mesh)
+            loss.backward()
+        dist.all_reduce(loss, group=mesh.get_group())
+    if mesh is None:
+        loss.backward()
+    gradient = model.model.layers[0].self_attn.k_proj.weight.grad
+    if mesh is not None:
+        dist.all_reduce(gradient, group=mesh.get_group())
+    gathered = (lambda r: r) if mesh is None else (lambda r: r.gather())
+    results = [[gathered(r) for r in layer.seen] for layer in seen.layers]
+    return logits.detach(), loss.detach(), gradient, results
+
+
+def _labels(inputs) -> int:
+    """How many labels of next tokens count."""
+    return int((inputs["labels"][:, 1:] != -100).sum())
+
+
+def own_modules(mesh, how):
+    """A block of regard.nn with rotary positions: over the ranks, or in one process."""
+    from regard import nn
+
+    torch.manual_seed(5)
+    block = nn.MultiHeadAttention(32, 4, kv_heads=2, rotary=nn.Rotary(8)).double()
+    x = torch.randn(2, 21, 32, dtype=torch.float64)
+    if mesh is None:
+        return block(x, mask=regard.Causal()).detach()
+    with context_parallel(mesh, how):
+        return unshard(block(shard(x, mesh), mask=regard.Causal()), mesh)
+
+
+def refused(mesh, what):
+    """The error that a call is refused with, in this rank."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 4, 12, 8) for _ in range(3))
+    mine = [shard(t, mesh, dim=2) for t in (q, k, v)]
+    rank = mesh.get_local_rank()
+    calls = {
+        "heads": lambda: regard.attention(*mine, mask=regard.Causal()),
+        "dropout by heads": lambda: regard.attention(*mine, dropout=0.1),
+        "effect by ring": lambda: regard.attention(
+            mine[0].requires_grad_(), *mine[1:], observe=[regard.Effect(2)]),
+        "named engine": lambda: regard.attention(
+            mine[0].requires_grad_(), *mine[1:], engine="reference"),
+        "other masks": lambda: regard.attention(
+            *mine, mask=regard.Causal() if rank else regard.Full()),
+        "other lengths": lambda: regard.attention(*(t[:, :, rank:] for t in mine)),
+        "torch's attention": lambda: F.scaled_dot_product_attention(*mine),
+        "positions that jump": lambda: llama(torch.float32)[0](
+            shard(torch.arange(20)[None], mesh), use_cache=False,
+            position_ids=shard(torch.arange(20)[None], mesh)),
+        "decode steps": lambda: llama(torch.float32)[0].generate(
+            shard(torch.arange(3, 23)[None], mesh), max_new_tokens=2),
+        "padding": lambda: _watch_padding(mesh),
+    }  # fmt: skip
+    how = {"heads": "heads", "dropout by heads": "heads", "effect by ring": "ring"}
+    try:
+        with context_parallel(mesh, how.get(what, "gather")):
+            calls[what]()
+    except regard.RegardError as error:
+        return str(error)
+    return ""
+
+
+def _watch_padding(mesh):
+    model, inputs = llama(torch.float32)
+    with regard.watch(model, observe=[Received()]):
+        model(**shard(inputs, mesh), use_cache=False)
+
+
+def explained(mesh, how):
+    q, k, v = (shard(torch.randn(1, h, 64, 8), mesh, dim=2) for h in (8, 4, 4))
+    with context_parallel(mesh, how):
+        return regard.explain(q.requires_grad_(), k, v, mask=regard.Causal())
+
+
+def dropped(mesh):
+    """The same seed in every rank, whatever each draws: out of the ranks, and of one process."""
+    torch.manual_seed(mesh.get_local_rank())
+    q, k, v = (t.float() for t in BY_NAME["causal"].tensors())
+    with context_parallel(mesh):
+        parts = (shard(t, mesh, dim=2) for t in (q, k, v))
+        out = unshard(regard.attention(*parts, dropout=0.4), mesh, dim=2)
+    torch.manual_seed(0)
+    return out, regard.attention(q, k, v, dropout=0.4)
+
+
+def in_balance(mesh):
+    """Pairs that each rank sees of a mask in three orders, most over mean."""
+    from regard.call.geometry import Place, Span
+    from regard.distributed import balanced
+
+    length, size = 4096, mesh.size()
+    mask = regard.First(700) & ~regard.Causal() | regard.Window(64) & regard.Causal()
+    program = mask.lower(Place(1, 1, 1, length, length, 0, 0, torch.device("cpu")))
+    rows = program.visible(Span(0, length, 0, length))[0, 0].sum(-1).double()
+    worst = []
+    for order in ("plain", "zigzag", balanced(mask, length, size)):
+        layout = Layout(length, named(order, size))
+        load = torch.stack([layout.take(rows, r, 0).sum() for r in range(size)])
+        worst.append(float(load.max() / load.mean()))
+    return worst
+
+
+def decoded(mesh):
+    """A step over keys in several ranks, out and results; and those of one process."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 8, generator=rng, dtype=torch.float64)
+               for h, n in ((4, 2), (2, 37), (2, 37)))  # fmt: skip
+    request = {"mask": regard.Causal() & (regard.Window(30) | regard.First(2)),
+               "sinks": torch.randn(4, generator=rng, dtype=torch.float64)}  # fmt: skip
+    observe = [TopK(3), Entropy(), MaxScore(), LogSumExp(), Rows([-1]), NormTopK(2)]
+    layout = Layout(37, named("plain", mesh.size()))
+    ((start, stop),) = layout.spans(mesh.get_local_rank())
+    out, seen = decode(q, k[:, :, start:stop], v[:, :, start:stop], mesh, query_start=35,
+                       key_start=start, observe=observe, **request)  # fmt: skip
+    exact, one = regard.attention(q, k, v, query_start=35, observe=observe, **request)
+    return (out, *seen), (exact, *one)
+
+
+def linear(mesh, beta):
+    """out and gradients of linear attention over ranks, unsharded; and those of one process."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 29, 8, generator=rng, dtype=torch.float64) for h in (4, 2, 2))
+    decay = -torch.rand(2, 2, 29, generator=rng, dtype=torch.float64)
+    given = {"decay": decay} | (
+        {"beta": torch.rand(2, 2, 29, generator=rng).double()} if beta else {}
+    )
+    cut = {"order": "plain", "dim": 2}
+    whole = [t.clone().requires_grad_() for t in (q, k, v, *given.values())]
+    own = [shard(t, mesh, **cut).clone().requires_grad_() for t in (q, k, v, *given.values())]
+    names = list(given)
+    map_ = {"feature_map": "identity"} if beta else {}
+    one = regard.linear_attention(*whole[:3], **dict(zip(names, whole[3:], strict=True)), **map_)
+    two = linear_over_ranks(*own[:3], mesh, **dict(zip(names, own[3:], strict=True)), **map_)
+    g = weights_of(one, 1)
+    (one * g).sum().backward()
+    (two * shard(g, mesh, **cut)).sum().backward()
+    mine = [two, *(t.grad for t in own)]
+    return [unshard(t, mesh, **cut) for t in mine], [one.detach(), *(t.grad for t in whole)]

@@ -26,7 +26,10 @@ def runs(case, how: str, size: int) -> bool:
 
 
 def check(mine, exact) -> None:
-    """out, lse, gradients and results of both."""
+    """out, lse, gradients and results of both.
+
+    Keys whose weight is 0, as exp has nothing smaller, are listed in any order.
+    """
     for name, a, b in zip(("out", "lse"), mine, exact, strict=False):
         torch.testing.assert_close(a, b, **NEAR, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
     for i, (a, b) in enumerate(zip(mine[2], exact[2], strict=True)):
@@ -36,6 +39,8 @@ def check(mine, exact) -> None:
         theirs = tensors_of(b)
         for name, t in tensors_of(a).items():
             said = f"{type(b).__name__}.{name}"
+            if name == "indices":
+                t = t.where(theirs["weights"] > 0, theirs[name])
             torch.testing.assert_close(t, theirs[name], **NEAR, msg=lambda m, s=said: f"{s}: {m}")
 
 
@@ -45,7 +50,9 @@ def check(mine, exact) -> None:
 def test_several_processes_equal_one(ranks, case, size):
     for how in WAYS:
         if runs(case, how, size):
-            observe = OBSERVERS if how == "ring" else EFFECTS
+            # Of weights next to 1 the effect, by 1 − p, is rounding alone
+            effects = how != "ring" and case.magnitude < 100
+            observe = EFFECTS if effects else OBSERVERS
             exact = whole(case.name, observe=observe)
             mine = ranks.run(
                 size, f"{JOBS}.together", case.name, how, torch.float64, "zigzag", observe

@@ -25,7 +25,7 @@ from .gather import Gather
 from .layout import Layout, Order, named
 from .parts import NAMES
 from .ring import Ring
-from .whole import Whole, agreed, hollow, observed
+from .whole import Whole, agreed, hollow
 
 How = Literal["auto", "heads", "gather", "ring"]
 WAYS = ("heads", "gather", "ring")
@@ -115,7 +115,7 @@ class Parallel:
         """
         whole = self.whole(query, key, value, engine=engine, **request)
         if asking is not None:
-            whole = replace(whole, call=observed(asking(whole.call)))
+            whole = replace(whole, call=asking(whole.call))
         how = self.chosen(whole, engine, query, key, value)
         if how == "heads":
             lse = bool(request.get("return_lse"))

@@ -74,10 +74,10 @@ class Gather:
         seen: list[list[list[Any]]] = [[[] for _ in local] for _ in observers]
         now = [i for i, o in enumerate(observers) if not isinstance(o, Effect)]
         for _, heads, keys, values in self.blocks(key, value, query.shape[1]):
-            asked = [self._asked(observers[i], heads) for i in now]
             for n, (at, start, stop) in enumerate(local):
                 rows = slice(at, at + stop - start)
                 span = Span(start, stop, 0, whole.keys.length, heads=heads)
+                asked = [self._asked(observers[i], heads, stop) for i in now]
                 call = whole.part(query[:, heads, rows], keys, values, span, asked)
                 out[:, heads, rows], mine, gathered = run(call, self.engine)
                 lse[:, heads, rows] = mine
@@ -91,8 +91,8 @@ class Gather:
         )  # fmt: skip
         return out, lse
 
-    def _asked(self, observer: Observer, heads: slice) -> Observer:
-        return of_heads(of_span(observer, self.whole), heads, self.whole.call.place.heads)
+    def _asked(self, observer: Observer, heads: slice, stop: int) -> Observer:
+        return of_heads(of_span(observer, self.whole, stop), heads, self.whole.call.place.heads)
 
     def _waiting(self, number: int, observer: Observer) -> Sharded:
         """Effects, which the backward measures."""

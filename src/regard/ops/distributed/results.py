@@ -44,18 +44,18 @@ class Sharded:
         if isinstance(first, RowsSeen) and self.by == "queries":
             return self._rows()
         if self.by == "heads":
-            return _made(first, [torch.cat(whole.ranks.all_gather(t), 1) for t in _tensors(first)])
+            return made(first, [torch.cat(whole.ranks.all_gather(t), 1) for t in tensors_of(first)])
         layout = whole.keys if self.by == "keys" else whole.queries
         tensors = [
             whole.ranks.gather(torch.cat(parts, 2), layout, 2)
-            for parts in zip(*map(_tensors, self.local), strict=True)
+            for parts in zip(*map(tensors_of, self.local), strict=True)
         ]
         start = (
             {"key_start": whole.call.place.key_start}
             if self.by == "keys"
             else {"query_start": whole.call.place.query_start}
         )
-        return _made(first, tensors, **start)
+        return made(first, tensors, **start)
 
     def _rows(self) -> RowsSeen:
         """Each row lies on one rank: the others add 0."""
@@ -79,19 +79,20 @@ class Sharded:
         )
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors of a typed result."""
     if isinstance(result, EffectSeen):
         return [result.indices, result.effects, result.weights]
     values = (getattr(result, f.name) for f in fields(result))
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def _made(like: Any, tensors: list[Tensor], **changed: Any) -> Any:
+def made(like: Any, tensors: list[Tensor], **changed: Any) -> Any:
     """A result like this one, of other tensors."""
     if isinstance(like, EffectSeen):
-        made = EffectSeen(changed.get("query_start", like.query_start))
-        made.fill(*tensors)
-        return made
+        effects = EffectSeen(changed.get("query_start", like.query_start))
+        effects.fill(*tensors)
+        return effects
     names = [f.name for f in fields(like) if isinstance(getattr(like, f.name), Tensor)]
     return replace(like, **dict(zip(names, tensors, strict=True)), **changed)
 
@@ -106,11 +107,16 @@ def of_heads(observer: Observer, heads: slice, total: int) -> Observer:
     return observer
 
 
-def of_span(observer: Observer, whole: Whole) -> Observer:
+def of_span(observer: Observer, whole: Whole, stop: int) -> Observer:
     """What to ask of some queries alone: a map in no more cells than that of the whole.
 
     What keys receive is asked by head: how many queries see a key is pooled once all are counted.
+    stop: where the queries end; a row is asked for by its position in the whole.
     """
+    if isinstance(observer, Rows):
+        end = whole.call.place.query_start + stop
+        positions = (p for p, _ in observer.local(whole.call.place))
+        return Rows([p if p >= 0 else p - end for p in positions])
     if isinstance(observer, Received):
         return replace(observer, heads="each")
     if isinstance(observer, Map):
@@ -123,8 +129,8 @@ def heads_joined(parts: Sequence[Any]) -> Any:
     """One result of all heads, from those of consecutive heads."""
     if len(parts) == 1:
         return parts[0]
-    tensors = [torch.cat(each, 1) for each in zip(*map(_tensors, parts), strict=True)]
-    return _made(parts[0], tensors)
+    tensors = [torch.cat(each, 1) for each in zip(*map(tensors_of, parts), strict=True)]
+    return made(parts[0], tensors)
 
 
 def collected(whole: Whole, observer: Observer, parts: Sequence[Any]) -> Sharded:
@@ -140,8 +146,8 @@ def collected(whole: Whole, observer: Observer, parts: Sequence[Any]) -> Sharded
     if isinstance(observer, Distances):
         mine = reduce(lambda a, b: a.then(b), parts)
         sums = whole.ranks.all_reduce(torch.stack([mine.past, mine.future]))
-        made = replace(mine, past=sums[0], future=sums[1])
-        return Sharded([made], "nothing", whole, observer)
+        whole_result = replace(mine, past=sums[0], future=sums[1])
+        return Sharded([whole_result], "nothing", whole, observer)
     return Sharded(parts, "queries", whole, observer)
 
 
@@ -190,6 +196,6 @@ def of_all_heads(whole: Whole, observer: Observer, mine: Any) -> Sharded:
         if observer.heads == "mean":
             total = total / whole.call.place.heads
         count = whole.ranks.all_reduce(mine.count.amax(1, keepdim=True), largest=True)
-        made = replace(mine, sum=total, count=count)
-        return Sharded([made], "nothing", whole, observer)
+        whole_result = replace(mine, sum=total, count=count)
+        return Sharded([whole_result], "nothing", whole, observer)
     return Sharded([mine], "heads", whole, observer)

@@ -101,14 +101,14 @@ class Ring:
         """What all observers see: a second ring of keys, and of values where norms are needed."""
         whole = self.whole
         observers = whole.call.observers
-        asked = [of_span(o, whole) for o in observers]
         norms = any(isinstance(o, NormTopK) for o in observers)
         local = whole.queries.local(whole.ranks.rank)
-        seen: list[dict[int, Any]] = [{} for _ in asked]  # by the start of the rows
+        seen: list[dict[int, Any]] = [{} for _ in observers]  # by the start of the rows
         for owner, block in self.blocks(key, *([value] if norms else [])):
             keys = block[0]
             values = block[1] if norms else keys[..., :0]
             for at, q0, q1 in local:
+                asked = [of_span(o, whole, q1) for o in observers]
                 for begin, k0, k1 in whole.keys.local(owner):
                     # An empty answer, too, says which keys there are
                     span, here = Span(q0, q1, k0, k1), slice(at, at + q1 - q0)

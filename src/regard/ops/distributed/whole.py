@@ -14,7 +14,7 @@ from ...call.checked import Call
 from ...call.dropout import Dropout
 from ...call.geometry import Place, Span
 from ...call.masks import And, Documents, Full, Mask, Not, Or, Padding, given_tensor
-from ...call.observers import Observer, Rows, to_json
+from ...call.observers import Observer, to_json
 from ...call.top_blocks import by_content
 from ...errors import RegardError
 from .collectives import Ranks
@@ -103,7 +103,7 @@ def agreed(
         seed = torch.tensor(int(headers[0][2]), dtype=torch.int64, device="cpu")
         dropout = Dropout(dropout.p, seed)
     call = Call.checked(*given, **request | {"mask": mask, "dropout": dropout})
-    return Whole(observed(call), queries, keys, ranks)
+    return Whole(call, queries, keys, ranks)
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -194,12 +194,3 @@ def _globalised(mask: Mask, ranks: Ranks, queries: Layout, keys: Layout) -> Mask
         own = whole(mask.query_ids, queries)
         return Documents(own, own if theirs is mask.query_ids else whole(theirs, keys))
     return mask
-
-
-def observed(call: Call) -> Call:
-    """The call with rows by positions of the whole: a rank's last query is not the sequence's."""
-    placed = (
-        Rows([p for p, _ in o.local(call.place)]) if isinstance(o, Rows) else o
-        for o in call.observers
-    )  # fmt: skip
-    return replace(call, observers=tuple(placed))
