@@ -2,9 +2,9 @@
 
     python benchmarks/distributed_memory.py --length 131072 --ranks 1 2 4
 
-Each number of ranks is a fresh set of processes on gloo over loopback. Printed: the peak of resident
-memory beyond what the process held before the tensors were made, largest over the ranks; the wall
-time; and what the formulas of docs/distributed.md say travels.
+Each number of ranks is a fresh set of processes on gloo over loopback. Printed: the peak of
+resident memory beyond what the process held before the tensors were made, the largest of the
+ranks; the wall time; and what the formulas of docs/distributed.md say travels.
 """
 
 import argparse

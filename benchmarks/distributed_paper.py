@@ -1,10 +1,10 @@
-"""Which way wins where: docs/distributed.md's formulas on 8 and 64 GPUs, up to 10M tokens, on paper.
+"""Which way wins where: docs/distributed.md's formulas on 8 and 64 GPUs, to 10M tokens, on paper.
 
     python benchmarks/distributed_paper.py --tflops 330
 
 Nothing is run. One causal layer, forward, 32 heads of 128, 8 of keys, bfloat16, batch 1. Compute is
 4 · H · N² / 2 · d / P floating-point operations at the rate given (a measured kernel's; see
-docs/cuda.md); a rank's sending takes bytes / bandwidth: 450 GB/s each way for NVLink 4 within 8 GPUs,
+docs/benchmarks-gpu.md); sending takes bytes / bandwidth: 450 GB/s each way for NVLink 4 of 8 GPUs,
 50 GB/s a GPU (one 400 Gb/s adapter) for InfiniBand between them, the makers' figures. By ring and
 gather sending hides behind compute as far as it can; the all-to-alls of heads do not.
 """

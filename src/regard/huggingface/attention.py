@@ -105,7 +105,8 @@ def mask(
     A watched model gets its own mask, which says beside its elements what they mean.
     """
     name = getattr(rest.get("config"), "_attn_implementation", None)
-    if isinstance(name, Watching) and not name.over:
+    # Over ranks the model's own function computes nothing
+    if isinstance(name, Watching) and not name.over and region.current() is None:
         make = dict(hf.ALL_MASK_ATTENTION_FUNCTIONS).get(name.own)
         if make is None:  # then transformers makes none
             return None

@@ -34,6 +34,13 @@ class Region(Protocol):
     ) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         """(out, lse, results). asking: gives the whole call the observers of a watch."""
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first rank."""
+
+    def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """The whole call with its numbers, gathered in every rank; without gradients."""
+
     def positions(self, length: int, start: int, device: torch.device) -> Tensor:
         """The positions of this rank's tokens, of which there are `length`."""
 

@@ -46,6 +46,10 @@ class Watch(Protocol):
     ) -> None:  # fmt: skip
         """Take it in."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether queries and keys are kept."""
+
     def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
         """Take in what was seen over several ranks; call: the whole one, without its numbers."""
 
@@ -96,13 +100,21 @@ class WatchedCall:
         wholes: list[Call] = []
 
         def asking(call: Call) -> Call:
-            asked = self.watch.asking(self.name, self.kind, call) if self.wanted else call
+            # What is kept with queries and keys is read where they come together
+            watched = self.wanted and not self.watch.keeps
+            asked = self.watch.asking(self.name, self.kind, call) if watched else call
             wholes.append(asked)
             return asked
 
         with self.watch.computing():
             out, lse, seen = parallel.run(query, key, value, asking=asking, **request)
-        if self.wanted:
+        if self.wanted and self.watch.keeps:
+            call = parallel.together(wholes[0], query, key, value)
+            if parallel.first:
+                asked = self.watch.asking(self.name, self.kind, call)
+                own, found = beside.gathered(asked)
+                self.record(call, own, None, found)
+        elif self.wanted:
             self.watch.record_sharded(self.name, self.kind, wholes[0], seen)
         return out, lse
 

@@ -127,6 +127,20 @@ class Parallel:
         out, lse = _Attention.apply(job, query, key, value, whole.call.sinks, *biases)
         return out, lse, job.results
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first rank."""
+        return self.ranks.rank == 0
+
+    def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """The whole call with its numbers, gathered in every rank; without gradients."""
+        queries, keys = (Layout(n, self.order) for n in (call.place.q_len, call.place.k_len))
+        q, k, v = (
+            self.ranks.gather(t.detach(), layout, 2)
+            for t, layout in ((query, queries), (key, keys), (value, keys))
+        )
+        return replace(call, query=q, key=k, value=v, dropout=None)
+
     def positions(self, length: int, start: int, device: torch.device) -> Tensor:
         """The positions of this rank's tokens, of which there are `length`: int64 (length,)."""
         own = torch.tensor([length], dtype=torch.int64, device=device)
