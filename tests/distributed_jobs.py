@@ -190,7 +190,7 @@ def llama(dtype=torch.float64):
     ids = torch.arange(2 * 23).view(2, 23) * 7 % 90 + 3
     keep = torch.ones(2, 23, dtype=torch.int64)
     keep[1, :6] = 0
-    model = FAMILIES["Llama"].build().to(dtype)
+    model = next(f for f in FAMILIES if f.name == "Llama").build().to(dtype)
     model.set_attn_implementation("regard")
     return model, {
         "input_ids": ids,
@@ -305,7 +305,7 @@ def in_balance(mesh):
     from regard.distributed import balanced
 
     length, size = 4096, mesh.size()
-    mask = regard.First(700) & ~regard.Causal() | regard.Window(64) & regard.Causal()
+    mask = regard.First(2000) & ~regard.Causal() | regard.Window(64)
     program = mask.lower(Place(1, 1, 1, length, length, 0, 0, torch.device("cpu")))
     rows = program.visible(Span(0, length, 0, length))[0, 0].sum(-1).double()
     worst = []

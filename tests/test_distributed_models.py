@@ -57,7 +57,7 @@ def test_explain_says_how_and_what_would_travel(ranks):
     assert said["travels"][0] == "by gather: a rank sends 0.011 MiB in the forward"
     assert "in the backward" in said["travels"][1]
     assert said["tiled"] == []
-    assert ranks.run(2, f"{JOBS}.explained", "auto")["travels"][0].startswith("by heads")
+    assert ranks.run(4, f"{JOBS}.explained", "auto")["travels"][0].startswith("by heads")
 
 
 def test_dropout_does_not_depend_on_the_number_of_ranks(ranks):
@@ -69,7 +69,7 @@ def test_dropout_does_not_depend_on_the_number_of_ranks(ranks):
 def test_an_order_is_balanced_by_the_visible_pairs_of_any_mask(ranks):
     plain, zigzag, balanced = ranks.run(3, f"{JOBS}.in_balance")
     assert balanced < min(plain, zigzag)
-    assert balanced < 1.25
+    assert balanced < 1.05
 
 
 def test_a_decode_step_over_keys_on_several_ranks(ranks):
