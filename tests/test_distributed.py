@@ -64,7 +64,7 @@ def cases():
         yield pytest.param(case, (2, 3, 4)[n % 3], marks=marks, id=f"{case}-{(2, 3, 4)[n % 3]}")
 
 
-@pytest.mark.parametrize(("case", "size"), cases())
+@pytest.mark.parametrize("case, size", cases())
 def test_several_processes_equal_one(ranks, case, size):
     for how in WAYS:
         if runs(case, how, size):

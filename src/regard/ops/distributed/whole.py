@@ -95,7 +95,8 @@ def agreed(
         mask = _globalised(mask, ranks, queries, keys)
     batch, heads, _, dim = query.shape
     shapes = (batch, heads, queries.length, dim), (batch, key.shape[1], keys.length, dim)
-    given = [hollow(query, s) for s in (*shapes, (*shapes[1][:3], value.shape[3]))]
+    formal = [hollow(query, s) for s in (*shapes, (*shapes[1][:3], value.shape[3]))]
+    given = list(formal)
     if isinstance(mask, Mask) and by_content(mask):  # it looks at them all
         given[0] = ranks.gather(query.detach(), queries, 2)
         given[1] = ranks.gather(key.detach(), keys, 2)
@@ -103,7 +104,8 @@ def agreed(
         seed = torch.tensor(int(headers[0][2]), dtype=torch.int64, device="cpu")
         dropout = Dropout(dropout.p, seed)
     call = Call.checked(*given, **request | {"mask": mask, "dropout": dropout})
-    return Whole(call, queries, keys, ranks)
+    # What was looked at is not kept
+    return Whole(replace(call, query=formal[0], key=formal[1]), queries, keys, ranks)
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
