@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import RegardError
+from . import over_ranks
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording
@@ -135,8 +136,8 @@ class TextModel:
         with quiet(), torch.no_grad():
             model, inputs, about = self._prepared(text, generate, step)
             with watch(model, observe=[], keep_qk=True) as seen:
-                model(**inputs)
-        return seen.recording(**about)
+                over_ranks.run(model, inputs)
+        return over_ranks.of_first(lambda: seen.recording(**about))
 
     def stream(
         self,
@@ -156,7 +157,11 @@ class TextModel:
         with quiet(), torch.no_grad():
             model, inputs, about = self._prepared(text, generate, step)
             about["words"] = word_tokens(about)
-            return record(model, inputs, folder, about=about, **options)
+
+            def write(run: Any) -> Recording:
+                return record(model, run, folder, about=about, **options)
+
+            return over_ranks.recorded(model, inputs, write, options.get("layers"))
 
     def _prepared(
         self, text: str, generate: int, step: Callable[[int], object] | None

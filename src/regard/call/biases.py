@@ -67,6 +67,16 @@ class Added:
             return self
         return replace(self, tensor=self.tensor[which])
 
+    def part(self, span: Span) -> Added:
+        """The same bias for some queries, keys and heads of the call; its tensor is a view."""
+        dense = self.kind == Kind.DENSE
+        return replace(
+            self,
+            tensor=span.cut(self.tensor) if dense else self.tensor[span.heads],
+            query_start=self.query_start + span.q0,
+            key_start=self.key_start + span.k0,
+        )
+
     def offsets(self, span: Span) -> Tensor:
         """key − query in a span: (q1 − q0, k1 − k0) int64."""
         device = self.tensor.device

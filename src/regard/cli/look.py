@@ -19,6 +19,7 @@ from .common import (
     progress,
     replace_unprintable,
 )
+from .ranks import over_ranks
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording
@@ -87,6 +88,7 @@ _SAVE = "Save q, k and lse, from which any tile is computed exactly."
 @click.option("--json", "as_object", is_flag=True, help="Print one JSON object, as below.")
 @click.option("--html", metavar="FILE", type=Path, help=_HTML)
 @click.option("--save", metavar="FOLDER", type=Path, help=_SAVE)
+@over_ranks
 def look(
     text: str,
     model: str | None,

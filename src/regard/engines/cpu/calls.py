@@ -95,16 +95,20 @@ class Again:
 
 def run_backward(
     call: Call, out: Tensor, stats: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
-    wanted: Sequence[bool],
+    wanted: Sequence[bool], delta: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:  # fmt: skip
-    """Gradients of (query, key, value), of the biases where wanted, and of the sinks."""
+    """Gradients of (query, key, value), of the biases where wanted, and of the sinks.
+
+    delta (batch, heads, q_len): grad_out · out − grad_lse, where it is known already.
+    """
     call = _apart(call)
     place, value = call.place, call.value
     assert value is not None
-    delta = (grad_out.float() * out.float()).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse.float()
-    delta = delta.contiguous()
+    if delta is None:
+        delta = (grad_out.float() * out.float()).sum(-1)
+        if grad_lse is not None:
+            delta = delta - grad_lse.float()
+    delta = delta.float().contiguous()
     tensors = (call.query, call.key, value)
     made = torch.empty if delta.numel() and place.k_len else torch.zeros
     grads = [made(t.shape, dtype=t.dtype, device="cpu") for t in tensors]
