@@ -29,7 +29,7 @@ def test_every_public_name_is_in_the_reference():
     reference = "".join(page.read_text("utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
     named = {line.removeprefix("::: ") for line in reference.splitlines() if line[:4] == "::: "}
     names = {f"regard.public.{name}" for name in dir(regard) if name in regard.public.__all__}
-    for space in ("cache", "context", "huggingface", "linear", "nn", "sparse"):
+    for space in (*regard.public.NAMESPACES, "huggingface"):
         if space == "huggingface":
             pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
         names |= {f"regard.{space}.{name}" for name in getattr(regard, space).__all__}
