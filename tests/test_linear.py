@@ -77,6 +77,7 @@ def assert_equal(ours: list[Tensor], truths: list[Tensor], tolerance: float = 1e
         torch.testing.assert_close(mine, truth, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.sample(every=2)
 @every_case
 def test_float64_is_the_twins(case):
     """Out, state and the gradients of everything that goes in; both forms."""
@@ -101,6 +102,7 @@ def test_float64_in_small_segments(case, monkeypatch):
         assert_equal(ours, truths)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 7], ids=str)
 def test_float64_in_parts(case, monkeypatch):
     """Without a graph, a long sequence goes part by part; here every one of more than 7 tokens."""
