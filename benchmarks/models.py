@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import sys
 import textwrap
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -29,13 +30,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import regard
 import tiny
 from regard import RegardError, Rows
+from tiny import Way
+from tiny_inputs import variants
 
 NEAR = 1e-4  # weights may differ by the rounding of float32
 STEPS = 5
+TRYING = 6  # seconds
 # Tried one after the other: hybrids have attention in later layers only, rotary sections are wide
-SIZES: list[dict[str, int]] = [
-    {}, {"num_hidden_layers": 8}, {"head_dim": 64}, {"image_size": 64, "patch_size": 16},
-    {"head_dim": 128, "hidden_size": 128},
+WAYS = [
+    Way(), Way({"num_hidden_layers": 8}), Way({"head_dim": 64}),
+    Way({"image_size": 64, "patch_size": 16}), Way({"head_dim": 128, "hidden_size": 128}),
+    Way({"hidden_size": 256}), Way({"hidden_size": 512}), Way({"window_size": 64}),
+    Way(fills=True), Way({"num_key_value_heads": 4}, fills=True), Way(fills=True, cuts=True),
+    Way({"num_hidden_layers": 8}, fills=True, cuts=True),
+    Way({"hidden_size": 512, "num_key_value_heads": 4}, fills=True),
+    Way(wide=True), Way(wide=True, cuts=True),
 ]  # fmt: skip
 
 
@@ -54,14 +63,12 @@ def same(ours: Any, theirs: Any) -> bool:
     return bool(pairs) and all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
 
 
-def eager_weights(
-    kind: str, given: dict[str, Tensor], sizes: dict[str, int] | None = None
-) -> list[Tensor]:
+def eager_weights(kind: str, given: dict[str, Tensor], model_class: type, way: Way) -> list[Tensor]:
     """What the model gives itself, where it can: eager, with output_attentions=True."""
     try:
-        model = tiny.build(kind, sizes, attn_implementation="eager")
+        model = tiny.build(kind, way, model_class, attn_implementation="eager")
     except (ValueError, TypeError):
-        model = tiny.build(kind, sizes)
+        model = tiny.build(kind, way, model_class)
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(**given, output_attentions=True)
@@ -139,28 +146,31 @@ def generated(model: nn.Module, given: dict[str, Tensor]) -> str:
 
 
 def tried(model: nn.Module) -> tuple[dict[str, Tensor], Any]:
-    """Inputs that it takes, and its output: text, or text with an image."""
-    for image in (False, True):
-        given = tiny.inputs(model, image=image)
+    """Inputs that it takes, and its output."""
+    errors: list[Exception] = []
+    for given in variants(model):
         try:
             torch.manual_seed(0)  # some draw noise
             with torch.no_grad():
                 return given, model(**given)
-        except Exception:
-            if image or "input_ids" not in given:
-                raise
-    raise AssertionError
-
-
-def made(kind: str) -> tuple[nn.Module, dict[str, Tensor], Any, dict[str, int]]:
-    """A model that runs, its inputs and output, and the sizes that fit each other."""
-    first: Exception | None = None
-    for sizes in SIZES:
-        try:
-            model = tiny.build(kind, sizes)
-            return (model, *tried(model), sizes)
         except Exception as error:
-            first = first or error
+            errors.append(error)
+    raise next((e for e in errors if "missing" not in str(e)), errors[0])
+
+
+def made(kind: str) -> tuple[nn.Module, dict[str, Tensor], Any, Way]:
+    """A model that runs, its inputs and output, and the way in which its sizes fit each other."""
+    first: Exception | None = None
+    until = time.monotonic() + TRYING
+    for model_class in tiny.model_classes(kind):
+        for way in WAYS:
+            if first is not None and time.monotonic() > until:
+                raise first
+            try:
+                model = tiny.build(kind, way, model_class)
+                return (model, *tried(model), way)
+            except Exception as error:
+                first = first or error
     assert first is not None
     raise first
 
@@ -168,10 +178,10 @@ def made(kind: str) -> tuple[nn.Module, dict[str, Tensor], Any, dict[str, int]]:
 def examined(kind: str) -> dict[str, str]:
     """What one architecture gave."""
     torch.manual_seed(0)
-    if tiny.model_class(kind) is None:
+    if not tiny.model_classes(kind):
         return {"part": "of another model, or without a class in AutoModel"}
     try:
-        model, given, alone, sizes = made(kind)
+        model, given, alone, way = made(kind)
     except Exception as error:
         return {"unbuilt": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
                 if str(error).strip() else type(error).__name__}  # fmt: skip
@@ -184,7 +194,7 @@ def examined(kind: str) -> dict[str, str]:
         return found | {"refused": str(error)}
     found |= {"attention": kinds(seen, model), "bits": "equal" if same(ours, alone) else "OTHER"}
     try:
-        found["eager"] = compared(seen, eager_weights(kind, given, sizes))
+        found["eager"] = compared(seen, eager_weights(kind, given, type(model), way))
     except Exception as error:
         found["eager"] = f"gives none ({type(error).__name__})"
     return found | {"generate": generated(model, given)}

@@ -1,10 +1,11 @@
 """What recording a long text costs beside watching it, and how fast a recording opens.
 
-    python benchmarks/recording.py MODEL [--tokens 32768] [--rounds 1] [--ways watched recorded]
+    python benchmarks/recording.py MODEL [--tokens 32768] [--rounds 1] [--layers 2]
 
 MODEL is a folder or hub name of a causal model; the text is random tokens. In one process take
 turns: the model alone, watched (TopK(8), Received(), Entropy(), Distances()), and recorded. Memory
 is the peak above what was held after loading. Then the recording is opened, and tiles are read.
+With --layers N the model is cut after its first N layers.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def compare(
     if {"recorded", "watched"} <= set(found):
         both = zip(found["recorded"], found["watched"], strict=True)
         said["recorded / watched"] = statistics.median(r[0] / w[0] for r, w in both)
+        said["gib above watched"] = said["recorded"]["gib"] - said["watched"]["gib"]
     return said
 
 
@@ -103,12 +105,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="run only the first so many layers")
     parser.add_argument("--ways", nargs="+", default=["plain", "watched", "recorded"])
     parser.add_argument("--folder", type=Path, help="where to record; kept")
     asked = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
+    if asked.layers:
+        del model.model.layers[asked.layers :]
+        model.config.num_hidden_layers = asked.layers
     ids = torch.randint(
         3, model.config.vocab_size, (1, asked.tokens), generator=torch.Generator().manual_seed(0)
     )
@@ -116,6 +122,7 @@ def main() -> None:
     found = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "tokens": asked.tokens,
+        "layers": len(model.model.layers),
     } | compare(model.eval(), ids, asked.rounds, folder, asked.ways)  # fmt: skip
     if "recorded" in asked.ways:
         found |= opened(folder)

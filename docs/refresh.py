@@ -1,6 +1,6 @@
 """Take again what README and docs show: the first screen, and a picture of each page.
 
-python docs/refresh.py    needs Debian's chromium, and regard with its extras "look" and "view"
+python docs/refresh.py    needs Debian's chromium and regard's extras look, view and plot
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 import regard
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PICTURES = ("page.png", "view.png")
+PICTURES = ("page.png", "view.png", "explain/map.png")
 MODEL, TEXT = (
     "all-MiniLM-L6-v2",
     "The trophy didn't fit in the suitcase because it was too big.",
@@ -103,7 +105,20 @@ def take_view() -> None:
             server.terminate()
 
 
+def take_map() -> None:
+    """A pooled map of a head that reads two places back, by its own `plot`."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1024, 32).unbind()
+    query[:, :, 2:] += 1.5 * key[:, :, :-2]
+    key[:, :, 0] = query.mean(2) * 8
+    kept = regard.Map(32, 32)
+    _, (seen,) = regard.attention(query, key, key, mask=regard.Causal(), observe=[kept])
+    figure = seen.plot().figure
+    figure.savefig(DOCS / PICTURES[2], dpi=100, bbox_inches="tight", metadata={"Software": None})
+
+
 if __name__ == "__main__":
     write_screen()
     take_look()
     take_view()
+    take_map()

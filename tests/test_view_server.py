@@ -22,7 +22,8 @@ from starlette.testclient import TestClient
 
 from regard.capture.recording import Recording
 from regard.cli import main
-from regard.report.view.opened import SIDE, Opened
+from regard.report.view.opened import Opened
+from regard.report.view.page_facts import SIDE
 from regard.report.view.pieces import displayed
 from regard.report.view.server import Site, listen
 from viewing import HOSTILE, recording, served
@@ -333,7 +334,7 @@ def test_vendored_files_are_those_that_were_fetched():
     listed = dict(
         reversed(line.split("  ")) for line in (vendor / "SHA256SUMS").read_text().splitlines()
     )
-    assert sum(name.endswith("LICENSE") for name in listed) == 2
+    assert sum(name.endswith("LICENSE") for name in listed) == 3
     for name, digest in listed.items():
         data = vendor.joinpath(*name.split("/")).read_bytes()
         assert hashlib.sha256(data).hexdigest() == digest, name

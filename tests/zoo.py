@@ -53,14 +53,14 @@ class Family:
         return self.name
 
 
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+def seeded(make: Callable[[], nn.Module], seed: int = 0, std: float = 0.3) -> nn.Module:
     """A random model, its parameters large enough for weights far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().float().eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
+                nn.init.normal_(parameter, std=std)
             elif "sinks" in name:
                 nn.init.normal_(parameter)
     return model

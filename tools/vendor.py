@@ -40,6 +40,16 @@ PINNED = {
             "LICENSE": "virtual-core/LICENSE",
         },
     },
+    "uplot": {
+        "version": "1.6.32",
+        "licence": "MIT",
+        "integrity": "KIMVnG68zvu5XXUbC4LQEPnhwOxBuLyW1AHtpm6IKTXImkbLgkMy+jabjLgSLMasNuGGzQm/ep3tOkyTxpiQIw==",  # noqa: E501
+        "files": {
+            "dist/uPlot.esm.js": "uplot/uPlot.js",
+            "dist/uPlot.min.css": "uplot/uPlot.css",
+            "LICENSE": "uplot/LICENSE",
+        },
+    },
 }
 
 

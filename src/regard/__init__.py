@@ -4,6 +4,7 @@ Functions   attention: softmax attention; observe: its weights again
             linear_attention: a state instead of a cache
             explain: which engine runs a call, and why not others
             merge, piecewise: keys that come in parts
+            context_parallel: a sequence on several machines
 In words    look: which words a text's words read; LookResult
             heads: what every head of a model does; HeadScores
 In models   watch: a live model's attention; Cut: run without some of it
@@ -20,7 +21,9 @@ regard.sparse       BigBird, Longformer, TopBlocks …: sparse masks
 regard.linear       Favor: random features; LinearState
 regard.cache        KVCache, WindowCache, PagedCache; H2O …: evicting
 regard.context      what a window no longer sees; chunks stitched
+regard.distributed  a sequence on several ranks: shard, unshard, decode
 regard.nn           modules: MultiHeadAttention, Transformer, Rotary …
+regard.models       LanguageModel, Translator …: small, with any mixer
 regard.huggingface  attn_implementation="regard"; needs transformers
 
 help(regard.attention) says more, and so on for each.
@@ -33,7 +36,7 @@ from importlib.util import find_spec as _find
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
-    from . import cache, context, huggingface, linear, nn, sparse  # noqa: F401
+    from . import cache, context, distributed, huggingface, linear, models, nn, sparse  # noqa: F401
     from .public import *  # noqa: F403
 else:
     # All come with the first that is asked for: `regard --help` needs neither them nor torch.

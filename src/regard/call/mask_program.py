@@ -14,7 +14,7 @@ key_start + j. Leaves that hold a tensor per query or key index it by i and j.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .geometry import Span
 from .mask_tiles import Answer, BlockRange, Tiling
-from .opcodes import FULL_CELL, TILE_SIDE, Op
+from .opcodes import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,42 @@ class Program:
                 if dims[:1] == "b" and tensors[i].shape[0] > 1:
                     tensors[i] = tensors[i][which]
         return replace(self, tensors=tuple(tensors))
+
+    def part(self, span: Span) -> Program:
+        """The same mask for some queries, keys and heads of the call; all items of the batch."""
+        tensors, heads = list(self.tensors), span.heads
+
+        rows, cols = slice(span.q0, span.q1), slice(span.k0, span.k1)
+        for op, args in self.instructions():
+            if op == Op.DOCUMENTS:
+                tensors[args[0]] = tensors[args[0]][:, rows]
+                tensors[args[1]] = tensors[args[1]][:, cols]
+            elif op == Op.PADDING:
+                tensors[args[0]] = tensors[args[0]][:, cols]
+            elif op == Op.DENSE:
+                tensors[args[0]] = span.cut(tensors[args[0]])
+            elif op == Op.HEADS:
+                tensors[args[0]] = tensors[args[0]][heads]
+            elif op == Op.BLOCKS:
+                tensors[args[0]] = _items(tensors[args[0]], span).contiguous()
+            elif op == Op.TILES:
+                tensors[args[0]], tensors[args[1]] = self._cells_part(args, span)
+        return Program(
+            self.code, tuple(tensors), span.q1 - span.q0, span.k1 - span.k0,
+            self.query_start + span.q0, self.key_start + span.k0, self.device,
+        )  # fmt: skip
+
+    def _cells_part(self, args: Sequence[int], span: Span) -> list[Tensor]:
+        """A predicate's cells and bits in a span; where it is the whole call, they are kept."""
+        cells, bits = (self.tensors[i] for i in args)
+        if (span.q0, span.q1, span.k0, span.k1) == (0, self.q_len, 0, self.k_len):
+            return [_items(cells, span), bits]
+
+        def shown(q0: int, q1: int) -> Tensor:
+            rows = Span(span.q0 + q0, span.q0 + q1, span.k0, span.k1, span.batch, span.heads)
+            return _unpack(cells, bits, rows)
+
+        return cells_of(shown, span.q1 - span.q0, span.k1 - span.k0, self.device)
 
     def instructions(self) -> Iterator[tuple[Op, tuple[int, ...]]]:
         """The instructions in order, each with its operands."""
@@ -251,6 +287,35 @@ def _unpack(cells: Tensor, bits: Tensor, span: Span) -> Tensor:
     out = out.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
     dq, dk = span.q0 - r0 * TILE_SIDE, span.k0 - c0 * TILE_SIDE
     return out[..., dq : dq + span.q1 - span.q0, dk : dk + span.k1 - span.k0]
+
+
+def cells_of(
+    shown: Callable[[int, int], Tensor], q_len: int, k_len: int, device: torch.device
+) -> list[Tensor]:
+    """What `Op.TILES` holds, cells and bits, of shown(q0, q1): bool (batch, heads, q1 − q0, k_len).
+
+    Row by row of cells, so that only O(k_len) elements exist at a time.
+    """
+    side, rows, bits, count = TILE_SIDE, [], [], 0
+    for q0 in range(0, q_len, side):
+        part = shown(q0, min(q0 + side, q_len))
+        # 1 visible, 0 hidden, 2 beyond the end: neither decides what a cell is
+        padded = part.new_full((*part.shape[:2], side, k_len + -k_len % side), 2, dtype=torch.uint8)
+        padded[:, :, : part.shape[2], :k_len] = part
+        cells = padded.unflatten(-1, (-1, side)).transpose(-3, -2)
+        every = (cells != 0).all(-1).all(-1)
+        some = (cells == 1).any(-1).any(-1)
+        mixed = some & ~every
+        kinds = torch.where(every, FULL_CELL, EMPTY_CELL).to(torch.int32)
+        found = int(mixed.sum())
+        kinds[mixed] = torch.arange(count, count + found, dtype=torch.int32, device=device)
+        count += found
+        bits.append(pack(cells[mixed] == 1))
+        rows.append(kinds)
+    if not rows:
+        empty = torch.zeros(1, 1, 0, -(-k_len // side), dtype=torch.int32, device=device)
+        return [empty, torch.zeros(0, side, side // 8, dtype=torch.uint8, device=device)]
+    return [torch.stack(rows, 2), torch.cat(bits)]
 
 
 def pack(visible: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ from ..errors import RegardError
 from .brief import Brief, listed
 from .display.mask_picture import mask_box
 from .geometry import Place
-from .mask_program import Program, pack
+from .mask_program import Program, cells_of
 from .numbers import FARTHEST, whole_fields, wholes
-from .opcodes import EMPTY_CELL, FULL_CELL, TILE_SIDE, Op
+from .opcodes import Op
 
 
 @dataclass(eq=False)
@@ -399,18 +399,18 @@ class Predicate(Mask):
 
     def _evaluate(self, place: Place) -> list[Tensor]:
         """Row by row of cells, so that only O(k_len) elements exist at a time."""
-        device, side = place.device, TILE_SIDE
+        device = place.device
         batch = torch.arange(place.batch, device=device, dtype=torch.int64).view(-1, 1, 1, 1)
         head = torch.arange(place.heads, device=device, dtype=torch.int64).view(1, -1, 1, 1)
         key = torch.arange(place.k_len, device=device, dtype=torch.int64) + place.key_start
-        rows, bits, count = [], [], 0
-        for q0 in range(0, place.q_len, side):
-            query = torch.arange(q0, min(q0 + side, place.q_len), device=device, dtype=torch.int64)
+
+        def shown(q0: int, q1: int) -> Tensor:
+            query = torch.arange(q0, q1, device=device, dtype=torch.int64)
             query = (query + place.query_start).view(1, 1, -1, 1)
             shown = self.fn(batch, head, query, key.view(1, 1, 1, -1))
             shown = torch.as_tensor(shown, dtype=torch.bool, device=device)
             try:
-                shown = shown.expand(
+                return shown.expand(
                     *(shown.shape[:-2] if shown.dim() == 4 else (1, 1)), query.shape[2], len(key)
                 )
             except RuntimeError as error:
@@ -418,25 +418,8 @@ class Predicate(Mask):
                     f"{self}: it returned {tuple(shown.shape)} for indices that broadcast to "
                     f"({place.batch}, {place.heads}, {query.shape[2]}, {len(key)})"
                 ) from error
-            # 1 visible, 0 hidden, 2 beyond the end: neither decides what a cell is
-            padded = shown.new_full(
-                (*shown.shape[:2], side, len(key) + -len(key) % side), 2, dtype=torch.uint8
-            )
-            padded[:, :, : query.shape[2], : len(key)] = shown
-            cells = padded.unflatten(-1, (-1, side)).transpose(-3, -2)
-            every = (cells != 0).all(-1).all(-1)
-            some = (cells == 1).any(-1).any(-1)
-            mixed = some & ~every
-            kinds = torch.where(every, FULL_CELL, EMPTY_CELL).to(torch.int32)
-            found = int(mixed.sum())
-            kinds[mixed] = torch.arange(count, count + found, dtype=torch.int32, device=device)
-            count += found
-            bits.append(pack(cells[mixed] == 1))
-            rows.append(kinds)
-        if not rows:
-            empty = torch.zeros(1, 1, 0, -(-place.k_len // side), dtype=torch.int32, device=device)
-            return [empty, torch.zeros(0, side, side // 8, dtype=torch.uint8, device=device)]
-        return [torch.stack(rows, 2), torch.cat(bits)]
+
+        return cells_of(shown, place.q_len, place.k_len, device)
 
     def __str__(self) -> str:
         return f"Predicate({getattr(self.fn, '__name__', self.fn)})"

@@ -146,6 +146,23 @@ class Collector:
         if self.options.keep_calls:
             layer.call = call
 
+    @property
+    def keeps(self) -> bool:
+        """Whether queries and keys are kept: then a call over ranks comes together in the first."""
+        return self.options.keep_qk or self.options.keep_calls
+
+    def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
+        """Take in a call that was computed over several ranks; seen: a sharded result each."""
+        layer = self._taking(name, kind, call)
+        if not self._asked(layer):
+            return
+        if len(seen) < len(self.observe):
+            raise RegardError(
+                "context_parallel: there is padding, whose queries Received, Map and Distances "
+                "would leave out; give count_padding=True"
+            )
+        layer.add_sharded(call.place, seen)
+
     def _taking(self, name: str, kind: str, call: Call) -> Layer:
         """The layer that takes in a call: where all are kept, a new one for each sequence.
 

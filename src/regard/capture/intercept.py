@@ -20,7 +20,7 @@ from ..engines import run
 from ..engines.second_pass.weigh import weigh, whole_rows
 from ..errors import RegardError
 from ..nn import functional
-from ..ops import beside
+from ..ops import beside, region
 from ..ops.attend import attention
 from ..ops.cache import tell
 from ..ops.watches import WatchedCall
@@ -106,6 +106,16 @@ def _regard(
     **request: Any,
 ) -> Any:
     """`regard.attention`, computed by its own engine and read from its own lse."""
+    if (parallel := region.current()) is not None:
+        if observe is not None:
+            raise RegardError(
+                f"{met.name} asks for observers itself; inside context_parallel, watch it or let "
+                "it ask, not both"
+            )
+        query, key, value = tensors
+        request |= {"mask": met.visible(mask), "return_lse": return_lse, "engine": engine}
+        out, among = met.over_ranks(parallel, query, key, value, request)
+        return (out, among) if return_lse else out
     call = Call.checked(
         *tensors, mask=met.visible(mask), observe=observe, return_lse=return_lse, **request
     )

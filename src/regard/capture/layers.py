@@ -12,6 +12,7 @@ from torch import Tensor
 from ..call.brief import shortened
 from ..call.checked import Call
 from ..call.display.html import box
+from ..call.geometry import Place
 from ..call.masks import Mask
 from ..call.observers import Observer
 from ..call.picking import Which, pick
@@ -123,6 +124,13 @@ class Layer:
             self._trail.extend(call, order)
         elif place.query_start + place.q_len - place.key_start <= place.k_len:
             self._trail = Trail(call)
+
+    def add_sharded(self, place: Place, results: tuple[Any, ...]) -> None:
+        """Take in a call over several ranks, the whole of which stands at `place`."""
+        self._results, self.qk, self._trail = [results], None, None
+        self.heads, self.kv_heads = place.heads, place.kv_heads
+        self.q_len, self.k_len = place.q_len, place.k_len
+        self._end = place.query_start + place.q_len
 
 
 class Watched(LayerList[Layer]):

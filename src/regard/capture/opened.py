@@ -1,4 +1,4 @@
-"""A recording of format 2, opened: its layers mapped from their files, the damaged ones named."""
+"""A recording, opened: its layers mapped from their files, the damaged ones named."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegardError
+from .index_file import silent
 from .recorded_layer import RecordedLayer
 from .saved_files import Fields
 from .stored import StoredTensors
@@ -28,7 +29,7 @@ def open_layers(folder: Path, index: Fields) -> tuple[list[RecordedLayer], list[
         entry = Fields(said, f"layer {number}")
         file = entry.of((str, type(None)), "file")
         if file is None:
-            layers.append(_silent(entry))
+            layers.append(silent(entry))
             continue
         layer, wrong = _opened(folder, file, files.get(_number(folder, file), []), entry)
         layers.append(layer)
@@ -52,14 +53,6 @@ def _number(folder: Path, file: str) -> int:
     if match is None:
         raise RegardError(f"{folder}: file {file!r} lies outside the recording")
     return int(match[1])
-
-
-def _silent(entry: Fields) -> RecordedLayer:
-    """A layer without a pattern, as the index says it."""
-    return RecordedLayer(
-        entry.of(str, "name"), entry.of(int, "index"), entry.of(str, "kind"), False,
-        entry.of(str, "reason"),
-    )  # fmt: skip
 
 
 def _opened(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import RegardError
 from ..ops.beside import Rounding
+from .index_file import INDEX, as_json, entry_of, layer_file, write_index
+from .layers import Layer
 from .projection import output_projection
 from .pyramid import observers
 from .recorded_layer import RecordedLayer, kept_by
-from .recording import INDEX, STREAMED, Recording
+from .recording import Recording
 from .saved_files import clean, free_folder
 from .stored_layer import StoredLayer
 from .watching import watch
@@ -80,7 +81,7 @@ def record(
             ) as seen,
         ):  # fmt: skip
             _run(model, inputs)
-        writer.finish([(x.name, x.index, x.kind, x.pattern, x.reason) for x in seen.layers])
+        writer.finish(seen.layers)
     return Recording.load(folder)
 
 
@@ -146,7 +147,7 @@ class _Writer:
     def __init__(
         self, folder: Path, model: nn.Module, about: dict[str, Any], overwrite: bool, values: bool
     ) -> None:
-        _as_json(about)
+        as_json(about)
         self._folder, self._about = free_folder(folder, INDEX, overwrite), about
         self._old = self._folder.with_name(f".{self._folder.name}.old-{os.getpid()}")
         self._modules, self._values = dict(model.named_modules()), values
@@ -157,7 +158,7 @@ class _Writer:
         if self._folder.exists():
             self._folder.rename(self._old)
         self._folder.mkdir(parents=True)
-        self._index([], whole=False)
+        write_index(self._folder, self._about, [], whole=False)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -178,7 +179,7 @@ class _Writer:
             number = len(self._layers) if before is None else int(before.path.stem[6:])
             for file in self._folder.glob(f"layer-{number:03}.*"):  # of an earlier sequence
                 file.unlink()
-            path = self._folder / f"layer-{number:03}.safetensors"
+            path = layer_file(self._folder, number)
             of = self._projection if self._values else None
             self._layers[name] = made = StoredLayer(name, index, kind, path, rounding, asked, of)
             return made
@@ -188,30 +189,12 @@ class _Writer:
     def _projection(self, name: str, width: int) -> Tensor:
         return output_projection(self._modules, name, width)
 
-    def finish(self, order: Sequence[tuple[str, int, str, bool, str]]) -> None:
-        """Write what is left, and the index: name, number, kind, pattern and reason by layer."""
+    def finish(self, order: Sequence[Layer]) -> None:
+        """Write what is left, and the index: the layers that were watched, in their order."""
         entries = []
-        for name, index, kind, pattern, reason in order:
-            entry: dict[str, Any] = {"name": name, "index": index, "kind": kind}
-            entry |= {"pattern": pattern, "reason": reason, "file": None}
-            if (layer := self._layers.get(name)) is not None:
+        for watched in order:
+            layer = self._layers.get(watched.name)
+            if layer is not None:
                 layer.close()
-                entry["file"] = layer.path.name
-            entries.append(entry)
-        self._index(entries, whole=True)
-
-    def _index(self, entries: list[dict[str, Any]], whole: bool) -> None:
-        """Write the index, which is there once it is whole."""
-        index = {"format": STREAMED, "whole": whole, "about": self._about, "layers": entries}
-        text = _as_json(index)
-        part = self._folder / f"{INDEX}.part"
-        part.write_text(text, "utf-8")
-        os.replace(part, self._folder / INDEX)
-
-
-def _as_json(said: dict[str, Any]) -> str:
-    """RegardError for what JSON cannot say."""
-    try:
-        return json.dumps(said, ensure_ascii=False, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise RegardError(f"about: {error}; give what JSON can say") from None
+            entries.append(entry_of(watched, None if layer is None else layer.path))
+        write_index(self._folder, self._about, entries, whole=True)

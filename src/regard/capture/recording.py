@@ -5,15 +5,14 @@ On disk it is a folder: one safetensors file a layer and one JSON (`recording.js
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..call.brief import Brief, shortened
@@ -22,20 +21,21 @@ from ..engines.second_pass.pooled import Reduce
 from ..errors import RegardError
 from . import reading
 from .by_words import ByWords
-from .chunk_json import from_json, to_json
 from .compared import Comparison
 from .head_grid import grid, layers_box, plot
+from .index_file import INDEX as INDEX
+from .index_file import entry_of, layer_file, read_index, write_index
 from .opened import layer_files, open_layers, verify
 from .recorded_layer import RecordedLayer
 from .rollout import rollout
-from .saved_files import Fields, checksum, whole_folder
+from .saved_files import whole_folder
 from .segments import Given, Segments, ranges_of
+from .stored_layer import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMAT, STREAMED = 1, 2  # what `save` writes, and `record`
-INDEX = "recording.json"
+_WIDGET = "regard.report.view.notebook"  # of a floor above: named, and imported where it is shown
 
 
 @dataclass(eq=False)
@@ -125,9 +125,7 @@ class Recording(Brief):
 
         Kobayashi et al. 2020, section 3. RegardError where values were not kept.
         """
-        norm = self._found(layer, head, batch).norm
-        if norm is None:
-            raise RegardError(f"layer {layer!r} keeps no values; record with values=True")
+        norm = reading.norm_of(self._found(layer, head, batch), "value")
         weights = self.weights(layer, head, rows, cols, batch)
         mine = norm[batch] if head is None else norm[batch, head]
         if cols is not None:
@@ -186,6 +184,11 @@ class Recording(Brief):
             raise RegardError(f"batch {batch}: the recording has {found.batch}")
         return found
 
+    @property
+    def valued(self) -> bool:
+        """Whether values were kept, so that `norm_weights` and tiles by value can be read."""
+        return any(layer.norms for layer in self.layers)
+
     def zooms(self, layer: int | str) -> int:
         """How many zooms the layer's map has: 0 … zooms − 1; at zoom z a cell is 2**z tokens wide.
 
@@ -195,21 +198,22 @@ class Recording(Brief):
 
     def tile(
         self, layer: int | str, head: int, zoom: int, row: int, col: int, reduce: Reduce = "sum",
-        batch: int = 0,
+        batch: int = 0, by: reading.By = "weight",
     ) -> Tensor:  # fmt: skip
         """One tile (128, 128) of a head's map, float32: cells of 2**zoom queries × 2**zoom keys.
 
         They are the cells row · 128 … and col · 128 …, exact at every zoom; 0 beyond the edges.
-        reduce: "sum", a cell's mass, or "max", its largest weight.
+        reduce: "sum", a cell's mass, or "max", its largest weight. by: "weight", or "value": each
+        weight times ‖W_O v‖ of its key, as `norm_weights`, where values were kept.
         """
-        return self.tiles(layer, [(head, zoom, row, col)], reduce, batch)[0]
+        return self.tiles(layer, [(head, zoom, row, col)], reduce, batch, by)[0]
 
     def tiles(
         self, layer: int | str, wanted: Sequence[Sequence[int]], reduce: Reduce = "sum",
-        batch: int = 0,
+        batch: int = 0, by: reading.By = "weight",
     ) -> Tensor:  # fmt: skip
         """Several tiles (n, 128, 128) of one layer, each (head, zoom, row, col): see `tile`."""
-        return reading.tiles(self._found(layer, None, batch), wanted, reduce, batch)
+        return reading.tiles(self._found(layer, None, batch), wanted, reduce, batch, by)
 
     def top(
         self,
@@ -252,6 +256,13 @@ class Recording(Brief):
             return found
         return reading.ByDistance(found.past[head], found.future[head], found.edges)
 
+    def head_metrics(self, layer: int | str, batch: int = 0) -> dict[str, Tensor]:
+        """Means over all queries, (heads,) each, at once: see `reading.head_metrics`.
+
+        {} where nothing was read while recording.
+        """
+        return reading.head_metrics(self._found(layer, None, batch), batch)
+
     def plot(
         self, observer: Observer = Entropy(), ax: Axes | None = None, *, batch: int = 0
     ) -> Axes:
@@ -262,6 +273,12 @@ class Recording(Brief):
         observed = [x.observed(observer, batch) if x.pattern else None for x in self.layers]
         return plot(grid(self.layers, observed, 0), ax)
 
+    def _repr_mimebundle_(self, **asked: Any) -> Any:
+        """In a notebook: the page of `regard view`, where the extra "notebook" is installed."""
+        if find_spec("anywidget") is None:
+            return None  # the layers, as `_repr_html_` lists them
+        return import_module(_WIDGET).mimebundle(self, **asked)
+
     def _repr_html_(self) -> str:
         return layers_box(repr(self), self.layers)
 
@@ -271,93 +288,35 @@ class Recording(Brief):
         RegardError if something is there already; overwrite: unless that is a recording.
         """
         with whole_folder(Path(folder), INDEX, overwrite) as part:
-            entries = [
-                _written(x, f"layer-{n:03}.safetensors", part) for n, x in enumerate(self.layers)
-            ]
-            index = {"format": FORMAT, "about": self.about, "layers": entries}
-            (part / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1), "utf-8")
+            entries = []
+            for number, layer in enumerate(self.layers):
+                file = layer_file(part, number) if layer.chunks else None
+                if file is not None:
+                    write_whole(file, layer)
+                entries.append(entry_of(layer, file))
+            write_index(part, self.about, entries, self.whole)
 
     def verify(self) -> None:
         """Read every number once: RegardError that names each file not as it was written."""
         if self.folder is None:
             return
-        index = json.loads((self.folder / INDEX).read_text("utf-8"))
-        if index["format"] == STREAMED:
-            verify(path for mine in layer_files(self.folder).values() for path in mine)
-        else:
-            Recording.load(self.folder)  # which checks what `save` wrote
+        verify(path for mine in layer_files(self.folder).values() for path in mine)
 
     @classmethod
     def load(cls, folder: str | Path) -> Recording:
-        """Open what `record` wrote, mapped into memory, or read what `save` wrote.
+        """Open what `record` or `save` wrote, mapped into memory.
 
-        RegardError if it is not there, or damaged. Of what `record` wrote, layers that are whole
-        can be read though others are not: `damaged` names those.
+        RegardError if it is not there, or damaged. Layers that are whole can be read though others
+        are not: `damaged` names those.
         """
         folder = Path(folder)
         try:
-            index = Fields(json.loads((folder / INDEX).read_text("utf-8")), INDEX)
-            if index["format"] not in (FORMAT, STREAMED):
-                raise RegardError(
-                    f"{folder}: format {index['format']}; this version reads {FORMAT} and "
-                    f"{STREAMED}"
-                )
-            if index["format"] == STREAMED:
-                opened, damaged = open_layers(folder, index)
-                about, whole = index.of(dict, "about"), index.of(bool, "whole")
-                return cls(opened, about, whole, damaged, folder)
-            layers = index.of(list, "layers")
-            heard = [_heard(Fields(x, f"layer {n}"), folder) for n, x in enumerate(layers)]
-            return cls(heard, index.of(dict, "about"), folder=folder)
+            index = read_index(folder)
+            opened, damaged = open_layers(folder, index)
+            return cls(opened, index.of(dict, "about"), index.of(bool, "whole"), damaged, folder)
         except RegardError:
             raise
         except RecursionError:
             raise RegardError(f"{folder} is not a whole recording: JSON too deep") from None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RegardError(f"{folder} is not a whole recording: {error}") from error
-
-
-def _written(layer: RecordedLayer, file: str, folder: Path) -> dict[str, Any]:
-    """A layer as JSON, its tensors in a file; with a checksum of each, and of what JSON says."""
-    entry: dict[str, Any] = {"name": layer.name, "index": layer.index, "kind": layer.kind}
-    entry |= {"pattern": layer.pattern, "reason": layer.reason}
-    entry |= {"key_start": layer.key_start, "file": None, "chunks": []}
-    if layer.key is None:
-        return entry
-    tensors = {"key": layer.key}
-    entry["chunks"] = [to_json(c, n, tensors) for n, c in enumerate(layer.chunks)]
-    # Each tensor on its own: shared or strided storage has no place in the file
-    own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    save_file(own, folder / file)
-    sums = {n: checksum(t) for n, t in own.items()} | {"chunks": checksum(entry["chunks"])}
-    return entry | {"file": file, "sums": sums}
-
-
-def _heard(entry: Fields, folder: Path) -> RecordedLayer:
-    """A layer from its JSON and its file."""
-    layer = RecordedLayer(
-        entry.of(str, "name"), entry.of(int, "index"), entry.of(str, "kind"),
-        entry.of(bool, "pattern"), entry.of(str, "reason"),
-    )  # fmt: skip
-    file = entry.of((str, type(None)), "file")
-    if file is None:
-        return layer
-    if Path(file).name != file:
-        raise RegardError(f"{folder}: file {file!r} lies outside the recording")
-    tensors, chunks = load_file(folder / file), entry.of(list, "chunks")
-    if "sums" in entry:  # earlier versions wrote none
-        _check_sums(entry.of(dict, "sums"), tensors | {"chunks": chunks}, file)
-    layer.pieces = [(entry.count("key_start"), tensors["key"])]
-    for number, said in enumerate(chunks):
-        layer.chunks.append(
-            from_json(Fields(said, f"{layer.name}, chunk {number}"), number, tensors)
-        )
-    return layer
-
-
-def _check_sums(sums: dict[str, Any], given: dict[str, Any], file: str) -> None:
-    """ValueError that names what is not as it was written."""
-    for name, value in given.items():
-        if sums.get(name) != checksum(value):
-            where = INDEX if name == "chunks" else file
-            raise ValueError(f"{where}: {name} is damaged; it is not what was written")

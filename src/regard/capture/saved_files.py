@@ -1,18 +1,13 @@
-"""Files of a recording: a folder that is whole or not there, checksums, JSON of known types."""
+"""Files of a recording: a folder that is whole or not there, JSON of known types."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..errors import RegardError
 
@@ -75,14 +70,6 @@ def _runs(process: int) -> bool:
     except (OSError, OverflowError):  # another user's, or not to be known here
         return True
     return True
-
-
-def checksum(value: Tensor | list[Any]) -> str:
-    """CRC-32 of a tensor's bytes, or of what JSON says of a list, in hexadecimal."""
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return f"{zlib.crc32(flat.numpy()):08x}"  # type: ignore[arg-type]
-    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 class Fields:

@@ -108,9 +108,7 @@ class StoredLayer(RecordedLayer):
         if self.parts < 2:
             return
         files = [self.path, *(part_of(self.path, n) for n in range(1, self.parts))]
-        whole = open_layer(files)
-        whole.chunks = merged(whole.chunks)
-        write_layer(self.path, whole, whole.results, 0)
+        write_whole(self.path, open_layer(files))
         for file in files[1:]:
             file.unlink()
         self.parts = 1
@@ -141,6 +139,11 @@ def write_layer(path: Path, layer: RecordedLayer, seen: Results, first_row: int)
     said |= {"first_row": first_row, "starts": starts, "results": seen.said()}
     said["chunks"] = [to_json(chunk, n, tensors) for n, chunk in enumerate(layer.chunks)]
     write(path, tensors | seen.tensors(), said)
+
+
+def write_whole(path: Path, layer: RecordedLayer) -> None:
+    """A layer that holds all its calls, in memory or opened, as one file."""
+    write_layer(path, replace(layer, chunks=merged(layer.chunks)), layer.results, 0)
 
 
 def open_layer(files: Sequence[Path]) -> RecordedLayer:

@@ -18,7 +18,19 @@ except ImportError:  # the entry point comes with the package, its libraries wit
     print('regard: the command needs its extra: pip install "regard[look]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-_COMMANDS = ("bench", "heads", "info", "look", "record", "scan", "view", "walk")
+_COMMANDS = (
+    "bench",
+    "docs",
+    "heads",
+    "info",
+    "look",
+    "record",
+    "scan",
+    "study",
+    "train",
+    "view",
+    "walk",
+)
 
 
 class _Commands(click.Group):

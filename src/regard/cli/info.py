@@ -24,10 +24,11 @@ _JSON = """\b
                     machine has, too, asked: by REGARD_ISA, used}
   threads, cores    that torch uses; that this process may use
   gpus              [{name, capability, memory_gib}]
+  faster            what to do for a faster engine here
 """
 _NO_KERNELS = (
-    "none: built without a C++ compiler. With one (GCC 12 or newer, Clang) installed, install "
-    "regard again"
+    "install a C++ compiler (GCC 12 or newer, Clang), then regard again: pip install "
+    "--force-reinstall --no-deps, with what was given before"
 )
 
 
@@ -38,7 +39,10 @@ def info(as_object: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a driver that torch does not like, say
         found = gather()
-    click.echo(json.dumps(found, indent=1) if as_object else written(found))
+    if as_object:
+        click.echo(json.dumps(found | {"faster": faster(found)}, indent=1))
+    else:
+        click.echo(written(found))
 
 
 def gather() -> dict[str, Any]:
@@ -121,14 +125,35 @@ def written(found: dict[str, Any]) -> str:
         lines.append(_line("", f"here      {', '.join(isa['here'])}"))
         lines.append(_line("", f"built in  {', '.join(isa['library'])}"))
     else:
-        lines.append(_line("instructions", _NO_KERNELS))
+        lines.append(_line("instructions", "none: built without a C++ compiler"))
     lines.append(_line("threads", f"{found['threads']} of {found['cores']} cores"))
     gpus = [
         f"{g['name']}, {g['memory_gib']} GiB, compute capability {g['capability']}"
         for g in found["gpus"]
     ]
     lines += [_line("GPU", gpu) for gpu in gpus or ["none"]]
+    lines += [
+        "",
+        *(_line("to be faster", step) for step in faster(found) or ["nothing to do here"]),
+    ]
     return "\n".join(lines)
+
+
+def faster(found: dict[str, Any]) -> list[str]:
+    """What to do for a faster engine on this machine; [] where all that it has is in use."""
+    isa, versions, steps = found["instruction_sets"], found["versions"], []
+    if not isa["library"]:
+        steps.append(_NO_KERNELS)
+    elif isa["asked"] and isa["used"] != isa["here"][-1]:
+        steps.append(f"unset REGARD_ISA: this machine has {isa['here'][-1]}")
+    if found["cores"] and found["threads"] < found["cores"]:
+        steps.append(
+            f"torch uses {found['threads']} of {found['cores']} cores: set OMP_NUM_THREADS, or "
+            "call torch.set_num_threads"
+        )
+    if found["gpus"] and not versions["triton"]:
+        steps.append('on the GPU, weights are read by torch alone: pip install "regard[cuda]"')
+    return steps
 
 
 def _line(name: str, said: str) -> str:

@@ -10,6 +10,7 @@ import click
 
 from ..errors import RegardError
 from .common import given_text, progress
+from .ranks import over_ranks
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "model": None}
 _GENERATE = "Let the model add N tokens first; record what they read, too."
@@ -29,6 +30,7 @@ _BARE = "Leave out what is read beside: top, received, entropy, distances, maps.
 @click.option("--values", is_flag=True, help=_VALUES)
 @click.option("--bare", is_flag=True, help=_BARE)
 @click.option("--overwrite", is_flag=True, help="Replace an older recording.")
+@over_ranks
 def record(
     arguments: tuple[str, ...],
     file: Path | None,

@@ -42,6 +42,7 @@ def view(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            from ..report.view.first_answers import first_answers
             from ..report.view.server import HOST, listen, serve
         except ImportError as error:
             raise RegardError(f'the page needs {error.name}: pip install "regard[view]"') from error
@@ -70,7 +71,7 @@ def view(
         webbrowser.open(address)  # the socket listens: the page is answered once serving begins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        serve(load, sock)
+        serve(load, sock, first_answers([folder.expanduser() for folder in recordings]))
 
 
 def _export(opened: Opened, file: Path, head: str, word: str | None) -> str:

@@ -249,7 +249,8 @@ def _scores(call: Call) -> Callable[..., Tensor] | None:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         for bias in added:
-            score = score + bias(b, h, q, k)
+            more = bias(b, h, q, k)
+            score = torch.where(more == -torch.inf, more, score + more)  # NaN − ∞ is NaN
         return score
 
     return change

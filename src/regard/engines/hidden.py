@@ -89,6 +89,11 @@ def visible_rest(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     return rest.masked_fill(lost, torch.nan)
 
 
+def beside_biases(call: Call) -> bool:
+    """Whether a bias may have to hide a score that is not finite: NaN − ∞ is NaN."""
+    return any(b.dense for b in call.biases) and not finite(call.query, call.key)
+
+
 def plus(log: Tensor, more: Tensor) -> Tensor:
     """log + more, −inf where log is, whatever more is."""
     total = log + more
@@ -130,11 +135,10 @@ def _rows_that_see(call: Call) -> Tensor:
         q1 = min(q0 + ROWS, place.q_len)
         span = Span(q0, q1, 0, place.k_len)
         shown = call.program.visible(span)
-        odd = shown & keys
-        for bias in call.biases:  # −∞ hides, but NaN − ∞ is NaN
+        for bias in call.biases:
             shown = shown & (bias.tile(span, call.working) != -torch.inf)
         rows[:, :, q0:q1] &= shown.any(-1)
-        rows[:, :, q0:q1] |= (odd | shown & values).any(-1)
+        rows[:, :, q0:q1] |= (shown & (keys | values)).any(-1)
     return rows
 
 

@@ -33,7 +33,7 @@ def scores(call: Call) -> Tensor:
     group = call.place.heads // call.place.kv_heads
     key = call.key.repeat_interleave(group, 1).to(call.working)
     query = call.query.to(call.working)
-    out = call.scale * hidden.dot(query, key, lambda: call.program.visible(whole(call)))
+    out = call.scale * hidden.dot(query, key, lambda: visible(call))
     if call.softcap is not None:
         out = call.softcap * torch.tanh(out / call.softcap)
     for bias in call.biases:
@@ -41,7 +41,16 @@ def scores(call: Call) -> Tensor:
     if call.place.q_len == 0 or call.place.k_len == 0:
         return out
     # A score of −inf hides too; through masked_fill it has no gradient, rather than NaN
-    return out.masked_fill(~call.program.visible(whole(call)) | (out == -torch.inf), -torch.inf)
+    return out.masked_fill(~visible(call) | (out == -torch.inf), -torch.inf)
+
+
+def visible(call: Call) -> Tensor:
+    """Who sees whom, by the mask and by biases of −∞: bool that broadcasts to the scores."""
+    shown = call.program.visible(whole(call))
+    for bias in call.biases:
+        if bias.dense:  # NaN − ∞ is NaN
+            shown = shown & (bias.tile(whole(call), call.working) != -torch.inf)
+    return shown
 
 
 def log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -103,9 +103,12 @@ def _computed_back(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> lis
 
 def _walk_back(
     call: Call, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor,
-    wanted: list[bool], careful: bool = False,
+    wanted: list[bool], careful: bool = False, delta: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """What the backward op returns. careful: as in `_walk`; of hidden pairs the slope is 0."""
+    """What the backward op returns. careful: as in `_walk`; of hidden pairs the slope is 0.
+
+    delta: D − grad_lse, where the call holds some of the keys alone and lse is that of all.
+    """
     query, key = call.query, call.key
     d_query, d_key, d_value = (
         torch.zeros_like(t, dtype=call.working, memory_format=torch.contiguous_format)
@@ -116,7 +119,9 @@ def _walk_back(
         for bias, want in zip(call.biases, wanted, strict=True)
     ]
     # d(loss)/d(score) = p · (dp − D) with D = grad_out · out; lse adds p · grad_lse
-    delta = (grad_out * out.to(call.working)).sum(-1) - grad_lse
+    shard = delta is not None
+    if delta is None:
+        delta = (grad_out * out.to(call.working)).sum(-1) - grad_lse
     blind = lse == -torch.inf
     safe = lse.masked_fill(blind, 0)
     strips = Strips(call, keep_capped=True)
@@ -124,11 +129,12 @@ def _walk_back(
         shown = strip.scores != -torch.inf if careful else None
         seen = None if shown is None else strip.grouped(shown)
         p = strip.scores.sub_(safe[strip.here][..., None]).exp_()
-        # A strip holds whole rows: their own sum is nearer than lse where scores are large
-        total = p.sum(-1)
-        if call.sinks is not None:
-            total += (call.sinks[strip.part.heads, None] - safe[strip.here]).exp()
-        p.div_(total.masked_fill(blind[strip.here], 1)[..., None])
+        if not shard:
+            # A strip holds whole rows: their own sum is nearer than lse where scores are large
+            total = p.sum(-1)
+            if call.sinks is not None:
+                total += (call.sinks[strip.part.heads, None] - safe[strip.here]).exp()
+            p.div_(total.masked_fill(blind[strip.here], 1)[..., None])
         if shown is not None:
             p.masked_fill_(~shown, 0)
         g = strips.rows_of(grad_out, strip.part)
@@ -165,6 +171,23 @@ def _walk_back(
         taken = (call.sinks.to(lse.dtype)[:, None] - lse).exp()
         grads.append(-(taken * delta).sum((0, 2)).to(call.sinks.dtype))
     return grads
+
+
+def part_backward(
+    call: Call, lse: Tensor, grad_out: Tensor, delta: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Gradients of query, key, value and biases where the call's keys are some of many.
+
+    lse is that of all keys, delta = grad_out · out − grad_lse with the out of all keys.
+    """
+    assert call.value is not None
+    value, grad = call.value.to(call.working), grad_out.to(call.working)
+    given = (call, value, grad, lse, grad, lse, wanted)  # out and grad_lse are in delta
+    grads = _walk_back(*given, delta=delta)
+    if not hidden.finite(*grads):
+        grads = _walk_back(*given, careful=True, delta=delta)
+    biases = [g if w else None for g, w in zip(grads[3:], wanted, strict=True)]
+    return grads[0], grads[1], grads[2], biases
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:

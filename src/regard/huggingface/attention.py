@@ -29,7 +29,7 @@ from ..call.masks import Causal, Dense, Documents, Full, Mask, Padding, Predicat
 from ..engines import run
 from ..engines.second_pass.weigh import whole_rows
 from ..errors import RegardError
-from ..ops import beside
+from ..ops import beside, region
 from ..ops.cache import owner_of
 from ..ops.watches import WatchedCall, meet
 from .config import NAME
@@ -105,7 +105,8 @@ def mask(
     A watched model gets its own mask, which says beside its elements what they mean.
     """
     name = getattr(rest.get("config"), "_attn_implementation", None)
-    if isinstance(name, Watching) and not name.over:
+    # Over ranks the model's own function computes nothing
+    if isinstance(name, Watching) and not name.over and region.current() is None:
         make = dict(hf.ALL_MASK_ATTENTION_FUNCTIONS).get(name.own)
         if make is None:  # then transformers makes none
             return None
@@ -144,7 +145,8 @@ def _compact(
     keep = hf.prepare_padding_mask(attention_mask, k_len, start)
     if keep is not None:
         keep = keep[:, start : start + k_len].to(device=device, dtype=torch.bool)
-        if not bool(keep.all()):
+        # Ranks decide alike, whether or not their own part has padding
+        if region.current() is not None or not bool(keep.all()):
             shown = Padding(keep) if isinstance(shown, Full) else shown & Padding(keep)
     return CompactMask(shown, (batch, q_len, k_len), starts, torch.device(device))
 
@@ -199,6 +201,11 @@ def attend(
     """
     caller = sys._getframe(1)
     name, met = watched_name(module, caller.f_locals.get("self")), meet(module)
+    if (parallel := region.current()) is not None:
+        eager = name == "eager"
+        return _over_ranks(
+            parallel, met, module, query, key, value, attention_mask, eager=eager, **given
+        )
     if name is None:
         return _compute(met, module, query, key, value, attention_mask, **given)
     eager = name == "eager"
@@ -221,6 +228,46 @@ def attend(
     if met is None:  # another thread's
         return own()
     return met.beside(own, read, lambda answer: answer[0].transpose(1, 2))
+
+
+def _over_ranks(
+    parallel: region.Region,
+    met: WatchedCall | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """Attention over the ranks of `context_parallel`, of which this one has its own tokens."""
+    request, starts = _request(met, module, query, key.shape[2], attention_mask, **given)
+    if owner_of(key) is not None or starts != (0, 0) or query.shape[2] != key.shape[2]:
+        raise RegardError(
+            f"{type(module).__name__}: context_parallel takes a whole sequence at once; here "
+            f"{query.shape[2]} queries follow {key.shape[2]} keys in a cache: give use_cache=False"
+        )
+    if _holds(request["mask"], Documents):
+        raise RegardError(
+            "transformers took jumps in position_ids for packed documents; give an attention_mask, "
+            "which regard.distributed.shard adds"
+        )
+    if _asked_for_weights(given):
+        raise RegardError("context_parallel: whole weights lie on no rank; give observers")
+    request |= {"dropout": dropout or None, "query_start": 0, "key_start": 0}
+    query = _spread(query, key)
+    if met is None:
+        out, *_ = parallel.run(query, key, value, **request)
+    else:
+        out, _ = met.over_ranks(parallel, query, key, value, request)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _holds(mask: Mask, kind: type[Mask]) -> bool:
+    """Whether anything in a mask is of this kind."""
+    parts = (getattr(mask, name, None) for name in ("left", "right", "mask"))
+    return isinstance(mask, kind) or any(isinstance(p, Mask) and _holds(p, kind) for p in parts)
 
 
 def _own_function(name: str, names: tuple[str, ...], found: dict[str, Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..call.biases import RelativeBias
 from ..call.numbers import at_least
 from ..errors import RegardError
+from ..ops import region
 
 Positions = int | Tensor
 
@@ -27,6 +28,8 @@ def positions_of(x: Tensor, positions: Positions) -> Tensor:
     """
     length = x.shape[-2]
     if not isinstance(positions, Tensor):
+        if (parallel := region.current()) is not None:  # this rank's rows are not the first ones
+            return parallel.positions(length, positions, x.device)
         return torch.arange(length, device=x.device, dtype=torch.int64) + positions
     if positions.dim() not in (1, 2) or positions.shape[-1] != length:
         raise RegardError(
@@ -94,7 +97,7 @@ class LearnedPositions(nn.Module):
         RegardError where an integer start leads beyond the positions learned.
         """
         _same_dim(self, x)
-        if isinstance(positions, Tensor):
+        if isinstance(positions, Tensor) or region.current() is not None:
             return x + nn.functional.embedding(positions_of(x, positions), self.weight)
         if positions < 0 or positions + x.shape[-2] > self.length:
             raise RegardError(

@@ -19,6 +19,7 @@ from ..engines import order, refusals, run, spreading, tiled
 from ..engines.cpu import engine as cpu
 from ..engines.second_pass.weigh import explained, weigh
 from ..errors import RegardError
+from . import region
 
 
 class Request(TypedDict, total=False):
@@ -117,6 +118,8 @@ def attention(
         return handle_torch_function(
             door, (query, key, value), query, key, value, **request, **unknown, engine=engine
         )
+    if (parallel := region.current()) is not None:
+        return parallel.attention(query, key, value, **request, **unknown, engine=engine)
     call = Call.checked(query, key, value, **request, **unknown)
     out, lse, seen = run(call, engine)
     if observe is None:
@@ -172,8 +175,11 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[s
     is read in plain torch then. With `pages`, as "pages": who copies keys and values out of them,
     and how much. As "hidden", who multiplies what the mask hides by 0, and so lets a NaN there
     spoil rows. As "order", where PyTorch's kernel is tried before ours: what was measured. Takes
-    what `attention` takes, but `engine`.
+    what `attention` takes, but `engine`. Inside `context_parallel`, first, as "by heads" and so on,
+    each way's reasons, and as "travels" what the call would send; all ranks must ask.
     """
+    if (parallel := region.current()) is not None:
+        return parallel.explain(query, key, value, **request)
     call = Call.checked(query, key, value, **request)
     said = refusals(call)
     if first := order(call):

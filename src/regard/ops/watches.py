@@ -18,6 +18,7 @@ from ..call.checked import Call
 from ..call.masks import Mask
 from ..engines import run
 from . import beside
+from .region import Region
 
 T = TypeVar("T")
 
@@ -44,6 +45,13 @@ class Watch(Protocol):
         seen: Mapping[int, Any],
     ) -> None:  # fmt: skip
         """Take it in."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether queries and keys are kept."""
+
+    def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
+        """Take in what was seen over several ranks; call: the whole one, without its numbers."""
 
 
 @dataclass(eq=False)
@@ -84,6 +92,31 @@ class WatchedCall:
         if self.wanted:
             self.record(call, lse, out, seen)
         return out, lse, seen
+
+    def over_ranks(
+        self, parallel: Region, query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out, lse), computed over the ranks of `context_parallel`; what is seen is sharded."""
+        wholes: list[Call] = []
+
+        def asking(call: Call) -> Call:
+            # What is kept with queries and keys is read where they come together
+            watched = self.wanted and not self.watch.keeps
+            asked = self.watch.asking(self.name, self.kind, call) if watched else call
+            wholes.append(asked)
+            return asked
+
+        with self.watch.computing():
+            out, lse, seen = parallel.run(query, key, value, asking=asking, **request)
+        if self.wanted and self.watch.keeps:
+            call = parallel.together(wholes[0], query, key, value)
+            if parallel.first:
+                asked = self.watch.asking(self.name, self.kind, call)
+                own, found = beside.gathered(asked)
+                self.record(call, own, None, found)
+        elif self.wanted:
+            self.watch.record_sharded(self.name, self.kind, wholes[0], seen)
+        return out, lse
 
     def beside(
         self,

@@ -5,9 +5,10 @@ What it needs beyond torch (transformers, rich) is imported when it is called.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,11 +177,13 @@ def answered(
     special: bool,
     tokens: bool,
     versus_model: Any = None,
+    save: Path | None = None,
     progress: Callable[[str, float | None], object] = lambda what, share: None,
 ) -> LookResult:
     """What `look` and the command answer: arguments that are checked, and who is told how far.
 
-    versus_model: a loaded one, where the question names none.
+    versus_model: a loaded one, where the question names none. save: a new folder, into which the
+    recording is streamed while the model runs; it is there once all is answered.
     """
     from ..analysis.look import look as gather
     from ..analysis.look_model import read_as, reading
@@ -196,8 +199,12 @@ def answered(
     reader.pieces = tokens
     second = None if versus_model is None else read_as(versus_model, generate=generate > 0)
     progress("reading", None)
-    with reading(reader), reading(second):
-        recording = reader.record(text, generate=generate, step=wrote)
+    with reading(reader), reading(second), _into(save) as folder:
+        if folder is None:
+            recording = reader.record(text, generate=generate, step=wrote)
+        else:
+            recording = reader.stream(text, folder, generate=generate, step=wrote, dtype=None)
+            recording.folder = save
         found = gather(
             recording, readers=words, layers=layers, heads=heads, top=top, special=special,
             progress=lambda share: progress("weighing words", share),
@@ -206,6 +213,47 @@ def answered(
             found, reader, recording, words, layers, heads, progress, second=second
         )
     return LookResult(found, recording, other)
+
+
+def of_recording(
+    folder: Path,
+    *,
+    words: Sequence[str],
+    layers: Sequence[int],
+    heads: Sequence[int | tuple[int, int]],
+    top: int,
+    special: bool,
+    tokens: bool,
+    progress: Callable[[str, float | None], object] = lambda what, share: None,
+) -> LookResult:
+    """The same of a recording's folder: what was written is read, no model runs."""
+    from ..analysis.look import look as gather
+    from ..capture.recording import Recording
+
+    recording = Recording.load(folder)
+    if tokens:
+        recording.about = recording.about | {"pieces": True}
+    found = gather(
+        recording, readers=words, layers=layers, heads=heads, top=top, special=special,
+        progress=lambda share: progress("weighing words", share),
+    )  # fmt: skip
+    return LookResult(found, recording, None)
+
+
+@contextlib.contextmanager
+def _into(save: Path | None) -> Iterator[Path | None]:
+    """A folder that becomes `save` once all is answered. RegardError where it cannot be written."""
+    if save is None:
+        yield None
+        return
+    from ..capture.index_file import INDEX
+    from ..capture.saved_files import whole_folder
+
+    try:
+        with whole_folder(save, INDEX, overwrite=False) as part:
+            yield part
+    except OSError as error:
+        raise RegardError(f"cannot save to {save}: {error.strerror or error}") from error
 
 
 def _check_model(model: Any) -> None:

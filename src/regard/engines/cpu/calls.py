@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...call.biases import Kind
 from ...call.checked import Call
-from ...call.observers import Observer
+from ...call.observers import Observer, Received
+from .. import hidden
 from ..second_pass.pooled import SIDE, Rectangle
 from . import native
 from .call_struct import TYPES, Buffers, Watching, offsets, parts_of, words_of
@@ -28,6 +29,20 @@ def run(call: Call, observers: tuple[Observer, ...] = (), stats: bool = False) -
     stats (batch, heads, q_len, 2), empty unless asked for: each row's top, which is near its
     largest score, and the sum of exp(score − top).
     """
+    found = _run(call, observers, stats)
+    # The kernel adds −∞ to a score, which hides none that is NaN
+    if any(b.dense for b in call.biases) and not hidden.finite(found[0]):
+        before = found
+        found = _run(call.hidden_by_biases(), observers, stats)
+        at = 3
+        for observer in observers:
+            if isinstance(observer, Received):  # counts who sees a key by the mask as it was given
+                found[at + 1] = before[at + 1]
+            at += len(observer.shapes(call.place, call.working))
+    return found
+
+
+def _run(call: Call, observers: tuple[Observer, ...], stats: bool) -> list[Tensor]:
     place, query, value = call.place, call.query, call.value
     assert value is not None
     rows = (place.batch, place.heads, place.q_len)
@@ -80,15 +95,20 @@ class Again:
 
 def run_backward(
     call: Call, out: Tensor, stats: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
-    wanted: Sequence[bool],
+    wanted: Sequence[bool], delta: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:  # fmt: skip
-    """Gradients of (query, key, value), of the biases where wanted, and of the sinks."""
+    """Gradients of (query, key, value), of the biases where wanted, and of the sinks.
+
+    delta (batch, heads, q_len): grad_out · out − grad_lse, where it is known already.
+    """
+    call = _apart(call)
     place, value = call.place, call.value
     assert value is not None
-    delta = (grad_out.float() * out.float()).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse.float()
-    delta = delta.contiguous()
+    if delta is None:
+        delta = (grad_out.float() * out.float()).sum(-1)
+        if grad_lse is not None:
+            delta = delta - grad_lse.float()
+    delta = delta.float().contiguous()
     tensors = (call.query, call.key, value)
     made = torch.empty if delta.numel() and place.k_len else torch.zeros
     grads = [made(t.shape, dtype=t.dtype, device="cpu") for t in tensors]
@@ -140,6 +160,11 @@ def run_backward(
     return grads, d_biases, d_sinks
 
 
+def _apart(call: Call) -> Call:
+    """With its biases of −∞ in the mask, too, where the kernel would add them to a NaN."""
+    return call.hidden_by_biases() if hidden.beside_biases(call) else call
+
+
 def effect(
     call: Call, out: Tensor, stats: Tensor, k: int, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,6 +172,7 @@ def effect(
 
     grad: the scalar's gradient of out; both (batch, heads, q_len, v_dim).
     """
+    call = _apart(call)
     place = call.place
     rows = (place.batch, place.heads, place.q_len, k)
     indices = torch.full(rows, -1, dtype=torch.int32, device="cpu")
@@ -188,7 +214,7 @@ def pooled(call: Call, lse: Tensor, tiles: Sequence[Rectangle], largest: bool) -
         lse=kept.tensor(lse.float().contiguous()),
         out=out.data_ptr(),
     )
-    still = replace(call, value=call.key, dropout=None)  # neither is read
+    still = replace(_apart(call), value=call.key, dropout=None)  # neither is read
     given = words_of(still, call.query, lse, None, kept)
     _check(library().regard_pooled(given, POOLED.pack(*wanted)))
     return out

@@ -89,6 +89,21 @@ def _computed(call: Call, observers: tuple[Observer, ...]) -> Any:
     return _Attention.apply(call, observers, call.query, call.key, call.value, call.sinks, *biases)
 
 
+def part_backward(
+    call: Call, lse: Tensor, grad_out: Tensor, delta: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Gradients of query, key, value and biases where the call's keys are some of many.
+
+    lse is that of all keys, delta = grad_out · out − grad_lse with the out of all keys.
+    """
+    # exp(score − top) / total is then exp(score − lse); of a row that sees nothing it is not read
+    top = lse.float().masked_fill(lse == -torch.inf, 0)
+    stats = torch.stack([top, torch.ones_like(top)], -1)
+    grad_out = grad_out.to(call.query.dtype)
+    grads, biases, _ = run_backward(call, grad_out, stats, grad_out, None, wanted, delta)
+    return grads[0], grads[1], grads[2], biases
+
+
 def direct(call: Call) -> bool:
     """Whether nobody but autograd looks at the ops of this call: no compiler, mode or transform."""
     return transforms.unwatched(call.query, call.key, call.value)

@@ -17,6 +17,9 @@ import torch
 from ...errors import RegardError
 from .structs import EVERY
 
+NAMES = ("kernels.so", "kernels.dll")
+"""What the library is called; it holds nothing of a Python's, so it bears none in its name."""
+
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
@@ -25,8 +28,11 @@ def path() -> str | None:
     """Where the library lies; None if this installation was built without it."""
     if other := os.environ.get("REGARD_KERNELS"):
         return other
-    found = importlib.util.find_spec("regard.engines.cpu._cpu")
-    return None if found is None else found.origin
+    found = importlib.util.find_spec("regard.engines.cpu")
+    # Beside this file; of an editable installation, where that put what it built
+    folders = (found and found.submodule_search_locations) or []
+    places = (os.path.join(folder, name) for folder in folders for name in NAMES)
+    return next(filter(os.path.isfile, places), None)
 
 
 AVAILABLE = path() is not None

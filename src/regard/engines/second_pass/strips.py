@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...call.checked import Call
 from ...call.geometry import Span
+from .. import hidden
 
 BUDGET = 2**21  # numbers in a strip: more would leave the caches, fewer rows starve the matmul
 MOST_ROWS, LEAST_ROWS = 256, 16
@@ -103,6 +104,7 @@ class Strips:
             self.some, self.every = call.program.classes(self.rows, TILE_KEYS)
         self.parts = self._parts()
         self.key = call.key.to(call.working).contiguous()
+        self.careful = hidden.beside_biases(call)
 
     def _parts(self) -> list[tuple[slice, slice]]:
         """Chunks of (batch, kv heads): as many as the budget holds.
@@ -166,14 +168,17 @@ class Strips:
             strip.capped = scores.clone() if self.keep_capped else None
         for at, span in strip.spans():
             for bias in call.biases:
-                scores[..., at : at + span.k1 - span.k0] += bias.tile(span, scores.dtype)
+                added, cols = bias.tile(span, scores.dtype), slice(at, at + span.k1 - span.k0)
+                scores[..., cols] += added
+                if self.careful and bias.dense:
+                    scores[..., cols].masked_fill_(added == -torch.inf, -torch.inf)
             for k0, k1 in mixed:
                 if span.k0 <= k0 < span.k1:
                     inner = Span(part.q0, part.q1, k0, k1, part.batch, part.heads)
-                    hidden = ~call.program.visible(inner)
+                    unseen = ~call.program.visible(inner)
                     col = at + k0 - span.k0
-                    scores[..., col : col + k1 - k0].masked_fill_(hidden, -torch.inf)
-                    strip.hidden.append((col, hidden))
+                    scores[..., col : col + k1 - k0].masked_fill_(unseen, -torch.inf)
+                    strip.hidden.append((col, unseen))
         return strip
 
     def rows_of(self, tensor: Tensor, part: Span) -> Tensor:

@@ -14,8 +14,10 @@ from urllib.parse import urlencode
 
 from ...errors import RegardError
 from ..inline_page import digest, inert, write_page
-from .opened import SIDE, Opened, readable
-from .server import PAGE, Site, page_file
+from . import along
+from .opened import Opened, readable
+from .page_facts import PAGE, SIDE, page_facts
+from .page_files import page_file
 
 TILES = 85
 """Tiles of a map that the file holds at most: four zooms of a square one."""
@@ -23,6 +25,7 @@ FANS = 600
 """Tokens whose weights the file holds, where the text has no more; else those asked for."""
 TOKENS = 200_000
 _IMPORT = re.compile(r'^import\s+(?:\{([^}]*)\}\s*from\s+)?"(\.[^"]+)";[ \t]*$', re.MULTILINE)
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _EXPORT = re.compile(r"^export \{([^}]*)\};[ \t]*$", re.MULTILINE)
 
 
@@ -31,27 +34,31 @@ def write_export(opened: Opened, path: Path, layer: int, head: int, words: list[
     if len(opened.pieces("text")) > TOKENS:
         raise RegardError(f"--export holds texts of up to {TOKENS:,} tokens; this one has more")
     answers, least = _answers(opened, layer, head, words)
+    opens = f"head={layer}.{head}" + (f"&word={words[0]}" if words else "")
+    write_page(path, inline({"answers": answers, "least": least, "opens": opens}))
+
+
+def inline(held: dict[str, Any]) -> str:
+    """The page with its modules and styles in it; held: what it finds there when it begins."""
     script = bundle("view.js")
-    styles = ("vendor/leaflet/leaflet.css", "look.css", "view.css")
+    styles = ("vendor/leaflet/leaflet.css", "vendor/uplot/uPlot.css", "look.css", "view.css")
     style = "\n".join(_text(name) for name in styles)
     policy = (
         f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-    opens = f"head={layer}.{head}" + (f"&word={words[0]}" if words else "")
-    data = inert({"answers": answers, "least": least, "opens": opens})
     parts = {
         r'<link rel="stylesheet"[^>]*>\n': "",
         r'<link rel="icon"[^>]*>\n': f'<meta http-equiv="Content-Security-Policy" '
         f'content="{html.escape(policy)}">\n<style>{style}</style>\n',
         r'<script type="module"[^>]*></script>\n': "",
-        r"</body>": f'<script type="application/json" id="held">{data}</script>\n'
+        r"</body>": f'<script type="application/json" id="held">{inert(held)}</script>\n'
         f"<script>{script}</script>\n</body>",
     }
     page = _text("index.html")
     for found, put in parts.items():
         page = re.sub(found, lambda _, put=put: put, page)  # type: ignore[misc]
-    write_page(path, page)
+    return page
 
 
 def bundle(first: str) -> str:
@@ -79,8 +86,13 @@ def _wrapped(name: str, text: str) -> str:
         names = re.sub(r"\s+as\s+", ": ", match[1] or "")
         return f"const {{{names}}} = modules[{json.dumps(other)}];" if match[1] else ""
 
-    body = _EXPORT.sub(r"return {\1};", _IMPORT.sub(taken, text))
-    if re.search(r"^(import|export)\b", body, re.MULTILINE) or "</script" in body:
+    def given(match: re.Match[str]) -> str:
+        names = re.sub(r"(\w+)\s+as\s+(\w+)", r"\2: \1", match[1])
+        return f"return {{{names}}};"
+
+    body = _EXPORT.sub(given, _IMPORT.sub(taken, text))
+    code = _COMMENT.sub("", body)
+    if re.search(r"^(import|export)\b", code, re.MULTILINE) or "</script" in body:
         raise RegardError(f"{name} cannot stand in one script with others")
     return f"modules[{json.dumps(name)}] = (() => {{\n{body}\n}})();"
 
@@ -95,7 +107,7 @@ def _text(name: str) -> str:
 def _answers(opened: Opened, layer: int, head: int, words: list[int]) -> tuple[dict[str, Any], int]:
     """What the page will ask, by address; and the finest zoom whose tiles are among it."""
     shown = opened.layer(layer, head, 0)
-    about = Site([opened]).about_page()
+    about = page_facts([opened.about()])
     answers: dict[str, Any] = {"api/about?": about}
 
     def put(path: str, answer: Any, **query: Any) -> None:
@@ -113,6 +125,9 @@ def _answers(opened: Opened, layer: int, head: int, words: list[int]) -> tuple[d
     for number, one in enumerate(opened.recording.layers):
         if readable(one):
             put("overview", opened.overview(number, 0), r=0, batch=0, layer=number)
+    for what in along.LINES:
+        line = opened.along(layer, head, 0, what)
+        put("along", line, r=0, layer=layer, head=head, batch=0, what=what)
     for way, count in (("out", shown.q_len), ("in", shown.k_len)):
         asked = {"r": 0, "layer": layer, "head": head, "batch": 0}
         for index in range(count) if count <= FANS else words:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,16 +17,22 @@ from torch import Tensor
 from ...capture.recorded_layer import RecordedLayer
 from ...capture.recording import INDEX, Recording
 from ...errors import RegardError
-from . import overview, segments
+from . import along, overview, segments
+from .page_facts import (
+    BINS,
+    LISTED,
+    SIDE,
+    LayerFacts,
+    names_words,
+    recording_facts,
+    side_of,
+    special_of,
+)
 from .pieces import Piece, displayed
 from .units import Units
 
-SIDE = 128
-"""Cells along each side of a tile."""
-BINS = 512
-"""Bars of the strip that says where along the whole text a word reads."""
-LISTED = 256
-"""Of one word's weights, this many are listed, largest first."""
+By = Literal["weight", "value"]
+"""What is shown: weights, or weight · ‖W_O v‖, how long a vector each key adds."""
 _APART = 64  # special tokens that can be taken out of a map
 
 
@@ -33,12 +41,23 @@ def readable(layer: RecordedLayer) -> bool:
     return layer.pattern and not layer.damage and layer.q_len > 0
 
 
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """The size and the file system's number of each file."""
+    try:
+        with os.scandir(folder) as found:
+            stats = {entry.name: entry.stat() for entry in found if entry.is_file()}
+    except OSError:
+        return {}
+    return {name: (stat.st_size, stat.st_ino) for name, stat in stats.items()}
+
+
 @dataclass(eq=False)
 class Opened:
     """One recording. Methods may be called from several threads."""
 
     recording: Recording
-    folder: Path
+    folder: Path | None  # None: it is in memory alone
+    files: dict[str, tuple[int, int]]  # as they were when it was opened
     _kept: dict[Any, Any] = field(default_factory=dict)
     _locks: dict[Any, Lock] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
@@ -50,57 +69,68 @@ class Opened:
         if not any(map(readable, recording.layers)):
             damaged = recording.damaged[:1] or ["it has no layer with softmax attention"]
             raise RegardError(f"nothing to view in {folder}: {damaged[0]}")
-        return cls(recording, folder)
+        return cls(recording, folder, _files(folder))
+
+    @classmethod
+    def of(cls, recording: Recording) -> Opened:
+        """A recording that is at hand. RegardError where it has nothing to show."""
+        if not any(map(readable, recording.layers)):
+            raise RegardError("the recording has no layer with weights to show")
+        folder = recording.folder
+        return cls(recording, folder, {} if folder is None else _files(folder))
 
     def check(self) -> None:
-        """RegardError where the recording is no longer there."""
-        if not (self.folder / INDEX).is_file():
+        """RegardError where the recording is no longer there, or no longer what was opened.
+
+        Layers are mapped into memory: to read where a file was cut off ends the process.
+        """
+        if self.folder is None:
+            return
+        found = _files(self.folder)
+        if INDEX not in found:
             raise RegardError(
                 f"the recording {self.folder.name} is no longer where it was opened; "
                 "put it back and reload, or start regard view with another"
             )
+        for name, (size, number) in self.files.items():
+            now = found.get(name)
+            if now is None or now[0] < size:
+                raise RegardError(
+                    f"{self.folder.name}/{name} is {'gone' if now is None else 'cut off'} since it "
+                    "was opened; put it back and reload, or start regard view again"
+                )
+            if now[1] != number:
+                raise RegardError(
+                    f"{self.folder.name} was recorded anew since it was opened: "
+                    "start regard view again"
+                )
 
     def about(self) -> dict[str, Any]:
         """What the page needs to begin."""
-        about, layers = self.recording.about, self.recording.layers
-        first = next(layer for layer in layers if readable(layer))
-        begun = about.get("generated")
-        return {
-            "name": self.folder.name,
-            "model": str(about.get("model", "no model named")),
-            "batch": first.batch,
-            "generated": begun if isinstance(begun, int) else None,
-            "layers": [
-                {
-                    "index": layer.index,
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "heads": layer.heads,
-                    "q_len": layer.q_len,
-                    "k_len": layer.k_len,
-                    "q_side": self.side(layer, "q"),
-                    "k_side": self.side(layer, "k"),
-                    "pattern": readable(layer),
-                    "reason": layer.damage or layer.reason,
-                }
-                for layer in layers
-            ],
-            "whole": self.recording.whole,
-            "damaged": self.recording.damaged[:20],
-            "sides": {name: len(self.pieces(name)) for name in ("text", "decoder")},
-            "special": self._special(),
-            "words": self.worded,
-        }
+        whole, damaged = self.recording.whole, self.recording.damaged
+        said = self.recording.about
+        name = "recording" if self.folder is None else self.folder.name
+        return recording_facts(name, said, self._facts, self.sides, whole, damaged)
+
+    @cached_property
+    def sides(self) -> dict[str, int]:
+        """How many tokens each side has."""
+        return {name: len(self.pieces(name)) for name in ("text", "decoder")}
+
+    @cached_property
+    def _facts(self) -> list[LayerFacts]:
+        return [
+            LayerFacts(
+                layer.index, layer.name, layer.kind, layer.heads, layer.q_len, layer.k_len,
+                layer.batch, readable(layer), layer.damage or layer.reason, bool(layer.norms),
+            )
+            for layer in self.recording.layers
+        ]  # fmt: skip
 
     @property
     def worded(self) -> bool:
         """Whether the recording names words that fit its layers."""
-        words = self.recording.about.get("words")
-        if not isinstance(words, list) or not words or self.pieces("decoder"):
-            return False
-        shown = [layer for layer in self.recording.layers if readable(layer)]
-        count = len(self.pieces("text"))
-        return all(max(layer.q_len, layer.k_len) <= count for layer in shown)
+        return names_words(self.recording.about, self._facts, self.sides)
 
     @property
     def units(self) -> Units | None:
@@ -117,19 +147,9 @@ class Opened:
         units = self.units
         return self._once("words", lambda: units.pieces(self.pieces("text")))
 
-    def _special(self) -> list[int]:
-        given = self.recording.about.get("special")
-        if not isinstance(given, list):
-            return []
-        return [i for i, special in enumerate(given) if special][:100_000]
-
     def side(self, layer: RecordedLayer, of: str) -> str:
         """Whose tokens a layer's queries ("q") or keys ("k") are: the text's, or the decoder's."""
-        if not self.pieces("decoder"):
-            return "text"
-        count = layer.q_len if of == "q" else layer.k_len
-        decoded = layer.kind == "cross" and of == "q"
-        return "decoder" if decoded or count != len(self.pieces("text")) else "text"
+        return side_of(layer.kind, layer.q_len if of == "q" else layer.k_len, self.sides, of)
 
     def pieces(self, side: str) -> list[Piece]:
         """Each token as the text shows it, with what stands before it."""
@@ -161,14 +181,26 @@ class Opened:
             lambda: overview.layer_metrics(self.recording, number, batch),
         )
 
-    def row(self, number: int, head: int, query: int, batch: int) -> Tensor:
-        """What one query reads: (k_len,)."""
-        layer = self.layer(number, head, batch)
-        if not 0 <= query < layer.q_len:
-            raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
-        return self.recording.weights(number, head, [query], batch=batch)[0]
+    def along(self, number: int, head: int, batch: int, what: str) -> dict[str, Any]:
+        """A head's line along the text: see `along.line`."""
+        self.layer(number, head, batch)
+        return self._once(
+            ("along", number, head, batch, what),
+            lambda: along.line(self.recording, number, head, batch, what),
+        )
 
-    def column(self, number: int, head: int, key: int, batch: int) -> Tensor:
+    def row(
+        self, number: int, head: int, queries: list[int], batch: int, by: By = "weight"
+    ) -> Tensor:
+        """What some queries read, on average: (k_len,)."""
+        layer = self.layer(number, head, batch)
+        for query in queries:
+            if not 0 <= query < layer.q_len:
+                raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
+        read = self.recording.weights if by == "weight" else self.recording.norm_weights
+        return read(number, head, queries, batch=batch).mean(0)
+
+    def column(self, number: int, head: int, key: int, batch: int, by: By = "weight") -> Tensor:
         """By how much each query reads one key: (q_len,)."""
         layer = self.layer(number, head, batch)
         if not 0 <= key < layer.k_len:
@@ -176,20 +208,25 @@ class Opened:
         col, place = divmod(key, SIDE)
         tiles = [(head, 0, row, col) for row in range(-(-layer.q_len // SIDE))]
         parts = [
-            self.recording.tiles(number, tiles[at : at + SIDE], "sum", batch)[:, :, place].flatten()
+            self.recording.tiles(number, tiles[at : at + SIDE], "sum", batch, by)[
+                :, :, place
+            ].flatten()
             for at in range(0, len(tiles), SIDE)
         ]
         return torch.cat(parts)[: layer.q_len]
 
     def fan(
-        self, number: int, head: int, index: int, *, batch: int, inward: bool
+        self, number: int, head: int, index: int, *, batch: int, inward: bool, by: By = "weight"
     ) -> dict[str, Any]:
         """One word's strongest weights, out or in, and where they lie along the whole text."""
-        values = (self.column if inward else self.row)(number, head, index, batch)
+        if inward:
+            values = self.column(number, head, index, batch, by)
+        else:
+            values = self.row(number, head, [index], batch, by)
         return self._fan(values, values, None, index, number, head, inward)
 
     def word_fan(
-        self, number: int, head: int, index: int, *, batch: int, inward: bool
+        self, number: int, head: int, index: int, *, batch: int, inward: bool, by: By = "weight"
     ) -> dict[str, Any]:
         """The same by words, `index` any token of one: each stands at its first token.
 
@@ -204,11 +241,11 @@ class Opened:
             raise RegardError(f"no token {index}: the layer has {limit:,}")
         mine = [t - moved for t in units.tokens(index + moved) if 0 <= t - moved < limit]
         if inward:
-            values = sum(self.column(number, head, key, batch) for key in mine)
+            values = sum(self.column(number, head, key, batch, by) for key in mine)
             assert isinstance(values, Tensor)
             summed = units.mean(values, before)
         else:
-            values = self.recording.weights(number, head, mine, batch=batch).mean(0)
+            values = self.row(number, head, mine, batch, by)
             summed = units.summed(values)
         starts = [max(0, start - before) if inward else start for start in units.starts]
         return self._fan(values, summed, starts, mine[0], number, head, inward)
@@ -270,25 +307,27 @@ class Opened:
         return found
 
     def tile(
-        self, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int, sinks: bool
-    ) -> bytes:
+        self, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int, sinks: bool,
+        by: By = "weight",
+    ) -> bytes:  # fmt: skip
         """One tile (head, zoom, row, col) of a map: 128 × 128 float32, little-endian.
 
         Without `sinks`, the first and the special tokens' columns are taken out of it: from sums
         exactly; a cell of several tokens whose largest weight may be theirs is +inf.
         """
-        found = self.recording.tile(number, *tile, reduce, batch).float()  # type: ignore[arg-type]
+        found = self.recording.tile(number, *tile, reduce, batch, by).float()  # type: ignore[arg-type]
         if not sinks:
-            found = self._without_sinks(found, number, tile, reduce, batch)
+            found = self._without_sinks(found, number, tile, reduce, batch, by)
         return found.contiguous().numpy().astype("<f4", copy=False).tobytes()
 
     def _without_sinks(
-        self, found: Tensor, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int
-    ) -> Tensor:
+        self, found: Tensor, number: int, tile: tuple[int, int, int, int], reduce: str, batch: int,
+        by: By,
+    ) -> Tensor:  # fmt: skip
         head, zoom, row, col = tile
         size, found = 1 << zoom, found.clone()
         first, last = col * SIDE * size, (col + 1) * SIDE * size
-        for key in {0, *self._special()[:_APART]}:
+        for key in {0, *special_of(self.recording.about)[:_APART]}:
             if not first <= key < min(last, self.recording.layers[number].k_len):
                 continue
             at = (key - first) // size
@@ -298,8 +337,8 @@ class Opened:
                 found[:, at] = torch.inf
             else:
                 column = self._once(
-                    ("column", number, head, key, batch),
-                    lambda key=key: self.column(number, head, key, batch),  # type: ignore[misc]
+                    ("column", number, head, key, batch, by),
+                    lambda key=key: self.column(number, head, key, batch, by),  # type: ignore[misc]
                 )
                 part = column[row * SIDE * size : (row + 1) * SIDE * size]
                 part = torch.nn.functional.pad(part, (0, SIDE * size - len(part)))

@@ -10,27 +10,18 @@ from torch import Tensor
 
 from ...capture.recorded_layer import RecordedLayer
 from ...capture.recording import Recording
+from .page_facts import METRICS, SAMPLED
 
-SAID = {
-    "sink": ("the first token", "mean weight on the first token: a sink where it is large"),
-    "before": ("the token before", "mean weight a token gives to the one before it"),
-    "itself": ("the token itself", "mean weight a token gives to itself"),
-    "largest": ("the strongest link", "mean of the largest weight of each token"),
-    "entropy": ("entropy", "mean entropy over tokens, in nats: 0 is one token read, high is many"),
-    "distance": ("distance", "how many tokens away a head reads on average"),
-}
-SCALED = ("entropy", "distance")
-"""Metrics that are no share of the mass."""
-SAMPLED = 64
-"""Queries that the metrics are means over, spread evenly, where the text has more."""
 _AT_ONCE = 1 << 23  # weights in memory
 
 
 def layer_metrics(recording: Recording, number: int, batch: int) -> dict[str, Any]:
     """Of one layer, a list of heads for each metric."""
     layer = recording.layer(number)
-    values = _layer(recording, number, layer, batch)
-    return {key: _finite(values[key]) for key in SAID}
+    values = recording.head_metrics(number, batch)  # of all queries, as far as they were recorded
+    if not set(METRICS) <= set(values):
+        values = _layer(recording, number, layer, batch) | values
+    return {key: _finite(values[key]) for key in METRICS}
 
 
 def _layer(
@@ -44,7 +35,7 @@ def _layer(
         _sums(recording, number, layer, rows[i : i + at_once], batch)
         for i in range(0, count, at_once)
     ]
-    return {key: sum(part[key] for part in parts) / count for key in SAID}  # type: ignore[misc]
+    return {key: sum(part[key] for part in parts) / count for key in METRICS}  # type: ignore[misc]
 
 
 def _sums(

@@ -8,17 +8,10 @@ from typing import Any
 from ...capture.recording import Recording
 from ...capture.segments import Segments
 from ...errors import RegardError
-from .overview import SAMPLED
+from .page_facts import SAMPLED
 
 MOST = 400
 """Segments that are shown."""
-KINDS = {
-    "documents": r"(?m)^\s*(?P<name>(?:Document|Passage|Source)\W{0,2}\d+)",
-    "chat turns": r"<\|im_start\|>(\w+)|<\|start_header_id\|>(\w+)",
-    "paragraphs": r"(?:\A|\n\s*\n)(?P<name>\S[^\n]{0,39})",
-    "functions": r"(?m)^\s*(?:async def|def|class|function|func|fn) (\w+)",
-}
-"""Patterns by what they find."""
 _RANGES = re.compile(r"\s*\d+\s*[-–:]\s*\d+\s*(,\s*\d+\s*[-–:]\s*\d+\s*)*")
 
 

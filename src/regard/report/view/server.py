@@ -6,10 +6,9 @@ import asyncio
 import json
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +22,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import RegardError
+from .answers import NAMES, Answers, Asked, TilesAsked, page_of
+from .first_answers import FirstAnswers
+from .page_facts import page_facts
+from .page_files import page_file
 
 if TYPE_CHECKING:  # it imports torch: the page is there before that is done
     from .opened import Opened
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")
-PAGE = 8192
-"""Tokens that one request brings."""
-TILES = 64
-"""Tiles that one request may ask for."""
+HOSTS = (HOST, "localhost")
+PATIENCE = 1.0
+"""Seconds that importing torch waits for the first view to be asked for and answered."""
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -90,77 +91,50 @@ class Guard:
         await self.app(scope, receive, with_headers)
 
 
-class _Asked:
-    """The numbers and words of a request's query, checked."""
-
-    def __init__(self, request: Request) -> None:
-        self._given = request.query_params
-
-    def number(self, name: str, default: int | None = None) -> int:
-        text = self._given.get(name, "" if default is None else str(default))
-        if not text.isascii() or not text.isdecimal() or len(text) > 12:
-            raise RegardError(f"{name}: a whole number from 0 on is wanted")
-        return int(text)
-
-    def one_of(self, name: str, *choices: str) -> str:
-        text = self._given.get(name, choices[0])
-        if text not in choices:
-            raise RegardError(f"{name}: one of {', '.join(choices)} is wanted")
-        return text
-
-    def word(self, name: str) -> str:
-        return self._given.get(name, "")[:1000]
-
-    def places(self, name: str) -> list[tuple[int, int]]:
-        """Rows and columns of tiles, "3.1,3.2"."""
-        pairs = [pair.split(".") for pair in self._given.get(name, "").split(",")]
-        fit = all(
-            len(pair) == 2 and all(n.isascii() and n.isdecimal() and len(n) < 9 for n in pair)
-            for pair in pairs
-        )
-        if not fit or len(pairs) > TILES:
-            raise RegardError(f"{name}: at most {TILES} places, as 3.1,3.2, are wanted")
-        return [(int(row), int(col)) for row, col in pairs]
-
-
 class Site:
-    """The routes over some recordings: given as they are, or once `load` has opened them."""
+    """The routes over some recordings: given as they are, or once `load` has opened them.
 
-    def __init__(self, opened: Sequence[Opened] = ()) -> None:
-        self.loaded: Future[list[Opened]] = Future()
+    first: what can be answered before that.
+    """
+
+    def __init__(
+        self, opened: Sequence[Opened] = (), first: Sequence[FirstAnswers] | None = None
+    ) -> None:
+        self.first = first
+        self.ended = False
+        self.begun = threading.Event()  # the first view is answered: now to what takes long
+        self.loaded: Future[Answers] = Future()
         if opened:
-            self.loaded.set_result(list(opened))
+            self.loaded.set_result(Answers(opened))
         self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="tile")
         self.computed = 0  # tiles, for whoever watches that those left behind are dropped
 
     def load(self, make: Callable[[], list[Opened]]) -> None:
-        """Open recordings; what asks for them waits."""
+        """Open recordings; what asks for them waits. The first view comes before."""
+        if self.first is not None:
+            self.begun.wait(PATIENCE)
+        if self.ended:
+            return
         try:
-            self.loaded.set_result(make())
+            self.loaded.set_result(Answers(make()))
         except BaseException as error:
             self.loaded.set_exception(error)
 
     @property
-    def opened(self) -> list[Opened]:
-        """The recordings, once they are open. Raises what kept them from it."""
+    def answers(self) -> Answers:
+        """What answers, once the recordings are open. Raises what kept them from it."""
         return self.loaded.result()
 
     def app(self) -> Starlette:
+        early = {"about": self.first_about, "tokens": self.first_tokens}
         routes = [
             Route("/", self.index),
             Route("/page/{path:path}", self.file),
-            Route("/api/about", self.answers(self.about)),
-            Route("/api/tokens", self.answers(self.tokens)),
-            Route("/api/overview", self.answers(self.overview)),
-            Route("/api/fan", self.answers(self.fan)),
-            Route("/api/segments", self.answers(self.segments)),
-            Route("/api/weight", self.answers(self.weight)),
-            Route("/api/matching", self.answers(self.matching)),
-            Route("/api/reads", self.answers(self.reads)),
+            *(Route(f"/api/{name}", self.route(name, early.get(name))) for name in NAMES),
             Route("/api/tiles", self.tiles),
         ]
         guards = [
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES), www_redirect=False),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False),
             Middleware(Guard),
         ]
         return Starlette(routes=routes, middleware=guards)
@@ -171,79 +145,38 @@ class Site:
     def file(self, request: Request) -> Response:
         return _file(request.path_params["path"])
 
-    def answers(self, make: Callable[[_Asked, Opened], Any]) -> Callable[[Request], Response]:
-        """A route that answers with JSON; what is refused is one sentence."""
+    def route(
+        self, name: str, early: Callable[[Asked, FirstAnswers], Any] | None
+    ) -> Callable[[Request], Response]:
+        """Answers with JSON, at once where it can while recordings are being opened.
 
-        def route(request: Request) -> Response:
+        What is refused is one sentence.
+        """
+
+        def answer(request: Request) -> Response:
+            given = request.query_params
             try:
-                asked = _Asked(request)
-                return _json(make(asked, self.which(asked)))
+                first = self.early(asked := Asked(given)) if early is not None else None
+                found = early(asked, first) if early is not None and first is not None else None
+                return _json(self.answers.answer(name, given) if found is None else found)
             except (RegardError, OSError) as error:
                 return _refused(error)
 
-        return route
+        return answer
 
-    def which(self, asked: _Asked) -> Opened:
+    def early(self, asked: Asked) -> FirstAnswers | None:
+        """What answers for a recording while it is being opened; None once it is."""
         number = asked.number("r", 0)
-        if number >= len(self.opened):
-            raise RegardError(f"no recording {number}: {len(self.opened)} are open")
-        opened = self.opened[number]
-        opened.check()
-        return opened
+        if self.first is None or self.loaded.done() or number >= len(self.first):
+            return None
+        return self.first[number] if self.first[number].there() else None
 
-    def about(self, asked: _Asked, opened: Opened) -> Any:
-        return self.about_page()
+    def first_about(self, asked: Asked, first: FirstAnswers) -> Any:
+        return page_facts([one.about for one in self.first or ()])
 
-    def about_page(self) -> dict[str, Any]:
-        """What the page needs to begin."""
-        from . import opened, overview, segments
-
-        metrics = [
-            {"key": key, "title": title, "said": said, "share": key not in overview.SCALED}
-            for key, (title, said) in overview.SAID.items()
-        ]
-        return {
-            "recordings": [one.about() for one in self.opened],
-            "metrics": metrics,
-            "kinds": segments.KINDS,
-            "sampled": overview.SAMPLED,
-            "page": PAGE,
-            "side": opened.SIDE,
-            "bins": opened.BINS,
-            "listed": opened.LISTED,
-        }
-
-    def tokens(self, asked: _Asked, opened: Opened) -> Any:
+    def first_tokens(self, asked: Asked, first: FirstAnswers) -> Any:
         side = asked.one_of("side", "text", "decoder", "words")
-        pieces = opened.words() if side == "words" else opened.pieces(side)
-        start = asked.number("page", 0) * PAGE
-        return {"start": start, "pieces": pieces[start : start + PAGE]}
-
-    def overview(self, asked: _Asked, opened: Opened) -> Any:
-        return opened.overview(asked.number("layer"), asked.number("batch", 0))
-
-    def fan(self, asked: _Asked, opened: Opened) -> Any:
-        inward = asked.one_of("way", "out", "in") == "in"
-        layer, head, index = (asked.number(name) for name in ("layer", "head", "index"))
-        by_words = asked.one_of("by", "tokens", "words") == "words"
-        fan = opened.word_fan if by_words else opened.fan
-        return fan(layer, head, index, batch=asked.number("batch", 0), inward=inward)
-
-    def segments(self, asked: _Asked, opened: Opened) -> Any:
-        token = asked.number("index") if asked.word("index") else None
-        by_words = asked.one_of("by", "tokens", "words") == "words"
-        layer, batch = asked.number("layer"), asked.number("batch", 0)
-        return opened.segments(asked.word("given"), layer, token, batch, by_words)
-
-    def weight(self, asked: _Asked, opened: Opened) -> Any:
-        layer, head, row, col = (asked.number(name) for name in ("layer", "head", "row", "col"))
-        return opened.weight(layer, head, row, col, asked.number("batch", 0))
-
-    def matching(self, asked: _Asked, opened: Opened) -> Any:
-        return opened.matching(asked.word("text"), asked.one_of("side", "text", "decoder"))
-
-    def reads(self, asked: _Asked, opened: Opened) -> Any:
-        return opened.reads(asked.word("source"), asked.word("target"), asked.number("batch", 0))
+        return None if side == "words" else page_of(first.sides[side], asked.number("page", 0))
 
     async def tiles(self, request: Request) -> Response:
         """Tiles one after another, each 65,536 bytes: sent when it is computed.
@@ -251,32 +184,44 @@ class Site:
         Whoever goes away stops the work: this generator is cancelled, and computes no further.
         """
         try:
+            wanted = TilesAsked.of(asked := Asked(request.query_params))
+            if (data := self.first_tile(asked, wanted)) is not None:
+                return Response(data, media_type="application/octet-stream")
             await asyncio.wrap_future(self.loaded)
-            asked = _Asked(request)
-            opened = self.which(asked)
-            layer, head, zoom = (asked.number(name) for name in ("layer", "head", "zoom"))
-            batch, reduce = asked.number("batch", 0), asked.one_of("reduce", "sum", "max")
-            places, sinks = asked.places("at"), asked.number("sinks", 1) > 0
-            opened.layer(layer, head, batch)
+            tiles = self.answers.tiles(request.query_params)
         except (RegardError, OSError) as error:
             return _refused(error)
 
-        def one(row: int, col: int) -> bytes:
+        def one() -> bytes:
             self.computed += 1
-            return opened.tile(layer, (head, zoom, row, col), reduce, batch, sinks)
+            return next(tiles, b"")
 
         loop = asyncio.get_running_loop()
         try:
-            first = await loop.run_in_executor(self.pool, one, *places[0])
+            begun = await loop.run_in_executor(self.pool, one)
         except (RegardError, OSError) as error:
             return _refused(error)
 
         async def stream() -> AsyncIterator[bytes]:
-            yield first
-            for place in places[1:]:
-                yield await loop.run_in_executor(self.pool, one, *place)
+            yield begun
+            for _ in wanted.places[1:]:
+                try:
+                    yield await loop.run_in_executor(self.pool, one)
+                except (RegardError, OSError):
+                    return  # the page asks for what is missing, and is told then
 
         return StreamingResponse(stream(), media_type="application/octet-stream")
+
+    def first_tile(self, asked: Asked, wanted: TilesAsked) -> bytes | None:
+        """A tile of the first view, from the files alone; then the recordings may be opened."""
+        plain = wanted.sinks and wanted.by == "weight" and len(wanted.places) == 1
+        first = self.early(asked) if plain else None
+        if first is None:
+            return None
+        tile = (wanted.head, wanted.zoom, *wanted.places[0])
+        found = first.tile(wanted.layer, tile, wanted.reduce, wanted.batch)
+        self.begun.set()
+        return found
 
 
 def _file(path: str) -> Response:
@@ -290,15 +235,6 @@ def _file(path: str) -> Response:
     if found is None:
         return _json({"error": "no such file"}, 404)
     return Response(found.read_bytes(), media_type=kind)
-
-
-def page_file(name: str) -> Traversable | None:
-    """A file of this page, or one that it shares with the page of `look`."""
-    for package in (__package__, __package__.rpartition(".")[0]):
-        found = (files(package) / "page").joinpath(*name.split("/"))
-        if found.is_file():
-            return found
-    return None
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -333,15 +269,19 @@ def server(site: Site) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(make: Callable[[], list[Opened]], sock: socket.socket) -> None:
+def serve(
+    make: Callable[[], list[Opened]],
+    sock: socket.socket,
+    first: Sequence[FirstAnswers] | None = None,
+) -> None:
     """Answer until interrupted, the page at once, the rest when `make` has opened the recordings.
 
-    Raises what kept them from being opened, and ends.
+    first: what answers until then. Raises what kept them from being opened, and ends.
     """
-    site = Site()
+    site = Site(first=first)
     runs = server(site)
 
-    def failed(loaded: Future[list[Opened]]) -> None:
+    def failed(loaded: Future[Answers]) -> None:
         runs.should_exit = loaded.exception() is not None
 
     site.loaded.add_done_callback(failed)
@@ -351,6 +291,8 @@ def serve(make: Callable[[], list[Opened]], sock: socket.socket) -> None:
     except KeyboardInterrupt:  # uvicorn raises again what it has handled
         pass
     finally:
+        site.ended = True
+        site.begun.set()
         site.pool.shutdown(wait=False, cancel_futures=True)
     if site.loaded.done():
         site.loaded.result()

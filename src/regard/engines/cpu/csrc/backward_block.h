@@ -75,11 +75,7 @@ class Backward {
     explicit Backward(SharedBackward& shared)
         : sh(shared), c(shared.call), back(shared.back), shaping(shared.shaping) {
         static thread_local Arena arena;
-        Cutter measure{nullptr}, cut{nullptr};
-        lay_out(measure);
-        cut.data = arena.take(measure.used);
-        ready = cut.data != nullptr;
-        lay_out(cut);
+        ready = laid_out(arena, [&](Cutter& cut) { lay_out(cut); });
     }
 
     void run() {
@@ -190,7 +186,11 @@ class Backward {
 
     // One block of rows against one tile of keys.
     void pair(const Block& block, long id, Rows k, Rows v, long k0, int n, bool every) {
-        if (!every) shaping.look(block, k0, n, visible, stack);
+        if (!every) {
+            shaping.look(block, k0, n, visible, stack);
+            while (n > 0 && !visible[n - 1]) n--;
+            if (!n) return;
+        }
         if (shaping.biased) shaping.bias(block, k0, n, biases);
         if (c.dropout) shaping.dropout(block, k0, n, factors);
         long row = sh.first_row(block);
@@ -222,11 +222,16 @@ class Backward {
             gather_on_tiles(id, block.count, n);
             return gather_odd(g, n, [&](int j, int lane) { return weight_on_tiles(j, lane); });
         }
+        // What a panel sees none of, at the end of the tile, is left out where nothing else reads it
+        bool whole = every || all_on_tiles || shaping.shaped();
+        int seen[PANELS], least_seen = n;
         for (int p = 0; p < block.panels; p++) {
+            seen[p] = whole ? n : seen_keys(visible, p, n);
+            least_seen = (int)least(least_seen, seen[p]);
             if (block.panel_rows(p) > W)
-                panel<2>(id, p, k, v, q, g, n, every);
+                panel<2>(id, p, k, v, q, g, seen[p], every);
             else
-                panel<1>(id, p, k, v, q, g, n, every);
+                panel<1>(id, p, k, v, q, g, seen[p], every);
         }
         if (shaping.biased) gather_biases(block, k0, n);
         // The cap's own slope, 1 − tanh²: `capped` holds the tanh
@@ -248,12 +253,18 @@ class Backward {
             return gather_odd(g, n, weight);
         }
         long at = id * sh.lanes;
-        columns(n, block.count, score, LANES, 1, sh.grad + at * sh.v_dim, sh.lanes, sh.v_dim, d_value,
-                KEYS);
-        columns(n, block.count, slope, LANES, 1, sh.query + at * sh.dim, sh.lanes, sh.dim, d_key, KEYS);
-        for (int p = 0; p < block.panels; p++)
-            product<true>(c.dim, n, finite_key.data, 1, finite_key.ld, slope + p * PW, LANES,
+        auto gather = [&](int keys, long lane, long count) {
+            columns(keys, count, score + lane, LANES, 1, sh.grad + at * sh.v_dim + lane * PW, sh.lanes,
+                    sh.v_dim, d_value, KEYS);
+            columns(keys, count, slope + lane, LANES, 1, sh.query + at * sh.dim + lane * PW, sh.lanes,
+                    sh.dim, d_key, KEYS);
+        };
+        if (least_seen == n) gather(n, 0, block.count);
+        for (int p = 0; p < block.panels; p++) {
+            if (least_seen < n) gather(seen[p], p * PW, block.panel_rows(p));
+            product<true>(c.dim, seen[p], finite_key.data, 1, finite_key.ld, slope + p * PW, LANES,
                           d_query_of(id, p), PW);
+        }
         gather_odd(g, n, weight);
     }
 

@@ -128,11 +128,7 @@ static int forward(const RegardCall& given) {
         sh.left = (std::atomic<int>*)cut.cut(counters);
     };
     static thread_local Arena arena;
-    Cutter measure{nullptr}, cut{nullptr};
-    lay_out(measure);
-    cut.data = arena.take(measure.used + 16);
-    lay_out(cut);
-    bool done = cut.data != nullptr;
+    bool done = laid_out(arena, lay_out);
     if (done) {
         long stripes = plan.flat ? 1 : plan.stripes;
         for (long i = 0; plan.columns && i < c.batch * c.heads; i++) {

@@ -50,11 +50,7 @@ class Forward {
   public:
     explicit Forward(Shared& shared)
         : sh(shared), c(shared.call), o(shared.observe), plan(shared.plan), shaping(shared.shaping) {
-        Cutter measure{nullptr};
-        lay_out(measure);
-        Cutter cutter{arena().take(measure.used)};
-        ready = cutter.data != nullptr;
-        lay_out(cutter);
+        ready = laid_out(arena(), [&](Cutter& cut) { lay_out(cut); });
     }
     ~Forward() { arena().trim(); }
 
@@ -263,13 +259,16 @@ class Forward {
                     tile_panel<2>(block, state, p, of, keep, k0, n);
                 else
                     tile_panel<1>(block, state, p, of, keep, k0, n);
-            } else if (block.panel_rows(p) > W)
-                panel<2>(block, state, p, of, s, k0, n, every);
+                continue;
+            }
+            int mine = every || few || on_tiles ? n : seen_keys(seen, p, n);
+            if (block.panel_rows(p) > W)
+                panel<2>(block, state, p, of, s, k0, mine, every);
             else
-                panel<1>(block, state, p, of, s, k0, n, every);
-            if (held && n < whole) {
+                panel<1>(block, state, p, of, s, k0, mine, every);
+            if (held) {
                 memset(keep, 0, from * PW * sizeof(float));
-                memset(s + n * PW, 0, (whole - from - n) * PW * sizeof(float));
+                memset(s + mine * PW, 0, (whole - from - mine) * PW * sizeof(float));
             }
         }
         if (held) {

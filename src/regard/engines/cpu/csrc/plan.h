@@ -62,6 +62,16 @@ struct Cutter {
     }
 };
 
+// Cuts what lay_out(cut) names out of an arena; false if there is no memory for it.
+template <class LayOut>
+static bool laid_out(Arena& arena, LayOut lay_out) {
+    Cutter measure{nullptr};
+    lay_out(measure);
+    Cutter cut{arena.take(measure.used + 16)};  // never nothing, for which there would be no address
+    lay_out(cut);
+    return cut.data != nullptr;
+}
+
 // How a call is cut into items of work. It depends on the sizes of one item of the batch alone, never
 // on threads: so do the bits.
 struct Plan {

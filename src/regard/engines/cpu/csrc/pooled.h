@@ -53,11 +53,7 @@ class Pooling {
     explicit Pooling(SharedPooled& shared)
         : sh(shared), c(shared.call), o(shared.pooled), shaping(shared.shaping) {
         static thread_local Arena arena;
-        Cutter measure{nullptr}, cut{nullptr};
-        lay_out(measure);
-        cut.data = arena.take(measure.used);
-        ready = cut.data != nullptr;
-        lay_out(cut);
+        ready = laid_out(arena, [&](Cutter& cut) { lay_out(cut); });
     }
 
     void run() {

@@ -15,6 +15,13 @@ struct Block {
     int panel_rows(int p) const { return least(count - p * PW, PW); }
 };
 
+// How many of a tile's first n keys there are up to the last one that any row of panel p sees. visible[j]:
+// the lanes that see key j.
+INLINE int seen_keys(const uint64_t* visible, int p, int n) {
+    while (n > 0 && !(visible[n - 1] & first_bits(PW) << p * PW)) n--;
+    return n;
+}
+
 // Philox 4×32-10 (dropout.py): the words of the counter (group, query, row, 0).
 INLINE void philox(uint32_t group, uint32_t query, uint32_t row, uint64_t seed, uint32_t* word) {
     uint32_t a = group, b = query, c = row, d = 0;

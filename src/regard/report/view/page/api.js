@@ -1,6 +1,9 @@
-// What the page asks its server. An exported page carries the answers itself, in `held`.
+// What the page asks its server, or the kernel of a notebook. An exported page carries the answers itself, in `held`.
 
-const held = JSON.parse(document.getElementById("held")?.textContent ?? "null");
+const inside = JSON.parse(document.getElementById("held")?.textContent ?? "null");
+const held = inside?.answers ? inside : null;
+/** In a notebook: asks the kernel. */
+const bridge = inside?.bridged ? frameElement.bridge : null;
 
 const elsewhere = "this file holds what was in view; for the rest, open the recording with regard view";
 
@@ -20,6 +23,7 @@ async function ask(path, parameters = {}, signal = undefined) {
     if (url in held.answers) return held.answers[url];
     throw new Refused(elsewhere);
   }
+  if (bridge) return bridged(path, parameters, null, signal);
   let response;
   try {
     response = await fetch(url, { signal });
@@ -32,6 +36,17 @@ async function ask(path, parameters = {}, signal = undefined) {
   return answer;
 }
 
+/** The same, asked of the kernel. */
+async function bridged(path, parameters, got, signal) {
+  const given = Object.fromEntries(Object.entries(parameters).map(([name, value]) => [name, String(value)]));
+  try {
+    return await bridge(path, given, got, signal);
+  } catch (said) {
+    if (said === null) throw new DOMException("left behind", "AbortError");
+    throw new Refused(said);
+  }
+}
+
 /** Tiles one after another: `got(i, Float32Array)` for each place, as it comes. */
 async function tilesOf(parameters, places, got, signal) {
   const at = places.map(({ row, col }) => `${row}.${col}`).join(",");
@@ -42,6 +57,11 @@ async function tilesOf(parameters, places, got, signal) {
       const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
       got(i, new Float32Array(bytes.buffer));
     });
+    return;
+  }
+  if (bridge) {
+    let number = 0;
+    await bridged("tiles", { ...parameters, at }, (bytes) => got(number++, new Float32Array(bytes)), signal);
     return;
   }
   let response;
@@ -68,7 +88,10 @@ async function tilesOf(parameters, places, got, signal) {
       [tile, filled] = [new Uint8Array(size), 0];
     }
   }
-  if (number < places.length) throw new Refused("the server stopped in the middle: reload the page");
+  if (number === places.length) return;
+  if (!number) throw new Refused("the server stopped in the middle: reload the page");
+  // What kept it from going on is said in the answer to the rest
+  await tilesOf(parameters, places.slice(number), (i, values) => got(number + i, values), signal);
 }
 
 /** Control characters, and marks that turn the direction of a text, as signs. */
@@ -146,4 +169,4 @@ class Tokens {
   }
 }
 
-export { Refused, Tokens, ask, held, tilesOf, visible };
+export { Refused, Tokens, ask, bridge, held, tilesOf, visible };

@@ -1,6 +1,7 @@
 // Layers × heads, coloured by a metric, and the finder that ranks them.
 
 import { ask } from "./api.js";
+import { keyed } from "./keyed.js";
 import { arrows, byId, make, shade, three } from "./shared.js";
 import { changed, state } from "./state.js";
 
@@ -8,7 +9,7 @@ const RANKED = 10;
 
 class Heads {
   constructor(about, segments, failed) {
-    Object.assign(this, { about, segments, failed, values: new Map(), cells: new Map(), built: null });
+    Object.assign(this, { about, segments, failed, values: new Map(), cells: new Map(), built: null, filling: null });
     const select = byId("metric");
     for (const { key, title } of about.metrics) this.option(key, title);
     select.addEventListener("change", () => {
@@ -32,9 +33,9 @@ class Heads {
   }
 
   /** The grid of a recording, empty; its metrics follow layer by layer. */
-  async build() {
+  build() {
     const name = `${state.recording}.${state.batch}`;
-    if (this.built === name) return;
+    if (this.built === name) return this.fill(name);
     this.built = name;
     this.values.clear();
     this.cells.clear();
@@ -71,11 +72,22 @@ class Heads {
       this.stops = stops;
       arrows(grid, this.stops);
     } else this.stops.splice(0, this.stops.length, ...stops);
+    this.fill(name);
+  }
+
+  /** Ask for the metrics of the layers that are missing, one after another. */
+  async fill(name) {
+    if (this.filling === name) return;
+    this.filling = name;
+    const { layers } = this.recording;
     for (let layer = 0; layer < layers.length && this.built === name; layer++) {
-      if (!layers[layer].pattern) continue;
+      if (!layers[layer].pattern || this.values.has(layer)) continue;
       try {
-        this.values.set(layer, await ask("overview", { r: state.recording, batch: state.batch, layer }));
+        const answer = await ask("overview", { r: state.recording, batch: state.batch, layer });
+        if (this.built !== name) return;
+        this.values.set(layer, answer);
       } catch (error) {
+        this.filling = null; // asked again when something else is chosen
         return this.failed(error);
       }
       this.draw();
@@ -154,9 +166,8 @@ class Heads {
 
   rank(all, metric) {
     const best = all.filter(([value]) => value !== null).sort((a, b) => b[0] - a[0]).slice(0, RANKED);
-    byId("ranked").replaceChildren(...best.map(([value, layer, head]) => {
-      const button = make("button", "at",
-        `${layer}.${head} ${metric.share ? value.toFixed(2) : value.toFixed(1)}`);
+    const choose = ([, layer, head]) => {
+      const button = make("button", "at");
       button.type = "button";
       button.dataset.ranked = `${layer}.${head}`;
       button.addEventListener("click", () => {
@@ -164,7 +175,10 @@ class Heads {
         changed();
       });
       return button;
-    }));
+    };
+    keyed(byId("ranked"), best, ([, layer, head]) => `${layer}.${head}`, choose, (button, [value, layer, head]) => {
+      button.textContent = `${layer}.${head} ${metric.share ? value.toFixed(2) : value.toFixed(1)}`;
+    });
   }
 
   async findReads() {

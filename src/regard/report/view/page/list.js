@@ -1,53 +1,66 @@
 // The strongest weights of the token in focus, as a table.
 
+import { keyed } from "./keyed.js";
 import { bold, byId, make, percent, three } from "./shared.js";
 
 const ROWS = 12;
+let table, empty, mass, keeps; // made once: what is drawn again stays the same elements
 
-function drawList({ fan, unit, state, readers, keys, keep }) {
-  const list = byId("list");
+function build() {
+  table = make("table");
+  table.append(make("caption"), make("thead"), make("tbody"));
+  const head = make("tr");
+  for (const title of ["", "", "weight", "at", "distance"]) head.append(make("th", "", title));
+  table.tHead.append(head);
+  [empty, mass] = [make("p", "empty"), make("p", "mass")];
+  byId("list").append(empty, table, mass);
+}
+
+function row([i]) {
+  const line = make("tr");
+  line.dataset.key = i;
+  const first = make("td");
+  const name = make("button", "name");
+  name.type = "button";
+  name.addEventListener("click", () => keeps(i));
+  first.append(name);
+  const gauge = make("td", "gauge");
+  gauge.append(make("i"));
+  line.append(first, gauge, make("td"), make("td"), make("td"));
+  return line;
+}
+
+function drawList({ fan, unit, state, readers, keys, keep, added }) {
+  if (!table) build();
+  keeps = keep;
+  empty.hidden = Boolean(fan);
+  table.hidden = mass.hidden = !fan;
   if (!fan) {
-    list.replaceChildren(make("p", "empty",
-      `Choose a ${unit} to list its strongest weights: hover or click it in the text, click its row ` +
-      "in the map, or find it."));
+    empty.textContent = `Choose a ${unit} to list its strongest weights: hover or click it in the ` +
+      "text, click its row in the map, or find it.";
     return;
   }
   const [own, other] = fan.inward ? [keys, readers] : [readers, keys];
-  const table = make("table");
-  const caption = make("caption");
-  caption.append(bold(own.name(fan.index)), fan.inward ? " is read by" : " reads",
+  table.caption.replaceChildren(bold(own.name(fan.index)), fan.inward ? " is read by" : " reads",
     `, head ${state.layer}.${state.head}`);
-  const head = make("tr");
-  for (const title of [unit, "", "weight", "at", "distance"]) head.append(make("th", "", title));
-  const header = make("thead");
-  header.append(head);
-  const body = make("tbody");
-  const most = fan.items[0]?.[1] ?? 1;
-  let sum = 0;
-  for (const [i, weight] of fan.items.slice(0, ROWS)) {
-    sum += weight;
-    const line = make("tr");
-    line.dataset.key = i;
-    const first = make("td");
-    const name = make("button", "name", other.name(i));
-    name.type = "button";
-    name.addEventListener("click", () => keep(i));
-    first.append(name);
-    const gauge = make("td", "gauge");
-    const bar = make("i");
-    bar.style.setProperty("--shade", (weight / most).toFixed(3));
-    gauge.append(bar);
-    const far = Math.abs(fan.index - i);
-    line.append(first, gauge, make("td", "", three(weight)),
-      make("td", "", i.toLocaleString("en")), make("td", "", far.toLocaleString("en")));
-    body.append(line);
-  }
-  table.append(caption, header, body);
-  const total = fan.inward ? fan.total : 1;
-  const said = `shown ${percent(total > 0 ? sum / total : 0)} of the mass`;
-  list.replaceChildren(table, make("p", "mass", fan.inward
+  table.querySelector("th").textContent = unit;
+  table.querySelector("th:nth-child(3)").textContent = added ? "adds" : "weight";
+  const items = fan.items.slice(0, ROWS);
+  const most = items[0]?.[1] ?? 1;
+  keyed(table.tBodies[0], items, ([i]) => `${other.side}.${i}`, row, (line, [i, weight]) => {
+    const [name, gauge, value, at, far] = line.cells;
+    name.firstChild.textContent = other.name(i);
+    gauge.firstChild.style.setProperty("--shade", (weight / most).toFixed(3));
+    value.textContent = three(weight);
+    at.textContent = i.toLocaleString("en");
+    far.textContent = Math.abs(fan.index - i).toLocaleString("en");
+  });
+  const sum = items.reduce((total, [, weight]) => total + weight, 0);
+  const total = fan.inward || added ? fan.total : 1;
+  const said = `shown ${percent(total > 0 ? sum / total : 0)} of the ${added ? "lengths added" : "mass"}`;
+  mass.textContent = fan.inward && !added
     ? `${said} that it receives: ${fan.total.toFixed(2)} in sum over ${fan.visible.toLocaleString("en")} ${unit}s`
-    : said));
+    : said;
 }
 
 export { drawList };

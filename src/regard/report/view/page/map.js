@@ -2,7 +2,7 @@
 
 import "./vendor/leaflet/leaflet.js";
 import { held } from "./api.js";
-import { make } from "./shared.js";
+import { count, make, percent } from "./shared.js";
 import { changed, state } from "./state.js";
 import { darkness, paint } from "./tiles.js";
 import { Profiles } from "./profiles.js";
@@ -25,7 +25,7 @@ const MapTiles = L.GridLayer.extend({
     drop = this.owner.values(place, (values) => {
       canvas.values = values;
       canvas.classList.remove("pending");
-      if (values) this.owner.paint(canvas);
+      if (values) this.owner.painted(canvas);
       // Leaflet knows of a tile only once this function has returned it
       queueMicrotask(() => done(null, canvas));
     });
@@ -41,8 +41,14 @@ class HeadMap {
     const element = make("div", "map");
     this.status = make("p", "map-status");
     this.status.setAttribute("role", "status");
+    this.sighted = make("p", "map-sight");
+    this.loose = make("button", "loose");
+    this.loose.type = "button";
+    this.loose.addEventListener("click", () => this.ranged?.(null));
+    const line = make("div", "map-line");
+    line.append(this.status, this.sighted, this.loose);
     this.profiles = new Profiles(this);
-    frame.append(this.profiles.corner, this.profiles.top, element, this.profiles.right, this.status);
+    frame.append(this.profiles.corner, this.profiles.top, element, this.profiles.right, line);
     this.element = element;
     this.map = L.map(element, {
       crs: CRS, attributionControl: false, zoomSnap: 0, zoomDelta: 1, wheelPxPerZoomLevel: 120,
@@ -58,6 +64,9 @@ class HeadMap {
     this.map.on("mouseout", () => this.told(null));
     this.map.on("click", (event) => this.click(event.latlng));
     darkness.addEventListener("change", () => this.repaint());
+    const plain = { interactive: false, weight: 1, bubblingMouseEvents: false };
+    this.marks = { kept: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "kept" }),
+      range: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "range" }) };
     this.untouched = true; // until a hand moves it, the whole map is kept in sight
     for (const kind of ["pointerdown", "wheel", "keydown"])
       element.addEventListener(kind, () => (this.untouched = false), { passive: true });
@@ -78,7 +87,8 @@ class HeadMap {
     this.unit = 2 ** (1 - this.deepest); // pixels of a token at zoom 0
     const same = before && before.rows === where.rows && before.cols === where.cols;
     if (before && same && JSON.stringify(this.asked(before)) === JSON.stringify(this.asked(where))) {
-        return this.repaint();
+      this.mark();
+      return this.repaint();
     }
     this.layer?.remove();
     this.layer = new MapTiles({
@@ -94,11 +104,43 @@ class HeadMap {
       this.whole();
     }
     this.layer.addTo(this.map);
+    this.mark();
     this.tell();
   }
 
+  /** The row or column of the token that is kept, and the range that is, drawn over the map. */
+  mark() {
+    const { rows, cols } = this.where;
+    const { kept: range } = this.profiles;
+    const spans = { range: range && [range.along, range.first, range.stop],
+      kept: state.word === null ? null : [state.way === "out" ? "row" : "col", state.word, state.word + 1] };
+    for (const [name, span] of Object.entries(spans)) {
+      const shape = this.marks[name];
+      if (!span || span[1] >= (span[0] === "row" ? rows : cols)) {
+        shape.remove();
+        continue;
+      }
+      const [, first, stop] = span.map((one) => one * this.unit);
+      shape.setBounds(span[0] === "row" ? [[first, 0], [stop, cols * this.unit]]
+        : [[0, first], [rows * this.unit, stop]]);
+      shape.addTo(this.map);
+    }
+    const side = range?.along === "row" ? "queries" : "keys";
+    this.loose.hidden = !range;
+    this.loose.title = "show the other side for all again";
+    if (range) this.loose.textContent =
+      `${side} ${range.first.toLocaleString("en")}–${(range.stop - 1).toLocaleString("en")} ×`;
+  }
+
+  /** Say what is in sight: of how much of their mass the rows are shown. */
+  sight({ share, count: rows }) {
+    const weights = state.reduce === "sum" && this.where.versus === undefined && state.measure === "weight";
+    this.sighted.textContent = weights && rows
+      ? `shown ${percent(Math.min(1, share))} of the mass of ${count(rows, "query").replace("querys", "queries")}` : "";
+  }
+
   asked({ r, layer, head, batch, versus }) {
-    return { r, layer, head, batch, reduce: state.reduce, versus: versus ?? null, sinks: state.sinks };
+    return { r, layer, head, batch, reduce: state.reduce, versus: versus ?? null, sinks: state.sinks, measure: state.measure };
   }
 
   bounds() {
@@ -134,6 +176,7 @@ class HeadMap {
     const { r, layer, head, batch, versus } = this.where;
     const where = { r, layer, head, batch, zoom: place.zoom, reduce: state.reduce };
     if (!state.sinks) where.sinks = 0;
+    if (state.measure !== "weight") where.measure = state.measure;
     const at = { row: place.row, col: place.col };
     if (versus === undefined) return this.loader.ask(where, at, got);
     let [one, two] = [null, null];
@@ -143,6 +186,12 @@ class HeadMap {
       this.loader.ask({ ...where, r: versus }, at, (values) => ((two = values), both())),
     ];
     return () => drops.forEach((drop) => drop());
+  }
+
+  /** Paint a tile that has come; with it all others, where the darkest colour is theirs together. */
+  painted(canvas) {
+    if (state.measure === "weight") return this.paint(canvas);
+    requestAnimationFrame(() => this.tiles().forEach((one) => this.paint(one)));
   }
 
   paint(canvas) {
@@ -156,9 +205,19 @@ class HeadMap {
   scale(zoom) {
     const size = 2 ** zoom;
     // In sum: the share of its mass that a token of the cell gives to the cell's keys, on average
-    const unit = state.reduce === "sum" ? size : 1;
+    const unit = (state.reduce === "sum" ? size : 1) * this.longest(zoom);
     const even = (state.reduce === "sum" ? size : 1) / Math.max(2, this.where.cols);
     return { unit, low: Math.min(0.05, Math.max(1e-7, even / 20)) };
+  }
+
+  /** What weights are multiplied by at most, where lengths are shown: the darkest colour's. */
+  longest(zoom) {
+    if (state.measure === "weight") return 1;
+    const size = state.reduce === "sum" ? 2 ** zoom : 1;
+    let most = 1e-9;
+    for (const { place, values } of this.tiles())
+      if (place.zoom === zoom) for (const value of values) if (value < Infinity && Math.abs(value) > most) most = Math.abs(value);
+    return most / size;
   }
 
   get zoom() {
@@ -226,9 +285,10 @@ class HeadMap {
     const size = 2 ** this.zoom;
     const cells = size === 1 ? "a cell is one weight"
       : `a cell is ${size.toLocaleString("en")} × ${size.toLocaleString("en")} tokens`;
+    const missing = this.element.querySelector("canvas.pending"); // the error says why
     this.status.textContent = waits
       ? `${cells} · coarser until ${waits} exact ${waits === 1 ? "tile comes" : "tiles come"}`
-      : `${cells} · exact`;
+      : missing ? `${cells} · some tiles are missing` : `${cells} · exact`;
     this.frame.toggleAttribute("data-waits", waits > 0);
   }
 }

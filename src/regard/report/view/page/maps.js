@@ -84,6 +84,10 @@ class Maps {
       [state.word, state.way] = [token, along === "row" ? "out" : "in"];
       changed();
     };
+    map.ranged = (range) => {
+      state.range = range;
+      changed();
+    };
     this.maps.push(map);
     if (this.maps.length === 2) {
       lock(...this.maps);
@@ -95,7 +99,7 @@ class Maps {
     const names = this.about.recordings.map((one) => one.name);
     title.textContent = shows === "change" ? `${names[this.other()]} − ${names[state.recording]}`
       : shows === "unequal" ? `${names[r]} · no difference: the lengths differ` : names[r];
-    if (this.about.recordings.length > 1) map.frame.prepend(title);
+    if (this.about.recordings.length > 1 && !title.parentNode) map.frame.prepend(title);
   }
 
   where(r) {
@@ -121,7 +125,8 @@ class Maps {
     }
     const low = this.first?.where ? this.first.scale(this.first.zoom).low : 0;
     const from = both ? "−1" : state.scale === "linear" ? "0" : low.toExponential(0).replace("e-", "·10⁻").replace(/⁻(\d+)/, (_, n) => `⁻${[...n].map((d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("")}`);
-    byId("legend").replaceChildren(make("span", "", from), canvas, make("span", "", "1"));
+    byId("legend").replaceChildren(make("span", "", state.measure === "weight" ? from : "0"), canvas,
+      make("span", "", state.measure === "weight" ? "1" : "most in sight"));
   }
 }
 

@@ -1,6 +1,6 @@
 // What is chosen, kept in the address: a link to it opens the same.
 
-import { held } from "./api.js";
+import { bridge, held } from "./api.js";
 
 const state = {
   recording: 0,
@@ -17,6 +17,9 @@ const state = {
   reduce: "sum",
   scale: "log",
   sinks: true,
+  range: null, // of rows or columns that are kept: row or col, first, last + 1
+  measure: "weight", // "value": weight times the length of what the key adds
+  along: "entropy", // what the line along the text says: "received"
   at: null, // where the map stands: zoom, row, column
   share: 90, // % of a word's mass to show
   compare: "one", // "second", "both", "change"
@@ -24,7 +27,7 @@ const state = {
 const SHORT_NAMES = {
   recording: "r", batch: "batch", view: "view", word: "word", way: "way", metric: "metric",
   reduce: "pool", scale: "scale", share: "share", compare: "compare", at: "at",
-  units: "by", given: "segments", segment: "segment",
+  range: "range", measure: "measure", along: "along", units: "by", given: "segments", segment: "segment",
 };
 const fresh = { ...state };
 const listeners = new Set();
@@ -52,6 +55,7 @@ function write() {
     if (state[key] !== null && state[key] !== fresh[key]) query.set(name, state[key]);
   if (!state.sinks) query.set("sinks", "off");
   const hash = `#${query}`;
+  if (bridge) return; // a frame in a notebook has no address of its own
   if (hash !== location.hash) history.replaceState(null, "", hash);
 }
 
@@ -86,6 +90,10 @@ function read(about) {
   const pairs = about.recordings.length > 1;
   state.compare = oneOf("compare", pairs ? ["one", "second", "both", "change"] : ["one"], "one");
   state.sinks = query.get("sinks") !== "off";
+  const range = /^(row|col),(\d{1,9}),(\d{1,9})$/.exec(query.get("range") ?? "");
+  state.range = range && Number(range[2]) < Number(range[3]) ? range[0] : null;
+  state.measure = layers[state.layer].norms ? oneOf("measure", ["weight", "value"], "weight") : "weight";
+  state.along = oneOf("along", ["entropy", "received"], "entropy");
   const at = (query.get("at") ?? "").split(",").map(Number);
   state.at = at.length === 3 && at.every(Number.isFinite) ? query.get("at") : null;
 }

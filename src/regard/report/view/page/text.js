@@ -4,6 +4,7 @@ import "./process.js";
 import { Virtualizer, elementScroll, observeElementOffset, observeElementRect }
   from "./vendor/virtual-core/index.js";
 import { visible } from "./api.js";
+import { keyed } from "./keyed.js";
 import { drawFan, make, shade, short } from "./shared.js";
 import { state } from "./state.js";
 
@@ -38,7 +39,6 @@ class Pane {
     this.blocks = new Map();
     this.cursor = null;
     this.shown = null;
-    this.chipped = {};
     this.listen();
     this.virtual = new Virtualizer({
       count: Math.ceil((stop - start) / BLOCK),
@@ -276,29 +276,30 @@ class Pane {
       edges[(box ? box.bottom <= frame.top : i < first) ? "above" : "below"].push([i, weight]);
     }
     for (const [side, targets] of Object.entries(edges)) {
-      const key = JSON.stringify(targets.map(([i, weight]) => [i, weight, this.tokens.piece(i)]));
-      if (this.chipped[side] === key) continue; // a button under a finger stays the same button
-      this.chipped[side] = key;
       const sign = side === "above" ? "↑" : "↓";
-      const chips = targets.slice(0, CHIPS).map(([i, weight]) => {
-        const chip = make("button", "chip");
-        chip.type = "button";
-        chip.dataset.to = i;
-        chip.append(`${sign} ${i.toLocaleString("en")} `, make("b", "", this.tokens.name(i, 18)),
+      const rest = targets.slice(CHIPS).reduce((total, [, weight]) => total + weight, 0);
+      const chips = targets.slice(0, CHIPS);
+      if (targets.length > CHIPS) chips.push([null, rest]);
+      keyed(this[side], chips, ([i]) => i ?? "rest", ([i]) => this.chip(i), (chip, [i, weight]) => {
+        if (i === null) chip.textContent = `${targets.length - CHIPS} more ${rest.toFixed(2)}`;
+        else chip.replaceChildren(`${sign} ${i.toLocaleString("en")} `, make("b", "", this.tokens.name(i, 18)),
           ` ${weight < 0.005 ? "<.01" : weight.toFixed(2)}`);
-        chip.addEventListener("click", () => this.goTo(i));
-        return chip;
       });
-      if (targets.length > CHIPS) {
-        const rest = targets.slice(CHIPS).reduce((total, [, weight]) => total + weight, 0);
-        chips.push(make("span", "chip", `${targets.length - CHIPS} more ${rest.toFixed(2)}`));
-      }
-      this[side].replaceChildren(...chips);
     }
     const unnamed = Object.values(edges).flatMap((list) => list.slice(0, CHIPS).map(([i]) => i))
       .filter((i) => this.tokens.piece(i) === null);
     if (unnamed.length)
       this.tokens.needEach(unnamed).then(() => this.edges(), this.does.failed);
+  }
+
+  /** What stands at the edge for a token out of sight, and goes there; null: for all others. */
+  chip(i) {
+    const chip = make(i === null ? "span" : "button", "chip");
+    if (i === null) return chip;
+    chip.type = "button";
+    chip.dataset.to = i;
+    chip.addEventListener("click", () => this.goTo(i));
+    return chip;
   }
 
   drawStrip() {

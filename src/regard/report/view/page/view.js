@@ -1,6 +1,8 @@
 // The page of `regard view`: what is chosen, what is under the pointer, and who draws it.
 
 import { Tokens, ask, held } from "./api.js";
+import { Along } from "./along.js";
+import { buildFind } from "./find.js";
 import { Heads } from "./heads.js";
 import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
@@ -11,7 +13,7 @@ import { Pane } from "./text.js";
 
 const PAUSE = 60; // milliseconds that the pointer rests before a token is asked about
 
-let about, heads, maps, segments;
+let about, heads, maps, segments, along;
 let panes = [];
 let paned = null; // what the panes were made for
 let hover = null; // a token of the text under the pointer
@@ -53,6 +55,7 @@ function wonder() {
   const index = hover ?? state.word;
   const limit = state.way === "out" ? layer().q_len : layer().k_len;
   const where = { r: state.recording, layer: state.layer, head: state.head, batch: state.batch };
+  if (state.measure !== "weight") where.measure = state.measure;
   const question = index === null || index >= limit ? null : JSON.stringify([where, index, state.way, unit()]);
   if (question === asking?.question) return;
   asking?.abort.abort();
@@ -83,6 +86,9 @@ function wonder() {
   asking = { question, abort, timer: setTimeout(go, hover === null ? 0 : PAUSE) };
 }
 
+/** Whether lengths are shown, of what each key adds, instead of weights. */
+const added = () => state.measure !== "weight";
+
 /** The items that hold the share of the mass that the slider asks for. */
 function chosenItems() {
   let sum = 0;
@@ -109,14 +115,17 @@ function draw() {
   for (const button of byId("units").children)
     button.setAttribute("aria-pressed", button.dataset.units === state.units);
   byId("units").hidden = !recording().words || Boolean(held);
+  byId("measure").hidden = !layer().norms || Boolean(held);
+  byId("measure").querySelector("select").value = state.measure;
   segments.refresh();
   segments.draw();
   heads.build();
   heads.draw();
+  along.refresh();
   if (state.view === "map") maps.draw();
   else drawText();
   const kept = fan && chosenItems();
-  drawList({ fan, unit: unit(), state, readers: readers(), keys: keys(), keep: (i) => goTo(i) });
+  drawList({ fan, unit: unit(), state, readers: readers(), keys: keys(), keep: (i) => goTo(i), added: added() });
   drawShown(kept);
   drawHeadline();
 }
@@ -159,7 +168,7 @@ function drawText() {
       focus: fan.index + (fan.inward ? 0 : shift()),
       focusHere: pane.tokens.side === focusSide,
       items: same ? kept.items.map(([i, weight]) => [i + moved, weight]) : [],
-      most: fan.inward ? Math.max(0.05, fan.items[0]?.[1] ?? 1) : 1,
+      most: added() ? fan.items[0]?.[1] || 1 : fan.inward ? Math.max(0.05, fan.items[0]?.[1] ?? 1) : 1,
       bins: same ? fan.bins : [], bin: fan.bin,
       locked: state.word !== null && hover === null,
     });
@@ -172,8 +181,9 @@ function drawShown(kept) {
     said.textContent = `hover a ${unit()}, or click it to keep it`;
     return;
   }
-  const lost = 1 - fan.total;
-  const parts = [`shown ${percent(fan.total > 0 ? kept.sum / Math.max(fan.total, fan.inward ? 0 : 1) : 0)} of the mass`,
+  const lost = added() ? 0 : 1 - fan.total;
+  const whole = Math.max(fan.total, fan.inward || added() ? 0 : 1);
+  const parts = [`shown ${percent(whole > 0 ? kept.sum / whole : 0)} of the ${added() ? "lengths added" : "mass"}`,
     `${count(kept.items.length, unit())} of ${fan.visible.toLocaleString("en")}`];
   if (!fan.inward && lost > 0.005) parts.push(`${percent(lost)} goes to a learned sink`);
   if (kept.items.length === about.listed && kept.sum < (state.share / 100) * fan.total - 1e-6)
@@ -217,7 +227,7 @@ function drawHeadline() {
     .concat(fan.items);
   const names = fan.inward ? [readers().name(best[0]), keys().name(fan.index)]
     : [readers().name(fan.index), keys().name(best[0])];
-  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(three(best[1]), "weight"), where);
+  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(added() ? `${best[1].toPrecision(3)} added` : three(best[1]), "weight"), where);
   byId("note").replaceChildren(...(state.word === null ? ["Click to keep it."]
     : ["Kept. ", make("kbd", "", "Esc"), " lets go."]));
 }
@@ -248,49 +258,22 @@ function keep(i, pane) {
   changed();
 }
 
+/** Keep a query ("out") or a key ("in"), and bring it into sight. */
+function keepAt(i, way) {
+  [state.word, state.way, hover] = [i, way, null];
+  changed();
+  requestAnimationFrame(() => {
+    if (state.view === "text") goTo(way === "out" ? i + shift() : i);
+    else if (way === "out") maps.first?.goTo(i, Math.min(i + shift(), layer().k_len - 1));
+    else maps.first?.goTo(Math.max(0, Math.min(i - shift(), layer().q_len - 1)), i);
+  });
+}
+
 /** Bring a token into sight. */
 function goTo(i) {
   for (const pane of panes) if (state.view === "text" && pane.has(i)) pane.goTo(i);
   if (state.view === "map" && state.word !== null && maps.first)
     state.way === "out" ? maps.first.goTo(state.word, i) : maps.first.goTo(i, state.word);
-}
-
-function buildFind() {
-  const field = byId("find").querySelector("input");
-  const said = byId("found");
-  let [hits, at, timer] = [[], -1, null];
-  const search = async () => {
-    const text = field.value.trim();
-    try {
-      hits = text ? await ask("matching", { r: state.recording, text, side: layer().q_side }) : [];
-    } catch (error) {
-      return failed(error);
-    }
-    at = -1;
-    said.textContent = !text ? "" : hits.length ? `${count(hits.length, "place")}; Enter goes to the next`
-      : "no such token; try a part of it";
-  };
-  const go = (by) => {
-    if (!hits.length) return;
-    at = (at + by + hits.length) % hits.length;
-    said.textContent = `${at + 1} of ${hits.length}`;
-    const query = hits[at] - shift();
-    if (query >= 0 && query < layer().q_len) [state.word, state.way] = [query, "out"];
-    changed();
-    requestAnimationFrame(() => goTo(hits[at]));
-    if (state.view === "map") maps.first.goTo(query, Math.min(query + shift(), layer().k_len - 1));
-  };
-  field.addEventListener("input", () => {
-    clearTimeout(timer);
-    timer = setTimeout(search, 150);
-  });
-  field.addEventListener("keydown", async (event) => {
-    if (event.key !== "Enter") return;
-    event.preventDefault();
-    clearTimeout(timer);
-    if (at < 0) await search();
-    go(event.shiftKey ? -1 : 1);
-  });
 }
 
 function choose(id, key, then = () => {}) {
@@ -323,11 +306,15 @@ function build() {
       changed();
     });
   choose("share", "share");
+  byId("measure").querySelector("select").addEventListener("change", (event) => {
+    state.measure = event.target.value;
+    changed();
+  });
   for (const id of held ? ["reduce", "sinks", "find", "reads", "segments", "which", "pair"] : []) {
     byId(id).hidden = true;
     byId(id).closest("label")?.setAttribute("hidden", "");
   }
-  buildFind();
+  buildFind({ layer, shift, failed, goTo, map: () => maps.first });
   const several = (id, names, key, then) => {
     if (names.length < 2) return;
     const select = byId(id).querySelector("select");
@@ -356,7 +343,7 @@ function build() {
       byId("find").querySelector("input").focus();
       event.preventDefault();
     } else if (event.key === "Escape") {
-      [state.word, hover, fan] = [null, null, null];
+      [state.word, state.range, hover, fan] = [null, null, null, null];
       changed();
     } else if (event.key === "m" || event.key === "t") {
       state.view = event.key === "m" ? "map" : "text";
@@ -367,6 +354,9 @@ function build() {
 
 function tellAbout() {
   const shown = recording();
+  const told = JSON.stringify([state.recording, state.layer]);
+  if (tellAbout.told === told) return; // else a selection in it would be lost
+  tellAbout.told = told;
   const total = shown.layers.reduce((sum, one) => sum + one.heads, 0);
   byId("about").replaceChildren("regard view · ", bold(shown.model),
     ` · ${count(shown.layers.length, "layer")}, ${count(total, "head")} · ` +
@@ -401,6 +391,8 @@ async function start() {
   segments = new Segments(about, { byWords, goTo, failed,
     wordName: () => readers().name((state.word ?? 0) + shift()) });
   heads = new Heads(about, segments, failed);
+  along = new Along(about, { keep: keepAt,
+    name: (i, what) => (what === "entropy" ? readers().name(i + shift()) : keys().name(i)) });
   byId("loading").remove();
   document.documentElement.dataset.loaded = "";
   maps = new Maps(about, tokensOf, failed, (found) => {
@@ -409,6 +401,8 @@ async function start() {
   });
   build();
   onChange(() => {
+    byId("error").hidden = true; // it comes again where it still holds
+    if (!layer().norms) state.measure = "weight";
     tellAbout();
     wonder();
     draw();

@@ -1,0 +1,98 @@
+"""`regard study`: claims about attention, measured on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import RegardError
+from .common import progress, replace_unprintable
+
+_JSON = """\b
+--json prints, and --out keeps in DIR/NAME.json, one object a study:
+  study, claim, method   what is claimed, and how it is measured
+  command, mode, seed    what gives the same figures again
+  seconds, machine       as `regard bench --json` describes it
+  columns, rows          the table; clock: the columns with times or memory,
+                         which a seed does not fix
+  verdicts               [{claim, holds, figure, clock}]
+  panels                 [{title, x, y, lines, …}]: what the picture shows
+  notes, more            what has to be said; further figures
+"""
+
+
+@click.command(epilog=_JSON)
+@click.argument("names", metavar="[NAME]...|all", nargs=-1)
+@click.option("--quick", is_flag=True, help="Small sizes: all studies in under ten minutes.")
+@click.option("--seed", metavar="N", default=0, type=click.IntRange(0), help="[default: 0]")
+@click.option("--out", metavar="DIR", type=Path, help="Keep a JSON and a PNG of each study here.")
+@click.option("--data", metavar="DIR", type=Path,
+              help="The folder of texts that studies read.  [default: $REGARD_DATA]")  # fmt: skip
+@click.option("--models", metavar="DIR", type=Path,
+              help="The folder of models.  [default: models, beside the data]")  # fmt: skip
+@click.option("--translator", metavar="DIR", type=Path,
+              help="A trained translator, for the study translation.")  # fmt: skip
+@click.option("--json", "as_object", is_flag=True, help="Print JSON: one object, or a list.")
+def study(
+    names: tuple[str, ...],
+    quick: bool,
+    seed: int,
+    out: Path | None,
+    data: Path | None,
+    models: Path | None,
+    translator: Path | None,
+    as_object: bool,
+) -> None:
+    """Measure claims about attention here: the studies named, or all; without a name, list them.
+
+    A claim that does not hold on this machine, with these models and sizes, is reported as such:
+    that is no error.
+    """
+    with progress() as told:
+        told("loading", None)
+        from ..studies import NAMES, printed, study_named
+        from ..studies.study import Setting, data_folder, measure
+
+        replace_unprintable()
+        studies = [study_named(one) for one in (NAMES if names in ((), ("all",)) else names)]
+        if not names:
+            for one in studies:
+                click.echo(f"{one.name:<12}{one.claim}")
+            return
+        if out is not None:
+            _writable(out)
+        where: dict[str, Any] = dict(data=data_folder(data), models=models, translator=translator)
+        mode: Any = "quick" if quick else "full"
+        found = []
+        for number, one in enumerate(studies):
+
+            def step(what: str, share: float | None, name: str = one.name) -> None:
+                told(f"{name}: {what}", share)
+
+            step("starting", None)
+            setting = Setting(one.sizes(mode), seed, mode, told=step, **where)
+            found.append(measure(one, setting).to_json())
+            if out is not None:
+                _keep(out, found[-1])
+            if not as_object:
+                click.echo("\n" * bool(number) + "\n".join(printed.lines(found[-1])))
+    if as_object:
+        click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+
+
+def _writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RegardError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def _keep(out: Path, found: dict[str, Any]) -> None:
+    from ..studies import printed
+
+    name = found["study"]
+    (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    printed.draw(found, out / f"{name}.png")

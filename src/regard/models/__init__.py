@@ -1,0 +1,19 @@
+"""Small models of our own: a decoder LM, an encoder, translators; each with a choice of mixer."""
+
+from .config import MIXERS, ModelConfig
+from .encoder import TextEncoder
+from .language_model import LanguageModel
+from .mixers import MixerState
+from .recurrent_translator import AdditiveAttention, RecurrentTranslator
+from .translator import Translator
+
+__all__ = [
+    "MIXERS",
+    "AdditiveAttention",
+    "LanguageModel",
+    "MixerState",
+    "ModelConfig",
+    "RecurrentTranslator",
+    "TextEncoder",
+    "Translator",
+]

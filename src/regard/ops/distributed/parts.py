@@ -1,0 +1,82 @@
+"""The gradients of one part of a call: some queries on some keys, under the global out and lse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...call.checked import Call
+from ...call.geometry import Span
+from ...engines import tiled
+from ...engines.cpu import engine as cpu
+from .whole import Whole
+
+NAMES = (cpu.name, tiled.name)  # the engines that compute it
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the backward needs of some rows: all (batch, heads, rows, …), lse global.
+
+    delta = grad_out · out − grad_lse, once for all keys; out is the global one.
+    """
+
+    query: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    delta: Tensor
+
+
+class Gradients:
+    """Sums up what parts give, in the working dtype: of biases and sinks over the whole call."""
+
+    def __init__(self, whole: Whole, wanted: Sequence[bool]) -> None:
+        self.whole, self.wanted = whole, list(wanted)
+        working = whole.call.working
+        self.biases = [
+            replace(b, tensor=torch.zeros_like(b.tensor, dtype=working)) if w else None
+            for b, w in zip(whole.call.biases, wanted, strict=True)
+        ]
+
+    def of(self, call: Call, rows: Rows, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value in the working dtype; those of biases are added."""
+        call = _widened(call)
+        *three, biases = _computed(call, rows, self.wanted)
+        for total, gradient in zip(self.biases, biases, strict=True):
+            if total is not None and gradient is not None:
+                total.part(span).tensor.add_(gradient)  # a view
+        return three[0], three[1], three[2]
+
+    def finished(self) -> list[Tensor | None]:
+        """Of the biases, each in its own dtype."""
+        given = self.whole.call.biases
+        return [
+            None if total is None else total.tensor.to(bias.tensor.dtype)
+            for total, bias in zip(self.biases, given, strict=True)
+        ]
+
+
+def of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of learned sinks, from all rows of this rank."""
+    taken = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    taken = taken.masked_fill(lse == -torch.inf, 0)
+    return -(taken * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _widened(call: Call) -> Call:
+    """In the working dtype, so that what the keys of several parts get is rounded once."""
+    assert call.value is not None
+    tensors = (t.to(call.working) for t in (call.query, call.key, call.value))
+    query, key, value = tensors
+    return replace(call, query=query, key=key, value=value, sinks=None)
+
+
+def _computed(
+    call: Call, rows: Rows, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    if not cpu.why_not(call):
+        return cpu.part_backward(call, rows.lse, rows.grad_out, rows.delta, wanted)
+    return tiled.part_backward(call, rows.lse, rows.grad_out, rows.delta, wanted)

@@ -1,0 +1,116 @@
+"""Loss against parameters and tokens: power laws, and the best size for a budget (IsoFLOP)."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from .learning import fit, loss_of, small_lm
+from .positions import characters, drawn
+from .stats import Interval, exponent, with_floor
+from .study import Cell, Panel, Result, Setting, Study, Verdict
+
+
+class Trained(NamedTuple):
+    """One run: parameters without the embedding, tokens read, operations 6 · N · D, loss."""
+
+    parameters: int
+    tokens: int
+    budget: float
+    loss: float
+
+
+def run(at: Setting) -> Result:
+    size = at.size
+    ids, vocabulary = characters(at)
+    cut = len(ids) * 9 // 10
+    test = drawn(ids[cut:], size.length, size.tests, at.generator(2))
+    runs: list[Trained] = []
+    done = 0
+    for budget in size.budgets:
+        for dim in size.dims:
+            torch.manual_seed(at.seed)
+            model = small_lm(vocabulary, dim, 2, 2)
+            parameters = sum(
+                p.numel() for n, p in model.named_parameters() if not n.startswith("embedding")
+            )
+            steps = round(budget / (6 * parameters * size.batch * size.length))
+            done += 1
+            if steps < size.least:
+                continue
+            draw = partial(drawn, ids[:cut], size.length, size.batch, at.generator(1))
+            of = len(size.budgets) * len(size.dims)
+            fit(model, draw, steps, each=at.training(f"width {dim}", done - 1, of, steps))
+            with torch.no_grad():
+                loss = float(loss_of(model, test))
+            runs.append(Trained(parameters, steps * size.batch * size.length, budget, loss))
+    return _result(at, runs)
+
+
+def _result(at: Setting, runs: list[Trained]) -> Result:
+    size = at.size
+    by_budget = {b: list(some) for b, some in groupby(runs, lambda one: one.budget)}
+    best = [min(some, key=lambda one: one.loss) for some in by_budget.values()]
+    of_budget = _interval(at, [(one.budget, one.loss) for one in best])
+    largest = by_budget[max(by_budget)]
+    inner = largest[0].loss > best[-1].loss < largest[-1].loss if len(largest) > 2 else False
+    grows = best[-1].parameters > best[0].parameters
+    floor = with_floor([b.budget for b in best], [b.loss for b in best])
+    rows: list[tuple[Cell, ...]] = [
+        (f"{one.budget:.1e}", one.parameters, one.tokens, one.loss, "best" if one in best else "")
+        for one in runs
+    ]
+    verdicts = [
+        Verdict("the loss falls with the budget as a power law (exponent below 0)",
+                of_budget.high < 0, f"best loss ~ budget^{of_budget}"),
+        Verdict("for each budget there is a best size between smaller and larger ones",
+                inner, f"at {max(by_budget):.1e} operations {best[-1].parameters:,} of "
+                f"{largest[0].parameters:,} … {largest[-1].parameters:,} parameters"),
+        Verdict("the best size grows with the budget", grows,
+                f"{best[0].parameters:,} → {best[-1].parameters:,} parameters"),
+    ]  # fmt: skip
+    panels = [
+        Panel("IsoFLOP", "parameters", "loss", {
+            f"{b:.0e}": ([one.parameters for one in some], [one.loss for one in some])
+            for b, some in by_budget.items()}, "x"),
+        Panel("best loss", "operations", "loss",
+              {"best": ([one.budget for one in best], [one.loss for one in best])}, "xy"),
+    ]  # fmt: skip
+    columns = ("budget", "parameters", "tokens", "loss", "")
+    return Result(columns, rows, verdicts, panels, notes=[
+        f"Characters of Tiny Shakespeare, two blocks, widths {', '.join(map(str, size.dims))}; "
+        f"budget: 6 · parameters (without the embedding) · tokens; loss of held-out text in nats a "
+        "character. The interval of the exponent draws the budgets anew 1,000 times; with so few "
+        "of them it is wide."
+    ], more={"exponent": list(of_budget), "with floor": list(floor)})  # fmt: skip
+
+
+def _interval(at: Setting, points: list[tuple[float, float]]) -> Interval:
+    """The exponent and its bootstrap interval; draws of a single budget are drawn again."""
+    rng = at.random("bootstrap")
+    if len(points) < 2:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    found: list[float] = []
+    while len(found) < 1000:
+        some = rng.choices(points, k=len(points))
+        if len(set(some)) > 1:
+            found.append(exponent(*zip(*some, strict=True)))
+    found.sort()
+    return Interval(exponent(*zip(*points, strict=True)), found[25], found[974])
+
+
+STUDY = Study(
+    "scaling",
+    "Loss falls as a power law of the budget, and each budget has its best size.",
+    "Models of several widths are trained on as many characters as each budget allows "
+    "(Hoffmann et al. 2022, approach 2).",
+    run,
+    tiny=dict(text=4000, length=16, batch=4, tests=4, dims=[8, 16], budgets=[2e7, 4e7], least=2),
+    quick=dict(text=300_000, length=64, batch=8, tests=64, dims=[16, 32, 64],
+               budgets=[3e10, 1e11], least=10),
+    full=dict(text=1_100_000, length=128, batch=16, tests=128, dims=[16, 32, 64, 128, 256],
+              budgets=[3e11, 1e12, 3e12, 1e13], least=20),
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""Models on several processes, what is refused there and why, dropout, balance."""
+
+import pytest
+import torch
+
+from distributed_jobs import numbers_of, own_modules, tensors_of, watched
+
+JOBS = "distributed_jobs"
+NEAR = {"rtol": 1e-8, "atol": 1e-10}
+
+
+@pytest.mark.parametrize("how", ["heads", "gather", "ring"])
+def test_a_llama_shaped_model_watched_under_two_ranks_equals_one(ranks, how):
+    logits, loss, gradient, results = ranks.run(2, f"{JOBS}.watched", how)
+    one = watched(None, how)
+    keep = torch.ones(2, 23, dtype=torch.bool)
+    keep[1, :6] = False  # of padding's rows each way computes what it likes
+    torch.testing.assert_close(logits[keep], one[0][keep], **NEAR)
+    torch.testing.assert_close(loss, one[1], **NEAR)
+    torch.testing.assert_close(gradient, one[2], **NEAR)
+    for layer, exact in zip(results, one[3], strict=True):
+        for a, b in zip(layer, exact, strict=True):
+            assert numbers_of(a) == numbers_of(b)
+            for name, tensor in tensors_of(a).items():
+                torch.testing.assert_close(tensor, tensors_of(b)[name], **NEAR)
+
+
+@pytest.mark.parametrize("how", ["heads", "ring"])
+def test_our_modules_know_their_positions(ranks, how):
+    torch.testing.assert_close(ranks.run(2, f"{JOBS}.own_modules", how), own_modules(None, how))
+
+
+REFUSED = {
+    "heads": "3 ranks do not divide kv_heads 4",
+    "dropout by heads": "dropout counts heads",
+    "effect by ring": "Effect ranks all edges of a row at once",
+    "named engine": "engine reference has no backward for a part of a call",
+    "other masks": "the ranks' calls of attention differ in mask",
+    "other lengths": "cut the sequence by regard.distributed.shard",
+    "torch's attention": "sees this rank's part of the sequence alone",
+    "positions that jump": "give an attention_mask",
+    "decode steps": "context_parallel takes a whole sequence at once",
+    "padding": "give count_padding=True",
+}
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_what_cannot_be_done_is_refused_in_every_rank(ranks, what):
+    for said in ranks.all(3, f"{JOBS}.refused", what):
+        assert REFUSED[what] in said
+
+
+def test_explain_says_how_and_what_would_travel(ranks):
+    said = ranks.run(3, f"{JOBS}.explained", "auto")
+    assert said["by heads"] == ["3 ranks do not divide kv_heads 4"]
+    assert said["by gather"] == said["by ring"] == []
+    assert said["travels"][0] == "by gather: a rank sends 0.011 MiB in the forward"
+    assert "in the backward" in said["travels"][1]
+    assert said["tiled"] == []
+    assert ranks.run(4, f"{JOBS}.explained", "auto")["travels"][0].startswith("by heads")
+
+
+def test_dropout_does_not_depend_on_the_number_of_ranks(ranks):
+    for size in (2, 3, 4):
+        together, alone = ranks.run(size, f"{JOBS}.dropped")
+        torch.testing.assert_close(together, alone)
+
+
+def test_an_order_is_balanced_by_the_visible_pairs_of_any_mask(ranks):
+    plain, zigzag, balanced = ranks.run(3, f"{JOBS}.in_balance")
+    assert balanced < min(plain, zigzag)
+    assert balanced < 1.05
+
+
+def test_a_decode_step_over_keys_on_several_ranks(ranks):
+    for size in (2, 3):
+        for mine, exact in ranks.all(size, f"{JOBS}.decoded"):
+            torch.testing.assert_close(mine[0], exact[0], **NEAR)
+            for a, b in zip(mine[1:], exact[1:], strict=True):
+                assert numbers_of(a) == numbers_of(b)
+                for name, tensor in tensors_of(a).items():
+                    torch.testing.assert_close(tensor, tensors_of(b)[name], **NEAR)
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_linear_attention_hands_its_state_from_rank_to_rank(ranks, beta):
+    for size in (2, 3):
+        mine, exact = ranks.run(size, f"{JOBS}.linear", beta)
+        for a, b in zip(mine, exact, strict=True):
+            torch.testing.assert_close(a, b, **NEAR)

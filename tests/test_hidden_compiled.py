@@ -1,0 +1,76 @@
+"""As test_hidden, where somebody looks at the ops: under torch.compile; and of FlexAttention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from regard import Causal, Padding, TopK, attention, explain
+from regard.call.checked import Call
+from regard.engines import ENGINES, flex
+from test_hidden import BAD, HIDING, drawn
+
+KEPT = torch.arange(200) % 5 != 2
+REQUESTS: dict[str, dict[str, Any]] = {
+    "padding": {"mask": Padding(KEPT[None])},
+    "padding and the future": {"mask": Padding(KEPT[None]) & Causal()},
+    "a bias of −∞": HIDING["a bias of −∞"](40),
+}
+
+
+def given(bad: float) -> list[Tensor]:
+    query, key, value = drawn(40, torch.float32)
+    return [query, *(t.masked_fill(~KEPT[:, None], bad) for t in (key, value))]
+
+
+@pytest.mark.parametrize("request_of", REQUESTS)
+@pytest.mark.parametrize("engine", ["tiled", "cpu"])
+def test_under_a_compiler(engine, request_of):
+    """Our engines are opaque ops there, which look inside: out, gradients and what is observed."""
+    request = REQUESTS[request_of]
+    if ENGINES[engine].why_not(Call.checked(*given(0.5), **request)):
+        pytest.skip("this installation was built without the compiled kernels")
+
+    def call(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        out, (top,) = attention(*qkv, **request, engine=engine, observe=[TopK(3)])
+        return out, top.weights
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = []
+    for bad in (0.5, *BAD):
+        leaves = [t.requires_grad_() for t in given(bad)]
+        out, weights = compiled(*leaves)
+        out.sin().sum().backward()
+        found.append([out.detach(), weights, *(t.grad for t in leaves)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_who_does_not_look_there_is_named():
+    """PyTorch's own kernel in a graph multiplies by 0 what is hidden, and `explain` says so."""
+    (said,) = explain(*given(0.5), mask=Causal())["hidden"]
+    assert "under a compiler or a transform it does not look" in said
+    request = REQUESTS["padding"]
+    run = torch.compile(
+        lambda *t: attention(*t, **request, engine="sdpa"), fullgraph=True, backend="aot_eager"
+    )
+    assert run(*given(0.5)).isfinite().all()
+    assert run(*given(torch.nan)).isnan().any()
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_flex_hides_a_key_by_a_bias(bad):
+    """Its function of a score: what a bias of −∞ hides has that score, whatever it was."""
+    request = REQUESTS["a bias of −∞"]
+    found = []
+    for number in (0.5, bad):
+        query, key, _ = given(number)
+        call = Call.checked(query, key, given(0.5)[2], **request)
+        found.append(flex.attend(call, flex_attention))
+    for a, b in zip(*found, strict=True):
+        assert b.isfinite().all()
+        assert torch.equal(a, b)
