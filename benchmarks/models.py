@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import textwrap
 import time
@@ -36,6 +37,7 @@ from tiny_inputs import variants
 NEAR = 1e-4  # weights may differ by the rounding of float32
 STEPS = 5
 TRYING = 6  # seconds
+NOT_REACHED = "the time did not suffice"
 # Tried one after the other: hybrids have attention in later layers only, rotary sections are wide
 WAYS = [
     Way(), Way({"num_hidden_layers": 8}), Way({"head_dim": 64}),
@@ -274,7 +276,7 @@ def page(found: list[dict[str, str]]) -> str:
         f"{len(ran)} architectures were watched, {len(own)} of which compute attention by "
         f"themselves; {sum(f['bits'] == 'equal' for f in ran)} gave the same bits, {len(writing)} "
         f"generated the same tokens. {len(refused)} were refused, most of them without attention. "
-        f"{len(unbuilt)} were not run by the script, which says nothing about them."
+        f"{len(unbuilt)} were not run by the script, each for a reason that stands below."
     )
     said = HEAD.format(
         version=transformers.__version__, torch=torch.__version__, near=NEAR, steps=STEPS,
@@ -295,11 +297,42 @@ def page(found: list[dict[str, str]]) -> str:
     for reason, kinds in by_reason.items():
         said += f"- {', '.join(kinds)}: {reason}\n"
     said += "\n## Not run\n\n"
-    said += (
-        "The sizes or inputs that the script finds do not fit these, or they need a package.\n\n"
-    )
-    said += _wrapped(", ".join(f"`{f['kind']}`" for f in unbuilt)) + "\n"
+    for why, kinds in _grouped(unbuilt).items():
+        said += f"- {why}: {', '.join(kinds)}\n"
+    parts = [f"`{f['kind']}`" for f in found if "part" in f]
+    if parts:
+        said += "\n## Parts\n\nConfigurations of a part of another model, or of a model that\n"
+        said += f"AutoModel has no class for: {len(parts)}.\n\n{_wrapped(', '.join(parts))}\n"
     return said
+
+
+def _grouped(unbuilt: list[dict[str, str]]) -> dict[str, list[str]]:
+    """The architectures not run by the reason; what is too long to read stands last."""
+    by_reason: dict[str, list[str]] = {}
+    for f in unbuilt:
+        by_reason.setdefault(reason(f), []).append(f"`{f['kind']}`")
+    return dict(
+        sorted(by_reason.items(), key=lambda item: (item[0].startswith("not run"), item[0]))
+    )
+
+
+def reason(found: dict[str, str]) -> str:
+    """Why one was not run, in a few words."""
+    said = found.get("unbuilt") or found["FAILED"]
+    if package := re.search(r"requires the (\S+) library", said):
+        return f"needs the package {package[1]}"
+    if 'missing the required "forward"' in said:
+        return "has no forward of its own, only generate"
+    if missing := re.search(r"missing \d+ required positional arguments?: (.*)", said):
+        names = ", ".join(f"`{n}`" for n in re.findall(r"'(\w+)", missing[1]))
+        return f"not run: the script makes no {names}"
+    if said.startswith("longer than"):
+        return f"not run: {said}, on two cores that others used"
+    if said == NOT_REACHED:
+        return f"not run: {said}"
+    if re.match(r"ValueError: [\d,]+ parameters", said):
+        return "not run: too large"
+    return "not run: the sizes or inputs that the script makes do not fit each other"
 
 
 def _wrapped(text: str) -> str:
@@ -315,7 +348,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if arguments.write:
-        lines = arguments.results.read_text().splitlines()
-        arguments.write.write_text(page([json.loads(line) for line in lines]))
+        found = {f["kind"]: f for f in map(json.loads, arguments.results.read_text().splitlines())}
+        every = {name: {"kind": name, "unbuilt": NOT_REACHED} for name in tiny.names()}
+        arguments.write.write_text(page(list((every | found).values())))
     else:
         run(arguments.results, arguments.only, arguments.seconds)

@@ -241,12 +241,12 @@ def changed(s, call, biases, rows, cols, row_in, col_in, b, h, form):
     if form.DENSE > 0:
         own = biases.first + b * biases.first_b + h * biases.first_h
         own = own + rows.to(tl.int64) * biases.first_q + cols.to(tl.int64) * biases.first_k
-        added = tl.load(own, mask=inside, other=0).to(tl.float32)
+        added = tl.load(own, mask=inside, other=float("-inf")).to(tl.float32)
         s = tl.where(added == float("-inf"), added, s + added)  # NaN − ∞ is NaN
     if form.DENSE > 1:
         own = biases.second + b * biases.second_b + h * biases.second_h
         own = own + rows.to(tl.int64) * biases.second_q + cols.to(tl.int64) * biases.second_k
-        added = tl.load(own, mask=inside, other=0).to(tl.float32)
+        added = tl.load(own, mask=inside, other=float("-inf")).to(tl.float32)
         s = tl.where(added == float("-inf"), added, s + added)  # NaN − ∞ is NaN
     return s
 
