@@ -46,7 +46,7 @@ class Ranges:
 
     @classmethod
     def of(cls, call: Call, lse: Tensor, entropy: Tensor | None = None) -> Ranges | None:
-        """None where the mask may show a query keys with gaps between, or the call is short or float64."""
+        """None where a query may see keys with gaps between, or the call is short or float64."""
         place = call.place
         short = place.heads * place.q_len * place.k_len < LEAST
         if short or call.query.dtype == torch.float64:  # which the passes would round
