@@ -46,9 +46,10 @@ class Ranges:
 
     @classmethod
     def of(cls, call: Call, lse: Tensor, entropy: Tensor | None = None) -> Ranges | None:
-        """None where the mask may show a query keys with gaps between, or the call is short."""
+        """None where a query may see keys with gaps between, or the call is short or float64."""
         place = call.place
-        if place.heads * place.q_len * place.k_len < LEAST:
+        short = place.heads * place.q_len * place.k_len < LEAST
+        if short or call.query.dtype == torch.float64:  # which the passes would round
             return None
         rows = torch.arange(place.q_len, dtype=torch.int64, device="cpu") + place.query_start
         low = torch.full_like(rows, place.key_start)
