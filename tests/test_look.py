@@ -192,6 +192,13 @@ def test_save(tmp_path):
     assert as_dict(look(loaded, readers=["it"])) == found
     assert loaded.about["text"] == TROPHY
     assert "is there already" in refused(TROPHY, "--save", folder)
+    assert answered(folder, "--from", "it") == found
+    assert answered(folder, "--from", "it", "--tokens") != found
+    page = tmp_path / "page.html"
+    assert run(folder, "--html", page).stdout == f"page: {page}\n"
+    page.unlink()
+    for option in (("--effect",), ("--cut", "3.1"), ("--generate", 3), ("--save", tmp_path / "x")):
+        assert f"a recording of one text; leave out {option[0]}" in refused(folder, *option)
     assert loaded.layer(0).results  # read beside it, while the model ran
     refused(TROPHY, "--from", "nobody", "--save", tmp_path / "two")
     assert [path.name for path in tmp_path.iterdir()] == ["trophy"]

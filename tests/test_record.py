@@ -101,7 +101,7 @@ def test_lse_and_what_is_read_beside_belong_to_the_rounded_numbers(tmp_path):
         torch.testing.assert_close(
             past[:, 0], truth.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-4, atol=1e-5
         )
-    assert recording.layer(0).results.pyramid.tile((0, 0), (0, 1, 0, 0), "sum", 0) is None
+    assert recording.layer(0).results.tile((0, 0), (0, 1, 0, 0), "sum", 0) is None
 
 
 def test_coarse_tiles_come_from_the_stored_maps(tmp_path):
@@ -115,7 +115,7 @@ def test_coarse_tiles_come_from_the_stored_maps(tmp_path):
                                                  pieces=layer.pieces)])  # fmt: skip
     for reduce in ("sum", "max"):
         for where in ((1, 6, 1, 0), (2, 7, 0, 0), (3, 6, 1, 1), (0, 6, 0, 1)):
-            held = layer.results.pyramid.tile((0, 0), where, reduce, 0)
+            held = layer.results.tile((0, 0), where, reduce, 0)
             assert torch.equal(recording.tile(0, *where, reduce), held)
             torch.testing.assert_close(held, bare.tile(0, *where, reduce), rtol=1e-4, atol=1e-5)
 

@@ -1,7 +1,8 @@
 """What each head does with positions and with repeated tokens: scores, and their sums by strips.
 
 A score is a mean over the tokens that read: special tokens are left out, and so is every token
-that does not see what the score asks about. Weights are taken a strip of rows at a time.
+that does not see what the score asks about. Weights are taken a strip of rows at a time, or, of
+long calls, not at all: `head_sums`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..call.geometry import Span
-from ..capture.recorded_layer import RecordedLayer
+from ..capture.recorded_layer import Chunk, RecordedLayer
 from ..engines.second_pass.weigh import whole_rows
 
 SCORES = {
@@ -103,9 +104,11 @@ class Strip:
         return (self.rows[:, None] - self.keys).abs().float()
 
 
-def strips(layer: RecordedLayer, batch: int = 0) -> Iterator[Strip]:
-    """A layer's weights, as many rows at a time as fit into `_HELD`."""
-    for chunk in layer.chunks:
+def strips(
+    layer: RecordedLayer, batch: int = 0, chunks: Sequence[Chunk] | None = None
+) -> Iterator[Strip]:
+    """A layer's weights, as many rows at a time as fit into `_HELD`; of these calls alone."""
+    for chunk in layer.chunks if chunks is None else chunks:
         call, lse = layer.call(chunk, batch), chunk.lse[batch : batch + 1]
         place = call.place
         step = max(_HELD // max(place.heads * place.k_len, 1), 1)
@@ -140,7 +143,7 @@ class Tally:
         if not len(strip.rows):
             return
         later = strip if self.cross else strip.of_rows(strip.rows > strip.keys[0])
-        self._count("first", later.weights[:, :, 0], later.seen[:, :, 0])
+        self.count("first", later.weights[:, :, 0], later.seen[:, :, 0])
         self._spread(strip)
         if self.kinds is not None:
             kinds = self.kinds
@@ -149,7 +152,7 @@ class Tally:
         if not self.cross:
             for name, by in (("previous", -1), ("next", 1), ("self", 0)):
                 self._neighbour(name, strip, by)
-            self._sum("distance", torch.einsum("hrk,rk->hr", strip.weights, strip.distance))
+            self.sum("distance", torch.einsum("hrk,rk->hr", strip.weights, strip.distance))
             self._copies(strip)
 
     def merge(self, other: Tally) -> None:
@@ -162,29 +165,31 @@ class Tally:
         """Each score (heads,) in float64; NaN where no token reads what it asks about."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
-    def _sum(self, name: str, numbers: Tensor) -> None:
+    def sum(self, name: str, numbers: Tensor) -> None:
         """Numbers (heads, rows), all of which count."""
         self.sums[name] += numbers.double().sum(1)
         self.counts[name] += numbers.shape[1]
 
-    def _count(self, name: str, numbers: Tensor, there: Tensor) -> None:
+    def count(self, name: str, numbers: Tensor, there: Tensor) -> None:
         """Numbers (heads, rows), 0 but where `there` (heads or 1, rows) counts them."""
         self.sums[name] += numbers.double().sum(1)
         self.counts[name] += there.sum(1)
 
     def _spread(self, strip: Strip) -> None:
         """Entropy, and its share of the most that it could be."""
-        entropy = torch.special.entr(strip.weights).sum(-1)
-        self._sum("entropy", entropy)
-        many = strip.seen.sum(-1)
+        self.spread(torch.special.entr(strip.weights).sum(-1), strip.seen.sum(-1))
+
+    def spread(self, entropy: Tensor, many: Tensor) -> None:
+        """Entropy (heads, rows) of rows that see so many keys (heads or 1, rows)."""
+        self.sum("entropy", entropy)
         most = many.clamp(min=2).double().log()
-        self._count("entropy_share", (entropy.double() / most) * (many > 1), many > 1)
+        self.count("entropy_share", (entropy.double() / most) * (many > 1), many > 1)
 
     def _onto(self, name: str, strip: Strip, keys: Tensor) -> None:
         """What is read of some keys, a bool tensor."""
         if keys.any():
             there = strip.seen[:, :, keys].any(-1)
-            self._count(name, strip.weights[:, :, keys].sum(-1), there)
+            self.count(name, strip.weights[:, :, keys].sum(-1), there)
 
     def _neighbour(self, name: str, strip: Strip, by: int) -> None:
         """What is read of the token so many places on."""
@@ -193,7 +198,7 @@ class Tally:
         if self.kinds is not None:
             has &= ~self.kinds.special[(strip.rows + by).clamp(0, len(self.kinds) - 1)]
         here = has.nonzero().flatten()
-        self._count(name, strip.weights[:, here, at[here]], strip.seen[:, here, at[here]])
+        self.count(name, strip.weights[:, here, at[here]], strip.seen[:, here, at[here]])
 
     def _copies(self, strip: Strip) -> None:
         """What is read of earlier copies of a token, and of what follows those."""
@@ -208,24 +213,7 @@ class Tally:
             ("induction", follows),
         ):
             there = (strip.seen & keys).any(-1)
-            self._count(name, torch.einsum("hrk,rk->hr", strip.weights, keys.float()), there)
-
-
-def tally(
-    layer: RecordedLayer, queries: dict[str, Any], keys: dict[str, Any], batch: int = 0
-) -> Tally:
-    """The scores of one layer. queries, keys: what is known of the texts ("tokens" …)."""
-    cross = layer.kind == "cross"
-    kinds = TokenKinds.of(keys if cross else queries)
-    last = layer.key_start + layer.k_len
-    if not cross:
-        last = max(last, layer.query_start + layer.q_len)
-    if kinds is not None and last > len(kinds):
-        kinds = None  # other positions than the text's: a resampled sequence, say
-    made = Tally(layer.heads, cross, kinds)
-    for strip in strips(layer, batch):
-        made.add(strip)
-    return made
+            self.count(name, torch.einsum("hrk,rk->hr", strip.weights, keys.float()), there)
 
 
 def behaviour(scores: dict[str, float | None], least: float = 0.5) -> str | None:

@@ -19,7 +19,8 @@ from ..call.display.picture import Picture, Side
 from ..capture.recording import INDEX, Recording
 from ..capture.watching import watch
 from ..errors import RegardError
-from .head_scores import SCORES, Tally, as_numbers, behaviour, tally, texts_of
+from .head_scores import SCORES, Tally, as_numbers, behaviour, texts_of
+from .head_sums import tally
 from .look_model import read_as, reading
 from .relations import Relation, RelationTally, read_conllu
 from .text_model import TextModel, quiet, without_cache

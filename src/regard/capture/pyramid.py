@@ -38,43 +38,6 @@ def observers(k: int) -> tuple[Observer, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Pyramid(Brief):
-    """The pooled maps of a layer, all batch items and heads: its coarser tiles are read there."""
-
-    sums: MapSeen | None = None
-    maxima: MapSeen | None = None
-
-    def tile(
-        self, starts: tuple[int, int], where: Sequence[int], reduce: str, batch: int
-    ) -> Tensor | None:
-        """A tile (SIDE, SIDE) of a coarser zoom; None where it is to be computed again.
-
-        starts: positions of the first recorded query and key; where: head, zoom, row, col.
-        """
-        held = self.sums if reduce == "sum" else self.maxima
-        head, zoom, *corner = where
-        cell = 1 << zoom
-        if held is None or cell < max(held.rows.size, held.cols.size):
-            return None
-        if any(start % cell for start in starts):  # cells of other borders
-            return None
-        part = held.weights[batch, head]
-        for dim, cells in enumerate((held.rows, held.cols)):
-            # The tile's cells, each of `factor` ones that are stored, some before or after them
-            factor = cell // cells.size
-            first = starts[dim] // cells.size + corner[dim] * SIDE * factor - cells.first
-            last = first + SIDE * factor
-            inner = part.narrow(dim, begin := min(max(first, 0), cells.count),
-                                max(min(last, cells.count) - begin, 0))  # fmt: skip
-            before = min(max(-first, 0), SIDE * factor)
-            after = SIDE * factor - before - inner.shape[dim]
-            pad = (before, after) if dim else (0, 0, before, after)
-            padded = torch.nn.functional.pad(inner, pad).unflatten(dim, (SIDE, factor))
-            part = padded.sum(dim + 1) if reduce == "sum" else padded.amax(dim + 1)
-        return part.float()
-
-
-@dataclass(frozen=True, eq=False)
 class Results(Brief):
     """What the `observers` saw of a layer, all batch items and heads; None where nothing looked."""
 
@@ -84,11 +47,6 @@ class Results(Brief):
     distances: DistancesSeen | None = None
     sums: MapSeen | None = None
     maxima: MapSeen | None = None
-
-    @property
-    def pyramid(self) -> Pyramid:
-        """The pooled maps."""
-        return Pyramid(self.sums, self.maxima)
 
     def __bool__(self) -> bool:
         return self.top is not None
@@ -161,3 +119,32 @@ class Results(Brief):
             MapSeen(given["sums.weights"], rows, cols, "sum", (MOST, MOST)),
             MapSeen(given["maxima.weights"], rows, cols, "max", (MOST, MOST)),
         )  # fmt: skip
+
+    def tile(
+        self, starts: tuple[int, int], where: Sequence[int], reduce: str, batch: int
+    ) -> Tensor | None:
+        """A tile (SIDE, SIDE) of a coarser zoom; None where it is to be computed again.
+
+        starts: positions of the first recorded query and key; where: head, zoom, row, col.
+        """
+        held = self.sums if reduce == "sum" else self.maxima
+        head, zoom, *corner = where
+        cell = 1 << zoom
+        if held is None or cell < max(held.rows.size, held.cols.size):
+            return None
+        if any(start % cell for start in starts):  # cells of other borders
+            return None
+        part = held.weights[batch, head]
+        for dim, cells in enumerate((held.rows, held.cols)):
+            # The tile's cells, each of `factor` ones that are stored, some before or after them
+            factor = cell // cells.size
+            first = starts[dim] // cells.size + corner[dim] * SIDE * factor - cells.first
+            last = first + SIDE * factor
+            inner = part.narrow(dim, begin := min(max(first, 0), cells.count),
+                                max(min(last, cells.count) - begin, 0))  # fmt: skip
+            before = min(max(-first, 0), SIDE * factor)
+            after = SIDE * factor - before - inner.shape[dim]
+            pad = (before, after) if dim else (0, 0, before, after)
+            padded = torch.nn.functional.pad(inner, pad).unflatten(dim, (SIDE, factor))
+            part = padded.sum(dim + 1) if reduce == "sum" else padded.amax(dim + 1)
+        return part.float()

@@ -100,8 +100,10 @@ def tiles(
     asked = [_checked(layer, one) for one in wanted]
     out = torch.zeros(len(asked), SIDE, SIDE, dtype=torch.float32, device="cpu")
     starts = (layer.query_start, layer.key_start)
-    pyramid = layer.results.pyramid if norm is None else layer.by_value
-    held = [pyramid.tile(starts, one, reduce, batch) for one in asked]
+    held = [  # the stored maps are of weights
+        None if norm is not None else layer.results.tile(starts, one, reduce, batch)
+        for one in asked
+    ]
     for n, found in enumerate(held):
         if found is not None:
             out[n] = found
@@ -264,3 +266,43 @@ def _read(
         for reader in readers:
             reader.read(seen)
     return readers
+
+
+def head_metrics(layer: RecordedLayer, batch: int) -> dict[str, Tensor]:
+    """Of each head (heads,) float64, means over all queries: those that were read while recording.
+
+    "sink": weight on the first key; "largest": the largest weight; "entropy": in nats; and of
+    self-attention "itself", "before": weight on the query's own token, and on the one before;
+    "distance": sum of weight · tokens back, where no head reads ahead. {} of a bare recording.
+    """
+    seen, rows = layer.results, layer.q_len
+    if seen.top is None or seen.received is None or seen.entropy is None or not rows:
+        return {}
+    received = seen.received.sum[batch].double()
+    found = {
+        "sink": received[:, 0] / rows,
+        "largest": seen.top.weights[batch, ..., 0].double().mean(1),
+        "entropy": seen.entropy.values[batch].double().mean(1),
+    }
+    if layer.kind != "self" or seen.distances is None:
+        return found
+    past, future = seen.distances.past[batch].double(), seen.distances.future[batch]
+    if seen.distances.edges[:3] == (0, 1, 2):
+        found |= {"itself": past[:, 0] / rows, "before": past[:, 1] / rows}
+    if not future.any():
+        found["distance"] = _mean_distance(layer, received, batch)
+    return found
+
+
+def _mean_distance(layer: RecordedLayer, received: Tensor, batch: int) -> Tensor:
+    """Σ weight · (query − key) / queries = (Σ query · mass − Σ key · received) / queries."""
+    top = layer.results.top
+    assert top is not None
+    mass = top.weights[batch].double().sum(-1) + top.rest[batch].double()
+    # Both add up to all that is read; as they are rounded apart, the sums are made equal first
+    mass = mass * (received.sum(1) / mass.sum(1).clamp(min=1e-300))[:, None]
+    queries, keys = (
+        torch.arange(start, start + n, dtype=torch.float64, device="cpu")
+        for start, n in ((layer.query_start, layer.q_len), (layer.key_start, layer.k_len))
+    )
+    return (mass @ queries - received @ keys) / layer.q_len

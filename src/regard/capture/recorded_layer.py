@@ -18,7 +18,7 @@ from ..call.observers import Observer, listed
 from ..call.op_schema import pack, unpack
 from ..engines.second_pass.weigh import weigh, whole_rows
 from ..errors import RegardError
-from .pyramid import Pyramid, Results
+from .pyramid import Results
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,7 @@ class RecordedLayer(Brief):
     pattern: False where the layer has no softmax attention; `reason` says why.
     pieces: keys (batch, kv_heads, n, dim), each with the position of its first. values (batch,
     kv_heads, n, v_dim) and norms ‖W_O v‖ (batch, heads, n): likewise, where they were kept.
-    results: what was read beside them; by_value: the maps of weight · ‖W_O v‖.
-    damage: what is wrong with the file that held them.
+    results: what was read beside them. damage: what is wrong with the file that held them.
     """
 
     name: str
@@ -74,7 +73,6 @@ class RecordedLayer(Brief):
     values: list[tuple[int, Tensor]] = field(default_factory=list)
     norms: list[tuple[int, Tensor]] = field(default_factory=list)
     results: Results = field(default_factory=Results)
-    by_value: Pyramid = field(default_factory=Pyramid)
     damage: str = ""
 
     def __str__(self) -> str:

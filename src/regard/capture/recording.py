@@ -256,6 +256,13 @@ class Recording(Brief):
             return found
         return reading.ByDistance(found.past[head], found.future[head], found.edges)
 
+    def head_metrics(self, layer: int | str, batch: int = 0) -> dict[str, Tensor]:
+        """Means over all queries, (heads,) each, at once: see `reading.head_metrics`.
+
+        {} where nothing was read while recording.
+        """
+        return reading.head_metrics(self._found(layer, None, batch), batch)
+
     def plot(
         self, observer: Observer = Entropy(), ax: Axes | None = None, *, batch: int = 0
     ) -> Axes:

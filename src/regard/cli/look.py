@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -107,7 +107,8 @@ def look(
 ) -> None:
     """Show where a model's heads read in TEXT, in words: by how much, and in which heads.
 
-    TEXT is the text itself, @FILE, or - for standard input. --from, --layer and --head may be
+    TEXT is the text itself, @FILE, or - for standard input; or the folder of a
+    recording, which is read without running a model. --from, --layer and --head may be
     given several times. "it#2" is the second "it"; layers and heads count from 0.
 
     --cut and --effect say what a link does. The effect is to first order, on the
@@ -117,25 +118,38 @@ def look(
     columns is truer than another: they answer different questions.
     """
     text, text2 = given_text(text), None if text2 is None else given_text(text2)
+    recorded = _is_recording(text)
+    if recorded:
+        asked = {
+            "--model": model, "--generate": generate, "--versus": text2, "--cut": cuts,
+            "--versus-model": model2, "--effect": effect, "--save": save,
+        }  # fmt: skip
+        for option, given in asked.items():
+            if given:
+                raise RegardError(f"{text} is a recording of one text; leave out {option}")
     chosen = [named_head(name, "--head") for name in heads]
     if save is not None and save.exists():
         raise RegardError(f"{save} is there already; --save writes a new folder")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings(), progress() as told:
         warnings.simplefilter("ignore")
-        told("loading the model", None)
+        told("opening the recording" if recorded else "loading the model", None)
         from ..analysis.question import Question
         from ..report.inline_page import check_html
         from ..report.look_html import write_html
-        from ..report.look_result import answered
+        from ..report.look_result import answered, of_recording
 
         if html is not None:
             check_html(html)
-        question = Question.parse(text2, model2, cuts, effect, generate)
-        result = answered(
-            model, text, question, words=readers, layers=layers, heads=chosen, top=top,
-            special=not no_special, tokens=tokens, save=save, progress=told,
-        )  # fmt: skip
+        shown: Any = {
+            "words": readers, "layers": layers, "heads": chosen, "top": top,
+            "special": not no_special, "tokens": tokens, "progress": told,
+        }  # fmt: skip
+        if recorded:
+            result = of_recording(Path(text), **shown)
+        else:
+            question = Question.parse(text2, model2, cuts, effect, generate)
+            result = answered(model, text, question, save=save, **shown)
         found, recording = result.found, result.recording
         if html is not None:
             write_html(
@@ -164,6 +178,11 @@ def look(
         click.echo(f"page: {html}", err=as_object)
     if save is not None:
         click.echo(f"saved: {save}, {saved}", err=as_object)
+
+
+def _is_recording(text: str) -> bool:
+    """Whether a text is the name of a recording's folder."""
+    return os.path.isfile(os.path.join(text, "recording.json"))
 
 
 def _size(recording: Recording, folder: Path) -> str:

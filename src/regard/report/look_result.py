@@ -215,6 +215,31 @@ def answered(
     return LookResult(found, recording, other)
 
 
+def of_recording(
+    folder: Path,
+    *,
+    words: Sequence[str],
+    layers: Sequence[int],
+    heads: Sequence[int | tuple[int, int]],
+    top: int,
+    special: bool,
+    tokens: bool,
+    progress: Callable[[str, float | None], object] = lambda what, share: None,
+) -> LookResult:
+    """The same of a recording's folder: what was written is read, no model runs."""
+    from ..analysis.look import look as gather
+    from ..capture.recording import Recording
+
+    recording = Recording.load(folder)
+    if tokens:
+        recording.about = recording.about | {"pieces": True}
+    found = gather(
+        recording, readers=words, layers=layers, heads=heads, top=top, special=special,
+        progress=lambda share: progress("weighing words", share),
+    )  # fmt: skip
+    return LookResult(found, recording, None)
+
+
 @contextlib.contextmanager
 def _into(save: Path | None) -> Iterator[Path | None]:
     """A folder that becomes `save` once all is answered. RegardError where it cannot be written."""
