@@ -16,12 +16,13 @@ _AT_ONCE = 1 << 23  # weights in memory
 
 
 def layer_metrics(recording: Recording, number: int, batch: int) -> dict[str, Any]:
-    """Of one layer, a list of heads for each metric."""
+    """Of one layer, a list of heads for each metric; "sampled": those read from some queries."""
     layer = recording.layer(number)
     values = recording.head_metrics(number, batch)  # of all queries, as far as they were recorded
-    if not set(METRICS) <= set(values):
+    sampled = [key for key in METRICS if key not in values]
+    if sampled:
         values = _layer(recording, number, layer, batch) | values
-    return {key: _finite(values[key]) for key in METRICS}
+    return {key: _finite(values[key]) for key in METRICS} | {"sampled": sampled}
 
 
 def _layer(

@@ -161,7 +161,8 @@ class Heads {
     const of = this.recording.layers[state.layer].q_len;
     const sampled = this.about.sampled;
     byId("metric-note").textContent = ["reads", "segment"].includes(state.metric) ? ""
-      : of > sampled ? `means over ${sampled} tokens spread over the ${of.toLocaleString("en")}` : "";
+      : !this.values.get(state.layer)?.sampled.includes(state.metric) || of <= sampled ? ""
+        : `means over ${sampled} tokens spread over the ${of.toLocaleString("en")}`;
   }
 
   rank(all, metric) {
