@@ -14,7 +14,8 @@ from .common import progress, replace_unprintable
 _JSON = """\b
 --json prints, and --out keeps in DIR/NAME.json, one object a study:
   study, claim, method   what is claimed, and how it is measured
-  command, mode, seed    what gives the same figures again
+  command, mode, sizes,
+  seed                   what gives the same figures again
   seconds, machine       as `regard bench --json` describes it
   columns, rows          the table; clock: the columns with times or memory,
                          which a seed does not fix

@@ -95,5 +95,5 @@ STUDY = Study(
     run,
     tiny=dict(length=8, vocabulary=8, dim=8, batch=4, steps=2),
     quick=dict(length=64, vocabulary=16, dim=32, batch=32, steps=150),
-    full=dict(length=128, vocabulary=16, dim=64, batch=64, steps=1000),
+    full=dict(length=128, vocabulary=16, dim=64, batch=32, steps=400),
 )

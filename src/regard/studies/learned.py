@@ -124,5 +124,5 @@ STUDY = Study(
     run,
     tiny=dict(half=6, vocabulary=8, dim=16, batch=4, steps=4, every=2, rate=3e-3),
     quick=dict(half=16, vocabulary=32, dim=64, batch=32, steps=400, every=20, rate=1e-2),
-    full=dict(half=32, vocabulary=64, dim=64, batch=32, steps=3000, every=50, rate=5e-3),
+    full=dict(half=24, vocabulary=48, dim=64, batch=32, steps=1200, every=20, rate=1e-2),
 )

@@ -136,5 +136,5 @@ STUDY = Study(
     run,
     tiny=dict(text=4000, length=16, dim=16, batch=4, steps=3, sentences=3),
     quick=dict(text=300_000, length=48, dim=64, batch=16, steps=200, sentences=20),
-    full=dict(text=1_000_000, length=128, dim=128, batch=32, steps=2000, sentences=100),
+    full=dict(text=1_000_000, length=64, dim=64, batch=32, steps=600, sentences=100),
 )

@@ -176,6 +176,7 @@ class Measured:
             "method": self.study.method,
             "command": self.command,
             "mode": self.mode,
+            "sizes": dict(getattr(self.study, self.mode)),
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
             "machine": dict(self.machine),
