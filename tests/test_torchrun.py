@@ -51,7 +51,7 @@ def test_a_recording_opens_as_a_whole(folders, tmp_path):
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("recorded:") == 1
     recording = Recording.load(tmp_path / "rec")
-    rows = recording.layers[0].weights(head=0).sum(-1)
+    rows = recording.layers[0].weights(slice(None)).sum(-1)
     assert rows.shape[-1] == len(recording.about["tokens"])
     assert float((rows - 1).abs().max()) < 1e-5
 

@@ -10,6 +10,7 @@ are only found by way of ours, which read beside them (`Watching`).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -248,15 +249,17 @@ def _over_ranks(
             f"{type(module).__name__}: context_parallel takes a whole sequence at once; here "
             f"{query.shape[2]} queries follow {key.shape[2]} keys in a cache: give use_cache=False"
         )
-    if _holds(request["mask"], Documents):
-        raise RegardError(
-            "transformers took jumps in position_ids for packed documents; give an attention_mask, "
-            "which regard.distributed.shard adds"
-        )
     if _asked_for_weights(given):
         raise RegardError("context_parallel: whole weights lie on no rank; give observers")
     request |= {"dropout": dropout or None, "query_start": 0, "key_start": 0}
     query = _spread(query, key)
+    if _holds(request["mask"], Documents):
+        with contextlib.suppress(RegardError):  # a rank without a jump must not wait for this one
+            parallel.run(query, key, value, **request)
+        raise RegardError(
+            "transformers took jumps in position_ids for packed documents; give an attention_mask, "
+            "which regard.distributed.shard adds"
+        )
     if met is None:
         out, *_ = parallel.run(query, key, value, **request)
     else:
