@@ -3,8 +3,7 @@
 Functions   attention: softmax attention; observe: its weights again
             linear_attention: a state instead of a cache
             explain: which engine runs a call, and why not others
-            merge, piecewise: keys that come in parts
-            context_parallel: a sequence on several machines
+            merge, piecewise: keys in parts; context_parallel: on machines
 In words    look: which words a text's words read; LookResult
             heads: what every head of a model does; HeadScores
 In models   watch: a live model's attention; Cut: run without some of it
@@ -25,8 +24,6 @@ regard.distributed  a sequence on several ranks: shard, unshard, decode
 regard.nn           modules: MultiHeadAttention, Transformer, Rotary …
 regard.models       LanguageModel, Translator …: small, with any mixer
 regard.huggingface  attn_implementation="regard"; needs transformers
-
-help(regard.attention) says more, and so on for each.
 """
 
 import typing as _typing

@@ -1,7 +1,6 @@
 """A sequence on several ranks: cut it, compute on it, put results together."""
 
 from .ops.distributed.decode import decode, linear_over_ranks
-from .ops.distributed.front import context_parallel
 from .ops.distributed.layout import balanced
 from .ops.distributed.results import Sharded
 from .ops.distributed.shards import shard, unshard
@@ -9,7 +8,6 @@ from .ops.distributed.shards import shard, unshard
 __all__ = [
     "Sharded",
     "balanced",
-    "context_parallel",
     "decode",
     "linear_over_ranks",
     "shard",
