@@ -18,9 +18,10 @@ from regard import (
     Received,
     Rows,
     TopK,
+    context_parallel,
 )
 from regard.call.biases import ALiBi, RelativeBias
-from regard.distributed import context_parallel, decode, linear_over_ranks, shard, unshard
+from regard.distributed import decode, linear_over_ranks, shard, unshard
 from regard.ops.distributed.formulas import Sizes
 from regard.ops.distributed.layout import Layout, named
 
