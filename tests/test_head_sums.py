@@ -29,9 +29,15 @@ REQUESTS = {
 }
 
 
-def both(layer, about, monkeypatch):
-    """The scores by strips of float64 weights, and by passes, of which some must be used."""
-    exact, used = tally(layer, about, about).means(), []
+def layers(query, key, kind="self", **request):
+    """The same numbers in float64, and in float32."""
+    for numbers in ((query.double(), key.double()), (query, key)):
+        yield recorded(computed(*numbers, **request)[:2], kind=kind)
+
+
+def both(exact, layer, about, monkeypatch):
+    """The scores by strips of a layer's weights, those of another by passes, and what passed."""
+    exact, used = tally(exact, about, about).means(), []
 
     def added(*given):
         used.append(given)
@@ -53,29 +59,29 @@ def assert_same(exact, quick):
 
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 def test_they_are_those_of_the_weights(request_, monkeypatch):
-    query, key, _ = Case("", at(N)).tensors()
-    layer = recorded(computed(query, key, **request_)[:2])
-    exact, quick, used = both(layer, ABOUT, monkeypatch)
+    query, key, _ = Case("", at(N)).tensors(dtype=torch.float32)
+    exact, quick, used = both(*layers(query, key, **request_), ABOUT, monkeypatch)
     assert used
     assert_same(exact, quick)
 
 
 def test_a_cross_layer_and_a_text_without_tokens(monkeypatch):
-    query, key, _ = Case("", at(90, N)).tensors()
-    layer = recorded(computed(query, key)[:2], kind="cross")
-    exact, quick, used = both(layer, ABOUT, monkeypatch)
+    query, key, _ = Case("", at(90, N)).tensors(dtype=torch.float32)
+    pair = tuple(layers(query, key, kind="cross"))
+    exact, quick, used = both(*pair, ABOUT, monkeypatch)
     assert used
     assert_same(exact, quick)
-    exact, quick, used = both(layer, {}, monkeypatch)
+    monkeypatch.undo()
+    exact, quick, used = both(*pair, {}, monkeypatch)
     assert_same(exact, quick)
 
 
 def test_a_mask_with_gaps_is_read_row_by_row(monkeypatch):
-    query, key, _ = Case("", at(N)).tensors()
+    query, key, _ = Case("", at(N)).tensors(dtype=torch.float32)
     keep = torch.ones(1, N, dtype=torch.bool)
     keep[:, 50:60] = False
-    layer = recorded(computed(query, key, mask=Causal() & Padding(keep))[:2])
-    exact, quick, used = both(layer, ABOUT, monkeypatch)
+    pair = layers(query, key, mask=Causal() & Padding(keep))
+    exact, quick, used = both(*pair, ABOUT, monkeypatch)
     assert not used
     assert_same(exact, quick)
 
@@ -91,7 +97,7 @@ def test_of_a_recorded_model_in_chunks(observe, tmp_path, monkeypatch):
 
     recording = regard.record(model, run, tmp_path / "r", observe=observe)
     for layer in recording.layers:
-        exact, quick, used = both(layer, ABOUT, monkeypatch)
+        exact, quick, used = both(layer, layer, ABOUT, monkeypatch)
         assert used
         assert_same(exact, quick)
         monkeypatch.undo()
