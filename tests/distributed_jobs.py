@@ -186,6 +186,7 @@ def counted(mesh, how, dtype, observe, wants):
 
 def llama(dtype=torch.float64):
     """A Llama-shaped model of two layers, and a batch of two texts of which one is padded."""
+    import regard.huggingface  # noqa: F401 (makes the name valid)
     from zoo import FAMILIES
 
     ids = torch.arange(2 * 23).view(2, 23) * 7 % 90 + 3
