@@ -13,9 +13,8 @@ import torch
 from regard.models import ModelConfig
 from regard.training import LanguageTask, TrainingPlan, train, train_tokenizer
 
-TEXT = "".join(
-    f"the {a} cat saw {b} dogs and {a} of them ran. " for a in range(9) for b in range(9)
-)
+NUMBERS = [(a, b) for a in range(9) for b in range(9)]
+TEXT = "".join(f"the {a} cat saw {b} dogs and {a} of them ran. " for a, b in NUMBERS)
 
 
 def run(out, *, told=lambda what, share: None, batch=2, dim=16, **plan):

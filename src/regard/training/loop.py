@@ -60,7 +60,7 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.budget is None):
             raise RegardError("give steps or a budget in minutes, one of them")
-        if (self.steps or 1) < 1 or (self.budget or 1) <= 0:
+        if any(given is not None and given <= 0 for given in (self.steps, self.budget)):
             raise RegardError("steps and budget are positive")
         if self.schedule not in SCHEDULES:
             raise RegardError(f"schedule is {self.schedule!r}; give {' or '.join(SCHEDULES)}")
