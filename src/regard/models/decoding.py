@@ -76,7 +76,7 @@ def beam_search(
         raise RegardError(f"beams is {beams}; give a number ≥ 1")
     batch, config = source.shape[0], model.config
     limit = 2 * source.shape[1] + 10 if limit is None else limit
-    rows = torch.arange(batch, device=source.device).repeat_interleave(beams)
+    rows = torch.arange(batch, dtype=torch.int64, device=source.device).repeat_interleave(beams)
     state = model.begin(source)
     state.select(rows)
     target = torch.full((batch * beams, 1), config.bos, dtype=torch.int64, device=source.device)
@@ -101,7 +101,10 @@ def beam_search(
         if all(_settled(f, float(scores[n, 0]), limit, beams, length_penalty)
                for n, f in enumerate(finished)):  # fmt: skip
             break
-        chosen = (torch.arange(batch, device=source.device)[:, None] * beams + from_beam).flatten()
+        chosen = (
+            torch.arange(batch, dtype=torch.int64, device=source.device)[:, None] * beams
+            + from_beam
+        ).flatten()
         target = torch.cat([target[chosen], token.flatten()[:, None]], 1)
         if cache:
             state.select(chosen)

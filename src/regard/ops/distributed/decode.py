@@ -79,7 +79,9 @@ def _merged(ranks: Ranks, observer: Observer, mine: Any) -> Any:
         return mine
     starts = {}
     if hasattr(mine, "key_start"):
-        own = torch.tensor([mine.key_start, mine.weights.shape[-1]], dtype=torch.int64)
+        own = torch.tensor(
+            [mine.key_start, mine.weights.shape[-1]], dtype=torch.int64, device=mine.weights.device
+        )
         starts = dict(enumerate(t.tolist() for t in ranks.all_gather(own)))
         most = max(n for _, n in starts.values())
         short = most - mine.weights.shape[-1]
