@@ -3,10 +3,26 @@
 import pytest
 import torch
 
-from distributed_jobs import numbers_of, own_modules, tensors_of
+from distributed_jobs import numbers_of, own_modules, tensors_of, watched
 
 JOBS = "distributed_jobs"
 NEAR = {"rtol": 1e-8, "atol": 1e-10}
+
+
+@pytest.mark.parametrize("how", ["heads", "gather", "ring"])
+def test_a_llama_shaped_model_watched_under_two_ranks_equals_one(ranks, how):
+    logits, loss, gradient, results = ranks.run(2, f"{JOBS}.watched", how)
+    one = watched(None, how)
+    keep = torch.ones(2, 23, dtype=torch.bool)
+    keep[1, :6] = False  # of padding's rows each way computes what it likes
+    torch.testing.assert_close(logits[keep], one[0][keep], **NEAR)
+    torch.testing.assert_close(loss, one[1], rtol=3e-7, atol=0)  # transformers sums it in float32
+    torch.testing.assert_close(gradient, one[2], **NEAR)
+    for layer, exact in zip(results, one[3], strict=True):
+        for a, b in zip(layer, exact, strict=True):
+            assert numbers_of(a) == numbers_of(b)
+            for name, tensor in tensors_of(a).items():
+                torch.testing.assert_close(tensor, tensors_of(b)[name], **NEAR)
 
 
 @pytest.mark.parametrize("how", ["heads", "ring"])
@@ -22,14 +38,19 @@ REFUSED = {
     "other masks": "the ranks' calls of attention differ in mask",
     "other lengths": "cut the sequence by regard.distributed.shard",
     "torch's attention": "sees this rank's part of the sequence alone",
+    "positions that jump": "give an attention_mask",
+    "decode steps": "context_parallel takes a whole sequence at once",
+    "padding": "give count_padding=True",
 }
 
 
 @pytest.mark.parametrize("what", list(REFUSED))
 def test_what_cannot_be_done_is_refused_in_every_rank(ranks, what):
-    answers = ranks.all(3, f"{JOBS}.refused", what)
-    for said in answers:
+    *first, last = ranks.all(3, f"{JOBS}.refused", what)
+    for said in first:
         assert REFUSED[what] in said
+    # The last rank's positions do not jump: it hears that the others' masks are others
+    assert (REFUSED[what] if what != "positions that jump" else "differ in mask") in last
 
 
 def test_explain_says_how_and_what_would_travel(ranks):
