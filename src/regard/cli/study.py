@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ def study(
         studies = [study_named(one) for one in (NAMES if names in ((), ("all",)) else names)]
         if not names:
             for one in studies:
-                click.echo(f"{one.name:<12}{one.claim}")
+                click.echo(
+                    textwrap.fill(one.claim, 80, initial_indent=f"{one.name:<12}",
+                                  subsequent_indent=" " * 12)
+                )  # fmt: skip
             return
         if out is not None:
             _writable(out)

@@ -65,7 +65,7 @@ def _with(options: list[Any]) -> Any:
 
 @click.group()
 def train() -> None:
-    """Train a small model on this machine, in a folder that any Hugging Face tool reads.
+    """Train a small model on this machine, in a folder of its own.
 
     Run the same command again after a kill, and it goes on to the same weights, bit by bit.
     """
