@@ -245,7 +245,8 @@ HEAD = """# Models
 
 What `watch` gives for each architecture of transformers {version}: made from its configuration
 with tiny sizes and random weights, run once unwatched and once watched (`verify=True`), on torch
-{torch}. This page is written by a script, its rows from several runs of it; [what `watch` does](watch.md).
+{torch}. This page is written by a script, its rows from several runs of it;
+[what `watch` does](watch.md).
 
 ```sh
 python benchmarks/models.py results.jsonl                          # a process each, 40 s at most
