@@ -43,8 +43,9 @@ def kept(*outcomes: Outcome) -> dict:
 )
 def test_below_is_beyond_the_spread_of_both(now, found):
     before = kept(outcome(1.2, 1.5))
-    count, below = saved.compared([outcome(*now), outcome(0.1, name="fp32/n64")], before)
-    assert (count, len(below)) == (1, found)
+    (pair,) = saved.paired([outcome(*now), outcome(0.1, name="fp32/n64")], before)
+    assert pair.below is bool(found)
+    assert pair.above is (min(now) > 1.5)
 
 
 def test_what_is_below_is_told():
@@ -80,6 +81,20 @@ def test_a_saved_run_is_compared_with_the_next(small_suites, cache):
     found = json.loads(bench("short", "--rounds", 1, "--json").stdout)
     assert {(b["name"], b["peer"]) for b in found["below"]} == {(NAME, "sdpa"), (NAME, "eager")}
     assert json.loads(cache.read_text("utf-8")) == run  # only --save writes
+
+
+def test_one_table_against_the_saved_run(small_suites):
+    assert refused("short", "--compare") == (
+        "there is no saved run to compare with; --save keeps one"
+    )
+    before = kept(outcome(1.2, 1.5))
+    lines = list(written.comparison([outcome(1.6, 2.0)], before))
+    assert lines[2].split() == [NAME, "sdpa", "1.35", "(1.20–1.50)", "1.80", "(1.60–2.00)", "▲"]
+    assert lines[-1].startswith("1 figure: ▼ 0 below, ▲ 1 above")
+    assert max(map(len, lines)) <= 80
+    assert bench("short", "--rounds", 1, "--save").exit_code == 0
+    said = bench("short", "--rounds", 1, "--compare").stdout.splitlines()
+    assert [line.split()[:2] for line in said[2:-1]] == [[NAME, "sdpa"], [NAME, "eager"]]
 
 
 def test_what_is_no_saved_run_is_one_sentence(small_suites, cache):

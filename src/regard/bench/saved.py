@@ -1,4 +1,4 @@
-"""The last saved run: kept in the user's cache, and what has fallen below it since."""
+"""The last saved run: kept in the user's cache, and what has become of its figures since."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ SAME = ("processor", "cores", "threads", "bound", "kernels", "torch")
 """What of a machine must be the same for figures to be compared."""
 
 
-class Below(NamedTuple):
-    """A figure whose every round is below every round of the saved run."""
+class Pair(NamedTuple):
+    """A figure that both runs have: a peer's time over ours."""
 
     name: str
     peer: str
     now: Ratio
     was: Ratio
+
+    @property
+    def below(self) -> bool:
+        """Every round is below every round of the saved run."""
+        return self.now.high < self.was.low
+
+    @property
+    def above(self) -> bool:
+        """Every round is above every round of the saved run."""
+        return self.now.low > self.was.high
 
 
 def path() -> Path:
@@ -59,22 +69,18 @@ def other(saved: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
     return [f"{name} {was.get(name)}" for name in SAME if was.get(name) != machine.get(name)]
 
 
-def compared(outcomes: Sequence[Outcome], saved: Mapping[str, Any]) -> tuple[int, list[Below]]:
-    """How many figures both runs have, and those that are below: beyond the spread of both."""
+def paired(outcomes: Sequence[Outcome], saved: Mapping[str, Any]) -> list[Pair]:
+    """The figures that both runs have."""
     before = {
         (entry["name"], peer["name"]): Ratio(**peer["ratio"])
         for entry in saved["entries"]
         for peer in entry["peers"]
         if peer["ratio"] is not None
     }
-    both = 0
     found = []
     for outcome in outcomes:
         for peer in outcome.entry.peers:
             now, was = outcome.ratio(peer), before.get((outcome.entry.name, peer))
-            if now is None or was is None:
-                continue
-            both += 1
-            if now.high < was.low:
-                found.append(Below(outcome.entry.name, peer, now, was))
-    return both, found
+            if now is not None and was is not None:
+                found.append(Pair(outcome.entry.name, peer, now, was))
+    return found

@@ -160,10 +160,26 @@ def below(
     """What has fallen below the last saved run, fit for JSON; null if there is none of here."""
     if before is None or saved.other(before, machine):
         return {"below": None}
-    _, found = saved.compared(outcomes, before)
+    found = [pair for pair in saved.paired(outcomes, before) if pair.below]
     return {
         "below": [b._asdict() | {"now": _ratio(b.now), "was": _ratio(b.was)} for b in found],
     }
+
+
+def comparison(outcomes: Sequence[Outcome], before: Mapping[str, Any]) -> Iterator[str]:
+    """One table, in 80 columns: each figure that both runs have, then and now."""
+    pairs = saved.paired(outcomes, before)
+    yield f"a peer's time / ours, median and range; saved on {before['machine']['date']}"
+    yield f"{'shape':<30} {'peer':<11} {'saved':>16} {'now':>16}"
+    for pair in pairs:
+        was, now = (f"{number(r.median)} ({span(r)})" for r in (pair.was, pair.now))
+        mark = "▼" if pair.below else "▲" if pair.above else " "
+        yield f"{pair.name:<30} {pair.peer:<11} {was:>16} {now:>16} {mark}".rstrip()
+    worse, better = sum(pair.below for pair in pairs), sum(pair.above for pair in pairs)
+    yield (
+        f"{_count(len(pairs), 'figure')}: ▼ {worse} below, ▲ {better} above, in every round; the "
+        "others within the spread"
+    )
 
 
 def fallen(
@@ -181,9 +197,10 @@ def fallen(
     if differs := saved.other(before, machine):
         yield f"Not compared with the saved run, which had {', '.join(differs)}."
         return
-    count, found = saved.compared(outcomes, before)
+    pairs = saved.paired(outcomes, before)
+    found = [pair for pair in pairs if pair.below]
     yield (
-        f"{len(found)} of {_count(count, 'figure')} below the last saved run, of "
+        f"{len(found)} of {_count(len(pairs), 'figure')} below the last saved run, of "
         f"{before['machine']['date']}{':' if found else '.'}"
     )
     for b in found:

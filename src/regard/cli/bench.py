@@ -42,6 +42,7 @@ _ARGUMENTS = "regard.bench.arguments"
 _ENGINE = "Our engine; auto takes the first that can.  [default: auto]"
 _QUICK = "A few shapes of each suite against SDPA, within a minute."
 _SAVE = "Keep the figures: later runs tell what is below them."
+_COMPARE = "Print one table against the saved run, instead of times."
 _PARTS = "Print where the cycles of ours go, a tile, instead of times."
 _WITHIN = 45.0  # seconds after which --quick begins no shape, to end within a minute
 _ROUNDS = "Quiet rounds for each shape.  [default: 7; 3 with --quick]"
@@ -67,6 +68,7 @@ class _Bench(click.Command):
 @click.option("--json", "as_object", is_flag=True, help="Print one JSON object, as below.")
 @click.option("--out", metavar="FILE", type=Path, help="Write a page of Markdown tables too.")
 @click.option("--save", is_flag=True, help=_SAVE)
+@click.option("--compare", is_flag=True, help=_COMPARE)
 @click.option("--parts", is_flag=True, help=_PARTS)
 @click.option("--list", "listed", is_flag=True, help="List suites, shapes and peers; run nothing.")
 @click.pass_context
@@ -81,6 +83,7 @@ def bench(
     as_object: bool,
     out: Path | None,
     save: bool,
+    compare: bool,
     parts: bool,
     listed: bool,
 ) -> None:
@@ -120,7 +123,12 @@ def bench(
             click.echo(line)
         return
     before = saved.last()
-    table = None if as_object else _table(about)
+    if compare:
+        if before is None:
+            raise RegardError("there is no saved run to compare with; --save keeps one")
+        if differs := saved.other(before, about):
+            raise RegardError(f"not to be compared: the saved run had {', '.join(differs)}")
+    table = None if as_object or compare else _table(about)
     outcomes = []
     for outcome in run(entries, settings, clock, _progress):
         _progress("")
@@ -128,9 +136,12 @@ def bench(
         if table is not None:
             table.add(outcome)
     found = written.as_dict(outcomes, about, settings) | written.below(outcomes, about, before)
-    if table is None:
+    if as_object:
         click.echo(json.dumps(found, indent=1))
-    else:
+    elif compare and before is not None:
+        for line in written.comparison(outcomes, before):
+            click.echo(line)
+    elif table is not None:
         table.foot(outcomes, settings)
         for line in written.fallen(outcomes, about, before, len(entries)):
             click.echo(line)
