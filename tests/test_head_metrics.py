@@ -38,8 +38,9 @@ def test_they_are_the_means_over_all_queries(ends, tmp_path):
         for batch in (0, 1):
             found = recording.head_metrics(layer, batch)
             wanted = defined(recording.weights(layer, batch=batch))
-            assert set(found) == set(wanted) == set(overview.SAID)
+            assert set(found) == set(wanted) == set(overview.METRICS)
             shown = overview.layer_metrics(recording, layer, batch)
+            assert shown["sampled"] == []
             for name, values in wanted.items():
                 torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-5)
                 assert shown[name] == pytest.approx(values.tolist(), rel=1e-4, abs=2e-5)
@@ -48,4 +49,6 @@ def test_they_are_the_means_over_all_queries(ends, tmp_path):
 def test_nothing_is_said_of_what_was_not_recorded(tmp_path):
     recording = regard.record(tiny(), ids(40), tmp_path / "r", observe=False)
     assert recording.head_metrics(0) == {}
-    assert set(overview.layer_metrics(recording, 0, 0)) == set(overview.SAID)
+    shown = overview.layer_metrics(recording, 0, 0)
+    assert set(shown) == {*overview.METRICS, "sampled"}
+    assert set(shown["sampled"]) == set(overview.METRICS)

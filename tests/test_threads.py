@@ -140,6 +140,7 @@ for line in open("/proc/self/maps"):
 """
 
 
+@pytest.mark.slow  # with the extra peers
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="asks /proc where code lies")
 def test_the_threads_are_torchs_own():
     """A second team beside torch's would wait for cores on which the first still spins."""

@@ -328,6 +328,7 @@ def test_the_parts_of_a_watched_model_are_taken():
         pass
 
 
+@pytest.mark.slow  # with the extra peers
 @pytest.mark.filterwarnings("ignore")
 def test_sentence_transformers():
     package = pytest.importorskip("sentence_transformers", reason="not installed")
@@ -341,6 +342,7 @@ def test_sentence_transformers():
     assert [layer.index for layer in seen] == [3]
 
 
+@pytest.mark.slow  # with the extra peers
 @pytest.mark.filterwarnings("ignore")
 def test_peft():
     package = pytest.importorskip("peft", reason="not installed")
