@@ -1,6 +1,7 @@
 """Small models of our own: a decoder LM, an encoder, translators; each with a choice of mixer."""
 
 from .config import MIXERS, ModelConfig
+from .decoding import beam_search, generate
 from .encoder import TextEncoder
 from .language_model import LanguageModel
 from .mixers import MixerState
@@ -16,4 +17,6 @@ __all__ = [
     "RecurrentTranslator",
     "TextEncoder",
     "Translator",
+    "beam_search",
+    "generate",
 ]
