@@ -6,6 +6,8 @@ from .encoder import TextEncoder
 from .language_model import LanguageModel
 from .mixers import MixerState
 from .recurrent_translator import AdditiveAttention, RecurrentTranslator
+from .sorter import load_sorter
+from .stories import StoryTokenizer, load_stories
 from .translator import Translator
 
 __all__ = [
@@ -15,8 +17,11 @@ __all__ = [
     "MixerState",
     "ModelConfig",
     "RecurrentTranslator",
+    "StoryTokenizer",
     "TextEncoder",
     "Translator",
     "beam_search",
     "generate",
+    "load_sorter",
+    "load_stories",
 ]
