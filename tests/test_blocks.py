@@ -1,5 +1,6 @@
 """Blocks and stacks against torch's and Hugging Face's; cached, watched and observed."""
 
+import math
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ DIM, HEADS = 16, 4
 # Blocks against plain torch
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu", "geglu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu-tanh", "swiglu", "geglu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_feed_forward_is_the_papers(activation, bias):
     module = seeded(lambda: FeedForward(6, 10, activation=activation, bias=bias), torch.float64)
@@ -46,10 +47,11 @@ def test_feed_forward_is_the_papers(activation, bias):
     act = {
         "relu": lambda x: x.clamp(min=0),
         "gelu": lambda x: x * torch.special.ndtr(x),
+        "gelu-tanh": lambda x: x / (1 + (-math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)).exp()),
         "swiglu": lambda x: x / (1 + (-x).exp()),
         "geglu": lambda x: x * torch.special.ndtr(x),
     }[activation]
-    if activation in ("relu", "gelu"):
+    if activation in ("relu", "gelu", "gelu-tanh"):
         assert module.gate is None
         hidden = act(linear(module.up, x))
     else:

@@ -21,6 +21,7 @@ except ImportError:  # the entry point comes with the package, its libraries wit
 _COMMANDS = (
     "bench",
     "docs",
+    "generate",
     "heads",
     "info",
     "look",
@@ -28,6 +29,7 @@ _COMMANDS = (
     "scan",
     "study",
     "train",
+    "translate",
     "view",
     "walk",
 )

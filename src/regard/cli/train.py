@@ -88,13 +88,16 @@ def lm(data: str, out: Path, as_object: bool, **given: Any) -> None:
         from ..training import LanguageTask, read_text, train
         from ..training.tokenizer import BOS, EOS, PAD
 
+        plan = _plan(given)
+        sizes = _taken(given, "mixer window positions dim heads depth hidden length dropout")
+        sizes |= {"pad": PAD, "bos": BOS, "eos": EOS}
+        ModelConfig(vocab=given["vocab"], **sizes)  # what is wrong with it is said at once
         text = read_text(data)
         tokenizer = _tokenizer(out, [text], given["vocab"], ends=False)
         task = LanguageTask(text, tokenizer, length=given["length"], batch=given["batch"])
-        sizes = _taken(given, "mixer window positions dim heads depth hidden length dropout")
-        config = ModelConfig(vocab=tokenizer.get_vocab_size(), pad=PAD, bos=BOS, eos=EOS, **sizes)
+        config = ModelConfig(vocab=tokenizer.get_vocab_size(), **sizes)
         about = {"data": data, "batch": given["batch"]}
-        said = train(task, config, _plan(given), out, told=told, about=about)
+        said = train(task, config, plan, out, told=told, about=about)
     _print(said, out, as_object)
 
 
@@ -128,6 +131,12 @@ def translate(
         from ..training.corpus import split_pairs
         from ..training.tokenizer import BOS, EOS, PAD
 
+        plan = _plan(given)
+        names = "mixer window positions dim heads depth hidden decoder_depth encoder_mixer dropout"
+        sizes = _taken(given, names) | {"pad": PAD, "bos": BOS, "eos": EOS}
+        recurrent = given["mixer"] in ("lstm", "gru", "rnn")
+        sizes["cross"] = given["cross"] or ("bahdanau" if recurrent else "attention")
+        ModelConfig(vocab=given["vocab"], **sizes)  # what is wrong with it is said at once
         pairs, valid, first = split_pairs(data, source, target)
         texts = (side for pair in pairs for side in pair)
         tokenizer = _tokenizer(out, texts, given["vocab"], ends=True)
@@ -135,16 +144,10 @@ def translate(
             pairs, valid, tokenizer, tokens_a_batch=given["batch"], first=first,
             smoothing=given["smoothing"], repeat=given["repeat"],
         )  # fmt: skip
-        names = "mixer window positions dim heads depth hidden decoder_depth encoder_mixer dropout"
-        sizes = _taken(given, names)
-        recurrent = given["mixer"] in ("lstm", "gru", "rnn")
-        cross = given["cross"] or ("bahdanau" if recurrent else "attention")
-        config = ModelConfig(
-            vocab=tokenizer.get_vocab_size(), pad=PAD, bos=BOS, eos=EOS, cross=cross, **sizes
-        )
+        config = ModelConfig(vocab=tokenizer.get_vocab_size(), **sizes)
         about = {"data": list(data), "languages": [source, target]}
         about |= _taken(given, "batch smoothing repeat")
-        said = train(task, config, _plan(given), out, told=told, about=about)
+        said = train(task, config, plan, out, told=told, about=about)
     _print(said, out, as_object)
 
 
@@ -167,14 +170,11 @@ def _check_out(out: Path) -> None:
 
 def _tokenizer(out: Path, texts: Any, vocab: int, *, ends: bool) -> Any:
     """The tokenizer of a run that was begun in `out`, or one trained on the data."""
-    from ..training.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+    from ..training.tokenizer import load_tokenizer, train_tokenizer
 
-    if (out / "tokenizer.json").exists():
+    if (out / "run.json").exists():
         return load_tokenizer(out)
-    tokenizer = train_tokenizer(texts, vocab, ends=ends)
-    if int(os.environ.get("RANK", "0")) == 0:
-        save_tokenizer(tokenizer, out)
-    return tokenizer
+    return train_tokenizer(texts, vocab, ends=ends)
 
 
 def _print(said: dict[str, Any], out: Path, as_object: bool) -> None:

@@ -1,8 +1,17 @@
-"""`import regard.huggingface` makes `attn_implementation="regard"` valid."""
+"""`import regard.huggingface` makes `attn_implementation="regard"` valid, and adds our models."""
 
 from .attention import CompactMask, attend, mask
 from .config import NAME
 from .generation import generation_cache
+from .own_models import RegardConfig
 from .swapped_configs import using_regard
 
-__all__ = ["NAME", "CompactMask", "attend", "generation_cache", "mask", "using_regard"]
+__all__ = [
+    "NAME",
+    "CompactMask",
+    "RegardConfig",
+    "attend",
+    "generation_cache",
+    "mask",
+    "using_regard",
+]

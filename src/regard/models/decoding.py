@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import RegardError
+from .language_model import LanguageModel
+from .recurrent_translator import RecurrentTranslator
+from .translator import Translator
 
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: LanguageModel,
     tokens: Tensor,
     count: int,
     *,
@@ -29,13 +32,18 @@ def generate(
     likeliest. cache: whether each step goes on from the blocks' states, or reads all anew: the
     same tokens. step: told of each new column (batch,).
     """
-    if tokens.shape[1] < 1:
-        raise RegardError("generate: give at least one token to go on from")
+    _check_eval(model, "generate")
+    if tokens.dim() != 2 or tokens.shape[1] < 1:
+        raise RegardError("generate: give at least one token to go on from, as (batch, length)")
+    if count < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise RegardError(
+            f"generate: count {count} and temperature {temperature} are ≥ 0, top_k {top_k} ≥ 1"
+        )
     generator = torch.Generator(tokens.device).manual_seed(seed)
     states = model.states() if cache else None
     read = tokens
     for _ in range(count):
-        logits = model(read, states=states)[:, -1].float()
+        logits = model(read, states=states)[:, -1]
         chosen = _chosen(logits, temperature, top_k, generator)
         tokens = torch.cat([tokens, chosen[:, None]], 1)
         read = chosen[:, None] if cache else tokens
@@ -44,21 +52,26 @@ def generate(
     return tokens
 
 
+def _check_eval(model: Any, name: str) -> None:
+    if model.training:
+        raise RegardError(f"{name}: the model is in training, with dropout; call eval() first")
+
+
 def _chosen(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
 ) -> Tensor:
-    if temperature <= 0:
+    if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    weights = (logits / temperature).softmax(-1)
+    weights = (logits.float() / temperature).softmax(-1)
     return torch.multinomial(weights, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
 def beam_search(
-    model: Any,
+    model: Translator | RecurrentTranslator,
     source: Tensor,
     *,
     beams: int = 5,
@@ -66,74 +79,88 @@ def beam_search(
     length_penalty: float = 1.0,
     cache: bool = True,
 ) -> list[list[int]]:
-    """The best target of each source (batch, length), without bos and eos.
+    """The best target found of each source (batch, length), without bos and eos.
 
-    Each source keeps `beams` targets, those of the largest Σ log p / length^length_penalty (Wu et
-    al. 2016, eq. 14, in its simpler form). limit: the most target tokens, default twice the
-    source's and 10. cache: whether a step goes on from the state; else it reads all anew.
+    At each step a source keeps the `beams` likeliest targets, and its search is over when so many
+    have ended, or none that still grows can become the best: that of the largest
+    Σ log p / length^length_penalty, eos counted (Wu et al. 2016, eq. 14, in its simpler form).
+    limit: the most target tokens, default twice the source's and 10; a target that has not ended
+    there is given only where none has. cache: whether a step goes on from the state; else it reads
+    all anew. What stands beside a source in the batch changes nothing.
     """
-    if beams < 1:
-        raise RegardError(f"beams is {beams}; give a number ≥ 1")
-    batch, config = source.shape[0], model.config
-    limit = 2 * source.shape[1] + 10 if limit is None else limit
-    rows = torch.arange(batch, dtype=torch.int64, device=source.device).repeat_interleave(beams)
-    state = model.begin(source)
-    state.select(rows)
-    target = torch.full((batch * beams, 1), config.bos, dtype=torch.int64, device=source.device)
-    scores = torch.full((batch, beams), -torch.inf, dtype=torch.float32, device=source.device)
+    _check_eval(model, "beam_search")
+    config = model.config
+    if beams < 1 or length_penalty < 0 or (limit is not None and limit < 1):
+        raise RegardError(
+            f"beam_search: beams {beams} and limit {limit} are ≥ 1, length_penalty "
+            f"{length_penalty} ≥ 0"
+        )
+    if config.bos < 0 or config.eos < 0:
+        raise RegardError("beam_search: the model's config has no bos and eos to begin and end by")
+    lengths = (source != config.pad).sum(-1).tolist()
+    searches = [
+        _Search(beams, 2 * n + 10 if limit is None else limit, length_penalty) for n in lengths
+    ]
+    if not searches:
+        return []
+    batch, device = len(searches), source.device
+    first = torch.arange(batch, dtype=torch.int64, device=device)[:, None] * beams
+    rows = (first // beams).expand(-1, beams).flatten()
+    state: Any = None
+    if cache:
+        state = model.begin(source)
+        state.select(rows)
+    target = torch.full((batch * beams, 1), config.bos, dtype=torch.int64, device=device)
+    scores = torch.full((batch, beams), -torch.inf, dtype=torch.float32, device=device)
     scores[:, 0] = 0.0  # all beams begin alike: one of them lives
-    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(batch)]
-    for length in range(1, limit + 1):
-        if cache:
-            logits = model.step(target[:, -1:], state)[:, -1]
-        else:
-            logits = model(target, source[rows])[:, -1]
-        grown = scores[..., None] + logits.float().log_softmax(-1).view(batch, beams, -1)
+    while not all(search.over for search in searches):
+        logits = model.step(target[:, -1:], state) if cache else model(target, source[rows])
+        logits = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
+        grown = scores[..., None] + logits.log_softmax(-1).view(batch, beams, -1)
         vocab = grown.shape[-1]
-        best, index = grown.flatten(1).topk(2 * beams)  # as many may end
+        # Of twice as many, at least `beams` go on: each beam has but one end
+        best, index = grown.flatten(1).topk(min(2 * beams, beams * vocab))
         from_beam, token = index // vocab, index % vocab
         ends = token == config.eos
-        _keep_finished(finished, target.view(batch, beams, -1), best, from_beam, ends, length,
-                       beams, length_penalty)  # fmt: skip
-        best = best.masked_fill(ends, -torch.inf)
-        scores, place = best.topk(beams)
-        from_beam, token = from_beam.gather(1, place), token.gather(1, place)
-        if all(_settled(f, float(scores[n, 0]), limit, beams, length_penalty)
-               for n, f in enumerate(finished)):  # fmt: skip
-            break
-        chosen = (
-            torch.arange(batch, dtype=torch.int64, device=source.device)[:, None] * beams
-            + from_beam
-        ).flatten()
-        target = torch.cat([target[chosen], token.flatten()[:, None]], 1)
+        scores, place = best.masked_fill(ends, -torch.inf).topk(beams)
+        chosen = (first + from_beam.gather(1, place)).flatten()
+        grown_target = torch.cat([target[chosen], token.gather(1, place).flatten()[:, None]], 1)
+        for n, search in enumerate(searches):
+            if search.over:
+                continue  # another source goes on; this one's answer stands
+            for beam in ends[n, :beams].nonzero()[:, 0].tolist():
+                search.end(float(best[n, beam]), target[n * beams + int(from_beam[n, beam]), 1:])
+            search.settle(float(scores[n, 0]), grown_target[n * beams, 1:])
+        target = grown_target
         if cache:
             state.select(chosen)
-    live = target.view(batch, beams, -1)
-    return [max(done)[1] if done else live[n, 0, 1:].tolist() for n, done in enumerate(finished)]
+    return [search.answer for search in searches]
 
 
-def _keep_finished(
-    finished: list[list[tuple[float, list[int]]]],
-    target: Tensor,
-    best: Tensor,
-    from_beam: Tensor,
-    ends: Tensor,
-    length: int,
-    beams: int,
-    penalty: float,
-) -> None:
-    """Note the targets among the first `beams` that end here."""
-    for item, place in ends[:, :beams].nonzero().tolist():
-        score = float(best[item, place])
-        if score > -float("inf"):
-            words = target[item, int(from_beam[item, place]), 1:].tolist()
-            finished[item].append((score / length**penalty, words))
+class _Search:
+    """What one source has found. limit: the most target tokens, eos among them."""
 
+    def __init__(self, beams: int, limit: int, penalty: float) -> None:
+        self.beams, self.limit, self.penalty = beams, limit, penalty
+        self.best, self.answer = -torch.inf, list[int]()
+        self.ended, self.length, self.over = 0, 1, False
 
-def _settled(
-    done: list[tuple[float, list[int]]], live: float, limit: int, beams: int, penalty: float
-) -> bool:
-    """Whether no target that still grows could become the best."""
-    if len(done) < beams and live > -float("inf"):
-        return False
-    return not done or live / limit**penalty <= max(done)[0] or len(done) >= 2 * beams
+    def end(self, score: float, target: Tensor) -> None:
+        """A target ends at this step."""
+        if score == -torch.inf:
+            return  # of a beam that does not live
+        self.ended += 1
+        share = score / self.length**self.penalty
+        if share > self.best:
+            self.best, self.answer = share, target.tolist()
+
+    def settle(self, live: float, target: Tensor) -> None:
+        """The step is done; live, target: the likeliest that still grows, with its log p."""
+        if live != live:
+            raise RegardError("beam_search: the model's logits are no numbers")
+        # log p never rises, and a longer one is divided by no more than this
+        hopeless = live / self.limit**self.penalty <= self.best
+        self.over = self.ended >= self.beams or hopeless or self.length >= self.limit
+        if self.over and not self.ended:
+            self.answer = target.tolist()
+        self.length += 1

@@ -167,7 +167,7 @@ class RecurrentMixer(nn.Module):
     ) -> Any:
         """mask: Full, or Padding at the end. There are no weights to observe: results are ()."""
         if isinstance(mask, Padding):
-            out = self._packed(x, mask.keep.sum(-1))
+            out = self._packed(x, mask.keep)
         elif isinstance(mask, Full):
             out, held = self.recurrence(x, None if state is None else _batch_second(state.held))
             if state is not None:
@@ -176,8 +176,11 @@ class RecurrentMixer(nn.Module):
             raise RegardError(f"a recurrence reads all in turn; it takes no mask {mask}")
         return out if observe is None else (out, ())
 
-    def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def _packed(self, x: Tensor, keep: Tensor) -> Tensor:
         """Each item by its own length; what comes of padding is 0."""
+        if bool((keep[:, 1:] & ~keep[:, :-1]).any()):
+            raise RegardError("a recurrence takes padding at the end alone; pad on the right")
+        lengths = keep.sum(-1)
         packed = nn.utils.rnn.pack_padded_sequence(
             x, lengths.cpu(), batch_first=True, enforce_sorted=False
         )

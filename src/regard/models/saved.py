@@ -69,8 +69,6 @@ def load_model(folder: str | Path) -> Any:
     kind = str(said.get("model_type", "")).removeprefix("regard-")
     if kind not in KINDS:
         raise RegardError(f"{folder} is no model of regard's: it is of type {kind!r}")
-    with torch.device("cpu"):
-        model: nn.Module = KINDS[kind](ModelConfig.from_json(said))
     try:
         state = load_file(folder / "model.safetensors", device="cpu")
     except Exception as error:
@@ -78,6 +76,13 @@ def load_model(folder: str | Path) -> Any:
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     if said.get("tie", True):
         state["head.weight"] = state["embedding.weight"]
+    return filled(KINDS[kind], ModelConfig.from_json(said), state)
+
+
+def filled(kind: Any, config: ModelConfig, state: Mapping[str, Tensor]) -> Any:
+    """A model with these weights, on the CPU, in evaluation."""
+    with torch.device("cpu"):
+        model: nn.Module = kind(config)
     model.load_state_dict(state)
     return model.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .positions import Positions
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it gates
     "relu": (F.relu, False),
     "gelu": (F.gelu, False),
+    "gelu-tanh": (partial(F.gelu, approximate="tanh"), False),
     "swiglu": (F.silu, True),
     "geglu": (F.gelu, True),
 }
@@ -27,8 +29,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and wheth
 class FeedForward(nn.Module):
     """Each token by itself: down(act(up x)); gated, down(act(gate x) · up x).
 
-    Vaswani et al. 2017, section 3.3 ("relu"); Hendrycks and Gimpel 2016 ("gelu"); Shazeer 2020,
-    eq. 5 and 6 ("geglu", "swiglu").
+    Vaswani et al. 2017, section 3.3 ("relu"); Hendrycks and Gimpel 2016 ("gelu", and "gelu-tanh",
+    which GPT-2 has); Shazeer 2020, eq. 5 and 6 ("geglu", "swiglu").
     hidden: default 4 · dim; of a gated one 8/3 · dim, rounded up to a multiple of 8, which takes as
     many parameters. dropout: of the hidden numbers, in training.
     """

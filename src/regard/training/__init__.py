@@ -4,8 +4,10 @@ from .corpus import read_pairs, read_text
 from .loop import TrainingPlan, train
 from .tasks import LanguageTask, TranslationTask
 from .tokenizer import load_tokenizer, train_tokenizer
+from .writing import continue_text, load_translator, load_writer, translate_texts
 
 __all__ = [
-    "LanguageTask", "TrainingPlan", "TranslationTask", "load_tokenizer", "read_pairs", "read_text",
-    "train", "train_tokenizer",
+    "LanguageTask", "TrainingPlan", "TranslationTask", "continue_text", "load_tokenizer",
+    "load_translator", "load_writer", "read_pairs", "read_text", "train", "train_tokenizer",
+    "translate_texts",
 ]  # fmt: skip

@@ -304,7 +304,7 @@ def _decided(
         else:
             told("measuring this machine", None)
             decided = asdict(_measured(task, model, plan, device))
-            out.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(task.tokenizer, out)  # before run.json, which says that it is there
             said = {"asked": asked, "decided": decided, "machine": _machine(device)}
             write_text(path, json.dumps(said, indent=2) + "\n")
     if world > 1:
