@@ -1,8 +1,12 @@
 """The documentation site: every page has its place in it, `regard docs` opens it, and it builds."""
 
 import shutil
+import socket
 import subprocess
+import threading
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
@@ -36,17 +40,48 @@ def test_every_public_name_is_in_the_reference():
     assert names <= named
 
 
-def test_docs_says_where_the_site_is_or_how_to_build_it(tmp_path, monkeypatch):
+def test_docs_says_how_to_build_the_site(monkeypatch):
     monkeypatch.setattr(docs, "built", lambda: None)
     result = CliRunner().invoke(main, ["docs", "--no-browser"])
     assert result.exit_code == 2
     assert result.stderr.startswith("regard: this installation holds no documentation; in a clone")
-    page = tmp_path / "index.html"
+
+
+def test_docs_serves_the_site_and_nothing_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "secret.txt").write_text("secret")
+    page = tmp_path / "site" / "index.html"
+    page.parent.mkdir()
+    page.write_text("the first page")
     monkeypatch.setattr(docs, "built", lambda: page)
-    opened = []
-    monkeypatch.setattr("webbrowser.open", opened.append)
-    assert CliRunner().invoke(main, ["docs"]).stdout == f"{page}\n"
-    assert opened == [page.as_uri()]
+    found, servers, served = [], [], docs.served
+
+    def kept(folder, port):
+        servers.append(served(folder, port))
+        return servers[-1]
+
+    monkeypatch.setattr(docs, "served", kept)
+
+    def ask(address):
+        """As the browser would, from its own thread: the command serves until Ctrl-C."""
+
+        def asked():
+            for path in ("", "../secret.txt", "%2e%2e/secret.txt"):
+                try:
+                    found.append(urlopen(f"{address}{path}", timeout=30).read())
+                except HTTPError as error:
+                    found.append(error.code)
+            servers[0].shutdown()
+
+        threading.Thread(target=asked).start()
+
+    monkeypatch.setattr("webbrowser.open", ask)
+    result = CliRunner().invoke(main, ["docs"])
+    assert result.stdout.startswith("regard docs: http://127.0.0.1:")
+    assert found == [b"the first page", 404, 404]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["docs", "--port", port])
+    assert (result.exit_code, result.stderr[:20]) == (2, f"regard: port {port} is"[:20])
 
 
 @pytest.mark.slow

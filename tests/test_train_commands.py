@@ -178,3 +178,12 @@ def test_one_line_says_what_is_wrong(places, arguments, said):
     assert line.isprintable()
     assert line.removeprefix("regard: ").startswith(filled(said)), line
     assert sorted(places["tmp"].rglob("*")) == before
+
+
+def test_what_was_trained_can_be_looked_at(places):
+    """By the command, with the model's own tokens."""
+    found = json.loads(printed("look", ENGLISH[0], "--model", places["lm"], "--json"))
+    assert found["model"] == "lm"
+    assert found["links"]
+    walked = printed("walk", ENGLISH[0], "--model", places["lm"], "--from", found["words"][1])
+    assert walked.splitlines()[-1].startswith("✓")

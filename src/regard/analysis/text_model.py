@@ -297,6 +297,8 @@ def load(name: str | None = None, *, generate: bool = False, head: bool = False)
     except ImportError as error:
         raise RegardError(f"reading a model needs transformers: {EXTRA}") from error
     with quiet():
+        from .. import huggingface  # noqa: F401 (models of `regard train` become known there)
+
         for local_only in _attempts(place):
             try:
                 return _loaded(transformers, place, title, generate, head, local_only)
