@@ -40,8 +40,10 @@ class Sent:
     def ask(self, number, path, **given):
         """All that is sent about a question, once its last message is."""
         self.widget._asked(None, {"id": number, "path": path, "given": given}, [])
+        end = time.monotonic() + 120
         while not any(said["id"] == number and "more" not in said for said, _ in self.messages):
-            time.sleep(0.005)
+            assert time.monotonic() < end, f"{path} is not answered"
+            time.sleep(0.005)  # a thread answers, and tells nobody
         return [message for message in self.messages if message[0]["id"] == number]
 
 
