@@ -206,7 +206,7 @@ def field_of(config: Any, name: str) -> Any:
     """None where it is not there, or differs from layer to layer."""
     try:
         return getattr(config, name, None)
-    except Exception:
+    except Exception:  # some properties of configurations raise, each its own error
         return None
 
 

@@ -169,9 +169,11 @@ class RecurrentMixer(nn.Module):
         if isinstance(mask, Padding):
             out = self._packed(x, mask.keep)
         elif isinstance(mask, Full):
-            out, held = self.recurrence(x, None if state is None else _batch_second(state.held))
+            # torch keeps (layers, batch, size) even where the batch is first
+            before = None if state is None or state.held is None else _transposed(state.held)
+            out, held = self.recurrence(x, before)
             if state is not None:
-                state.held = _batch_first(held)
+                state.held = _transposed(held)
         else:
             raise RegardError(f"a recurrence reads all in turn; it takes no mask {mask}")
         return out if observe is None else (out, ())
@@ -188,15 +190,6 @@ class RecurrentMixer(nn.Module):
             self.recurrence(packed)[0], batch_first=True, total_length=x.shape[1]
         )
         return out
-
-
-def _batch_second(held: Any) -> Any:
-    """torch keeps (layers, batch, size) even where the batch is first."""
-    return None if held is None else _transposed(held)
-
-
-def _batch_first(held: Any) -> Any:
-    return _transposed(held)
 
 
 def _transposed(held: Any) -> Any:
