@@ -30,6 +30,7 @@ from regard.call.checked import Call
 from regard.engines import ENGINES, preference, refusals, select
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+ON_THE_CPU = [name for name in ENGINES if name not in ("flex", "decode")]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -105,13 +106,14 @@ def test_auto_is_the_first_that_can(case, dtype):
 def test_explain():
     query, key, value = Case("", at(5, 7, v_dim=24)).tensors()
     said = explain(query, key, value, softcap=2.0, sinks=torch.zeros(4), return_lse=True)
-    assert list(said) == ["cpu", "sdpa", "tiled", "flex", "reference"]
+    assert list(said) == ["cpu", "sdpa", "decode", "tiled", "flex", "reference"]
     assert said["tiled"] == said["reference"] == []
     assert said["cpu"] == ["query is float64; it computes in float32"]
     assert [r.split()[0] for r in said["sdpa"]] == ["v_dim", "softcap", "sinks"]
     alike = [t.float() for t in (query, key, value[..., :16])]
     said = explain(*alike)
     assert said.pop("flex") == ["query is on cpu; this engine runs on cuda"]
+    assert said.pop("decode")[0] == "query is on cpu; this engine runs on cuda"
     assert not any(said.values())
 
 
@@ -182,7 +184,7 @@ def test_same_bits_in_a_larger_batch(engine, kv_heads, n, dim, threads):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "flex"])  # cuda only
+@pytest.mark.parametrize("engine", ON_THE_CPU)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_nan_and_inf_surface(engine, where, value, dtype):
     """One bad number shows in each row that sees it, and in ours in none that does not."""

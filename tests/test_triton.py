@@ -99,8 +99,12 @@ from regard.engines.second_pass.triton import rows_kernel, top_k_kernel
 def report(kernel, made):
     print(kernel.__name__, "wgmma" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
 
+from regard.engines.decode import engine as decode
+from regard.engines.decode import attend_kernel as decode_kernel
+
 kernels = {rows_kernel: "sum_rows weigh_rows", read_kernel: "weigh", top_k_kernel: "list_keys",
-           effect_kernel: "remove", few_queries_kernel: "weigh_few join_few"}
+           effect_kernel: "remove", few_queries_kernel: "weigh_few join_few",
+           decode_kernel: "attend_chunk join_chunks"}
 with compiling(kernels, report):
     query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
     call = Call.checked(query, query[:, :2], None, mask=Causal() & (Window(64) | First(4)))
@@ -116,6 +120,10 @@ with compiling(kernels, report):
     asked = [TopK(8), Received(), Entropy(), MaxScore(), Map(16, 16), Distances(), Rows([-1])]
     call = Call.checked(query[:, :, :2], pool, None, mask=Causal(), bias=ALiBi(), pages=pages)
     read.read(call, asked, lse[:, :, :2].clone(), False)
+    for sinks in (None, torch.zeros(4)):
+        decode.attend(Call.checked(query[:, :, :2], pool, pool, sinks=sinks, pages=pages))
+    wide = wide.float()
+    decode.attend(Call.checked(wide[:, :, :2], wide[:, :2], wide[:, :2], mask=Causal()))
 """
 
 
@@ -142,6 +150,7 @@ def test_compiles_for_a_gpu(tmp_path):
         "weigh_few False True",
         "join_few False True",
         "weigh_rows False True",
+        *["attend_chunk False True", "join_chunks False True"] * 3,
     ], done.stderr
 
 

@@ -12,6 +12,7 @@ from ..errors import NoEngine, RegardError
 from . import flex, hidden, reference, sdpa, tiled
 from .cpu import engine as cpu
 from .cpu import measured
+from .decode import engine as decode
 
 
 class Engine(Protocol):
@@ -30,8 +31,10 @@ class Engine(Protocol):
 
 # `auto` takes the first that can. Only by name: `reference`, which materialises the weights, and
 # `flex`, until it has been measured on a GPU.
-PREFERENCE: tuple[Any, ...] = (cpu, sdpa, tiled)
-YIELDING: tuple[Any, ...] = (sdpa, cpu, tiled)  # where PyTorch's kernel is measured to be faster
+PREFERENCE: tuple[Any, ...] = (cpu, sdpa, decode, tiled)
+YIELDING: tuple[Any, ...] = (sdpa, cpu, decode, tiled)  # PyTorch's kernel is measured to be faster
+IN_PAGES: tuple[Any, ...] = (cpu, decode, sdpa, tiled)
+READING_PAGES: tuple[Any, ...] = (cpu, decode)  # where they lie; others have a copy, in order
 BY_NAME: tuple[Any, ...] = (flex, reference)
 SPREADING: tuple[Any, ...] = (sdpa, flex)  # PyTorch's own, which multiply what is hidden by 0
 ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
@@ -39,6 +42,8 @@ ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
 
 def preference(call: Call) -> tuple[Any, ...]:
     """The engines that `auto` tries for a call, in their order."""
+    if call.pages is not None:
+        return IN_PAGES
     return PREFERENCE if measured.faster(call) is None else YIELDING
 
 
@@ -63,6 +68,12 @@ def spreading(call: Call) -> list[str]:
         for engine in SPREADING
         if not engine.why_not(call)
     ]
+
+
+def copying(call: Call) -> list[str]:
+    """The names of the engines that could run this call on a copy of its keys, out of pages."""
+    could = (name for name, reasons in refusals(call).items() if not reasons)
+    return [name for name in could if ENGINES[name] not in READING_PAGES]
 
 
 def refusals(call: Call) -> dict[str, list[str]]:

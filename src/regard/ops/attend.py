@@ -15,8 +15,7 @@ from ..call.masks import Full, Mask
 from ..call.observers import Observer
 from ..call.pages import Pages
 from ..call.top_blocks import by_content
-from ..engines import order, refusals, run, spreading, tiled
-from ..engines.cpu import engine as cpu
+from ..engines import copying, order, refusals, run, spreading, tiled
 from ..engines.second_pass.weigh import explained, weigh
 from ..errors import RegardError
 from . import region
@@ -98,8 +97,8 @@ def attention(
     dropout: a probability, or `Dropout(p, seed)`.
     query_start, key_start: positions of the first query and key in the sequence. By default keys
         start at 0 and the last query stands at the last key.
-    pages: key and value are then pools (pages, kv_heads, size, dim), which engine cpu and the
-        second pass on CUDA read in place, and others copy: `Pages(table, lengths)`.
+    pages: key and value are then pools (pages, kv_heads, size, dim), which engines cpu and
+        decode and the second pass on CUDA read in place, and others copy: `Pages(table, lengths)`.
     observe: what to keep of the weights, such as `[TopK(8), Received()]`.
 
     Returns out (batch, heads, q_len, v_dim); with `return_lse`, also the log-sum-exp
@@ -192,8 +191,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[s
         size = place.batch * place.kv_heads * place.k_len * dims * query.element_size()
         said["pages"] = [
             f"{name} copies keys and values out of them, {size / 2**20:.1f} MiB"
-            for name, reasons in said.items()
-            if not reasons and name != cpu.name
+            for name in copying(call)
         ]
     if call.observers:
         said["second pass by triton"] = explained(call)

@@ -18,7 +18,7 @@ LEAST_ROWS, MOST_ROWS = 16, 64  # of a tile: those of the heads that share their
 
 
 class ChunkArgs(NamedTuple):
-    """How keys are cut: `_Few._classes` says what a class is."""
+    """How keys are cut: `Chunks._classes` says what a class is."""
 
     classes: Tensor
     classes_b: int
@@ -127,8 +127,8 @@ def gather(plan: Launch, shared: Shared, shard: bool, block_k: int | None) -> No
             found[name] = found[name][..., : len(plan.distances)].contiguous()
 
 
-class _Few:
-    """How a call's queries and keys are cut, and the two kernels on them."""
+class Chunks:
+    """How the queries and keys of a call with few queries are cut. block_k: keys of a tile."""
 
     def __init__(self, shared: Shared, block_k: int | None) -> None:
         self.shared, self.call = shared, shared.call
@@ -144,8 +144,8 @@ class _Few:
         self.k_blocks = -(-(place.k_len + self.lead) // self.block_k)
         self.per_chunk = max(CHUNK // self.block_k, 1)
         self.chunks = -(-self.k_blocks // self.per_chunk)
-        self.classes = self._classes()
-        self.unused = torch.empty(1, dtype=torch.float32, device=place.device)
+        self.programs = place.batch * place.kv_heads * self.parts * self.chunks
+        self.args = ChunkArgs(*self._classes(), self.lead, self.k_blocks, self.chunks, self.parts)
 
     def _classes(self) -> tuple[Tensor, int, int]:
         """uint8 (batch or 1, kv heads or 1, k blocks): 0 empty, 1 mixed, 3 whole; its strides."""
@@ -161,6 +161,14 @@ class _Few:
         batch, heads, _ = classes.shape
         return classes, classes.stride(0) * (batch > 1), classes.stride(1) * (heads > 1)
 
+
+class _Few(Chunks):
+    """The two kernels on a call's chunks."""
+
+    def __init__(self, shared: Shared, block_k: int | None) -> None:
+        super().__init__(shared, block_k)
+        self.unused = torch.empty(1, dtype=torch.float32, device=self.call.place.device)
+
     def cells_of_a_tile(self, wanted: Map) -> int:
         return max(self.block_k // wanted.cells(self.call.place)[1].size, 1)
 
@@ -175,7 +183,6 @@ class _Few:
         if plan.distances is not None:
             edges = ends(plan.distances, place.device)
         items, heads = given["counts"].shape[:2] if "counts" in given else (0, 0)
-        args = ChunkArgs(*self.classes, self.lead, self.k_blocks, self.chunks, self.parts)
         at = self.named(given)
         first, last = plan.received or (0, 0)
         columns = ColumnArgs(at("columns"), at("counts"), items, heads, first, last)
@@ -190,8 +197,8 @@ class _Few:
             )
         )  # fmt: skip
         with on_device(place.device):
-            weigh_few[(place.batch * place.kv_heads * self.parts * self.chunks,)](
-                shared.args, shared.mask_args(), shared.biases, args, before,
+            weigh_few[(self.programs,)](
+                shared.args, shared.mask_args(), shared.biases, self.args, before,
                 self.sums(given, plan), columns, at("cells"), bins,
                 shared.form(self.block_q, self.block_k), gathered,
                 num_warps=4, enable_fp_fusion=True,

@@ -19,6 +19,40 @@ _PART = tl.constexpr(64)  # chunks, or listed keys, that are joined at once
 
 
 @triton.jit
+def rows_of_tile(call, chunked, form, Q: tl.constexpr):
+    """(chunk, part, batch item, key head, and of each row: query, whether it is one, head).
+
+    M // Q of the heads that share a key head stand in a tile.
+    """
+    pid = tl.program_id(0)
+    chunk = pid % chunked.chunks
+    part = pid // chunked.chunks % chunked.parts
+    owner = (pid // chunked.chunks // chunked.parts).to(tl.int64)
+    b = owner // (call.heads // call.group)
+    kv_head = owner % (call.heads // call.group)
+    lane = tl.arange(0, form.M)
+    rows = lane % Q
+    of_group = part * (form.M // Q) + lane // Q
+    row_in = (rows < call.q_len) & (of_group < call.group)
+    h = kv_head * call.group + tl.minimum(of_group, call.group - 1)
+    return chunk, part, b, kv_head, rows, row_in, h
+
+
+@triton.jit
+def tiles_of_chunk(chunked, chunk, b, kv_head, CHUNK: tl.constexpr, form):
+    """(the first tile that is not empty, one past the last, the classes of the head's tiles)."""
+    begin = chunk * CHUNK
+    stop = tl.minimum(begin + CHUNK, chunked.k_blocks)
+    line = chunked.classes + b * chunked.classes_b + kv_head * chunked.classes_h
+    if form.MASKED:
+        numbers = begin + tl.arange(0, CHUNK)
+        some = tl.load(line + numbers, mask=numbers < chunked.k_blocks, other=0) != 0
+        begin = tl.min(tl.where(some, numbers, chunked.k_blocks), 0)
+        stop = tl.max(tl.where(some, numbers + 1, 0), 0)
+    return begin, stop, line
+
+
+@triton.jit
 def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, form, gathered):
     """See `few_queries.gather`, which gives it its arguments, and `few_queries.GatheredByFew`.
 
@@ -40,18 +74,8 @@ def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, 
     k_blocks = chunked.k_blocks
     chunks = chunked.chunks
     listed = found.listed
-    pid = tl.program_id(0)
-    chunk = pid % chunks
-    part = pid // chunks % chunked.parts
-    owner = (pid // chunks // chunked.parts).to(tl.int64)
-    b = owner // (heads // group)
-    kv_head = owner % (heads // group)
+    chunk, part, b, kv_head, rows, row_in, h = rows_of_tile(call, chunked, form, Q)
     k, table, end = keys_of(call, b, kv_head, form)
-    lane = tl.arange(0, M)
-    rows = lane % Q
-    of_group = part * G + lane // Q
-    row_in = (rows < q_len) & (of_group < group)
-    h = kv_head * group + tl.minimum(of_group, group - 1)
     at = (b * heads + h) * q_len + rows
     own_head = part * G + tl.arange(0, G)
     head_in = own_head < group
@@ -61,15 +85,7 @@ def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, 
     given = tl.load(call.lse + at, mask=row_in, other=float("-inf"))
     safe = tl.where(given == float("-inf"), 0.0, given)
 
-    # From the first tile of the chunk that is not empty to the last
-    begin = chunk * gathered.CHUNK
-    stop = tl.minimum(begin + gathered.CHUNK, k_blocks)
-    line = chunked.classes + b * chunked.classes_b + kv_head * chunked.classes_h
-    if MASKED:
-        numbers = begin + tl.arange(0, gathered.CHUNK)
-        some = tl.load(line + numbers, mask=numbers < k_blocks, other=0) != 0
-        begin = tl.min(tl.where(some, numbers, k_blocks), 0)
-        stop = tl.max(tl.where(some, numbers + 1, 0), 0)
+    begin, stop, line = tiles_of_chunk(chunked, chunk, b, kv_head, gathered.CHUNK, form)
     if gathered.SUMS:  # blocks without a large lse divide by 1, and need no pass
         large = tl.max((row_in & (tl.abs(safe) > LARGE)).to(tl.int32), 0)
         stop = tl.where(large > 0, stop, 0)

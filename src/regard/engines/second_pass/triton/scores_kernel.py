@@ -185,13 +185,16 @@ def band_entry(tile, low, high, tiles, call, form):
 
 
 @triton.jit
-def places(cols, col_in, table, call, form):
-    """Where the keys of cols begin, from the first one's place; in pages, from the pool's."""
+def places(cols, col_in, table, call, of_page, of_token, form):
+    """Where the keys or values of cols begin, from the first one's place; in pages, the pool's.
+
+    of_page, of_token: the strides from one to the next.
+    """
     if form.PAGED:
         page = tl.load(table + cols // call.page_size, mask=col_in, other=0).to(tl.int64)
-        return page * call.k_b + (cols % call.page_size).to(tl.int64) * call.k_n
+        return page * of_page + (cols % call.page_size).to(tl.int64) * of_token
     else:
-        return cols.to(tl.int64) * call.k_n
+        return cols.to(tl.int64) * of_token
 
 
 @triton.jit
@@ -216,7 +219,7 @@ def queries(q, rows, row_in, call, form):
 def dots(q, k, table, call, cols, col_in, form):
     """q · kᵀ of a tile, (M, N), without its scale; `scores` says what is what."""
     dims = tl.arange(0, form.D)
-    own = places(cols, col_in, table, call, form)
+    own = places(cols, col_in, table, call, call.k_b, call.k_n, form)
     own = k + own[None, :] + dims[:, None] * call.k_d
     keys = tl.load(own, mask=col_in[None, :] & (dims < call.dim)[:, None], other=0)
     if WIDEN:

@@ -161,7 +161,7 @@ def list_keys(
             place = key_in_tile((leaf % WIDTH)[:, :, None], number % (N // WIDTH), N, WIDTH)
             cols = tl.reshape(tile * N + place - tiles.k_lead, [R, TOP * LEAF])
             col_in = tl.reshape(there, [R, TOP * LEAF]) & (cols >= 0) & (cols < end)
-            own = places(cols, col_in, table, call, form)
+            own = places(cols, col_in, table, call, call.k_b, call.k_n, form)
             dots = tl.zeros([R, TOP * LEAF, DEPTH], tl.float32)
             for low in tl.static_range(
                 0, form.D, DEPTH

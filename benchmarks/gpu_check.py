@@ -1,0 +1,223 @@
+"""On a CUDA GPU: every kernel against float64. Run by gpu.py.
+
+Each engine and the Triton kernels of the second pass on small calls, few queries, pages and Effect
+among them, against `reference` and the plain torch readers in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard import (
+    ALiBi,
+    Causal,
+    Distances,
+    Documents,
+    Dropout,
+    Edges,
+    Effect,
+    Entropy,
+    First,
+    LogSumExp,
+    Map,
+    MaxScore,
+    Padding,
+    Predicate,
+    Received,
+    RelativeBias,
+    Rows,
+    TopK,
+    Window,
+    attention,
+    explain,
+    observe,
+)
+from regard.cache import Pages
+from regard.sparse import BlockSparse
+
+SECOND_PASS = "second pass by triton"
+EVERY = [
+    TopK(8), Received(), Entropy(), MaxScore(), LogSumExp(), Map(16, 16), Map(7, 9, "max"),
+    Distances(), Rows([-1, -3]),
+]  # fmt: skip
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DIMS = (32, 64, 80, 128, 256)
+SIZES = ((333, 333, 4), (200, 333, 2), (1, 333, 2), (1, 4500, 1), (7, 1400, 2))
+SAMPLE = ("full", "causal", "window", "padding", "softcap and sinks")  # each compiles anew
+
+
+def requests(heads: int, q_len: int, k_len: int) -> dict[str, dict[str, Any]]:
+    """Masks and biases of every kind, on the current device."""
+    ids = torch.randint(0, 3, (2, k_len)).sort(-1).values
+    side = -(-k_len // 64)  # queries stand at the end: in the last rows of blocks
+    layout = torch.rand(heads, side, side)[:, (k_len - q_len) // 64 :]
+    keep = torch.arange(k_len) >= torch.tensor([[0], [k_len // 3]])
+    return {
+        "full": {},
+        "causal": {"mask": Causal()},
+        "window": {"mask": Causal() & (Window(90) | First(4))},
+        "documents": {"mask": Causal() & Documents(ids[:, -q_len:], ids)},
+        "padding": {"mask": Causal() & Padding(keep)},
+        "blocks": {"mask": BlockSparse(layout < 0.6, 64)},
+        "predicate": {"mask": Predicate(lambda b, h, q, k: (q * 3 + k) % 7 < 4)},
+        "edges": {"mask": Causal() & ~Edges([(k_len - 1, 3), (k_len - 2, 9)])},
+        "alibi": {"mask": Causal(), "bias": ALiBi()},
+        "relative": {"bias": RelativeBias(torch.randn(32, heads))},
+        "bias": {"bias": torch.randn(heads, q_len, k_len)},
+        "softcap and sinks": {"softcap": 5.0, "sinks": torch.randn(heads), "mask": Causal()},
+    }
+
+
+def double(value: Any) -> Any:
+    """Floats of a request in float64."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return RelativeBias(value.table.double()) if isinstance(value, RelativeBias) else value
+
+
+def sampled() -> Iterator[str]:
+    """What is not within its bar, in words, of a few calls that say most."""
+    for dim in (64, 128):
+        for sizes in (SIZES[0], SIZES[3]):
+            yield from _checked(torch.bfloat16, dim, sizes, SAMPLE, effects=False)
+
+
+def checked() -> Iterator[str]:
+    """What is not within its bar, in words, of all calls."""
+    for dtype in DTYPES:
+        for dim in DIMS:
+            for sizes in SIZES:
+                effects = dim in (64, 256) and sizes[0] > 1  # each is compiled anew
+                yield from _checked(dtype, dim, sizes, None, effects)
+
+
+def _checked(
+    dtype: torch.dtype, dim: int, sizes: tuple[int, int, int], names: Any, effects: bool
+) -> Iterator[str]:
+    """names: of requests, None for all."""
+    q_len, k_len, kv_heads = sizes
+    with torch.device("cuda"):
+        query = torch.randn(2, 4, q_len, dim, dtype=dtype)
+        key, value = torch.randn(2, 2, kv_heads, k_len, dim, dtype=dtype)
+        asked = requests(4, q_len, k_len)
+    place = f"{dtype}, dim {dim}, {q_len} × {k_len}, {kv_heads} kv heads"
+    for name in asked if names is None else names:
+        request = asked[name]
+        for what in wrong(query, key, value, request):
+            yield f"{what}: {name}, {place}"
+        if effects:
+            for what in wrong_effects(query, key, value, request):
+                yield f"{what}: {name}, {place}"
+            dropped = request | {"dropout": Dropout(0.2, 7)}
+            for what in wrong_effects(query, key, value, dropped):
+                yield f"{what}: dropout, {name}, {place}"
+    for what in wrong_pages(query, key, value):
+        yield f"{what}: {place}"
+
+
+def wrong(query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]) -> Iterator[str]:
+    """Which engines and observers are off."""
+    whole = {name: double(v) for name, v in request.items()}
+    tensors, exactly = (query, key, value), (query.double(), key.double(), value.double())
+    exact, lse = attention(*exactly, **whole, engine="reference", return_lse=True)
+    bar = 4 * torch.finfo(query.dtype).eps * (1 + float(exact.abs().max()))
+    said = explain(*tensors, **request, observe=EVERY)
+    for engine in ("sdpa", "flex", "decode", "tiled"):
+        if said[engine]:
+            continue
+        out, its_lse = attention(*tensors, **request, engine=engine, return_lse=True)
+        if not (out.double() - exact).abs().max() <= bar:
+            yield f"{engine}'s output"
+        off = 8 * torch.finfo(query.dtype).eps if "bias" in request else 1e-3  # biases are rounded
+        if not torch.allclose(its_lse.double(), lse, rtol=1e-4, atol=max(off, 1e-3)):
+            yield f"{engine}'s lse"
+    if said[SECOND_PASS]:
+        yield f"the second pass refuses ({'; '.join(said[SECOND_PASS])})"
+        return
+    ours = observe(query, key, observe=EVERY, lse=None, **request)
+    again = observe(query, key, observe=EVERY, lse=None, **request)
+    truth = observe(*exactly[:2], observe=EVERY, lse=None, **whole)
+    for observer, *seen in zip(EVERY, ours, again, truth, strict=True):
+        mine, repeated, wanted = ({f.name: getattr(r, f.name) for f in fields(r)} for r in seen)
+        for name, tensor in mine.items():
+            if not isinstance(tensor, Tensor):
+                continue
+            if not torch.equal(tensor, repeated[name]):
+                yield f"{observer}.{name} differs from run to run"
+            near = name == "indices" or torch.allclose(
+                tensor.double(), wanted[name].double(), rtol=1e-3, atol=1e-4
+            )
+            if not near:
+                yield f"{observer}.{name}"
+
+
+def wrong_effects(
+    query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]
+) -> Iterator[str]:
+    """Whether the effects of edges are off, of rows that none of their keys has nearly alone."""
+    asked, grad = [Effect(8)], torch.randn_like(query)
+
+    def measured(tensors: tuple[Tensor, ...], given: dict[str, Any]) -> Any:
+        tensors = tuple(t.detach().clone().requires_grad_() for t in tensors)
+        out, (seen,) = attention(*tensors, **given, observe=asked)
+        out.backward(grad.to(out.dtype))
+        return seen
+
+    said = explain(query, key, value, **request, observe=asked)[SECOND_PASS]
+    if said:
+        yield f"the kernel refuses Effect ({'; '.join(said)})"
+        return
+    whole = {name: double(v) for name, v in request.items()}
+    ours, again = (measured((query, key, value), request) for _ in range(2))
+    truth = measured((query.double(), key.double(), value.double()), whole)
+    for name in ("indices", "effect", "weights"):
+        if not torch.equal(getattr(ours, name), getattr(again, name)):
+            yield f"Effect.{name} differs from run to run"
+    sure = truth.weights.amax(-1, keepdim=True) < 0.8
+    size = truth.effects.abs() * sure
+    near = 32 * torch.finfo(query.dtype).eps * (1 + float(size.max()))
+    if not ((ours.effects.double().abs() * sure - size).abs().max() <= near):
+        yield "Effect.effects"
+
+
+def wrong_pages(query: Tensor, key: Tensor, value: Tensor) -> Iterator[str]:
+    """Whether keys that lie in pages are read otherwise than the same in order."""
+    lengths = torch.tensor([key.shape[2], key.shape[2] // 2], device="cuda")
+    pool_k, pool_v, pages = paged(key, value, 16, lengths)
+    keep = torch.arange(key.shape[2], device="cuda") < lengths[:, None]
+    out, seen = attention(query, pool_k, pool_v, mask=Causal(), pages=pages, observe=EVERY)
+    mask = Causal() & Padding(keep)
+    wanted, truth = attention(query, key, value, mask=mask, observe=EVERY)
+    if not torch.allclose(out, wanted, rtol=1e-2, atol=1e-2):
+        yield "the output over pages"
+    for observer, *results in zip(EVERY, seen, truth, strict=True):
+        mine, theirs = ({f.name: getattr(r, f.name) for f in fields(r)} for r in results)
+        for name, tensor in mine.items():
+            if not isinstance(tensor, Tensor) or name == "indices":
+                continue
+            if not torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4):
+                yield f"{observer}.{name} over pages"
+
+
+def paged(
+    key: Tensor, value: Tensor, size: int, lengths: Tensor
+) -> tuple[Tensor, Tensor, Pages]:  # fmt: skip
+    """The keys and values in pages that lie in no order, and beyond an item's end NaN."""
+    batch, kv_heads, k_len, _ = key.shape
+    most = -(-k_len // size)
+    order = torch.randperm(batch * most, device="cuda").view(batch, most)
+    ends = torch.arange(most * size, device="cuda") < lengths[:, None]
+    pools = []
+    for tensor in (key, value):
+        whole = torch.nn.functional.pad(tensor, (0, 0, 0, most * size - k_len))
+        whole = whole.where(ends[:, None, :, None], torch.nan)
+        pool = torch.empty(batch * most, kv_heads, size, tensor.shape[-1], device="cuda")
+        pool = pool.to(tensor.dtype)
+        pool[order] = whole.unflatten(2, (most, size)).transpose(1, 2)
+        pools.append(pool)
+    return pools[0], pools[1], Pages(order.to(torch.int32), lengths)
