@@ -1,4 +1,4 @@
-"""What the compiler makes of the second pass, without a GPU: a table of its kernels for Hopper.
+"""What the compiler makes of the Triton kernels, without a GPU: a table of them for Hopper.
 
     python benchmarks/gpu_kernels.py [--tokens 16384] [--dims 64 128] [--write FILE]
 
@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,11 @@ import triton
 from hopper import compiling
 
 from regard import Causal, Entropy, Full, Map, Received, TopK
+from regard.cache import Pages
 from regard.call.checked import Call
+from regard.engines.decode import attend_kernel as attending
+from regard.engines.decode import engine as decode
+from regard.engines.second_pass.triton import few_queries_kernel as few
 from regard.engines.second_pass.triton import read as reading
 from regard.engines.second_pass.triton import read_kernel as weighing
 from regard.engines.second_pass.triton import rows_kernel as rows
@@ -38,7 +41,7 @@ ASKED = {
     "all four": [TopK(8), Received(), Entropy(), Map(256, 256)],
 }
 HEADINGS = (
-    "| kernel | gathers | dim | mask | registers | spilled | shared, KiB | all | loop | HGMMA |"
+    "| kernel | gathers | dim | mask | registers | spilled | shared, KiB | all | loop | MMA |"
 )
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -50,7 +53,7 @@ def measured(made: Any) -> str:
     spilled = sum(text.startswith("STL") for _, text in code)
     return (
         f"{registers} | {spilled} | {made.metadata.shared / 1024:.0f} | {len(code)} | "
-        f"{len(loop) or '–'} | {Counter(text.split('.')[0] for text in loop)['HGMMA'] or '–'} |"
+        f"{len(loop) or '–'} | {sum(map(_multiplies, loop)) or '–'} |"
     )
 
 
@@ -72,6 +75,11 @@ def _read(cubin: bytes) -> tuple[int, list[tuple[int, str]]]:
     return int(found[1]), [(int(address, 16), line) for address, line in lines]
 
 
+def _multiplies(text: str) -> bool:
+    """Whether an instruction multiplies matrices: of a warp group, or of a warp (few queries)."""
+    return text.startswith(("HGMMA", "HMMA"))
+
+
 def _loop(code: list[tuple[int, str]]) -> list[str]:
     """The shortest stretch that a branch repeats and that multiplies matrices; empty if none."""
     loops = []
@@ -79,9 +87,17 @@ def _loop(code: list[tuple[int, str]]) -> list[str]:
         to = re.search(r"^BRA.* 0x([0-9a-f]+)", text)
         if to and int(to[1], 16) < at:
             body = [t for address, t in code if int(to[1], 16) <= address <= at]
-            if any(t.startswith("HGMMA") for t in body):
+            if any(map(_multiplies, body)):
                 loops.append(body)
     return min(loops, key=len, default=[])
+
+
+def _one_query(tokens: int, dim: int, group: int, mask: Any) -> Call:
+    """One query of `group` heads over keys in pages of 64."""
+    pool = torch.zeros(tokens // 64, 1, 64, dim, dtype=torch.bfloat16)
+    pages = Pages(torch.arange(tokens // 64).view(1, -1), torch.tensor([tokens]))
+    query = torch.zeros(1, group, 1, dim, dtype=torch.bfloat16)
+    return Call.checked(query, pool, pool, mask=mask, pages=pages)
 
 
 def main() -> int:
@@ -106,6 +122,14 @@ def main() -> int:
             call = Call.checked(query, query, None, mask=mask)
             with compiling({weighing: "weigh", rows: "sum_rows", listing: "list_keys"}, report):
                 reading.read(call, observers, lse, False)
+        for group, mask in product((1, 8), (Full(), Causal())):
+            where = f"one query, {group} heads a key | {dim} | {mask}"
+            one = _one_query(asked.tokens, dim, group, mask)
+            with compiling({attending: "attend_chunk join_chunks"}, report):
+                decode.attend(one)
+            where = f"all four, {where}"
+            with compiling({few: "weigh_few join_few"}, report):
+                reading.read(one, ASKED["all four"], lse[..., :1].expand(1, group, 1), False)
     if asked.write:
         head = f"Triton {triton.__version__}, sm_90, bfloat16, {asked.tokens} tokens\n\n"
         asked.write.write_text(head + "\n".join(lines) + "\n", "utf-8")

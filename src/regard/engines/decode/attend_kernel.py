@@ -15,6 +15,7 @@ from ..second_pass.triton.few_queries_kernel import rows_of_tile, tiles_of_chunk
 from ..second_pass.triton.scores_kernel import WIDEN, keys_of, places, queries, scores
 
 _PART = tl.constexpr(16)  # chunks that are joined at once
+_LOST = tl.constexpr(16384.0)  # 128², within float16
 
 
 @triton.jit
@@ -71,16 +72,16 @@ def _mix(p, value, shown):
     odd = (tl.abs(value.to(tl.float32)) < float("inf")) == 0
     mixed = _product(p, tl.where(odd, 0, value), value)
     if tl.max(odd.to(tl.int32)) > 0:  # beside it what rows see of the odd ones, as in `hidden.py`
-        above = value == float("inf")
-        below = value == float("-inf")
-        none = shown & (p == 0)
-        up = _product((p > 0).to(tl.float32), above.to(tl.float32), value)
-        down = _product((p > 0).to(tl.float32), below.to(tl.float32), value)
-        lost = _product(shown.to(tl.float32), (value != value).to(tl.float32), value)
-        lost += _product(none.to(tl.float32), (above | below).to(tl.float32), value)
-        mixed = tl.where(up > 0, mixed + float("inf"), mixed)
-        mixed = tl.where(down > 0, mixed - float("inf"), mixed)
-        mixed = tl.where(lost > 0, float("nan"), mixed)
+        # One product counts all kinds in digits of base 128, which up to 64 keys do not fill; what
+        # is above the second is NaN: a NaN, and infinities that a vanished weight multiplies
+        kind = tl.where(value == float("inf"), 1.0, tl.where(value == float("-inf"), 128.0, 0.0))
+        kind = tl.where(value != value, _LOST, kind)
+        found = _product(tl.where(shown, tl.where(p == 0, _LOST, 1.0), 0.0), kind, value)
+        lost = found >= _LOST
+        count = tl.where(lost, 0.0, found).to(tl.int32)
+        mixed = tl.where((count & 127) > 0, mixed + float("inf"), mixed)
+        mixed = tl.where((count >> 7) > 0, mixed - float("inf"), mixed)
+        mixed = tl.where(lost, float("nan"), mixed)
     return mixed
 
 
