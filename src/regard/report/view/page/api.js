@@ -147,6 +147,13 @@ class Tokens {
     return characters.length > most ? `${characters.slice(0, most - 1).join("")}…` : characters.join("");
   }
 
+  /** Whether the pages that hold start … stop − 1 are there. */
+  loaded(start, stop) {
+    for (let number = Math.floor(start / this.page); number * this.page < stop; number++)
+      if (!this.pages.has(number)) return false;
+    return true;
+  }
+
   /** Brings the pages that hold start … stop − 1. */
   async need(start, stop) {
     const waits = [];

@@ -5,12 +5,14 @@ import { Virtualizer, elementScroll, observeElementOffset, observeElementRect }
   from "./vendor/virtual-core/index.js";
 import { visible } from "./api.js";
 import { keyed } from "./keyed.js";
+import { Flow, LINE } from "./flow.js";
 import { drawFan, make, shade, short } from "./shared.js";
 import { state } from "./state.js";
 
 const BLOCK = 128; // tokens that are laid out together
 const LARGE = 60; // a text of up to so many tokens is set large
 const CHIPS = 5; // at each edge
+const LONGEST = 200; // characters of a word that are drawn
 
 class Pane {
   /** Tokens start … stop − 1 of `tokens`, in `frame`. `does`: {hover, keep}. */
@@ -37,13 +39,17 @@ class Pane {
     this.section.append(middle);
     frame.append(this.section);
     this.blocks = new Map();
-    this.cursor = null;
+    this.flow = new Flow(this);
+    this.cursor = null; // where the keyboard stands
     this.shown = null;
     this.listen();
     this.virtual = new Virtualizer({
       count: Math.ceil((stop - start) / BLOCK),
       getScrollElement: () => this.scroll,
       estimateSize: () => this.guess(),
+      measureElement: (element) => this.size(Number(element.dataset.index)),
+      paddingStart: this.section.classList.contains("large") ? 0 : 8,
+      paddingEnd: this.section.classList.contains("large") ? 0 : 24, // a label stands below the last line
       observeElementRect,
       observeElementOffset,
       scrollToFn: elementScroll,
@@ -53,16 +59,42 @@ class Pane {
     this.end = this.virtual._didMount();
     this.virtual._willUpdate();
     this.render();
+    this.width = this.paper.clientWidth;
+    this.watch = new ResizeObserver(() => this.resized());
+    this.watch.observe(this.paper);
+  }
+
+  /** Lay the text out anew where it got another width; what was in sight stays there. */
+  resized() {
+    const width = this.paper.clientWidth;
+    if (!width) return; // hidden
+    if (width === this.width) return this.render();
+    this.width = width;
+    const first = this.topWord();
+    this.flow.forget();
+    for (const { element } of this.blocks.values()) element.remove();
+    this.blocks.clear();
+    this.virtual.measure();
+    this.render();
+    if (first !== null) this.goTo(first, 0);
   }
 
   /** About how tall a block is, before it has been laid out. */
   guess() {
     const width = Math.max(200, this.scroll.clientWidth - 80);
-    return Math.ceil((BLOCK * 5.2 * 7.6) / width) * 33 + 14;
+    return Math.ceil((BLOCK * 5.2 * 7.6) / width) * LINE;
+  }
+
+  /** How far below a block the next one begins: on its last line, where the text flows on. */
+  size(index) {
+    const block = this.blocks.get(index);
+    if (block?.words.size && block.element.clientWidth) block.size = this.flow.size(index, block);
+    return block?.size ?? this.guess();
   }
 
   remove() {
     this.end?.();
+    this.watch.disconnect();
     this.section.remove();
   }
 
@@ -70,8 +102,20 @@ class Pane {
     return i >= this.start && i < this.stop;
   }
 
+  /** Draw the blocks in sight. What is learned of their heights meanwhile moves those below. */
   render() {
-    const items = this.virtual.getVirtualItems();
+    this.again = true;
+    if (this.rendering) return;
+    this.rendering = true;
+    while (this.again) {
+      this.again = false;
+      this.place(this.virtual.getVirtualItems());
+    }
+    this.rendering = false;
+    this.shadeWords();
+  }
+
+  place(items) {
     this.paper.style.height = `${this.virtual.getTotalSize()}px`;
     const seen = new Set(items.map((item) => item.index));
     for (const [index, block] of this.blocks)
@@ -80,41 +124,60 @@ class Pane {
         this.blocks.delete(index);
       }
     for (const { index, start } of items) {
-      let block = this.blocks.get(index);
-      if (!block) {
-        block = this.build(index);
-        this.blocks.set(index, block);
-        this.paper.append(block.element);
-        this.virtual.measureElement(block.element);
-      }
+      const block = this.blocks.get(index) ?? this.build(index);
       block.element.style.transform = `translateY(${start}px)`;
     }
-    this.shadeWords();
   }
 
+  /** A block in its place, its words as soon as they are there. */
   build(index) {
-    const element = make("div", "block");
-    element.dataset.index = index;
-    const first = this.start + index * BLOCK;
-    const last = Math.min(this.stop, first + BLOCK);
-    const block = { element, words: new Map() };
-    if (this.stop - this.start > BLOCK) element.append(make("span", "number", first.toLocaleString("en")));
-    const text = make("div", "text");
-    text.dir = "auto";
-    element.append(text);
+    const block = this.frameOf(index);
+    const [first, last] = this.range(index);
+    this.blocks.set(index, block);
+    this.paper.append(block.element);
     const fill = () => {
-      text.replaceChildren();
-      for (let i = first; i < last; i++) if (this.tokens.first(i) === i) this.word(block, text, i);
+      if (this.blocks.get(index) !== block) return;
+      if (!this.paper.clientWidth) { // hidden by now: once it is shown
+        this.blocks.delete(index);
+        return block.element.remove();
+      }
+      this.flow.fill(index, block);
+      if (this.blocks.has(index - 1)) this.virtual.resizeItem(index - 1, this.size(index - 1));
+      this.virtual.resizeItem(index, this.size(index));
     };
-    if (this.tokens.piece(first) !== null && this.tokens.piece(last - 1) !== null) fill();
+    const before = this.flow.from(index); // what is before says where it begins
+    if (this.tokens.loaded(before, last)) fill();
     else {
-      text.append(make("span", "untold", "…"));
-      this.tokens.need(first, last).then(() => {
+      block.text.append(make("span", "untold", "…"));
+      this.tokens.need(before, last).then(() => {
         fill();
         this.render();
       }, this.does.failed);
     }
+    this.virtual.measureElement(block.element);
     return block;
+  }
+
+  range(index) {
+    const first = this.start + index * BLOCK;
+    return [first, Math.min(this.stop, first + BLOCK)];
+  }
+
+  /** A block without its words. */
+  frameOf(index) {
+    const element = make("div", "block");
+    element.dataset.index = index;
+    const number = make("span", "number", this.range(index)[0].toLocaleString("en"));
+    if (this.stop - this.start > BLOCK) element.append(number);
+    const text = make("div", "text");
+    element.append(text);
+    return { element, text, number, words: new Map() };
+  }
+
+  /** Its words. */
+  put(index, block) {
+    const [first, last] = this.range(index);
+    for (let i = first; i < last; i++) if (this.tokens.first(i) === i) this.word(block, block.text, i);
   }
 
   word(block, text, i) {
@@ -122,7 +185,11 @@ class Pane {
     const bare = piece.trim();
     this.between(text, this.tokens.gap(i));
     if (bare) this.between(text, piece.slice(0, piece.indexOf(bare)));
-    const word = make("span", "word", bare ? visible(bare) : this.tokens.name(i));
+    const characters = bare.length > LONGEST ? [...bare] : [];
+    const long = characters.length > LONGEST;
+    const word = make("span", "word",
+      long ? visible(characters.slice(0, LONGEST).join("")) : bare ? visible(bare) : this.tokens.name(i));
+    if (long) word.append(make("small", "more", `… ${(characters.length - LONGEST).toLocaleString("en")} more characters`));
     if (!bare) word.classList.add("blank");
     if (this.does.special.has(i) && this.tokens.side === "text") word.classList.add("special");
     word.dataset.kind = word.className;
@@ -150,18 +217,20 @@ class Pane {
       const word = event.target.closest?.(".word");
       return word ? Number(word.dataset.word) : null;
     };
-    this.scroll.addEventListener("pointerover", (event) => this.does.hover(at(event), this));
+    this.scroll.addEventListener("pointerover", (event) => {
+      this.cursor = null;
+      this.does.hover(at(event), this);
+    });
     this.scroll.addEventListener("pointerleave", () => this.does.hover(null, this));
     this.scroll.addEventListener("click", (event) => at(event) !== null && this.does.keep(at(event), this));
     this.scroll.addEventListener("keydown", (event) => {
-      const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (by) {
-        const here = this.cursor ?? state.word ?? this.firstInSight() - by;
-        let next = here + by;
-        while (next < this.stop && this.tokens.first(next) !== next) next += by;
-        this.cursor = this.tokens.first(Math.max(this.start, Math.min(this.stop - 1, next)));
-        if (!this.inSight(this.cursor)) this.goTo(this.cursor);
-        this.does.hover(this.cursor, this);
+      const here = this.cursor ?? (this.shown?.focusHere ? this.shown.focus : null);
+      const next = this.step(event.key, here);
+      if (next !== null) {
+        this.cursor = next;
+        if (!this.inSight(next)) this.goTo(next);
+        this.does.hover(next, this);
+        this.shadeWords();
       } else if ((event.key === "Enter" || event.key === " ") && this.cursor !== null)
         this.does.keep(this.cursor, this);
       else return;
@@ -172,7 +241,47 @@ class Pane {
       const share = (event.clientY - box.top) / box.height;
       this.goTo(this.start + Math.floor(share * (this.stop - this.start)));
     });
-    this.scroll.addEventListener("scroll", () => this.edges());
+    this.scroll.addEventListener("scroll", () => {
+      this.edges();
+      clearTimeout(this.resting);
+      this.resting = setTimeout(() => this.does.stands?.(this), 200);
+    });
+  }
+
+  /** The word that an arrow key leads to; null for other keys. */
+  step(key, here) {
+    const across = { ArrowLeft: -1, ArrowRight: 1 }[key];
+    const down = { ArrowUp: -1, ArrowDown: 1 }[key];
+    if (!across && !down) return null;
+    if (here === null || !this.has(here)) return this.topWord();
+    if (down) return this.beside(here, down) ?? here;
+    let next = here + across;
+    while (next < this.stop && this.tokens.first(next) !== next) next += across;
+    return this.tokens.first(Math.max(this.start, Math.min(this.stop - 1, next)));
+  }
+
+  /** The word above (−1) or below (1) another. */
+  beside(i, down) {
+    const from = this.element(i)?.getBoundingClientRect();
+    let best = null;
+    for (const { words } of from ? this.blocks.values() : [])
+      for (const [other, word] of words) {
+        const box = word.getBoundingClientRect();
+        const lines = Math.round((down * (box.top - from.top)) / LINE);
+        const far = lines * 1e4 + Math.abs(box.left + box.width / 2 - from.left - from.width / 2);
+        if (lines > 0 && (!best || far < best.far)) best = { far, other };
+      }
+    return best && best.other;
+  }
+
+  /** The first word in sight; null where none is. */
+  topWord() {
+    const { top } = this.scroll.getBoundingClientRect();
+    let best = null;
+    for (const { words } of this.blocks.values())
+      for (const [i, word] of words)
+        if ((best === null || i < best) && word.getBoundingClientRect().top >= top) best = i;
+    return best;
   }
 
   firstInSight() {
@@ -187,8 +296,9 @@ class Pane {
     return box ? box.bottom > frame.top && box.top < frame.bottom : false;
   }
 
-  /** Scroll to a token: to its block, and, once that is laid out, to the word itself. */
-  goTo(i) {
+  /** Scroll to a token: to its block, and, once that is laid out, to the word itself. Where it is
+   * to stand is a share of the height; without one it may stay where it is. */
+  goTo(i, share = null) {
     if (!this.has(i)) return;
     const near = () => this.virtual.scrollToIndex(Math.floor((i - this.start) / BLOCK), { align: "start" });
     const settle = (turns) => {
@@ -199,12 +309,13 @@ class Pane {
         return turns && requestAnimationFrame(() => settle(turns - 1));
       }
       const [box, frame] = [word.getBoundingClientRect(), this.scroll.getBoundingClientRect()];
-      if (box.top < frame.top + 30 || box.bottom > frame.bottom - 30)
-        this.scroll.scrollTop += box.top - frame.top - frame.height / 3;
+      const strays = share === null ? box.top < frame.top + 30 || box.bottom > frame.bottom - 30
+        : Math.abs(box.top - frame.top - 8 - frame.height * share) > 2;
+      if (strays) this.scroll.scrollTop += box.top - frame.top - 8 - frame.height * (share ?? 1 / 3);
       if (turns) requestAnimationFrame(() => settle(turns - 1));
     };
     this.target = i;
-    near();
+    if (!this.element(i)) near();
     this.tokens.need(i, i + 1).then(() => requestAnimationFrame(() => settle(16)), this.does.failed);
   }
 
@@ -235,12 +346,17 @@ class Pane {
         word.dataset.weight = weight.toPrecision(6);
         if (labelled.has(i) && weight >= 0.02) word.dataset.label = short(weight);
       }
-      const focus = shown.focusHere && this.element(shown.focus);
+      const focus = shown.focusHere && this.has(shown.focus) && this.element(shown.focus);
       if (focus) {
         focus.touched = true;
         focus.classList.add("focus");
         focus.classList.toggle("locked", shown.locked);
       }
+    }
+    const cursor = this.cursor !== null && this.element(this.cursor);
+    if (cursor) {
+      cursor.touched = true;
+      cursor.classList.add("cursor");
     }
     this.edges();
   }
