@@ -1,4 +1,4 @@
-"""The text of `regard view` flows through the blocks that it is drawn in: nobody sees where one ends."""
+"""The text of `regard view` flows through its blocks: nobody sees where one ends."""
 
 import pytest
 
@@ -11,7 +11,8 @@ from viewing import recording, served
 TOKENS = 1500
 # Where each word in sight lies: its line, counted from the first in sight, and its place on it
 PLACES = """
-const words = [...document.querySelectorAll('.word')].sort((a, b) => a.dataset.word - b.dataset.word);
+const words = [...document.querySelectorAll('.word')]
+  .sort((a, b) => a.dataset.word - b.dataset.word);
 const [first] = words;
 const place = (word, top) => {
   const box = word.getClientRects()[0];

@@ -56,7 +56,8 @@ class HeadMap {
       minZoom: 0, maxZoom: 1, zoomControl: false, fadeAnimation: false,
     });
     frame.append(L.control.zoom().addTo(this.map).getContainer()); // beside the map, not on it
-    element.setAttribute("aria-label", "The map of the head: rows read, columns are read");
+    element.setAttribute("aria-label", "The map of the head: rows read, columns are read. "
+      + "Arrows move, + and − zoom, Enter keeps the query in the middle");
     this.map.setView([0, 0], 0);
     this.map.on("moveend zoomend", () => this.moved());
     this.map.on("move", () => this.profiles.due());
@@ -68,6 +69,8 @@ class HeadMap {
     this.marks = { kept: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "kept" }),
       range: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "range" }) };
     this.untouched = true; // until a hand moves it, the whole map is kept in sight
+    element.addEventListener("keydown", (event) => this.typed(event));
+    for (const kind of ["pointermove", "blur"]) element.addEventListener(kind, () => (this.keyed = false));
     for (const kind of ["pointerdown", "wheel", "keydown"])
       element.addEventListener(kind, () => (this.untouched = false), { passive: true });
     new ResizeObserver(() => {
@@ -261,8 +264,17 @@ class HeadMap {
     changed();
   }
 
+  /** By keyboard, the cell in the middle is the one that is named, and that Enter keeps. */
+  typed(event) {
+    if (event.key === "Tab" || event.key === "Escape") return;
+    this.keyed = true;
+    if (event.key === "Enter") this.click(this.map.getCenter());
+    this.point(this.map.getCenter());
+  }
+
   moved() {
     if (!this.where) return;
+    if (this.keyed) this.point(this.map.getCenter());
     this.profiles.due();
     this.tell();
     const { lat, lng } = this.map.getCenter();

@@ -40,13 +40,14 @@ class Pane {
     frame.append(this.section);
     this.blocks = new Map();
     this.flow = new Flow(this);
+    this.stood = null; // the first word in sight, once the text was scrolled
     this.cursor = null; // where the keyboard stands
     this.shown = null;
     this.listen();
     this.virtual = new Virtualizer({
       count: Math.ceil((stop - start) / BLOCK),
       getScrollElement: () => this.scroll,
-      estimateSize: () => this.guess(),
+      estimateSize: (index) => this.guess(index),
       measureElement: (element) => this.size(Number(element.dataset.index)),
       paddingStart: this.section.classList.contains("large") ? 0 : 8,
       paddingEnd: this.section.classList.contains("large") ? 0 : 24, // a label stands below the last line
@@ -70,7 +71,7 @@ class Pane {
     if (!width) return; // hidden
     if (width === this.width) return this.render();
     this.width = width;
-    const first = this.topWord();
+    const first = this.stood;
     this.flow.forget();
     for (const { element } of this.blocks.values()) element.remove();
     this.blocks.clear();
@@ -80,16 +81,17 @@ class Pane {
   }
 
   /** About how tall a block is, before it has been laid out. */
-  guess() {
+  guess(index) {
     const width = Math.max(200, this.scroll.clientWidth - 80);
-    return Math.ceil((BLOCK * 5.2 * 7.6) / width) * LINE;
+    const [first, last] = this.range(index);
+    return Math.ceil(((last - first) * 5.2 * 7.6) / width) * LINE;
   }
 
   /** How far below a block the next one begins: on its last line, where the text flows on. */
   size(index) {
     const block = this.blocks.get(index);
     if (block?.words.size && block.element.clientWidth) block.size = this.flow.size(index, block);
-    return block?.size ?? this.guess();
+    return block?.size ?? this.guess(index);
   }
 
   remove() {
@@ -192,11 +194,24 @@ class Pane {
     if (long) word.append(make("small", "more", `… ${(characters.length - LONGEST).toLocaleString("en")} more characters`));
     if (!bare) word.classList.add("blank");
     if (this.does.special.has(i) && this.tokens.side === "text") word.classList.add("special");
+    if (this.hits?.size) this.markWord(word, i);
     word.dataset.kind = word.className;
     word.dataset.word = i;
     block.words.set(i, word);
     text.append(word);
     if (!bare && piece.includes("\n")) text.append(make("br"));
+  }
+
+  /** Mark the words that hold one of these tokens. */
+  mark(hits) {
+    this.hits = hits;
+    for (const { words } of this.blocks.values()) for (const [i, word] of words) this.markWord(word, i);
+  }
+
+  markWord(word, i) {
+    let found = false;
+    for (let j = i; j < this.stop && this.tokens.first(j) === i; j++) found ||= this.hits.has(j);
+    word.toggleAttribute("data-hit", found);
   }
 
   /** What lies before a token: a new line, a space, or characters that have no token. */
@@ -244,7 +259,10 @@ class Pane {
     this.scroll.addEventListener("scroll", () => {
       this.edges();
       clearTimeout(this.resting);
-      this.resting = setTimeout(() => this.does.stands?.(this), 200);
+      this.resting = setTimeout(() => {
+        this.stood = this.scroll.scrollTop > 4 ? this.topWord() : null;
+        this.does.stands(this);
+      }, 200);
     });
   }
 

@@ -8,13 +8,15 @@ import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
 import { bold, byId, count, make, percent, three } from "./shared.js";
 import { Segments } from "./segments.js";
-import { changed, onChange, read, state } from "./state.js";
+import { changed, onChange, read, state, write } from "./state.js";
 import { Pane } from "./text.js";
 
 const PAUSE = 60; // milliseconds that the pointer rests before a token is asked about
 
 let about, heads, maps, segments, along;
+let finder;
 let panes = [];
+let hits = new Set(); // tokens that were found
 let paned = null; // what the panes were made for
 let hover = null; // a token of the text under the pointer
 let cell = null; // a cell of the map under the pointer
@@ -120,6 +122,7 @@ function draw() {
   segments.refresh();
   segments.draw();
   heads.build();
+  heads.refresh();
   heads.draw();
   along.refresh();
   if (state.view === "map") maps.draw();
@@ -135,10 +138,11 @@ function drawText() {
   const begun = recording().generated;
   const key = JSON.stringify([state.recording, own, other, unit()]);
   if (paned !== key) {
+    finder.refresh();
     for (const pane of panes) pane.remove();
     panes = [];
     paned = key;
-    const does = { hover: hovered, keep, failed, special: new Set(recording().special) };
+    const does = { hover: hovered, keep, failed, stands, special: new Set(recording().special) };
     const add = (side, start, stop, title) => {
       if (stop > start) panes.push(new Pane(byId("panes"), tokensOf(state.recording, side, byWords()), start, stop, does, title));
     };
@@ -149,6 +153,8 @@ function drawText() {
       add(own, 0, begun, "the document");
       add(own, begun, readers().length, "the answer");
     } else add(own, 0, readers().length, "");
+    for (const pane of panes) pane.mark(hits);
+    if (state.top !== null) panes.find((one) => one.has(state.top))?.goTo(state.top, 0);
     byId("panes").classList.toggle("two", panes.length > 1);
     if (!panes.length)
       byId("panes").replaceChildren(make("p", "untold",
@@ -178,7 +184,7 @@ function drawText() {
 function drawShown(kept) {
   const said = byId("shown");
   if (!fan) {
-    said.textContent = `hover a ${unit()}, or click it to keep it`;
+    said.textContent = asking ? `reading what ${state.way === "out" ? "it reads" : "reads it"}…` : `hover a ${unit()}, or click it to keep it`;
     return;
   }
   const lost = added() ? 0 : 1 - fan.total;
@@ -214,8 +220,9 @@ function drawHeadline() {
     return;
   }
   if (!fan || !fan.items.length) {
-    line.replaceChildren(state.view === "map" ? "The whole map" : "The text", where);
-    byId("note").textContent = state.view === "map"
+    line.replaceChildren(!fan && asking && state.word !== null ? `Token ${state.word.toLocaleString("en")} is kept`
+      : state.view === "map" ? (state.at ? "A part of the map" : "The whole map") : "The text", where);
+    byId("note").textContent = !fan && asking && state.word !== null ? "Reading its weights…" : state.view === "map"
       ? touched ? "Pinch to zoom, drag to move; touch a cell to name it."
         : "Scroll to zoom, drag to move; the pointer names what it is on."
       : touched ? `Touch a ${unit()} to see what it reads.`
@@ -269,6 +276,20 @@ function keepAt(i, way) {
   });
 }
 
+/** Bring the text to where the address says it stands; else to the token that is kept. */
+function standText() {
+  const pane = panes.find((one) => one.has(state.top));
+  if (state.top !== null && pane) pane.goTo(state.top, 0);
+  else if (state.word !== null) goTo(state.word + shift());
+}
+
+/** The text was scrolled: the address follows. */
+function stands(pane) {
+  if (pane !== panes[0] || state.view !== "text") return;
+  state.top = pane.stood;
+  write();
+}
+
 /** Bring a token into sight. */
 function goTo(i) {
   for (const pane of panes) if (state.view === "text" && pane.has(i)) pane.goTo(i);
@@ -314,7 +335,10 @@ function build() {
     byId(id).hidden = true;
     byId(id).closest("label")?.setAttribute("hidden", "");
   }
-  buildFind({ layer, shift, failed, goTo, map: () => maps.first });
+  finder = buildFind({ layer, shift, failed, goTo, map: () => maps.first, hit: (found) => {
+    hits = new Set(found);
+    for (const pane of panes) pane.mark(hits);
+  } });
   const several = (id, names, key, then) => {
     if (names.length < 2) return;
     const select = byId(id).querySelector("select");
@@ -338,7 +362,10 @@ function build() {
   });
   several("item", Array.from({ length: recording().batch }, (_, i) => String(i)), "batch", () => {});
   document.addEventListener("keydown", (event) => {
-    if (event.target.closest("input, select")) return;
+    if (event.target.closest("input, select")) {
+      if (event.key === "Escape") event.target.blur(); // back to the page's own keys
+      return;
+    }
     if (event.key === "/") {
       byId("find").querySelector("input").focus();
       event.preventDefault();
@@ -407,14 +434,18 @@ async function start() {
     wonder();
     draw();
   });
-  addEventListener("hashchange", () => {
+  addEventListener("hashchange", () => { // by hand, or on the way back
     read(about);
+    finder.refresh();
+    [hover, fan, asking] = [null, null, null];
+    maps.stand();
     changed();
+    if (state.view === "text") requestAnimationFrame(() => requestAnimationFrame(standText));
   });
   tellAbout();
   wonder();
   draw();
-  if (state.view === "text" && state.word !== null) requestAnimationFrame(() => goTo(state.word + shift()));
+  if (state.view === "text") requestAnimationFrame(standText);
   document.documentElement.dataset.ready = "";
 }
 
