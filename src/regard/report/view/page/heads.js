@@ -143,6 +143,8 @@ class Heads {
       all.push([value, layer, head, button]);
       if (!metric.share && value !== null) most = Math.max(most, value);
     }
+    // One word's or segment's share is small in most heads: the colour says which have most of it
+    if (["reads", "segment"].includes(metric.key)) most = Math.max(0.02, ...all.map(([value]) => value ?? 0));
     for (const [value, layer, head, button] of all) {
       button.style.setProperty("--shade", (0.95 * shade((value ?? 0) / most)).toFixed(3));
       const said = value === null ? ""
@@ -182,7 +184,7 @@ class Heads {
       return button;
     };
     keyed(byId("ranked"), best, ([, layer, head]) => `${layer}.${head}`, choose, (button, [value, layer, head]) => {
-      button.textContent = `${layer}.${head} ${metric.share ? value.toFixed(2) : value.toFixed(1)}`;
+      button.textContent = `${layer}.${head} ${!metric.share ? value.toFixed(1) : value < 0.005 ? "<.01" : value.toFixed(2)}`;
     });
   }
 

@@ -2,7 +2,7 @@
 
 import "./vendor/leaflet/leaflet.js";
 import { held } from "./api.js";
-import { count, make, percent } from "./shared.js";
+import { make, percent } from "./shared.js";
 import { changed, state } from "./state.js";
 import { darkness, paint } from "./tiles.js";
 import { Profiles } from "./profiles.js";
@@ -135,11 +135,13 @@ class HeadMap {
       `${side} ${range.first.toLocaleString("en")}–${(range.stop - 1).toLocaleString("en")} ×`;
   }
 
-  /** Say what is in sight: of how much of their mass the rows are shown. */
-  sight({ share, count: rows }) {
+  /** Say what is in sight: which tokens, and how much of their mass the rows are shown with. */
+  sight({ share, count: rows }, seen) {
+    const size = 2 ** seen.zoom;
+    const span = ([from, to], most) => `${(from * size).toLocaleString("en")}–${(Math.min(to * size, most) - 1).toLocaleString("en")}`;
     const weights = state.reduce === "sum" && this.where.versus === undefined && state.measure === "weight";
-    this.sighted.textContent = weights && rows
-      ? `shown ${percent(Math.min(1, share))} of the mass of ${count(rows, "query").replace("querys", "queries")}` : "";
+    this.sighted.textContent = `queries ${span(seen.rows, this.where.rows)} × keys ${span(seen.cols, this.where.cols)}`
+      + (weights && rows ? ` · shown ${percent(Math.min(1, share))} of the mass` : "");
   }
 
   asked({ r, layer, head, batch, versus }) {

@@ -4,14 +4,13 @@ import "./process.js";
 import { Virtualizer, elementScroll, observeElementOffset, observeElementRect }
   from "./vendor/virtual-core/index.js";
 import { visible } from "./api.js";
-import { keyed } from "./keyed.js";
+import { drawChips, drawLines, drawStrip } from "./edges.js";
 import { Flow, LINE } from "./flow.js";
-import { drawFan, make, shade, short } from "./shared.js";
+import { make, shade, short } from "./shared.js";
 import { state } from "./state.js";
 
 const BLOCK = 128; // tokens that are laid out together
 const LARGE = 60; // a text of up to so many tokens is set large
-const CHIPS = 5; // at each edge
 const LONGEST = 200; // characters of a word that are drawn
 
 class Pane {
@@ -205,6 +204,7 @@ class Pane {
   /** Mark the words that hold one of these tokens. */
   mark(hits) {
     this.hits = hits;
+    this.edges();
     for (const { words } of this.blocks.values()) for (const [i, word] of words) this.markWord(word, i);
   }
 
@@ -384,87 +384,10 @@ class Pane {
     if (this.edging) return;
     this.edging = requestAnimationFrame(() => {
       this.edging = null;
-      this.drawLines();
-      this.drawChips();
-      this.drawStrip();
+      drawLines(this);
+      drawChips(this);
+      drawStrip(this);
     });
-  }
-
-  drawLines() {
-    const { shown } = this;
-    const from = shown?.focusHere && this.element(shown.focus);
-    if (!from) return this.fan.replaceChildren();
-    const ends = shown.items.slice(0, 14).filter(([i, weight]) => weight >= 0.02 && i !== shown.focus)
-      .map(([i, weight]) => [weight, this.has(i) && this.element(i)]).filter(([, word]) => word);
-    drawFan(this, from, ends);
-  }
-
-  drawChips() {
-    const { shown } = this;
-    const edges = { above: [], below: [] };
-    const frame = this.scroll.getBoundingClientRect();
-    const first = this.firstInSight();
-    for (const [i, weight] of shown?.items ?? []) {
-      if (!this.has(i) || this.inSight(i)) continue;
-      const box = this.element(i)?.getBoundingClientRect();
-      edges[(box ? box.bottom <= frame.top : i < first) ? "above" : "below"].push([i, weight]);
-    }
-    for (const [side, targets] of Object.entries(edges)) {
-      const sign = side === "above" ? "↑" : "↓";
-      const rest = targets.slice(CHIPS).reduce((total, [, weight]) => total + weight, 0);
-      const chips = targets.slice(0, CHIPS);
-      if (targets.length > CHIPS) chips.push([null, rest]);
-      keyed(this[side], chips, ([i]) => i ?? "rest", ([i]) => this.chip(i), (chip, [i, weight]) => {
-        if (i === null) chip.textContent = `${targets.length - CHIPS} more ${rest.toFixed(2)}`;
-        else chip.replaceChildren(`${sign} ${i.toLocaleString("en")} `, make("b", "", this.tokens.name(i, 18)),
-          ` ${weight < 0.005 ? "<.01" : weight.toFixed(2)}`);
-      });
-    }
-    const unnamed = Object.values(edges).flatMap((list) => list.slice(0, CHIPS).map(([i]) => i))
-      .filter((i) => this.tokens.piece(i) === null);
-    if (unnamed.length)
-      this.tokens.needEach(unnamed).then(() => this.edges(), this.does.failed);
-  }
-
-  /** What stands at the edge for a token out of sight, and goes there; null: for all others. */
-  chip(i) {
-    const chip = make(i === null ? "span" : "button", "chip");
-    if (i === null) return chip;
-    chip.type = "button";
-    chip.dataset.to = i;
-    chip.addEventListener("click", () => this.goTo(i));
-    return chip;
-  }
-
-  drawStrip() {
-    const { clientWidth: width, clientHeight: height } = this.strip;
-    if (!width) return;
-    const scale = devicePixelRatio;
-    [this.strip.width, this.strip.height] = [width * scale, height * scale];
-    const context = this.strip.getContext("2d");
-    context.scale(scale, scale);
-    const style = getComputedStyle(this.strip);
-    const length = this.stop - this.start;
-    const whole = this.scroll.scrollHeight || 1;
-    context.fillStyle = style.getPropertyValue("border-left-color");
-    context.fillRect(0, (this.scroll.scrollTop / whole) * height, width,
-      Math.max(3, (this.scroll.clientHeight / whole) * height));
-    context.fillStyle = style.color;
-    const { shown } = this;
-    if (!shown) return;
-    const most = Math.max(1e-9, ...shown.bins);
-    shown.bins.forEach((value, b) => {
-      const at = ((b * shown.bin - this.start) / length) * height;
-      if (value <= 0 || at + (shown.bin / length) * height < 0 || at > height) return;
-      context.globalAlpha = 0.35 + 0.65 * shade(value / most);
-      context.fillRect(0, at, Math.max(2, width * shade(value / most)),
-        Math.max(1.5, (shown.bin / length) * height));
-    });
-    context.globalAlpha = 1;
-    if (shown.focusHere && this.has(shown.focus)) {
-      context.fillStyle = style.outlineColor;
-      context.fillRect(0, ((shown.focus - this.start) / length) * height - 1, width, 2.5);
-    }
   }
 }
 

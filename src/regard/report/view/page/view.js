@@ -236,7 +236,21 @@ function drawHeadline() {
     : [readers().name(fan.index), keys().name(best[0])];
   line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(added() ? `${best[1].toPrecision(3)} added` : three(best[1]), "weight"), where);
   byId("note").replaceChildren(...(state.word === null ? ["Click to keep it."]
-    : ["Kept. ", make("kbd", "", "Esc"), " lets go."]));
+    : ["Kept. ", looseButton()]));
+}
+
+/** What lets the kept token go, as Escape does. */
+function looseButton() {
+  const button = make("button", "at");
+  button.type = "button";
+  button.append("let go", ...(touched ? [] : [" ", make("kbd", "", "Esc")]));
+  button.addEventListener("click", letGo);
+  return button;
+}
+
+function letGo() {
+  [state.word, state.range, hover, fan] = [null, null, null, null];
+  changed();
 }
 
 /** Whether a key is the first or a special token, where mass goes that says little. */
@@ -369,10 +383,7 @@ function build() {
     if (event.key === "/") {
       byId("find").querySelector("input").focus();
       event.preventDefault();
-    } else if (event.key === "Escape") {
-      [state.word, state.range, hover, fan] = [null, null, null, null];
-      changed();
-    } else if (event.key === "m" || event.key === "t") {
+    } else if (event.key === "Escape") letGo(); else if (event.key === "m" || event.key === "t") {
       state.view = event.key === "m" ? "map" : "text";
       changed();
     }
