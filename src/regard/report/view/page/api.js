@@ -139,7 +139,7 @@ class Tokens {
 
   /** A token's name, fit for one line. */
   name(i, most = 40) {
-    const piece = this.piece(i);
+    const piece = i < this.length ? this.piece(i) : null;
     if (piece === null) return `token ${i.toLocaleString("en")}`;
     const bare = piece.trim();
     if (!bare) return piece ? visible(piece).replaceAll(" ", "␣") : "⍽";

@@ -88,6 +88,7 @@ class Heads {
         this.values.set(layer, answer);
       } catch (error) {
         this.filling = null; // asked again when something else is chosen
+        this.draw();
         return this.failed(error);
       }
       this.draw();
@@ -164,9 +165,10 @@ class Heads {
     const of = this.recording.layers[state.layer].q_len;
     const sampled = this.about.sampled;
     const readable = this.recording.layers.filter((one) => one.pattern).length;
-    byId("grid").setAttribute("aria-busy", all.some(([value]) => value === null));
+    byId("grid").setAttribute("aria-busy", this.filling !== null && all.some(([value]) => value === null));
     byId("metric-note").textContent = ["reads", "segment"].includes(state.metric) ? ""
-      : this.values.size < readable ? `reading heads: ${this.values.size} of ${readable} layers…`
+      : this.values.size < readable ? this.filling === null ? "some layers could not be read: see above"
+        : `reading heads: ${this.values.size} of ${readable} layers…`
       : !this.values.get(state.layer)?.sampled.includes(state.metric) || of <= sampled ? ""
         : `means over ${sampled} tokens spread over the ${of.toLocaleString("en")}`;
   }

@@ -141,7 +141,7 @@ class HeadMap {
     const span = ([from, to], most) => `${(from * size).toLocaleString("en")}–${(Math.min(to * size, most) - 1).toLocaleString("en")}`;
     const weights = state.reduce === "sum" && this.where.versus === undefined && state.measure === "weight";
     this.sighted.textContent = `queries ${span(seen.rows, this.where.rows)} × keys ${span(seen.cols, this.where.cols)}`
-      + (weights && rows ? ` · shown ${percent(Math.min(1, share))} of the mass` : "");
+      + (weights && rows && !this.element.querySelector("canvas.pending") ? ` · shown ${percent(Math.min(1, share))} of the mass` : "");
   }
 
   asked({ r, layer, head, batch, versus }) {
@@ -303,6 +303,7 @@ class HeadMap {
     this.status.textContent = waits
       ? `${cells} · coarser until ${waits} exact ${waits === 1 ? "tile comes" : "tiles come"}`
       : missing ? `${cells} · some tiles are missing` : `${cells} · exact`;
+    if (missing && !waits) this.profiles.due(); // they were those of what was there before
     this.frame.toggleAttribute("data-waits", waits > 0);
   }
 }

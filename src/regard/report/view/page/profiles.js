@@ -211,7 +211,7 @@ class Profiles {
         context.globalAlpha = 1;
       }
       const named = size === 1 && step >= LABELS;
-      if (named && sums.length && tokens.piece(first) === null)
+      if (named && sums.length && first < tokens.length && tokens.piece(first) === null)
         tokens.need(first, Math.min(limit, first + sums.length)).then(() => this.due(), () => {});
       sums.forEach((value, i) => {
         const at = place((first + i) * size, along);

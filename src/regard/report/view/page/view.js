@@ -28,7 +28,8 @@ const touched = matchMedia("(pointer: coarse)").matches; // by fingers
 function failed(error) {
   if (error?.name === "AbortError") return;
   byId("error").hidden = false;
-  byId("error").textContent = `${String(error.message).replace(/\.$/, "")}.`;
+  const said = String(error.message).replace(/\.$/, "");
+  byId("error").textContent = `${said.charAt(0).toUpperCase()}${said.slice(1)}.`;
 }
 
 const recording = () => about.recordings[state.recording];
@@ -156,9 +157,11 @@ function drawText() {
     for (const pane of panes) pane.mark(hits);
     if (state.top !== null) panes.find((one) => one.has(state.top))?.goTo(state.top, 0);
     byId("panes").classList.toggle("two", panes.length > 1);
-    if (!panes.length)
-      byId("panes").replaceChildren(make("p", "untold",
-        "This recording holds no tokens: look at the map, or record with tokens= and text=."));
+    byId("text-view").classList.toggle("nothing", !panes.length);
+    byId("panes").querySelector(".empty")?.remove();
+    if (!panes.length) byId("panes").append(make("p", "empty",
+      "This recording holds no tokens, so there is no text to show. Look at the map (m), or record again: " +
+      "regard.record and regard record keep the tokens."));
   }
   const kept = fan && chosenItems();
   for (const pane of panes) {
