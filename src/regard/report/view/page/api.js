@@ -5,6 +5,9 @@ const held = inside?.answers ? inside : null;
 /** In a notebook: asks the kernel. */
 const bridge = inside?.bridged ? frameElement.bridge : null;
 
+/** "light" or "dark" where the notebook around the page says so. */
+const theme = () => (bridge ? frameElement.theme?.() ?? null : null);
+
 const elsewhere = "this file holds what was in view; for the rest, open the recording with regard view";
 
 /** An answer that says what is wrong in one sentence. */
@@ -176,4 +179,4 @@ class Tokens {
   }
 }
 
-export { Refused, Tokens, ask, bridge, held, tilesOf, visible };
+export { Refused, Tokens, ask, bridge, held, theme, tilesOf, visible };
