@@ -39,7 +39,7 @@ def views(about: dict[str, Any]) -> dict[str, str]:
     kept, half = max(0, 2 * count // 3 - 1), count // 2
     return {
         "map": "head=0.1",
-        "map-middle": f"head=0.1&at=2,{kept},{kept // 2}&word={kept}",
+        "map-middle": f"head=0.1&at=4,{kept},{kept // 2}&word={kept}",
         "map-cells": f"head=0.1&at=9,{kept},{kept}&word={kept}",
         "text": f"head=0.1&view=text&word={kept}",
         "text-read-by": f"head=0.1&view=text&word={kept // 2}&way=in&by=tokens",

@@ -152,13 +152,16 @@ class HeadMap {
     return L.latLngBounds([0, 0], [this.where.rows * this.unit, this.where.cols * this.unit]);
   }
 
-  whole() {
+  /** The zoom at which the whole map is in sight. */
+  fit() {
     const room = [this.element.clientWidth, this.element.clientHeight].map((one) => Math.max(one, 50));
     const fits = Math.min(room[0] / (this.where.cols * this.unit), room[1] / (this.where.rows * this.unit));
-    const zoom = Math.max(0, Math.min(this.deepest + CLOSER, Math.log2(fits)));
-    this.place(this.bounds().getCenter(), zoom);
+    return Math.max(0, Math.min(this.deepest + CLOSER, Math.log2(fits)));
+  }
+
+  whole() {
+    this.place(this.bounds().getCenter(), 0);
     this.untouched = true;
-    this.map.options.minZoom = zoom;
     this.map.fire("zoomlevelschange");
     state.at = null;
   }
@@ -166,8 +169,9 @@ class HeadMap {
   /** Stand there at once: no animation under way may bring the map elsewhere. */
   place(centre, zoom) {
     this.map.stop();
-    Object.assign(this.map.options, { minZoom: 0, maxZoom: this.deepest + CLOSER });
-    this.map.setView(centre, zoom, { animate: false, reset: true });
+    const least = this.fit();
+    Object.assign(this.map.options, { minZoom: least, maxZoom: this.deepest + CLOSER });
+    this.map.setView(centre, Math.max(least, zoom), { animate: false, reset: true });
   }
 
   /** Bring one cell into sight, so near that it is a single weight. */

@@ -168,6 +168,9 @@ class Profiles {
   locate({ zoom, rows, cols }) {
     const { where } = this.owner;
     const share = (cell, of) => `${((100 * Math.min(of, cell * 2 ** zoom)) / of).toFixed(2)}%`;
+    const size = 2 ** zoom;
+    const all = [[rows, where.rows], [cols, where.cols]].every(([[from, to], of]) => from === 0 && to * size >= of);
+    this.locator.style.visibility = all ? "hidden" : "";
     const { style } = this.locator.firstChild;
     [style.left, style.top] = [share(cols[0], where.cols), share(rows[0], where.rows)];
     [style.width, style.height] = [share(cols[1] - cols[0], where.cols), share(rows[1] - rows[0], where.rows)];
