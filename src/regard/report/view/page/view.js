@@ -1,5 +1,6 @@
 // The page of `regard view`: what is chosen, what is under the pointer, and who draws it.
 
+import { tellAbout } from "./about.js";
 import { Tokens, ask, held } from "./api.js";
 import { Along } from "./along.js";
 import { buildFind } from "./find.js";
@@ -393,31 +394,6 @@ function build() {
   });
 }
 
-function tellAbout() {
-  const shown = recording();
-  const told = JSON.stringify([state.recording, state.layer]);
-  if (tellAbout.told === told) return; // else a selection in it would be lost
-  tellAbout.told = told;
-  const total = shown.layers.reduce((sum, one) => sum + one.heads, 0);
-  byId("about").replaceChildren("regard view · ", bold(shown.model),
-    ` · ${count(shown.layers.length, "layer")}, ${count(total, "head")} · ` +
-    `${count(layer().k_len, "token")} · where heads read, not why`);
-  document.title = `${shown.name} · regard view`;
-  const lines = [
-    "This page says where heads read, not why: a large weight need not matter to the result.",
-    "Every zoom of the map is computed from the recorded queries, keys and log-sum-exps; a cell of " +
-      "several tokens holds their sum or their largest weight. In sum, colour and number are the " +
-      "share of its mass that a token of the cell's rows gives to its columns, on average.",
-    "Keys: m and t change between map and text, / finds, Tab reaches map, text and heads, arrows move, + and − " +
-      "zoom the map, Enter keeps a token, Esc lets go. The address holds what is chosen.",
-  ];
-  if (!shown.whole) lines.splice(1, 0, "The run that wrote this recording was stopped: the layers " +
-    "that were whole are here.");
-  for (const damage of shown.damaged) lines.splice(1, 0, damage);
-  if (held) lines.splice(1, 0, "This file holds what was in view when it was written.");
-  byId("foot").replaceChildren(...lines.map((line) => make("p", "", line)));
-}
-
 async function start() {
   try {
     about = await ask("about");
@@ -444,7 +420,7 @@ async function start() {
   onChange(() => {
     byId("error").hidden = true; // it comes again where it still holds
     if (!layer().norms) state.measure = "weight";
-    tellAbout();
+    tellAbout(recording(), layer());
     wonder();
     draw();
   });
@@ -456,7 +432,7 @@ async function start() {
     changed();
     if (state.view === "text") requestAnimationFrame(() => requestAnimationFrame(standText));
   });
-  tellAbout();
+  tellAbout(recording(), layer());
   wonder();
   draw();
   if (state.view === "text") requestAnimationFrame(standText);
