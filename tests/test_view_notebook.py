@@ -186,3 +186,14 @@ def test_the_page_stands_in_a_cell(browser, sent, made):
     assert browser.get_log("browser") == []
     browser.execute_script("window.gone()")
     assert browser.execute_script("return document.querySelector('iframe')") is None
+
+
+@pytest.mark.slow
+def test_the_page_is_as_dark_as_the_notebook_around_it(browser, sent):
+    say = "document.body.dataset.jpThemeLight = arguments[0]"
+    cell = Cell(browser, sent).until("'ready' in document.documentElement.dataset")
+    for light, ground in (("false", "rgb(23, 24, 27)"), ("true", "rgb(252, 251, 248)")):
+        browser.execute_script(say, light)
+        cell.until(f"getComputedStyle(document.body).backgroundColor === '{ground}'")
+    cell.until("document.querySelector('.map-status')?.textContent.endsWith('exact')")
+    browser.execute_script("window.gone()")

@@ -24,6 +24,7 @@ class Along {
       state.along = this.select.value;
       changed();
     });
+    this.frame.addEventListener("keydown", (event) => this.typed(event));
     darkness.addEventListener("change", () => this.draw(true));
     new ResizeObserver(() => this.plot?.setSize({ width: Math.max(120, this.frame.clientWidth), height: HEIGHT }))
       .observe(this.frame);
@@ -36,6 +37,7 @@ class Along {
     this.select.value = state.along;
     if (question === this.question) return this.draw();
     this.question = question;
+    if (!this.answer) this.said.textContent = `reading ${state.along === "entropy" ? "the entropy" : "what is received"}…`;
     try {
       const answer = await ask("along", asked);
       if (this.question !== question) return;
@@ -74,10 +76,24 @@ class Along {
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 6, fill: line } },
       hooks: { setCursor: [() => this.point()], draw: [(plot) => this.mark(plot, soft)] },
     }, [values.map((_, i) => i * size), size > 1 ? most : values.map(() => null), values], this.frame);
-    this.plot.over.addEventListener("click", () => {
-      const at = this.plot.cursor.idx;
-      if (at !== null && at !== undefined) this.keep(at * size, state.along === "entropy" ? "out" : "in");
-    });
+    this.plot.over.addEventListener("click", () => this.keepPoint());
+  }
+
+  keepPoint() {
+    const at = this.plot?.cursor.idx;
+    if (at !== null && at !== undefined) this.keep(at * this.answer.size, state.along === "entropy" ? "out" : "in");
+  }
+
+  /** Arrows go along the line, Enter keeps the token. */
+  typed(event) {
+    const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20 }[event.key];
+    if (!this.plot || (!by && event.key !== "Enter")) return;
+    event.preventDefault();
+    if (!by) return this.keepPoint();
+    const { values, size } = this.answer;
+    const here = this.plot.cursor.idx ?? Math.floor((state.word ?? 0) / size) - by;
+    const next = Math.max(0, Math.min(values.length - 1, here + by));
+    this.plot.setCursor({ left: this.plot.valToPos(next * size, "x"), top: 10 });
   }
 
   /** A line where the token that is kept stands. */

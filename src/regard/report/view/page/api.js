@@ -5,6 +5,9 @@ const held = inside?.answers ? inside : null;
 /** In a notebook: asks the kernel. */
 const bridge = inside?.bridged ? frameElement.bridge : null;
 
+/** "light" or "dark" where the notebook around the page says so. */
+const theme = () => (bridge ? frameElement.theme?.() ?? null : null);
+
 const elsewhere = "this file holds what was in view; for the rest, open the recording with regard view";
 
 /** An answer that says what is wrong in one sentence. */
@@ -139,12 +142,19 @@ class Tokens {
 
   /** A token's name, fit for one line. */
   name(i, most = 40) {
-    const piece = this.piece(i);
+    const piece = i < this.length ? this.piece(i) : null;
     if (piece === null) return `token ${i.toLocaleString("en")}`;
     const bare = piece.trim();
     if (!bare) return piece ? visible(piece).replaceAll(" ", "␣") : "⍽";
     const characters = [...visible(bare)];
     return characters.length > most ? `${characters.slice(0, most - 1).join("")}…` : characters.join("");
+  }
+
+  /** Whether the pages that hold start … stop − 1 are there. */
+  loaded(start, stop) {
+    for (let number = Math.floor(start / this.page); number * this.page < stop; number++)
+      if (!this.pages.has(number)) return false;
+    return true;
   }
 
   /** Brings the pages that hold start … stop − 1. */
@@ -169,4 +179,4 @@ class Tokens {
   }
 }
 
-export { Refused, Tokens, ask, bridge, held, tilesOf, visible };
+export { Refused, Tokens, ask, bridge, held, theme, tilesOf, visible };

@@ -1,22 +1,31 @@
 // Find tokens by what they hold.
 
-import { ask } from "./api.js";
+import { ask, held } from "./api.js";
 import { byId, count } from "./shared.js";
-import { changed, state } from "./state.js";
+import { changed, state, write } from "./state.js";
 
-/** The field that finds tokens, and goes from one to the next. */
-function buildFind({ layer, shift, failed, goTo, map }) {
+/** The field that finds tokens, and goes from one to the next. `hit` is told all that are found. */
+function buildFind({ layer, shift, failed, goTo, map, hit }) {
   const field = byId("find").querySelector("input");
   const said = byId("found");
-  let [hits, at, timer] = [[], -1, null];
+  let [hits, at, timer, question] = [[], -1, null, null];
   const search = async () => {
     const text = field.value.trim();
+    const asked = { r: state.recording, text, side: layer().q_side };
+    if (question === JSON.stringify(asked)) return;
+    question = JSON.stringify(asked);
+    state.find = text || null;
+    write();
     try {
-      hits = text ? await ask("matching", { r: state.recording, text, side: layer().q_side }) : [];
+      const found = text ? await ask("matching", asked) : [];
+      if (question !== JSON.stringify(asked)) return;
+      hits = found;
     } catch (error) {
+      question = null;
       return failed(error);
     }
     at = -1;
+    hit(hits);
     said.textContent = !text ? "" : hits.length ? `${count(hits.length, "place")}; Enter goes to the next`
       : "no such token; try a part of it";
   };
@@ -41,6 +50,13 @@ function buildFind({ layer, shift, failed, goTo, map }) {
     if (at < 0) await search();
     go(event.shiftKey ? -1 : 1);
   });
+  /** Look for what is chosen, where that or the recording has changed. */
+  const refresh = () => {
+    if (held || document.activeElement === field) return;
+    field.value = state.find ?? "";
+    search();
+  };
+  return { refresh };
 }
 
 export { buildFind };

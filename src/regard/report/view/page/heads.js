@@ -88,6 +88,7 @@ class Heads {
         this.values.set(layer, answer);
       } catch (error) {
         this.filling = null; // asked again when something else is chosen
+        this.draw();
         return this.failed(error);
       }
       this.draw();
@@ -131,7 +132,7 @@ class Heads {
   draw() {
     if (state.metric === "segment" && state.given && !byId("metric").querySelector("[value=segment]"))
       this.option("segment", "a segment");
-    if ((state.metric === "reads" && !this.read) || (state.metric === "segment" && !state.given)) state.metric = this.about.metrics[0].key;
+    if ((state.metric === "reads" && !this.read && !this.searching) || (state.metric === "segment" && !state.given)) state.metric = this.about.metrics[0].key;
     const metric = this.metric();
     byId("metric").value = state.metric;
     byId("metric-title").textContent = metric.said + (metric.share ? ", %" : "");
@@ -143,6 +144,8 @@ class Heads {
       all.push([value, layer, head, button]);
       if (!metric.share && value !== null) most = Math.max(most, value);
     }
+    // One word's or segment's share is small in most heads: the colour says which have most of it
+    if (["reads", "segment"].includes(metric.key)) most = Math.max(0.02, ...all.map(([value]) => value ?? 0));
     for (const [value, layer, head, button] of all) {
       button.style.setProperty("--shade", (0.95 * shade((value ?? 0) / most)).toFixed(3));
       const said = value === null ? ""
@@ -158,9 +161,14 @@ class Heads {
       button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
     }
     this.rank(all, metric);
+    byId("ranked").parentNode.hidden = !all.some(([value]) => value !== null);
     const of = this.recording.layers[state.layer].q_len;
     const sampled = this.about.sampled;
+    const readable = this.recording.layers.filter((one) => one.pattern).length;
+    byId("grid").setAttribute("aria-busy", this.filling !== null && all.some(([value]) => value === null));
     byId("metric-note").textContent = ["reads", "segment"].includes(state.metric) ? ""
+      : this.values.size < readable ? this.filling === null ? "some layers could not be read: see above"
+        : `reading heads: ${this.values.size} of ${readable} layers…`
       : !this.values.get(state.layer)?.sampled.includes(state.metric) || of <= sampled ? ""
         : `means over ${sampled} tokens spread over the ${of.toLocaleString("en")}`;
   }
@@ -178,37 +186,63 @@ class Heads {
       return button;
     };
     keyed(byId("ranked"), best, ([, layer, head]) => `${layer}.${head}`, choose, (button, [value, layer, head]) => {
-      button.textContent = `${layer}.${head} ${metric.share ? value.toFixed(2) : value.toFixed(1)}`;
+      button.textContent = `${layer}.${head} ${!metric.share ? value.toFixed(1) : value < 0.005 ? "<.01" : value.toFixed(2)}`;
     });
   }
 
-  async findReads() {
-    const [source, target] = ["source", "target"].map((name) => byId("reads").elements[name].value);
+  /** What was typed, as what is chosen. */
+  findReads() {
+    const [source, target] = ["source", "target"].map((name) => byId("reads").elements[name].value.trim());
+    if (!source || !target) {
+      byId("reads-said").textContent = "give both words: the one that reads, and the one read";
+      return;
+    }
+    [state.source, state.target, state.metric] = [source, target, "reads"];
+    this.searched = null; // the best head is chosen, once it is known
+    this.best = true;
+    changed();
+  }
+
+  /** Ask how much heads read the word that is chosen, where that has changed. */
+  async refresh() {
+    const { source, target } = state;
+    const question = source && target ? JSON.stringify([state.recording, state.batch, source, target]) : null;
+    if (question === this.searched) return;
+    [this.searched, this.searching] = [question, question !== null];
+    const fields = byId("reads").elements;
+    if (source && target) [fields.source.value, fields.target.value] = [source, target];
     const said = byId("reads-said");
-    if (!source.trim() || !target.trim()) {
-      said.textContent = "give both words: the one that reads, and the one read";
-      return;
-    }
-    said.textContent = "searching all heads…";
-    try {
-      this.read = await ask("reads", { r: state.recording, batch: state.batch, source, target });
-    } catch (error) {
-      said.textContent = error.message;
-      return;
-    }
-    const { sources, targets } = this.read;
-    this.readsSaid = `how much “${source.trim()}” reads “${target.trim()}” in each head`;
-    said.textContent = `mean over ${sources.length} × “${source.trim()}”, summed over ` +
-      `${targets.length} × “${target.trim()}”`;
+    this.read = null;
+    said.textContent = question ? "searching all heads…" : "";
+    if (!question) return;
     if (!byId("metric").querySelector("[value=reads]")) this.option("reads", "reads a word");
-    state.metric = "reads";
+    try {
+      const read = await ask("reads", { r: state.recording, batch: state.batch, source, target });
+      if (this.searched !== question) return;
+      this.read = read;
+    } catch (error) {
+      if (this.searched === question) said.textContent = `${error.message.replace(/\.$/, "")}.`;
+    } finally {
+      if (this.searched === question) this.searching = false;
+    }
+    if (this.searched !== question || !this.read) return changed();
+    const { sources, targets } = this.read;
+    this.readsSaid = `how much “${source}” reads “${target}” in each head`;
+    said.textContent = `mean over ${sources.length} × “${source}”, summed over ` +
+      `${targets.length} × “${target}”`;
+    if (this.best) this.takeBest(sources);
+    changed();
+  }
+
+  /** Choose the head that reads it most, and the last place of the word that reads. */
+  takeBest(sources) {
+    this.best = false;
     let best = [-1, state.layer, state.head];
     this.read.values.forEach((heads, layer) => heads?.forEach((value, head) => {
       if (value > best[0]) best = [value, layer, head];
     }));
     [, state.layer, state.head] = best;
     if (sources.length) [state.word, state.way] = [sources.at(-1), "out"];
-    changed();
   }
 }
 

@@ -2,7 +2,7 @@
 
 import "./vendor/leaflet/leaflet.js";
 import { held } from "./api.js";
-import { count, make, percent } from "./shared.js";
+import { make, percent } from "./shared.js";
 import { changed, state } from "./state.js";
 import { darkness, paint } from "./tiles.js";
 import { Profiles } from "./profiles.js";
@@ -56,7 +56,8 @@ class HeadMap {
       minZoom: 0, maxZoom: 1, zoomControl: false, fadeAnimation: false,
     });
     frame.append(L.control.zoom().addTo(this.map).getContainer()); // beside the map, not on it
-    element.setAttribute("aria-label", "The map of the head: rows read, columns are read");
+    element.setAttribute("aria-label", "The map of the head: rows read, columns are read. "
+      + "Arrows move, + and − zoom, Enter keeps the query in the middle");
     this.map.setView([0, 0], 0);
     this.map.on("moveend zoomend", () => this.moved());
     this.map.on("move", () => this.profiles.due());
@@ -68,6 +69,8 @@ class HeadMap {
     this.marks = { kept: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "kept" }),
       range: L.rectangle([[0, 0], [0, 0]], { ...plain, className: "range" }) };
     this.untouched = true; // until a hand moves it, the whole map is kept in sight
+    element.addEventListener("keydown", (event) => this.typed(event));
+    for (const kind of ["pointermove", "blur"]) element.addEventListener(kind, () => (this.keyed = false));
     for (const kind of ["pointerdown", "wheel", "keydown"])
       element.addEventListener(kind, () => (this.untouched = false), { passive: true });
     new ResizeObserver(() => {
@@ -132,11 +135,13 @@ class HeadMap {
       `${side} ${range.first.toLocaleString("en")}–${(range.stop - 1).toLocaleString("en")} ×`;
   }
 
-  /** Say what is in sight: of how much of their mass the rows are shown. */
-  sight({ share, count: rows }) {
+  /** Say what is in sight: which tokens, and how much of their mass the rows are shown with. */
+  sight({ share, count: rows }, seen) {
+    const size = 2 ** seen.zoom;
+    const span = ([from, to], most) => `${(from * size).toLocaleString("en")}–${(Math.min(to * size, most) - 1).toLocaleString("en")}`;
     const weights = state.reduce === "sum" && this.where.versus === undefined && state.measure === "weight";
-    this.sighted.textContent = weights && rows
-      ? `shown ${percent(Math.min(1, share))} of the mass of ${count(rows, "query").replace("querys", "queries")}` : "";
+    this.sighted.textContent = `queries ${span(seen.rows, this.where.rows)} × keys ${span(seen.cols, this.where.cols)}`
+      + (weights && rows && !this.element.querySelector("canvas.pending") ? ` · shown ${percent(Math.min(1, share))} of the mass` : "");
   }
 
   asked({ r, layer, head, batch, versus }) {
@@ -147,13 +152,16 @@ class HeadMap {
     return L.latLngBounds([0, 0], [this.where.rows * this.unit, this.where.cols * this.unit]);
   }
 
-  whole() {
+  /** The zoom at which the whole map is in sight. */
+  fit() {
     const room = [this.element.clientWidth, this.element.clientHeight].map((one) => Math.max(one, 50));
     const fits = Math.min(room[0] / (this.where.cols * this.unit), room[1] / (this.where.rows * this.unit));
-    const zoom = Math.max(0, Math.min(this.deepest + CLOSER, Math.log2(fits)));
-    this.place(this.bounds().getCenter(), zoom);
+    return Math.max(0, Math.min(this.deepest + CLOSER, Math.log2(fits)));
+  }
+
+  whole() {
+    this.place(this.bounds().getCenter(), 0);
     this.untouched = true;
-    this.map.options.minZoom = zoom;
     this.map.fire("zoomlevelschange");
     state.at = null;
   }
@@ -161,8 +169,9 @@ class HeadMap {
   /** Stand there at once: no animation under way may bring the map elsewhere. */
   place(centre, zoom) {
     this.map.stop();
-    Object.assign(this.map.options, { minZoom: 0, maxZoom: this.deepest + CLOSER });
-    this.map.setView(centre, zoom, { animate: false, reset: true });
+    const least = this.fit();
+    Object.assign(this.map.options, { minZoom: least, maxZoom: this.deepest + CLOSER });
+    this.map.setView(centre, Math.max(least, zoom), { animate: false, reset: true });
   }
 
   /** Bring one cell into sight, so near that it is a single weight. */
@@ -261,8 +270,17 @@ class HeadMap {
     changed();
   }
 
+  /** By keyboard, the cell in the middle is the one that is named, and that Enter keeps. */
+  typed(event) {
+    if (event.key === "Tab" || event.key === "Escape") return;
+    this.keyed = true;
+    if (event.key === "Enter") this.click(this.map.getCenter());
+    this.point(this.map.getCenter());
+  }
+
   moved() {
     if (!this.where) return;
+    if (this.keyed) this.point(this.map.getCenter());
     this.profiles.due();
     this.tell();
     const { lat, lng } = this.map.getCenter();
@@ -289,6 +307,7 @@ class HeadMap {
     this.status.textContent = waits
       ? `${cells} · coarser until ${waits} exact ${waits === 1 ? "tile comes" : "tiles come"}`
       : missing ? `${cells} · some tiles are missing` : `${cells} · exact`;
+    if (missing && !waits) this.profiles.due(); // they were those of what was there before
     this.frame.toggleAttribute("data-waits", waits > 0);
   }
 }

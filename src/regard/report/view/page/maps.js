@@ -76,6 +76,13 @@ class Maps {
     this.legend();
   }
 
+  /** Stand where the address says, which has changed. */
+  stand() {
+    if (!this.first?.where) return;
+    this.restored = undefined;
+    if (!state.at) this.first.whole();
+  }
+
   add() {
     const frame = make("div", "frame");
     byId("maps").append(frame);

@@ -1,5 +1,13 @@
 // A recording in a notebook: the page in a frame, its questions sent to the kernel (anywidget).
 
+/** "light" or "dark", as the notebook around is: JupyterLab, VS Code, Colab; null where none says. */
+function theme() {
+  const { jpThemeLight, vscodeThemeKind } = document.body.dataset;
+  const said = vscodeThemeKind ?? (jpThemeLight && (jpThemeLight === "true" ? "light" : "dark"))
+    ?? document.documentElement.getAttribute("theme");
+  return said ? (/dark|black/.test(said) ? "dark" : "light") : null;
+}
+
 function render({ model, el }) {
   const frame = document.createElement("iframe");
   frame.title = "regard view";
@@ -27,10 +35,15 @@ function render({ model, el }) {
     model.send({ id, path, given });
   });
   model.on("msg:custom", heard);
+  frame.theme = theme;
+  const themes = new MutationObserver(() => frame.contentWindow?.dispatchEvent(new Event("theme")));
+  for (const root of [document.body, document.documentElement])
+    themes.observe(root, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind", "theme"] });
   frame.srcdoc = model.get("page");
   el.append(frame);
   return () => {
     model.off("msg:custom", heard);
+    themes.disconnect();
     for (const [id] of waiting) model.send({ id, drop: true });
     frame.remove();
   };

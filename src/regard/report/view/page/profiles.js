@@ -10,7 +10,10 @@ class Profiles {
     this.owner = owner;
     this.corner = make("button", "corner", "all");
     this.corner.type = "button";
-    this.corner.title = "show the whole map";
+    this.corner.title = "show the whole map; the square says where what is in sight lies in it";
+    this.locator = make("span", "locator");
+    this.locator.append(make("i"));
+    this.corner.append(this.locator);
     this.corner.addEventListener("click", () => owner.whole());
     this.top = this.canvas("top", "by how much each key in sight is read");
     this.right = this.canvas("right", "how much of its mass each query gives to the keys in sight");
@@ -161,13 +164,26 @@ class Profiles {
     return { share: count ? sum / count : 0, count };
   }
 
+  /** Where in the whole map what is in sight lies. */
+  locate({ zoom, rows, cols }) {
+    const { where } = this.owner;
+    const share = (cell, of) => `${((100 * Math.min(of, cell * 2 ** zoom)) / of).toFixed(2)}%`;
+    const size = 2 ** zoom;
+    const all = [[rows, where.rows], [cols, where.cols]].every(([[from, to], of]) => from === 0 && to * size >= of);
+    this.locator.style.visibility = all ? "hidden" : "";
+    const { style } = this.locator.firstChild;
+    [style.left, style.top] = [share(cols[0], where.cols), share(rows[0], where.rows)];
+    [style.width, style.height] = [share(cols[1] - cols[0], where.cols), share(rows[1] - rows[0], where.rows)];
+  }
+
   draw() {
     const { map, unit, where } = this.owner;
     if (!where || !this.top.clientWidth) return;
     const seen = this.window();
     const { byRow, byCol } = this.sums(seen);
     const size = 2 ** seen.zoom;
-    this.owner.sight(this.mass(seen, byRow));
+    this.owner.sight(this.mass(seen, byRow), seen);
+    this.locate(seen);
     const style = getComputedStyle(document.documentElement);
     const colours = ["--mark", "--ink", "--soft", "--arc"].map((name) => resolved(style, name));
     const place = (token, along) => {
@@ -198,7 +214,7 @@ class Profiles {
         context.globalAlpha = 1;
       }
       const named = size === 1 && step >= LABELS;
-      if (named && sums.length && tokens.piece(first) === null)
+      if (named && sums.length && first < tokens.length && tokens.piece(first) === null)
         tokens.need(first, Math.min(limit, first + sums.length)).then(() => this.due(), () => {});
       sums.forEach((value, i) => {
         const at = place((first + i) * size, along);

@@ -1,5 +1,6 @@
 // The map in sight as a picture: PNG as it is painted, SVG with its labels as text.
 
+import { resolved } from "./profiles.js";
 import { make } from "./shared.js";
 import { state } from "./state.js";
 
@@ -39,8 +40,9 @@ function svgOf(owner, title) {
     `${(Math.min(to * size, most) - 1).toLocaleString("en")}`;
   svg.setAttribute("viewBox", `0 0 ${width} ${height + 46}`);
   svg.setAttribute("xmlns", space);
-  const font = { "font-family": "system-ui, sans-serif", fill: "#444" };
-  put("rect", { width, height: height + 46, fill: "#ffffff" });
+  const style = getComputedStyle(document.documentElement);
+  const font = { "font-family": "system-ui, sans-serif", fill: resolved(style, "--soft") };
+  put("rect", { width, height: height + 46, fill: resolved(style, "--raised") });
   put("text", { x: 8, y: 18, "font-size": 14, ...font },
     `${title.replaceAll("-", " ")} · queries ${span(seen.rows, owner.where.rows)} ` +
     `reading keys ${span(seen.cols, owner.where.cols)}`);

@@ -21,6 +21,10 @@ const state = {
   measure: "weight", // "value": weight times the length of what the key adds
   along: "entropy", // what the line along the text says: "received"
   at: null, // where the map stands: zoom, row, column
+  top: null, // the first token of the text in sight
+  source: null, // the words that heads are ranked by: which reads …
+  target: null, // … which
+  find: null, // what is looked for in the text
   share: 90, // % of a word's mass to show
   compare: "one", // "second", "both", "change"
 };
@@ -28,10 +32,14 @@ const SHORT_NAMES = {
   recording: "r", batch: "batch", view: "view", word: "word", way: "way", metric: "metric",
   reduce: "pool", scale: "scale", share: "share", compare: "compare", at: "at",
   range: "range", measure: "measure", along: "along", units: "by", given: "segments", segment: "segment",
+  top: "top", source: "from", target: "reads", find: "find",
 };
+/** What the way back goes through: not where the map or the text stands, nor how they look. */
+const STEPS = ["head", "r", "batch", "view", "word", "way", "metric", "measure", "compare", "range", "segments", "segment", "from", "reads"];
 const fresh = { ...state };
 const listeners = new Set();
 let due = false;
+let last = null; // the step that the address holds
 
 /** Something was chosen: draw again, once, before the next frame. */
 function changed() {
@@ -56,11 +64,15 @@ function write() {
   if (!state.sinks) query.set("sinks", "off");
   const hash = `#${query}`;
   if (bridge) return; // a frame in a notebook has no address of its own
-  if (hash !== location.hash) history.replaceState(null, "", hash);
+  const step = JSON.stringify(STEPS.map((name) => query.get(name)));
+  if (hash !== location.hash)
+    history[last === null || last === step ? "replaceState" : "pushState"](null, "", hash);
+  last = step;
 }
 
 /** Take over what the address says, as far as `about` knows of it. */
 function read(about) {
+  last = null; // what is made of it is no step of its own
   const query = new URLSearchParams(location.hash.slice(1) || held?.opens);
   const number = (name, most, otherwise) => {
     const text = query.get(name);
@@ -95,7 +107,10 @@ function read(about) {
   state.measure = layers[state.layer].norms ? oneOf("measure", ["weight", "value"], "weight") : "weight";
   state.along = oneOf("along", ["entropy", "received"], "entropy");
   const at = (query.get("at") ?? "").split(",").map(Number);
+  state.top = number("top", 1e9, null);
+  for (const [key, name] of [["source", "from"], ["target", "reads"], ["find", "find"]])
+    state[key] = query.get(name)?.slice(0, 1000) || null;
   state.at = at.length === 3 && at.every(Number.isFinite) ? query.get("at") : null;
 }
 
-export { changed, onChange, read, state };
+export { changed, onChange, read, state, write };

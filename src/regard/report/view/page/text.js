@@ -4,13 +4,14 @@ import "./process.js";
 import { Virtualizer, elementScroll, observeElementOffset, observeElementRect }
   from "./vendor/virtual-core/index.js";
 import { visible } from "./api.js";
-import { keyed } from "./keyed.js";
-import { drawFan, make, shade, short } from "./shared.js";
+import { drawChips, drawLines, drawStrip } from "./edges.js";
+import { Flow, LINE } from "./flow.js";
+import { make, shade, short } from "./shared.js";
 import { state } from "./state.js";
 
 const BLOCK = 128; // tokens that are laid out together
 const LARGE = 60; // a text of up to so many tokens is set large
-const CHIPS = 5; // at each edge
+const LONGEST = 200; // characters of a word that are drawn
 
 class Pane {
   /** Tokens start … stop − 1 of `tokens`, in `frame`. `does`: {hover, keep}. */
@@ -37,13 +38,18 @@ class Pane {
     this.section.append(middle);
     frame.append(this.section);
     this.blocks = new Map();
-    this.cursor = null;
+    this.flow = new Flow(this);
+    this.stood = null; // the first word in sight, once the text was scrolled
+    this.cursor = null; // where the keyboard stands
     this.shown = null;
     this.listen();
     this.virtual = new Virtualizer({
       count: Math.ceil((stop - start) / BLOCK),
       getScrollElement: () => this.scroll,
-      estimateSize: () => this.guess(),
+      estimateSize: (index) => this.guess(index),
+      measureElement: (element) => this.size(Number(element.dataset.index)),
+      paddingStart: this.section.classList.contains("large") ? 0 : 8,
+      paddingEnd: this.section.classList.contains("large") ? 0 : 24, // a label stands below the last line
       observeElementRect,
       observeElementOffset,
       scrollToFn: elementScroll,
@@ -53,16 +59,43 @@ class Pane {
     this.end = this.virtual._didMount();
     this.virtual._willUpdate();
     this.render();
+    this.width = this.paper.clientWidth;
+    this.watch = new ResizeObserver(() => this.resized());
+    this.watch.observe(this.paper);
+  }
+
+  /** Lay the text out anew where it got another width; what was in sight stays there. */
+  resized() {
+    const width = this.paper.clientWidth;
+    if (!width) return; // hidden
+    if (width === this.width) return this.render();
+    this.width = width;
+    const first = this.stood;
+    this.flow.forget();
+    for (const { element } of this.blocks.values()) element.remove();
+    this.blocks.clear();
+    this.virtual.measure();
+    this.render();
+    if (first !== null) this.goTo(first, 0);
   }
 
   /** About how tall a block is, before it has been laid out. */
-  guess() {
+  guess(index) {
     const width = Math.max(200, this.scroll.clientWidth - 80);
-    return Math.ceil((BLOCK * 5.2 * 7.6) / width) * 33 + 14;
+    const [first, last] = this.range(index);
+    return Math.ceil(((last - first) * 5.2 * 7.6) / width) * LINE;
+  }
+
+  /** How far below a block the next one begins: on its last line, where the text flows on. */
+  size(index) {
+    const block = this.blocks.get(index);
+    if (block?.words.size && block.element.clientWidth) block.size = this.flow.size(index, block);
+    return block?.size ?? this.guess(index);
   }
 
   remove() {
     this.end?.();
+    this.watch.disconnect();
     this.section.remove();
   }
 
@@ -70,8 +103,20 @@ class Pane {
     return i >= this.start && i < this.stop;
   }
 
+  /** Draw the blocks in sight. What is learned of their heights meanwhile moves those below. */
   render() {
-    const items = this.virtual.getVirtualItems();
+    this.again = true;
+    if (this.rendering) return;
+    this.rendering = true;
+    while (this.again) {
+      this.again = false;
+      this.place(this.virtual.getVirtualItems());
+    }
+    this.rendering = false;
+    this.shadeWords();
+  }
+
+  place(items) {
     this.paper.style.height = `${this.virtual.getTotalSize()}px`;
     const seen = new Set(items.map((item) => item.index));
     for (const [index, block] of this.blocks)
@@ -80,41 +125,60 @@ class Pane {
         this.blocks.delete(index);
       }
     for (const { index, start } of items) {
-      let block = this.blocks.get(index);
-      if (!block) {
-        block = this.build(index);
-        this.blocks.set(index, block);
-        this.paper.append(block.element);
-        this.virtual.measureElement(block.element);
-      }
+      const block = this.blocks.get(index) ?? this.build(index);
       block.element.style.transform = `translateY(${start}px)`;
     }
-    this.shadeWords();
   }
 
+  /** A block in its place, its words as soon as they are there. */
   build(index) {
-    const element = make("div", "block");
-    element.dataset.index = index;
-    const first = this.start + index * BLOCK;
-    const last = Math.min(this.stop, first + BLOCK);
-    const block = { element, words: new Map() };
-    if (this.stop - this.start > BLOCK) element.append(make("span", "number", first.toLocaleString("en")));
-    const text = make("div", "text");
-    text.dir = "auto";
-    element.append(text);
+    const block = this.frameOf(index);
+    const [first, last] = this.range(index);
+    this.blocks.set(index, block);
+    this.paper.append(block.element);
     const fill = () => {
-      text.replaceChildren();
-      for (let i = first; i < last; i++) if (this.tokens.first(i) === i) this.word(block, text, i);
+      if (this.blocks.get(index) !== block) return;
+      if (!this.paper.clientWidth) { // hidden by now: once it is shown
+        this.blocks.delete(index);
+        return block.element.remove();
+      }
+      this.flow.fill(index, block);
+      if (this.blocks.has(index - 1)) this.virtual.resizeItem(index - 1, this.size(index - 1));
+      this.virtual.resizeItem(index, this.size(index));
     };
-    if (this.tokens.piece(first) !== null && this.tokens.piece(last - 1) !== null) fill();
+    const before = this.flow.from(index); // what is before says where it begins
+    if (this.tokens.loaded(before, last)) fill();
     else {
-      text.append(make("span", "untold", "…"));
-      this.tokens.need(first, last).then(() => {
+      block.text.append(make("span", "untold", "…"));
+      this.tokens.need(before, last).then(() => {
         fill();
         this.render();
       }, this.does.failed);
     }
+    this.virtual.measureElement(block.element);
     return block;
+  }
+
+  range(index) {
+    const first = this.start + index * BLOCK;
+    return [first, Math.min(this.stop, first + BLOCK)];
+  }
+
+  /** A block without its words. */
+  frameOf(index) {
+    const element = make("div", "block");
+    element.dataset.index = index;
+    const number = make("span", "number", this.range(index)[0].toLocaleString("en"));
+    if (this.stop - this.start > BLOCK) element.append(number);
+    const text = make("div", "text");
+    element.append(text);
+    return { element, text, number, words: new Map() };
+  }
+
+  /** Its words. */
+  put(index, block) {
+    const [first, last] = this.range(index);
+    for (let i = first; i < last; i++) if (this.tokens.first(i) === i) this.word(block, block.text, i);
   }
 
   word(block, text, i) {
@@ -122,14 +186,32 @@ class Pane {
     const bare = piece.trim();
     this.between(text, this.tokens.gap(i));
     if (bare) this.between(text, piece.slice(0, piece.indexOf(bare)));
-    const word = make("span", "word", bare ? visible(bare) : this.tokens.name(i));
+    const characters = bare.length > LONGEST ? [...bare] : [];
+    const long = characters.length > LONGEST;
+    const word = make("span", "word",
+      long ? visible(characters.slice(0, LONGEST).join("")) : bare ? visible(bare) : this.tokens.name(i));
+    if (long) word.append(make("small", "more", `… ${(characters.length - LONGEST).toLocaleString("en")} more characters`));
     if (!bare) word.classList.add("blank");
     if (this.does.special.has(i) && this.tokens.side === "text") word.classList.add("special");
+    if (this.hits?.size) this.markWord(word, i);
     word.dataset.kind = word.className;
     word.dataset.word = i;
     block.words.set(i, word);
     text.append(word);
     if (!bare && piece.includes("\n")) text.append(make("br"));
+  }
+
+  /** Mark the words that hold one of these tokens. */
+  mark(hits) {
+    this.hits = hits;
+    this.edges();
+    for (const { words } of this.blocks.values()) for (const [i, word] of words) this.markWord(word, i);
+  }
+
+  markWord(word, i) {
+    let found = false;
+    for (let j = i; j < this.stop && this.tokens.first(j) === i; j++) found ||= this.hits.has(j);
+    word.toggleAttribute("data-hit", found);
   }
 
   /** What lies before a token: a new line, a space, or characters that have no token. */
@@ -150,18 +232,20 @@ class Pane {
       const word = event.target.closest?.(".word");
       return word ? Number(word.dataset.word) : null;
     };
-    this.scroll.addEventListener("pointerover", (event) => this.does.hover(at(event), this));
+    this.scroll.addEventListener("pointerover", (event) => {
+      this.cursor = null;
+      this.does.hover(at(event), this);
+    });
     this.scroll.addEventListener("pointerleave", () => this.does.hover(null, this));
     this.scroll.addEventListener("click", (event) => at(event) !== null && this.does.keep(at(event), this));
     this.scroll.addEventListener("keydown", (event) => {
-      const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (by) {
-        const here = this.cursor ?? state.word ?? this.firstInSight() - by;
-        let next = here + by;
-        while (next < this.stop && this.tokens.first(next) !== next) next += by;
-        this.cursor = this.tokens.first(Math.max(this.start, Math.min(this.stop - 1, next)));
-        if (!this.inSight(this.cursor)) this.goTo(this.cursor);
-        this.does.hover(this.cursor, this);
+      const here = this.cursor ?? (this.shown?.focusHere ? this.shown.focus : null);
+      const next = this.step(event.key, here);
+      if (next !== null) {
+        this.cursor = next;
+        if (!this.inSight(next)) this.goTo(next);
+        this.does.hover(next, this);
+        this.shadeWords();
       } else if ((event.key === "Enter" || event.key === " ") && this.cursor !== null)
         this.does.keep(this.cursor, this);
       else return;
@@ -172,7 +256,50 @@ class Pane {
       const share = (event.clientY - box.top) / box.height;
       this.goTo(this.start + Math.floor(share * (this.stop - this.start)));
     });
-    this.scroll.addEventListener("scroll", () => this.edges());
+    this.scroll.addEventListener("scroll", () => {
+      this.edges();
+      clearTimeout(this.resting);
+      this.resting = setTimeout(() => {
+        this.stood = this.scroll.scrollTop > 4 ? this.topWord() : null;
+        this.does.stands(this);
+      }, 200);
+    });
+  }
+
+  /** The word that an arrow key leads to; null for other keys. */
+  step(key, here) {
+    const across = { ArrowLeft: -1, ArrowRight: 1 }[key];
+    const down = { ArrowUp: -1, ArrowDown: 1 }[key];
+    if (!across && !down) return null;
+    if (here === null || !this.has(here)) return this.topWord();
+    if (down) return this.beside(here, down) ?? here;
+    let next = here + across;
+    while (next < this.stop && this.tokens.first(next) !== next) next += across;
+    return this.tokens.first(Math.max(this.start, Math.min(this.stop - 1, next)));
+  }
+
+  /** The word above (−1) or below (1) another. */
+  beside(i, down) {
+    const from = this.element(i)?.getBoundingClientRect();
+    let best = null;
+    for (const { words } of from ? this.blocks.values() : [])
+      for (const [other, word] of words) {
+        const box = word.getBoundingClientRect();
+        const lines = Math.round((down * (box.top - from.top)) / LINE);
+        const far = lines * 1e4 + Math.abs(box.left + box.width / 2 - from.left - from.width / 2);
+        if (lines > 0 && (!best || far < best.far)) best = { far, other };
+      }
+    return best && best.other;
+  }
+
+  /** The first word in sight; null where none is. */
+  topWord() {
+    const { top } = this.scroll.getBoundingClientRect();
+    let best = null;
+    for (const { words } of this.blocks.values())
+      for (const [i, word] of words)
+        if ((best === null || i < best) && word.getBoundingClientRect().top >= top) best = i;
+    return best;
   }
 
   firstInSight() {
@@ -187,8 +314,9 @@ class Pane {
     return box ? box.bottom > frame.top && box.top < frame.bottom : false;
   }
 
-  /** Scroll to a token: to its block, and, once that is laid out, to the word itself. */
-  goTo(i) {
+  /** Scroll to a token: to its block, and, once that is laid out, to the word itself. Where it is
+   * to stand is a share of the height; without one it may stay where it is. */
+  goTo(i, share = null) {
     if (!this.has(i)) return;
     const near = () => this.virtual.scrollToIndex(Math.floor((i - this.start) / BLOCK), { align: "start" });
     const settle = (turns) => {
@@ -199,12 +327,13 @@ class Pane {
         return turns && requestAnimationFrame(() => settle(turns - 1));
       }
       const [box, frame] = [word.getBoundingClientRect(), this.scroll.getBoundingClientRect()];
-      if (box.top < frame.top + 30 || box.bottom > frame.bottom - 30)
-        this.scroll.scrollTop += box.top - frame.top - frame.height / 3;
+      const strays = share === null ? box.top < frame.top + 30 || box.bottom > frame.bottom - 30
+        : Math.abs(box.top - frame.top - 8 - frame.height * share) > 2;
+      if (strays) this.scroll.scrollTop += box.top - frame.top - 8 - frame.height * (share ?? 1 / 3);
       if (turns) requestAnimationFrame(() => settle(turns - 1));
     };
     this.target = i;
-    near();
+    if (!this.element(i)) near();
     this.tokens.need(i, i + 1).then(() => requestAnimationFrame(() => settle(16)), this.does.failed);
   }
 
@@ -235,12 +364,17 @@ class Pane {
         word.dataset.weight = weight.toPrecision(6);
         if (labelled.has(i) && weight >= 0.02) word.dataset.label = short(weight);
       }
-      const focus = shown.focusHere && this.element(shown.focus);
+      const focus = shown.focusHere && this.has(shown.focus) && this.element(shown.focus);
       if (focus) {
         focus.touched = true;
         focus.classList.add("focus");
         focus.classList.toggle("locked", shown.locked);
       }
+    }
+    const cursor = this.cursor !== null && this.element(this.cursor);
+    if (cursor) {
+      cursor.touched = true;
+      cursor.classList.add("cursor");
     }
     this.edges();
   }
@@ -250,87 +384,10 @@ class Pane {
     if (this.edging) return;
     this.edging = requestAnimationFrame(() => {
       this.edging = null;
-      this.drawLines();
-      this.drawChips();
-      this.drawStrip();
+      drawLines(this);
+      drawChips(this);
+      drawStrip(this);
     });
-  }
-
-  drawLines() {
-    const { shown } = this;
-    const from = shown?.focusHere && this.element(shown.focus);
-    if (!from) return this.fan.replaceChildren();
-    const ends = shown.items.slice(0, 14).filter(([i, weight]) => weight >= 0.02 && i !== shown.focus)
-      .map(([i, weight]) => [weight, this.has(i) && this.element(i)]).filter(([, word]) => word);
-    drawFan(this, from, ends);
-  }
-
-  drawChips() {
-    const { shown } = this;
-    const edges = { above: [], below: [] };
-    const frame = this.scroll.getBoundingClientRect();
-    const first = this.firstInSight();
-    for (const [i, weight] of shown?.items ?? []) {
-      if (!this.has(i) || this.inSight(i)) continue;
-      const box = this.element(i)?.getBoundingClientRect();
-      edges[(box ? box.bottom <= frame.top : i < first) ? "above" : "below"].push([i, weight]);
-    }
-    for (const [side, targets] of Object.entries(edges)) {
-      const sign = side === "above" ? "↑" : "↓";
-      const rest = targets.slice(CHIPS).reduce((total, [, weight]) => total + weight, 0);
-      const chips = targets.slice(0, CHIPS);
-      if (targets.length > CHIPS) chips.push([null, rest]);
-      keyed(this[side], chips, ([i]) => i ?? "rest", ([i]) => this.chip(i), (chip, [i, weight]) => {
-        if (i === null) chip.textContent = `${targets.length - CHIPS} more ${rest.toFixed(2)}`;
-        else chip.replaceChildren(`${sign} ${i.toLocaleString("en")} `, make("b", "", this.tokens.name(i, 18)),
-          ` ${weight < 0.005 ? "<.01" : weight.toFixed(2)}`);
-      });
-    }
-    const unnamed = Object.values(edges).flatMap((list) => list.slice(0, CHIPS).map(([i]) => i))
-      .filter((i) => this.tokens.piece(i) === null);
-    if (unnamed.length)
-      this.tokens.needEach(unnamed).then(() => this.edges(), this.does.failed);
-  }
-
-  /** What stands at the edge for a token out of sight, and goes there; null: for all others. */
-  chip(i) {
-    const chip = make(i === null ? "span" : "button", "chip");
-    if (i === null) return chip;
-    chip.type = "button";
-    chip.dataset.to = i;
-    chip.addEventListener("click", () => this.goTo(i));
-    return chip;
-  }
-
-  drawStrip() {
-    const { clientWidth: width, clientHeight: height } = this.strip;
-    if (!width) return;
-    const scale = devicePixelRatio;
-    [this.strip.width, this.strip.height] = [width * scale, height * scale];
-    const context = this.strip.getContext("2d");
-    context.scale(scale, scale);
-    const style = getComputedStyle(this.strip);
-    const length = this.stop - this.start;
-    const whole = this.scroll.scrollHeight || 1;
-    context.fillStyle = style.getPropertyValue("border-left-color");
-    context.fillRect(0, (this.scroll.scrollTop / whole) * height, width,
-      Math.max(3, (this.scroll.clientHeight / whole) * height));
-    context.fillStyle = style.color;
-    const { shown } = this;
-    if (!shown) return;
-    const most = Math.max(1e-9, ...shown.bins);
-    shown.bins.forEach((value, b) => {
-      const at = ((b * shown.bin - this.start) / length) * height;
-      if (value <= 0 || at + (shown.bin / length) * height < 0 || at > height) return;
-      context.globalAlpha = 0.35 + 0.65 * shade(value / most);
-      context.fillRect(0, at, Math.max(2, width * shade(value / most)),
-        Math.max(1.5, (shown.bin / length) * height));
-    });
-    context.globalAlpha = 1;
-    if (shown.focusHere && this.has(shown.focus)) {
-      context.fillStyle = style.outlineColor;
-      context.fillRect(0, ((shown.focus - this.start) / length) * height - 1, width, 2.5);
-    }
   }
 }
 

@@ -1,6 +1,6 @@
 // Tiles of the map: asked for together, dropped when left behind, kept while there is room.
 
-import { tilesOf } from "./api.js";
+import { theme, tilesOf } from "./api.js";
 
 const AT_ONCE = 2; // requests under way
 const TOGETHER = 12; // tiles in one
@@ -118,7 +118,28 @@ const RAMPS = {
     down: ["#1d1f23", "#1c3a66", "#3a6dbb", "#8db9f5", "#eaf3ff"] },
 };
 
-const darkness = matchMedia("(prefers-color-scheme: dark)");
+const preferred = matchMedia("(prefers-color-scheme: dark)");
+
+/** Whether the page is dark: as the notebook around it, else as the reader's system. Says "change". */
+class Darkness extends EventTarget {
+  constructor() {
+    super();
+    preferred.addEventListener("change", () => this.told());
+    addEventListener("theme", () => this.told());
+    this.told();
+  }
+
+  get matches() {
+    return theme() ? theme() === "dark" : preferred.matches;
+  }
+
+  told() {
+    document.documentElement.style.colorScheme = theme() ?? "";
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+const darkness = new Darkness();
 const madeRamps = {};
 
 function ramps() {

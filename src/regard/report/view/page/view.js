@@ -1,5 +1,6 @@
 // The page of `regard view`: what is chosen, what is under the pointer, and who draws it.
 
+import { tellAbout } from "./about.js";
 import { Tokens, ask, held } from "./api.js";
 import { Along } from "./along.js";
 import { buildFind } from "./find.js";
@@ -8,13 +9,15 @@ import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
 import { bold, byId, count, make, percent, three } from "./shared.js";
 import { Segments } from "./segments.js";
-import { changed, onChange, read, state } from "./state.js";
+import { changed, onChange, read, state, write } from "./state.js";
 import { Pane } from "./text.js";
 
 const PAUSE = 60; // milliseconds that the pointer rests before a token is asked about
 
 let about, heads, maps, segments, along;
+let finder;
 let panes = [];
+let hits = new Set(); // tokens that were found
 let paned = null; // what the panes were made for
 let hover = null; // a token of the text under the pointer
 let cell = null; // a cell of the map under the pointer
@@ -26,7 +29,8 @@ const touched = matchMedia("(pointer: coarse)").matches; // by fingers
 function failed(error) {
   if (error?.name === "AbortError") return;
   byId("error").hidden = false;
-  byId("error").textContent = `${String(error.message).replace(/\.$/, "")}.`;
+  const said = String(error.message).replace(/\.$/, "");
+  byId("error").textContent = `${said.charAt(0).toUpperCase()}${said.slice(1)}.`;
 }
 
 const recording = () => about.recordings[state.recording];
@@ -120,6 +124,7 @@ function draw() {
   segments.refresh();
   segments.draw();
   heads.build();
+  heads.refresh();
   heads.draw();
   along.refresh();
   if (state.view === "map") maps.draw();
@@ -135,10 +140,11 @@ function drawText() {
   const begun = recording().generated;
   const key = JSON.stringify([state.recording, own, other, unit()]);
   if (paned !== key) {
+    finder.refresh();
     for (const pane of panes) pane.remove();
     panes = [];
     paned = key;
-    const does = { hover: hovered, keep, failed, special: new Set(recording().special) };
+    const does = { hover: hovered, keep, failed, stands, special: new Set(recording().special) };
     const add = (side, start, stop, title) => {
       if (stop > start) panes.push(new Pane(byId("panes"), tokensOf(state.recording, side, byWords()), start, stop, does, title));
     };
@@ -149,10 +155,14 @@ function drawText() {
       add(own, 0, begun, "the document");
       add(own, begun, readers().length, "the answer");
     } else add(own, 0, readers().length, "");
+    for (const pane of panes) pane.mark(hits);
+    if (state.top !== null) panes.find((one) => one.has(state.top))?.goTo(state.top, 0);
     byId("panes").classList.toggle("two", panes.length > 1);
-    if (!panes.length)
-      byId("panes").replaceChildren(make("p", "untold",
-        "This recording holds no tokens: look at the map, or record with tokens= and text=."));
+    byId("text-view").classList.toggle("nothing", !panes.length);
+    byId("panes").querySelector(".empty")?.remove();
+    if (!panes.length) byId("panes").append(make("p", "empty",
+      "This recording holds no tokens, so there is no text to show. Look at the map (m), or record again: " +
+      "regard.record and regard record keep the tokens."));
   }
   const kept = fan && chosenItems();
   for (const pane of panes) {
@@ -178,7 +188,7 @@ function drawText() {
 function drawShown(kept) {
   const said = byId("shown");
   if (!fan) {
-    said.textContent = `hover a ${unit()}, or click it to keep it`;
+    said.textContent = asking ? `reading what ${state.way === "out" ? "it reads" : "reads it"}…` : `hover a ${unit()}, or click it to keep it`;
     return;
   }
   const lost = added() ? 0 : 1 - fan.total;
@@ -214,8 +224,9 @@ function drawHeadline() {
     return;
   }
   if (!fan || !fan.items.length) {
-    line.replaceChildren(state.view === "map" ? "The whole map" : "The text", where);
-    byId("note").textContent = state.view === "map"
+    line.replaceChildren(!fan && asking && state.word !== null ? `Token ${state.word.toLocaleString("en")} is kept`
+      : state.view === "map" ? (state.at ? "A part of the map" : "The whole map") : "The text", where);
+    byId("note").textContent = !fan && asking && state.word !== null ? "Reading its weights…" : state.view === "map"
       ? touched ? "Pinch to zoom, drag to move; touch a cell to name it."
         : "Scroll to zoom, drag to move; the pointer names what it is on."
       : touched ? `Touch a ${unit()} to see what it reads.`
@@ -229,7 +240,21 @@ function drawHeadline() {
     : [readers().name(fan.index), keys().name(best[0])];
   line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(added() ? `${best[1].toPrecision(3)} added` : three(best[1]), "weight"), where);
   byId("note").replaceChildren(...(state.word === null ? ["Click to keep it."]
-    : ["Kept. ", make("kbd", "", "Esc"), " lets go."]));
+    : ["Kept. ", looseButton()]));
+}
+
+/** What lets the kept token go, as Escape does. */
+function looseButton() {
+  const button = make("button", "at");
+  button.type = "button";
+  button.append("let go", ...(touched ? [] : [" ", make("kbd", "", "Esc")]));
+  button.addEventListener("click", letGo);
+  return button;
+}
+
+function letGo() {
+  [state.word, state.range, hover, fan] = [null, null, null, null];
+  changed();
 }
 
 /** Whether a key is the first or a special token, where mass goes that says little. */
@@ -267,6 +292,20 @@ function keepAt(i, way) {
     else if (way === "out") maps.first?.goTo(i, Math.min(i + shift(), layer().k_len - 1));
     else maps.first?.goTo(Math.max(0, Math.min(i - shift(), layer().q_len - 1)), i);
   });
+}
+
+/** Bring the text to where the address says it stands; else to the token that is kept. */
+function standText() {
+  const pane = panes.find((one) => one.has(state.top));
+  if (state.top !== null && pane) pane.goTo(state.top, 0);
+  else if (state.word !== null) goTo(state.word + shift());
+}
+
+/** The text was scrolled: the address follows. */
+function stands(pane) {
+  if (pane !== panes[0] || state.view !== "text") return;
+  state.top = pane.stood;
+  write();
 }
 
 /** Bring a token into sight. */
@@ -314,7 +353,10 @@ function build() {
     byId(id).hidden = true;
     byId(id).closest("label")?.setAttribute("hidden", "");
   }
-  buildFind({ layer, shift, failed, goTo, map: () => maps.first });
+  finder = buildFind({ layer, shift, failed, goTo, map: () => maps.first, hit: (found) => {
+    hits = new Set(found);
+    for (const pane of panes) pane.mark(hits);
+  } });
   const several = (id, names, key, then) => {
     if (names.length < 2) return;
     const select = byId(id).querySelector("select");
@@ -338,43 +380,18 @@ function build() {
   });
   several("item", Array.from({ length: recording().batch }, (_, i) => String(i)), "batch", () => {});
   document.addEventListener("keydown", (event) => {
-    if (event.target.closest("input, select")) return;
+    if (event.target.closest("input, select")) {
+      if (event.key === "Escape") event.target.blur(); // back to the page's own keys
+      return;
+    }
     if (event.key === "/") {
       byId("find").querySelector("input").focus();
       event.preventDefault();
-    } else if (event.key === "Escape") {
-      [state.word, state.range, hover, fan] = [null, null, null, null];
-      changed();
-    } else if (event.key === "m" || event.key === "t") {
+    } else if (event.key === "Escape") letGo(); else if (event.key === "m" || event.key === "t") {
       state.view = event.key === "m" ? "map" : "text";
       changed();
     }
   });
-}
-
-function tellAbout() {
-  const shown = recording();
-  const told = JSON.stringify([state.recording, state.layer]);
-  if (tellAbout.told === told) return; // else a selection in it would be lost
-  tellAbout.told = told;
-  const total = shown.layers.reduce((sum, one) => sum + one.heads, 0);
-  byId("about").replaceChildren("regard view · ", bold(shown.model),
-    ` · ${count(shown.layers.length, "layer")}, ${count(total, "head")} · ` +
-    `${count(layer().k_len, "token")} · where heads read, not why`);
-  document.title = `${shown.name} · regard view`;
-  const lines = [
-    "This page says where heads read, not why: a large weight need not matter to the result.",
-    "Every zoom of the map is computed from the recorded queries, keys and log-sum-exps; a cell of " +
-      "several tokens holds their sum or their largest weight. In sum, colour and number are the " +
-      "share of its mass that a token of the cell's rows gives to its columns, on average.",
-    "Keys: m and t change between map and text, / finds, Tab reaches map, text and heads, arrows move, + and − " +
-      "zoom the map, Enter keeps a token, Esc lets go. The address holds what is chosen.",
-  ];
-  if (!shown.whole) lines.splice(1, 0, "The run that wrote this recording was stopped: the layers " +
-    "that were whole are here.");
-  for (const damage of shown.damaged) lines.splice(1, 0, damage);
-  if (held) lines.splice(1, 0, "This file holds what was in view when it was written.");
-  byId("foot").replaceChildren(...lines.map((line) => make("p", "", line)));
 }
 
 async function start() {
@@ -403,18 +420,22 @@ async function start() {
   onChange(() => {
     byId("error").hidden = true; // it comes again where it still holds
     if (!layer().norms) state.measure = "weight";
-    tellAbout();
+    tellAbout(recording(), layer());
     wonder();
     draw();
   });
-  addEventListener("hashchange", () => {
+  addEventListener("hashchange", () => { // by hand, or on the way back
     read(about);
+    finder.refresh();
+    [hover, fan, asking] = [null, null, null];
+    maps.stand();
     changed();
+    if (state.view === "text") requestAnimationFrame(() => requestAnimationFrame(standText));
   });
-  tellAbout();
+  tellAbout(recording(), layer());
   wonder();
   draw();
-  if (state.view === "text" && state.word !== null) requestAnimationFrame(() => goTo(state.word + shift()));
+  if (state.view === "text") requestAnimationFrame(standText);
   document.documentElement.dataset.ready = "";
 }
 
