@@ -16,6 +16,7 @@ from ..call.masks import Mask
 from ..call.observers import Effect, NormTopK, Observer
 from ..engines.second_pass.weigh import weigh
 from ..errors import RegardError
+from ..ops.distributed.reading import Shard
 from ..ops.watches import WatchedCall
 from .layers import Cut, Layer, Watched
 from .module_stack import Tracker, module_of
@@ -23,6 +24,8 @@ from .module_tree import CROSS, Blocks, inside, kind_of
 from .options import WatchOptions
 from .projection import output_projection
 from .real_queries import real_queries, summed
+from .recorded_layer import streaming
+from .shard_layer import shard_maker
 
 
 class Collector:
@@ -151,6 +154,23 @@ class Collector:
         """Whether queries and keys are kept: then a call over ranks comes together in the first."""
         return self.options.keep_qk or self.options.keep_calls
 
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether each rank writes its own part of a recording."""
+        if self.options.keep_qk and shard_maker() is None and streaming():
+            raise RegardError(
+                "record: context_parallel begins inside the recording; begin it before, so that "
+                "each rank writes its part"
+            )
+        return self.options.keep_qk and shard_maker() is not None
+
+    def record_shard(self, name: str, kind: str, shard: Shard) -> None:
+        """Take in this rank's part of a call over several."""
+        layer, make = self._taking(name, kind, shard), shard_maker()
+        assert make is not None
+        layer.add_sharded(shard.place, ())
+        make(layer.name, layer.index, layer.kind).take(shard)
+
     def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
         """Take in a call that was computed over several ranks; seen: a sharded result each."""
         layer = self._taking(name, kind, call)
@@ -163,7 +183,7 @@ class Collector:
             )
         layer.add_sharded(call.place, seen)
 
-    def _taking(self, name: str, kind: str, call: Call) -> Layer:
+    def _taking(self, name: str, kind: str, call: Call | Shard) -> Layer:
         """The layer that takes in a call: where all are kept, a new one for each sequence.
 
         The next forward begins where a layer of the last begins again.

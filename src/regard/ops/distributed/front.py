@@ -24,6 +24,7 @@ from .collectives import Ranks
 from .gather import Gather
 from .layout import Layout, Order, named
 from .parts import NAMES
+from .reading import Shard, read
 from .ring import Ring
 from .whole import Whole, agreed, hollow
 
@@ -131,6 +132,27 @@ class Parallel:
     def first(self) -> bool:
         """Whether this is the first rank."""
         return self.ranks.rank == 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(this rank, how many there are)."""
+        return self.ranks.rank, self.ranks.size
+
+    def tell(self, text: str) -> list[str]:
+        """What each rank says. None goes on before the last has spoken."""
+        return self.ranks.tell(text)
+
+    def joined(self, own: Tensor, dim: int) -> Tensor:
+        """The whole of what lies on each rank, in every rank."""
+        length = torch.tensor([own.shape[dim]], dtype=torch.int64, device=own.device)
+        held = [int(n) for n in torch.cat(self.ranks.all_gather(length)).tolist()]
+        return self.ranks.gather(own, Layout(sum(held), self.order), dim)
+
+    def shard(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Shard:
+        """This rank's part of a whole call, with what its observers see; all ranks take part."""
+        one = call.place.batch * call.place.k_len * key.shape[3] * key.element_size()
+        ring = self.how == "ring" or (self.how != "gather" and one > self.most)
+        return read(call, self.ranks, self.order, query, key, value, ring=ring, most=self.most)
 
     def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The whole call with its numbers, gathered in every rank; without gradients."""

@@ -21,17 +21,20 @@ from ...call.results import LogSumExpSeen
 from ...engines import run
 from ...engines.second_pass.weigh import weigh
 from ..merging import merge
-from .parts import Gradients, Rows, of_sinks
-from .results import Sharded, collected, of_span
+from .parts import Compute, Gradients, Rows, of_sinks
+from .results import Keep, collected, of_span
 from .whole import Whole
 
 
 class Ring:
     """One call: forward and backward, on this rank's part of the sequence."""
 
-    def __init__(self, whole: Whole, engine: str) -> None:
-        self.whole, self.engine = whole, engine
-        self.results: tuple[Sharded, ...] = ()
+    def __init__(
+        self, whole: Whole, engine: str, compute: Compute = run, keep: Keep = collected
+    ) -> None:
+        """compute, keep: see `Gather`."""
+        self.whole, self.engine, self.compute, self.keep = whole, engine, compute, keep
+        self.results: tuple[Any, ...] = ()
 
     def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
         """(rank that holds it, block) of every rank's tensors (batch, n, own keys, dim).
@@ -78,7 +81,7 @@ class Ring:
         for owner, (keys, values) in self.blocks(key, value):
             for span, here, there in self.spans(owner):
                 call = self._call(query, keys, values, span, here, there)
-                part, part_lse, _ = run(call, self.engine)
+                part, part_lse, _ = self.compute(call, self.engine)
                 both = [out[:, :, here], part.to(working)], [lse[:, :, here], part_lse]
                 out[:, :, here], lse[:, :, here] = merge(*both)
         if (sinks := self.whole.call.sinks) is not None:  # they belong to no block
@@ -95,9 +98,7 @@ class Ring:
         own = (keys[:, :, there], values[:, :, there])
         return self.whole.part(query[:, :, here], *own, span, observers, sinks)
 
-    def _observed(
-        self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor
-    ) -> tuple[Sharded, ...]:
+    def _observed(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor) -> tuple[Any, ...]:
         """What all observers see: a second ring of keys, and of values where norms are needed."""
         whole = self.whole
         observers = whole.call.observers
@@ -122,7 +123,7 @@ class Ring:
                         else:
                             into[q0] = into[q0].beside(result)
         return tuple(
-            collected(whole, o, [into[q0] for _, q0, _ in local])
+            self.keep(whole, o, [into[q0] for _, q0, _ in local])
             for o, into in zip(observers, seen, strict=True)
         )
 
