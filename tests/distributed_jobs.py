@@ -254,8 +254,9 @@ def refused(mesh, what):
     calls = {
         "heads": lambda: regard.attention(*mine, mask=regard.Causal()),
         "dropout by heads": lambda: regard.attention(*mine, dropout=0.1),
-        "effect by ring": lambda: regard.attention(
-            mine[0].requires_grad_(), *mine[1:], observe=[regard.Effect(2)]),
+        "effect of a norm": lambda: regard.attention(
+            mine[0].requires_grad_(), *mine[1:], observe=[regard.Effect(2, norm=True)]),
+        "effect of nothing": lambda: regard.attention(*mine, observe=[regard.Effect(2)]),
         "named engine": lambda: regard.attention(
             mine[0].requires_grad_(), *mine[1:], engine="reference"),
         "other masks": lambda: regard.attention(
@@ -269,7 +270,12 @@ def refused(mesh, what):
             shard(torch.arange(3, 23)[None], mesh), max_new_tokens=2),
         "padding": lambda: _watch_padding(mesh),
     }  # fmt: skip
-    how = {"heads": "heads", "dropout by heads": "heads", "effect by ring": "ring"}
+    how = {
+        "heads": "heads",
+        "dropout by heads": "heads",
+        "effect of a norm": "ring",
+        "effect of nothing": "ring",
+    }
     try:
         with context_parallel(mesh, how.get(what, "gather")):
             calls[what]()

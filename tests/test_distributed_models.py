@@ -33,7 +33,8 @@ def test_our_modules_know_their_positions(ranks, how):
 REFUSED = {
     "heads": "3 ranks do not divide kv_heads 4",
     "dropout by heads": "dropout counts heads",
-    "effect by ring": "Effect ranks all edges of a row at once",
+    "effect of a norm": "Effect of a norm reads the keys after the backward",
+    "effect of nothing": "Effect needs gradients: nothing here asks for one",
     "named engine": "engine reference has no backward for a part of a call",
     "other masks": "the ranks' calls of attention differ in mask",
     "other lengths": "cut the sequence by regard.distributed.shard",

@@ -220,11 +220,13 @@ class Parallel:
             by_gather.append(said)
             by_ring.append(said)
         if any(isinstance(o, Effect) and o.norm for o in call.observers):
-            by_gather.append("Effect of a norm reads the keys after the backward; they are gone")
-        if any(isinstance(o, Effect) for o in call.observers):
-            by_ring.append("Effect ranks all edges of a row at once; a block has some of them")
-            if not wants:
-                by_gather.append("Effect needs gradients: nothing here asks for one")
+            said = 'Effect of a norm reads the keys after the backward; they are gone: how="heads"'
+            by_gather.append(said)
+            by_ring.append(said)
+        if any(isinstance(o, Effect) for o in call.observers) and not wants:
+            said = "Effect needs gradients: nothing here asks for one"
+            by_gather.append(said)
+            by_ring.append(said)
         return {"heads": by_heads, "gather": by_gather, "ring": by_ring}
 
     def sizes(self, whole: Whole, query: Tensor, value: Tensor) -> formulas.Sizes:

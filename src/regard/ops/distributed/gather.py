@@ -18,8 +18,9 @@ from ...call.observers import Effect, Observer
 from ...engines import run
 from ...engines.second_pass.effect import measure
 from ...engines.second_pass.weigh import weigh
+from .effects import effects_of, waiting
 from .parts import Compute, Gradients, Rows, of_sinks
-from .results import Keep, Sharded, collected, heads_joined, of_heads, of_span
+from .results import Keep, collected, heads_joined, of_heads, of_span
 from .whole import Whole
 
 Block = tuple[slice, slice, Tensor, Tensor]  # kv heads, heads, and all keys and values of them
@@ -88,8 +89,9 @@ class Gather:
                 results = weigh(call, mine, seen=gathered) if asked else ()
                 for i, result in zip(now, results, strict=True):
                     seen[i][n].append(result)
+        self.effects = effects_of(whole)
         self.results = tuple(
-            self._waiting(i, o) if isinstance(o, Effect)
+            waiting(whole, o, self.effects[i]) if isinstance(o, Effect)
             else self.keep(whole, o, [heads_joined(parts) for parts in seen[i]])
             for i, o in enumerate(observers)
         )  # fmt: skip
@@ -97,14 +99,6 @@ class Gather:
 
     def _asked(self, observer: Observer, heads: slice, stop: int) -> Observer:
         return of_heads(of_span(observer, self.whole, stop), heads, self.whole.call.place.heads)
-
-    def _waiting(self, number: int, observer: Observer) -> Sharded:
-        """Effects, which the backward measures."""
-        start, local = self.whole.call.place.query_start, self.whole.queries
-        self.effects[number] = [
-            EffectSeen(start + a) for _, a, _ in local.local(self.whole.ranks.rank)
-        ]
-        return Sharded(self.effects[number], "queries", self.whole, observer)
 
     def backward(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ...call.checked import Call
+from ...call.edge_results import EffectSeen
 from ...call.geometry import Span
-from ...call.observers import NormTopK
+from ...call.observers import Effect, NormTopK, Observer
 from ...call.results import LogSumExpSeen
 from ...engines import run
 from ...engines.second_pass.weigh import weigh
 from ..merging import merge
+from .effects import BlockEffects, effects_of, waiting
 from .parts import Compute, Gradients, Rows, of_sinks
 from .results import Keep, collected, of_span
 from .whole import Whole
@@ -34,6 +36,7 @@ class Ring:
     ) -> None:
         """compute, keep: see `Gather`."""
         self.whole, self.engine, self.compute, self.keep = whole, engine, compute, keep
+        self.effects: dict[int, list[EffectSeen]] = {}
         self.results: tuple[Any, ...] = ()
 
     def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
@@ -87,8 +90,8 @@ class Ring:
         if (sinks := self.whole.call.sinks) is not None:  # they belong to no block
             nothing = torch.zeros_like(out)
             out, lse = merge([out, nothing], [lse, sinks.to(working)[:, None].expand_as(lse)])
-        if self.whole.call.observers:
-            self.results = self._observed(query, key, value, lse)
+        self.effects = effects_of(self.whole)
+        self.results = self._results(query, key, value, lse)
         return out.to(query.dtype), lse
 
     def _call(
@@ -98,10 +101,21 @@ class Ring:
         own = (keys[:, :, there], values[:, :, there])
         return self.whole.part(query[:, :, here], *own, span, observers, sinks)
 
-    def _observed(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor) -> tuple[Any, ...]:
-        """What all observers see: a second ring of keys, and of values where norms are needed."""
+    def _results(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor) -> tuple[Any, ...]:
+        """What all observers see, in their order; effects wait for the backward."""
         whole = self.whole
-        observers = whole.call.observers
+        now = [o for o in whole.call.observers if not isinstance(o, Effect)]
+        found = iter(self._observed(now, query, key, value, lse) if now else ())
+        return tuple(
+            waiting(whole, o, self.effects[i]) if isinstance(o, Effect) else next(found)
+            for i, o in enumerate(whole.call.observers)
+        )
+
+    def _observed(
+        self, observers: Sequence[Observer], query: Tensor, key: Tensor, value: Tensor, lse: Tensor
+    ) -> list[Any]:
+        """What these see: a second ring of keys, and of values where norms are needed."""
+        whole = self.whole
         norms = any(isinstance(o, NormTopK) for o in observers)
         local = whole.queries.local(whole.ranks.rank)
         seen: list[dict[int, Any]] = [{} for _ in observers]  # by the start of the rows
@@ -122,10 +136,10 @@ class Ring:
                             into[q0] = result
                         else:
                             into[q0] = into[q0].beside(result)
-        return tuple(
+        return [
             self.keep(whole, o, [into[q0] for _, q0, _ in local])
             for o, into in zip(observers, seen, strict=True)
-        )
+        ]
 
     def backward(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
@@ -140,6 +154,7 @@ class Ring:
         sums = Gradients(whole, wanted)
         d_query = torch.zeros_like(query, dtype=working)
         most = max(layout.sizes)
+        effects = BlockEffects(whole, self.effects)
         own: list[Tensor] = []
         home: Callable[[], Tensor] | None = None
         for owner, (keys, values) in self.blocks(key, value):
@@ -151,6 +166,7 @@ class Ring:
                 d_query[:, :, here] += more[0]
                 mine[0][:, :, there] += more[1]
                 mine[1][:, :, there] += more[2]
+                effects.add(call, part, out[:, :, here], span.q0)
             if owner == ranks.rank:
                 own = mine
                 continue
