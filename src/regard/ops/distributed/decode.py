@@ -16,11 +16,11 @@ from ...call.checked import Call
 from ...call.observers import Effect, LogSumExp, Observer
 from ...call.top_blocks import by_content
 from ...engines import run
-from ...engines.second_pass.weigh import weigh
 from ...errors import RegardError
 from ..linear import LinearState, linear_attention
 from ..merging import merge
 from ..region import inside
+from .block_observers import read_block
 from .collectives import Ranks
 from .results import made, tensors_of
 
@@ -68,7 +68,7 @@ def decode(
     out = out.to(query.dtype)
     if observe is None:
         return out
-    seen = weigh(call, lse, shard=True)
+    seen = read_block(call, lse)
     pairs = zip(call.observers, seen, strict=True)
     return out, tuple(r if o.sums_queries else _merged(ranks, o, r) for o, r in pairs)
 

@@ -20,8 +20,8 @@ from ...call.geometry import Span
 from ...call.observers import Effect, NormTopK, Observer
 from ...call.results import LogSumExpSeen
 from ...engines import run
-from ...engines.second_pass.weigh import weigh
 from ..merging import merge
+from .block_observers import read_block
 from .effects import BlockEffects, effects_of, waiting
 from .parts import Compute, Gradients, Rows, of_sinks
 from .results import Keep, collected, of_span
@@ -129,7 +129,7 @@ class Ring:
                     span, here = Span(q0, q1, k0, k1), slice(at, at + q1 - q0)
                     there = slice(begin, begin + k1 - k0)
                     call = self._call(query, keys, values, span, here, there, asked, True)
-                    results = weigh(call, lse[:, :, here], shard=True)
+                    results = read_block(call, lse[:, :, here])
                     for into, result in zip(seen, results, strict=True):
                         # The log-sum-exp given is that of all keys already
                         if q0 not in into or isinstance(result, LogSumExpSeen):
