@@ -268,7 +268,6 @@ def refused(mesh, what):
             position_ids=shard(torch.arange(20)[None], mesh)),
         "decode steps": lambda: llama(torch.float32)[0].generate(
             shard(torch.arange(3, 23)[None], mesh), max_new_tokens=2),
-        "padding": lambda: _watch_padding(mesh),
     }  # fmt: skip
     how = {
         "heads": "heads",
@@ -284,10 +283,19 @@ def refused(mesh, what):
     return ""
 
 
-def _watch_padding(mesh):
-    model, inputs = llama(torch.float32)
-    with regard.watch(model, observe=[Received()]):
-        model(**shard(inputs, mesh), use_cache=False)
+def without_padding(mesh):
+    """Sums over the queries that are not padding: gathered over the ranks, and of one process."""
+    observe = [Received(), TopK(2), Map(4, 4), Distances(4)]
+    model, inputs = llama()
+    with torch.no_grad(), regard.watch(model, observe=observe) as one:
+        model(**inputs, use_cache=False)
+    found = []
+    for how in ("heads", "gather", "ring"):
+        with torch.no_grad(), context_parallel(mesh, how), regard.watch(model, observe) as seen:
+            model(**shard(inputs, mesh), use_cache=False)
+        pairs = zip(seen.layers, one.layers, strict=True)
+        found += [(a.gather(), b) for x, y in pairs for a, b in zip(x.seen, y.seen, strict=True)]
+    return found
 
 
 def explained(mesh, how):

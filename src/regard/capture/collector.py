@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from .module_stack import Tracker, module_of
 from .module_tree import CROSS, Blocks, inside, kind_of
 from .options import WatchOptions
 from .projection import output_projection
-from .real_queries import real_queries, summed
+from .real_queries import real_queries, summed, without
 from .recorded_layer import streaming
 from .shard_layer import shard_maker
 
@@ -171,16 +171,19 @@ class Collector:
         layer.add_sharded(shard.place, ())
         make(layer.name, layer.index, layer.kind).take(shard)
 
-    def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
+    def record_sharded(
+        self, name: str, kind: str, call: Call, seen: tuple[Any, ...],
+        read: Callable[[Call], tuple[Any, ...]],
+    ) -> None:  # fmt: skip
         """Take in a call that was computed over several ranks; seen: a sharded result each."""
         layer = self._taking(name, kind, call)
         if not self._asked(layer):
             return
-        if len(seen) < len(self.observe):
-            raise RegardError(
-                "context_parallel: there is padding, whose queries Received, Map and Distances "
-                "would leave out; give count_padding=True"
-            )
+        if len(seen) < len(self.observe):  # padding's queries are left out of sums over queries
+            real = self._padded(name, kind, call)
+            assert real is not None
+            sums = tuple(o for o in self.observe if o.sums_queries)
+            seen = self._among(seen, read(replace(without(call, real), observers=sums)))
         layer.add_sharded(call.place, seen)
 
     def _taking(self, name: str, kind: str, call: Call | Shard) -> Layer:
@@ -213,10 +216,15 @@ class Collector:
         self, name: str, call: Call, kind: str, lse: Tensor, results: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         """The results of all observers, those that sum over queries without padding's."""
-        real, others = self._padded(name, kind, call), iter(results)
+        real = self._padded(name, kind, call)
         assert real is not None
-        sums = iter(summed(call, [o for o in self.observe if o.sums_queries], lse, real))
-        return tuple(next(sums if o.sums_queries else others) for o in self.observe)
+        sums = summed(call, [o for o in self.observe if o.sums_queries], lse, real)
+        return self._among(results, sums)
+
+    def _among(self, rows: Sequence[Any], sums: Sequence[Any]) -> tuple[Any, ...]:
+        """The results of all observers, of which those that sum over queries were read apart."""
+        first, second = iter(rows), iter(sums)
+        return tuple(next(second if o.sums_queries else first) for o in self.observe)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
         """A NormTopK with the module's own output projection."""

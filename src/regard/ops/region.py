@@ -51,6 +51,9 @@ class Region(Protocol):
     def shard(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Any:
         """This rank's part of a whole call, with what its observers see (`distributed.Shard`)."""
 
+    def read(self, call: Call, query: Tensor, key: Tensor) -> tuple[Any, ...]:
+        """What the observers of a whole call see, sharded."""
+
     def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The whole call with its numbers, gathered in every rank; without gradients."""
 

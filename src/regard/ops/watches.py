@@ -57,8 +57,14 @@ class Watch(Protocol):
     def record_shard(self, name: str, kind: str, shard: Any) -> None:
         """Take in this rank's part of a call over several (`distributed.Shard`)."""
 
-    def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
-        """Take in what was seen over several ranks; call: the whole one, without its numbers."""
+    def record_sharded(
+        self, name: str, kind: str, call: Call, seen: tuple[Any, ...],
+        read: Callable[[Call], tuple[Any, ...]],
+    ) -> None:  # fmt: skip
+        """Take in what was seen over several ranks; call: the whole one, without its numbers.
+
+        read: what the observers of another whole call on these queries and keys see.
+        """
 
 
 @dataclass(eq=False)
@@ -126,7 +132,11 @@ class WatchedCall:
                 own, found = beside.gathered(asked)
                 self.record(call, own, None, found)
         elif self.wanted:
-            self.watch.record_sharded(self.name, self.kind, wholes[0], seen)
+
+            def read(call: Call) -> tuple[Any, ...]:
+                return parallel.read(call, query, key)
+
+            self.watch.record_sharded(self.name, self.kind, wholes[0], seen, read)
         return out, lse
 
     def beside(

@@ -24,7 +24,7 @@ from .collectives import Ranks
 from .gather import Gather
 from .layout import Layout, Order, named
 from .parts import NAMES
-from .reading import Shard, read
+from .reading import Shard, Way, read, results_of
 from .ring import Ring
 from .whole import Whole, agreed, hollow
 
@@ -150,9 +150,17 @@ class Parallel:
 
     def shard(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Shard:
         """This rank's part of a whole call, with what its observers see; all ranks take part."""
+        return read(call, self._reading(call, key), query, key, value)
+
+    def read(self, call: Call, query: Tensor, key: Tensor) -> tuple[Any, ...]:
+        """What the observers of a whole call see, sharded; all ranks take part."""
+        return results_of(call, self._reading(call, key), query, key)
+
+    def _reading(self, call: Call, key: Tensor) -> Way:
+        """How keys travel where values do not."""
         one = call.place.batch * call.place.k_len * key.shape[3] * key.element_size()
         ring = self.how == "ring" or (self.how != "gather" and one > self.most)
-        return read(call, self.ranks, self.order, query, key, value, ring=ring, most=self.most)
+        return Way(self.ranks, self.order, ring, self.most)
 
     def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The whole call with its numbers, gathered in every rank; without gradients."""

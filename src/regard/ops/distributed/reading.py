@@ -21,7 +21,7 @@ from .. import beside
 from .collectives import Ranks
 from .gather import Gather
 from .layout import Layout, Order
-from .results import collected
+from .results import Keep, collected
 from .ring import Ring
 from .whole import Whole, hollow
 
@@ -56,31 +56,52 @@ class Shard:
     received: list[Any]
 
 
-@torch.no_grad()
-def read(
-    call: Call, ranks: Ranks, order: Order, query: Tensor, key: Tensor, value: Tensor, *,
-    ring: bool, most: int,
-) -> Shard:  # fmt: skip
+@dataclass(frozen=True)
+class Way:
+    """How keys travel: by ring, or `most` bytes of gathered ones at a time."""
+
+    ranks: Ranks
+    order: Order
+    ring: bool
+    most: int
+
+
+def read(call: Call, way: Way, query: Tensor, key: Tensor, value: Tensor) -> Shard:
     """This rank's part of a call. All ranks take part.
 
     call: that of the whole sequence, with its observers and without its numbers. query, key, value:
-    the rank's own. ring, or `most` bytes of gathered keys at a time.
+    the rank's own.
     """
+    whole, lse, results = _read(call, way, query, key, _kept)
+    return _sorted(whole, query, key, value, lse, results)
+
+
+def results_of(call: Call, way: Way, query: Tensor, key: Tensor) -> tuple[Any, ...]:
+    """What the call's observers see, as `Sharded` results; the rest as for `read`."""
+    return _read(call, way, query, key, collected)[2]
+
+
+@torch.no_grad()
+def _read(
+    call: Call, way: Way, query: Tensor, key: Tensor, keep: Keep
+) -> tuple[Whole, Tensor, tuple[Any, ...]]:
+    """The whole call, this rank's lse, and what is kept of each observer's results."""
     place = call.place
     formal = [
         hollow(query, (*query.shape[:2], place.q_len, query.shape[3])),
         hollow(key, (*key.shape[:2], place.k_len, key.shape[3])),
     ]
     call = replace(call, query=formal[0], key=formal[1], dropout=None)
-    layouts = [Layout(n, order) for n in (place.q_len, place.k_len)]
-    whole = Whole(call, layouts[0], layouts[1], ranks)
+    layouts = [Layout(n, way.order) for n in (place.q_len, place.k_len)]
+    whole = Whole(call, layouts[0], layouts[1], way.ranks)
     job: Gather | Ring = (
-        Ring(whole, "auto", _computed, _kept)
-        if ring
-        else Gather(whole, "auto", most, _computed, _kept)
+        Ring(whole, "auto", _computed, keep)
+        if way.ring
+        else Gather(whole, "auto", way.most, _computed, keep)
     )
+    query, key = query.detach(), key.detach()
     _, lse = job.forward(query, key, key[..., :0])
-    return _sorted(whole, query, key, value, lse, job.results)
+    return whole, lse, job.results
 
 
 def _computed(call: Call, engine: str) -> tuple[Tensor, Tensor, dict[int, Any]]:
