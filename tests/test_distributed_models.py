@@ -95,11 +95,3 @@ def test_a_decode_step_over_keys_on_several_ranks(ranks):
                 assert numbers_of(a) == numbers_of(b)
                 for name, tensor in tensors_of(a).items():
                     torch.testing.assert_close(tensor, tensors_of(b)[name], **NEAR)
-
-
-@pytest.mark.parametrize("beta", [False, True])
-def test_linear_attention_hands_its_state_from_rank_to_rank(ranks, beta):
-    for size in (2, 3):
-        mine, exact = ranks.run(size, f"{JOBS}.linear", beta)
-        for a, b in zip(mine, exact, strict=True):
-            torch.testing.assert_close(a, b, **NEAR)

@@ -224,7 +224,10 @@ class Parallel:
         if call.dropout is not None:
             by_heads.append("dropout counts heads, and a rank has some of them alone")
         if wants and engine not in ("auto", *NAMES):
-            said = f"engine {engine} has no backward for a part of a call; name one of {NAMES}"
+            said = (
+                f"engine {engine} has no backward for a part of a call, whose log-sum-exp is of all "
+                f'keys; name one of {NAMES}, or give how="heads", by which any engine runs'
+            )
             by_gather.append(said)
             by_ring.append(said)
         if any(isinstance(o, Effect) and o.norm for o in call.observers):
