@@ -30,7 +30,10 @@ def assert_near(mine, exact, rtol=1e-6, atol=1e-7) -> None:
         )
 
 
-@pytest.mark.parametrize("size, how", [(2, "ring"), (3, "gather"), (4, "ring")])
+@pytest.mark.parametrize("size, how", [
+    (2, "ring"), *(pytest.param(*more, marks=pytest.mark.slow) for more in
+                   ((3, "gather"), (4, "ring"))),
+])  # fmt: skip
 def test_every_reading_is_that_of_one_process(ranks, one, tmp_path, size, how):
     folder = tmp_path / "r"
     ranks.run(size, f"{JOBS}.record", folder, how)
@@ -42,7 +45,9 @@ def test_every_reading_is_that_of_one_process(ranks, one, tmp_path, size, how):
     recording.verify()
 
 
-@pytest.mark.parametrize("how, most", [("ring", 2**30), ("gather", 1)])
+@pytest.mark.parametrize("how, most", [
+    ("ring", 2**30), pytest.param("gather", 1, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_no_rank_holds_the_whole(ranks, tmp_path, how, most):
     """No operation makes a tensor of all positions' queries, keys or values.
 
@@ -55,6 +60,7 @@ def test_no_rank_holds_the_whole(ranks, tmp_path, how, most):
         assert own  # the mode sees what there is
 
 
+@pytest.mark.slow
 def test_saved_again_it_is_one_file_a_layer(ranks, one, tmp_path):
     ranks.run(2, f"{JOBS}.record", tmp_path / "r")
     Recording.load(tmp_path / "r").save(tmp_path / "s")
@@ -62,6 +68,7 @@ def test_saved_again_it_is_one_file_a_layer(ranks, one, tmp_path):
     assert_near(readings(Recording.load(tmp_path / "s")), one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"observe": False}, {"dtype": torch.bfloat16}], ids=str)
 def test_of_fewer_bits_or_bare(ranks, tmp_path, more):
     """The log-sum-exp belongs to the numbers that are kept, whatever the model computes in."""
@@ -70,6 +77,7 @@ def test_of_fewer_bits_or_bare(ranks, tmp_path, more):
     assert_near(found, readings(of_one(tmp_path / "one", **more)), 1e-5, 1e-6)
 
 
+@pytest.mark.slow
 def test_chunks_without_a_token(ranks, tmp_path):
     ranks.run(2, f"{JOBS}.record", tmp_path / "r", "auto", 2**30, 3)
     mine = Recording.load(tmp_path / "r")
@@ -92,6 +100,7 @@ def test_a_missing_part_is_named(ranks, tmp_path):
         some.weights(0)
 
 
+@pytest.mark.slow
 def test_parts_of_two_runs_are_not_put_together(ranks, tmp_path):
     for name in ("a", "b"):
         ranks.run(2, f"{JOBS}.record", tmp_path / name)
@@ -101,6 +110,7 @@ def test_parts_of_two_runs_are_not_put_together(ranks, tmp_path):
         Recording.load(tmp_path / "a").weights(0)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_leaves_the_layers_of_all_ranks(ranks, tmp_path):
     folder = tmp_path / "r"
     ranks.run(2, f"{JOBS}.stopped", folder)

@@ -66,6 +66,9 @@ def record(
     tokens: a name for each token; tokenizer: names them, and places them in the text.
     about: further facts, fit for JSON. overwrite: replace an older recording.
 
+    Inside `context_parallel` inputs are the rank's own tokens, and each rank writes its own part of
+    the recording; the first makes the folder, where all of them write.
+
     RegardError as of `watch`, for beam search, and for a folder that is not free. A run that is
     stopped or killed leaves the layers that were whole, and `Recording.load` opens them.
     """

@@ -44,11 +44,15 @@ class Ranks:
 
     def tell(self, text: str) -> list[str]:
         """What each rank says. None goes on before the last has spoken."""
-        said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        coded = list(text.encode("utf-8", "surrogateescape"))  # it may be a file's name
+        said = torch.tensor(coded, dtype=torch.uint8, device=self.device)
         length = torch.tensor([len(said)], dtype=torch.int64, device=self.device)
         held = [int(n) for n in torch.cat(self.all_gather(length)).tolist()]
+        if not any(held):
+            return [""] * self.size
         came = self.all_gather(padded(said, max(held), 0))
-        return [bytes(t[:n].tolist()).decode() for t, n in zip(came, held, strict=True)]
+        parts = (bytes(t[:n].tolist()) for t, n in zip(came, held, strict=True))
+        return [part.decode("utf-8", "surrogateescape") for part in parts]
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Each rank's tensor, all of one shape."""

@@ -225,8 +225,8 @@ class Parallel:
             by_heads.append("dropout counts heads, and a rank has some of them alone")
         if wants and engine not in ("auto", *NAMES):
             said = (
-                f"engine {engine} has no backward for a part of a call, whose log-sum-exp is of all "
-                f'keys; name one of {NAMES}, or give how="heads", by which any engine runs'
+                f"engine {engine} has no backward for a part of a call, under the log-sum-exp of "
+                f'all keys; name one of {NAMES}, or give how="heads", by which any engine runs'
             )
             by_gather.append(said)
             by_ring.append(said)
