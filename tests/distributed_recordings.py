@@ -131,18 +131,18 @@ def stopped(mesh, folder: Path) -> None:
 
 def refused(mesh, folder: Path, what: str) -> str:
     """What each rank is told."""
-    own = shard(inputs(20), mesh)
+    own, made = shard(inputs(20), mesh), model()
 
     def inside() -> None:
         with context_parallel(mesh):
-            model()(**own)
+            made(**own)
 
     try:
         if what == "inside":
-            regard.record(model(), inside, folder / str(mesh.get_local_rank()))
+            regard.record(made, inside, folder / str(mesh.get_local_rank()))
         else:
             with context_parallel(mesh):
-                regard.record(model(), own, folder)
+                regard.record(made, own, folder)
     except regard.RegardError as error:
         return str(error)
     return ""

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from cases import CASES, assert_within
-from regard import Distances, Entropy, MaxScore, Received, TopK
+from regard import Distances, Entropy, LogSumExp, Map, MaxScore, Received, Rows, TopK
 from regard.call.checked import Call
 from regard.call.geometry import Span
 from regard.engines import tiled
 from regard.engines.second_pass.weigh import weigh
 from regard.ops.distributed.block_observers import read_block
 
-OBSERVERS = (TopK(3), Received(), Distances(8), Entropy(), MaxScore(), Received(queries=(40, 90)))
+OBSERVERS = (
+    TopK(3), Received(), Distances(8), Entropy(), MaxScore(), Received(queries=(40, 90)), Map(9, 9),
+    Map(70, 70, "max"), Map(3, 40), Rows([-1]), LogSumExp(),
+)  # fmt: skip
 NAMES = ("causal", "documents", "left padding", "sinks", "three biases", "softcap", "all at once")
 
 

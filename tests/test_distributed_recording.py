@@ -23,7 +23,7 @@ def one(tmp_path_factory):
 
 def assert_near(mine, exact, rtol=1e-6, atol=1e-7) -> None:
     """Every reading: results are kept in float32."""
-    assert list(mine) == list(exact)
+    assert mine.keys() == exact.keys()
     for name, tensor in mine.items():
         torch.testing.assert_close(
             tensor, exact[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
@@ -69,12 +69,14 @@ def test_saved_again_it_is_one_file_a_layer(ranks, one, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{"observe": False}, {"dtype": torch.bfloat16}], ids=str)
-def test_of_fewer_bits_or_bare(ranks, tmp_path, more):
-    """The log-sum-exp belongs to the numbers that are kept, whatever the model computes in."""
+@pytest.mark.parametrize("more, near", [
+    ({"observe": False}, (1e-6, 1e-7)), ({"dtype": torch.bfloat16}, (1e-3, 1e-4)),
+], ids=["bare", "bfloat16"])  # fmt: skip
+def test_of_fewer_bits_or_bare(ranks, tmp_path, more, near):
+    """The log-sum-exp belongs to the numbers that are kept: of others it is 1e-2 off."""
     ranks.run(3, f"{JOBS}.record", tmp_path / "r", "ring", 1, LENGTH, more)
     found = readings(Recording.load(tmp_path / "r"))
-    assert_near(found, readings(of_one(tmp_path / "one", **more)), 1e-5, 1e-6)
+    assert_near(found, readings(of_one(tmp_path / "one", **more)), *near)
 
 
 @pytest.mark.slow
