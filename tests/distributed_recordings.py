@@ -41,9 +41,7 @@ def inputs(length: int = LENGTH) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": keep, "use_cache": False}
 
 
-def record(
-    mesh, folder: Path, how="auto", most=2**30, length=LENGTH, dtype=torch.float64, more=None
-):
+def record(mesh, folder: Path, how="auto", most=2**30, length=LENGTH, more=None):
     """Each rank its part; how many layers it opens afterwards, and the shapes that held numbers."""
     with Shapes() as shapes, context_parallel(mesh, how, most=most):
         made = regard.record(
