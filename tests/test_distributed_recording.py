@@ -124,7 +124,8 @@ def test_a_run_that_was_stopped_leaves_the_layers_of_all_ranks(ranks, tmp_path):
 
 
 @pytest.mark.parametrize("what, said", [
-    ("held", "holds a recording already"), ("inside", "context_parallel begins inside"),
+    ("held", "holds a recording already"),
+    pytest.param("inside", "context_parallel begins inside", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_the_first_rank_refuses_is_raised_in_all(ranks, tmp_path, what, said):
     (tmp_path / "r").mkdir()
