@@ -22,6 +22,7 @@ from regard import (
 )
 from regard.call.biases import ALiBi, RelativeBias
 from regard.distributed import decode, linear_over_ranks, shard, unshard
+from regard.linear import Favor
 from regard.ops.distributed.formulas import Sizes
 from regard.ops.distributed.layout import Layout, named
 
@@ -254,8 +255,9 @@ def refused(mesh, what):
     calls = {
         "heads": lambda: regard.attention(*mine, mask=regard.Causal()),
         "dropout by heads": lambda: regard.attention(*mine, dropout=0.1),
-        "effect by ring": lambda: regard.attention(
-            mine[0].requires_grad_(), *mine[1:], observe=[regard.Effect(2)]),
+        "effect of a norm": lambda: regard.attention(
+            mine[0].requires_grad_(), *mine[1:], observe=[regard.Effect(2, norm=True)]),
+        "effect of nothing": lambda: regard.attention(*mine, observe=[regard.Effect(2)]),
         "named engine": lambda: regard.attention(
             mine[0].requires_grad_(), *mine[1:], engine="reference"),
         "other masks": lambda: regard.attention(
@@ -267,9 +269,13 @@ def refused(mesh, what):
             position_ids=shard(torch.arange(20)[None], mesh)),
         "decode steps": lambda: llama(torch.float32)[0].generate(
             shard(torch.arange(3, 23)[None], mesh), max_new_tokens=2),
-        "padding": lambda: _watch_padding(mesh),
     }  # fmt: skip
-    how = {"heads": "heads", "dropout by heads": "heads", "effect by ring": "ring"}
+    how = {
+        "heads": "heads",
+        "dropout by heads": "heads",
+        "effect of a norm": "ring",
+        "effect of nothing": "ring",
+    }
     try:
         with context_parallel(mesh, how.get(what, "gather")):
             calls[what]()
@@ -278,10 +284,19 @@ def refused(mesh, what):
     return ""
 
 
-def _watch_padding(mesh):
-    model, inputs = llama(torch.float32)
-    with regard.watch(model, observe=[Received()]):
-        model(**shard(inputs, mesh), use_cache=False)
+def without_padding(mesh):
+    """Sums over the queries that are not padding: gathered over the ranks, and of one process."""
+    observe = [Received(), TopK(2), Map(4, 4), Distances(4)]
+    model, inputs = llama()
+    with torch.no_grad(), regard.watch(model, observe=observe) as one:
+        model(**inputs, use_cache=False)
+    found = []
+    for how in ("heads", "gather", "ring"):
+        with torch.no_grad(), context_parallel(mesh, how), regard.watch(model, observe) as seen:
+            model(**shard(inputs, mesh), use_cache=False)
+        pairs = zip(seen.layers, one.layers, strict=True)
+        found += [(a.gather(), b) for x, y in pairs for a, b in zip(x.seen, y.seen, strict=True)]
+    return found
 
 
 def explained(mesh, how):
@@ -334,23 +349,44 @@ def decoded(mesh):
     return (out, *seen), (exact, *one)
 
 
-def linear(mesh, beta):
+def linear(mesh, kind):
     """out and gradients of linear attention over ranks, unsharded; and those of one process."""
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 29, 8, generator=rng, dtype=torch.float64) for h in (4, 2, 2))
-    decay = -torch.rand(2, 2, 29, generator=rng, dtype=torch.float64)
-    given = {"decay": decay} | (
-        {"beta": torch.rand(2, 2, 29, generator=rng).double()} if beta else {}
-    )
+    given = {"decay": -torch.rand(2, 2, 29, generator=rng, dtype=torch.float64)}
+    more: dict = {}
+    if kind == "beta":
+        given["beta"] = torch.rand(2, 2, 29, generator=rng).double()
+        more["feature_map"] = "identity"
+    if kind == "long keys":  # so long that their features need a shift, from the middle on
+        more["feature_map"] = Favor(16, seed=3)
+        k[0, :, 12:] *= 30
+    ids = torch.tensor([[0] * 7 + [1] * 15 + [-1] * 2 + [2] * 5, [3] * 29])
+    keep = torch.rand(2, 29, generator=rng) < 0.7
+    masked = kind == "documents"
     cut = {"order": "plain", "dim": 2}
     whole = [t.clone().requires_grad_() for t in (q, k, v, *given.values())]
     own = [shard(t, mesh, **cut).clone().requires_grad_() for t in (q, k, v, *given.values())]
     names = list(given)
-    map_ = {"feature_map": "identity"} if beta else {}
-    one = regard.linear_attention(*whole[:3], **dict(zip(names, whole[3:], strict=True)), **map_)
-    two = linear_over_ranks(*own[:3], mesh, **dict(zip(names, own[3:], strict=True)), **map_)
+    rows = (shard(t, mesh, order="plain", dim=1) for t in (ids, keep))
+    pairs = ((ids, keep), tuple(rows))
+    masks = [{"mask": regard.Documents(i) & regard.Padding(p)} if masked else {} for i, p in pairs]
+    asked = [dict(zip(names, each[3:], strict=True)) | more for each in (whole, own)]
+    one = regard.linear_attention(*whole[:3], **asked[0], **masks[0])
+    two = linear_over_ranks(*own[:3], mesh, **asked[1], **masks[1])
     g = weights_of(one, 1)
     (one * g).sum().backward()
     (two * shard(g, mesh, **cut)).sum().backward()
     mine = [two, *(t.grad for t in own)]
     return [unshard(t, mesh, **cut) for t in mine], [one.detach(), *(t.grad for t in whole)]
+
+
+def linear_refused(mesh, name):
+    """What a rank is told of an argument that is not taken."""
+    q = torch.zeros(1, 1, 4, 2)
+    given = {"observe": [TopK(1)], "return_state": True, "causal": False}
+    try:
+        linear_over_ranks(q, q, q, mesh, **{name: given[name]})
+    except regard.RegardError as error:
+        return str(error)
+    return ""

@@ -69,8 +69,7 @@ def test_several_processes_equal_one(ranks, case, size):
     for how in WAYS:
         if runs(case, how, size):
             # Of weights next to 1 the effect, by 1 − p, is rounding alone
-            effects = how != "ring" and case.magnitude < 100
-            observe = EFFECTS if effects else OBSERVERS
+            observe = EFFECTS if case.magnitude < 100 else OBSERVERS
             exact = whole(case.name, observe=observe)
             mine = ranks.run(
                 size, f"{JOBS}.together", case.name, how, torch.float64, "zigzag", observe

@@ -50,10 +50,21 @@ def test_a_recording_opens_as_a_whole(folders, tmp_path):
     made = torchrun("record", str(folders / "gpt2"), TROPHY, str(tmp_path / "rec"))
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("recorded:") == 1
+    parts = {path.name.split(".")[1] for path in (tmp_path / "rec").glob("layer-*")}
+    assert parts == {"rank0of2", "rank1of2"}  # each process wrote its own
     recording = Recording.load(tmp_path / "rec")
     rows = recording.layers[0].weights(slice(None)).sum(-1)
     assert rows.shape[-1] == len(recording.about["tokens"])
     assert float((rows - 1).abs().max()) < 1e-5
+
+
+def test_look_saves_what_each_process_has(minilm, tmp_path):
+    made = torchrun("look", TROPHY, "--from", "it", "--save", str(tmp_path / "rec"))
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("saved:") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rec"]  # nothing beside it
+    recording = Recording.load(tmp_path / "rec")
+    assert len(list((tmp_path / "rec").glob("*.rank1of2.*"))) == len(recording.layers)
 
 
 def test_what_is_refused_is_said_once():

@@ -35,8 +35,15 @@ def alone(what: str) -> None:
 
 def run(model: Any, inputs: Mapping[str, Any]) -> None:
     """Run a model on its inputs, or each rank on its part of them."""
+    with _part(model, inputs) as own:
+        model(**own)
+
+
+@contextmanager
+def _part(model: Any, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """This rank's part of a model's inputs; inside, attention goes over the ranks."""
     if not _MESH:
-        model(**inputs)
+        yield inputs
         return
     from ..ops.distributed.front import context_parallel
     from ..ops.distributed.shards import shard
@@ -51,7 +58,7 @@ def run(model: Any, inputs: Mapping[str, Any]) -> None:
             "torchrun"
         )
     with context_parallel(_MESH[-1]):
-        model(**own)
+        yield own
 
 
 def of_first(result: Callable[[], T]) -> T:
@@ -61,14 +68,8 @@ def of_first(result: Callable[[], T]) -> T:
     return result()
 
 
-def recorded(model: Any, inputs: Mapping[str, Any], write: Callable[[Any], T], layers: Any) -> T:
-    """A recording: the first process writes what all compute, layer by layer."""
-    if not _MESH:
-        return write(inputs)
-    from ..capture.watching import watch
-
-    if _MESH[-1].get_local_rank():
-        with watch(model, observe=[], layers=layers, keep_qk=True, count_padding=True):
-            run(model, inputs)
-        raise Done
-    return write(lambda: run(model, inputs))
+def recorded(model: Any, inputs: Mapping[str, Any], write: Callable[[Any], T]) -> T:
+    """A recording, of which each process writes its part, layer by layer; the first opens it."""
+    with _part(model, inputs) as own:
+        made = write(own)
+    return of_first(lambda: made)

@@ -161,7 +161,7 @@ class TextModel:
             def write(run: Any) -> Recording:
                 return record(model, run, folder, about=about, **options)
 
-            return over_ranks.recorded(model, inputs, write, options.get("layers"))
+            return over_ranks.recorded(model, inputs, write)
 
     def _prepared(
         self, text: str, generate: int, step: Callable[[int], object] | None

@@ -205,6 +205,20 @@ class EffectSeen(_Listed):
         """The edges' weights (batch, heads, q_len, k)."""
         return self._field(2)
 
+    def beside(self, other: EffectSeen) -> EffectSeen:
+        """With another key shard's candidates, of the same backward pass."""
+        pairs = [torch.cat(pair, -1) for pair in zip(self.tensors(), other.tensors(), strict=True)]
+        indices, effects, weights = pairs
+        order = _ranked(indices, effects.abs(), effects, weights)
+        k = self.indices.shape[-1]
+        joined = EffectSeen(self.query_start)
+        joined.fill(order[0][..., :k], order[2][..., :k], order[3][..., :k])
+        return joined
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """indices, effects, weights."""
+        return self.indices, self.effects, self.weights
+
     def then(self, later: EffectSeen) -> EffectSeen:
         """Effects of one backward pass do not add up with another's."""
         raise RegardError("Effect watches one forward pass and its backward, not decode steps")

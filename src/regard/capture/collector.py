@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,16 @@ from ..call.masks import Mask
 from ..call.observers import Effect, NormTopK, Observer
 from ..engines.second_pass.weigh import weigh
 from ..errors import RegardError
+from ..ops.distributed.reading import Shard
 from ..ops.watches import WatchedCall
 from .layers import Cut, Layer, Watched
 from .module_stack import Tracker, module_of
 from .module_tree import CROSS, Blocks, inside, kind_of
 from .options import WatchOptions
 from .projection import output_projection
-from .real_queries import real_queries, summed
+from .real_queries import real_queries, summed, without
+from .recorded_layer import streaming
+from .shard_layer import shard_maker
 
 
 class Collector:
@@ -151,19 +154,39 @@ class Collector:
         """Whether queries and keys are kept: then a call over ranks comes together in the first."""
         return self.options.keep_qk or self.options.keep_calls
 
-    def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether each rank writes its own part of a recording."""
+        if self.options.keep_qk and shard_maker() is None and streaming():
+            raise RegardError(
+                "record: context_parallel begins inside the recording; begin it before, so that "
+                "each rank writes its part"
+            )
+        return self.options.keep_qk and shard_maker() is not None
+
+    def record_shard(self, name: str, kind: str, shard: Shard) -> None:
+        """Take in this rank's part of a call over several."""
+        layer, make = self._taking(name, kind, shard), shard_maker()
+        assert make is not None
+        layer.add_sharded(shard.place, ())
+        make(layer.name, layer.index, layer.kind).take(shard)
+
+    def record_sharded(
+        self, name: str, kind: str, call: Call, seen: tuple[Any, ...],
+        read: Callable[[Call], tuple[Any, ...]],
+    ) -> None:  # fmt: skip
         """Take in a call that was computed over several ranks; seen: a sharded result each."""
         layer = self._taking(name, kind, call)
         if not self._asked(layer):
             return
-        if len(seen) < len(self.observe):
-            raise RegardError(
-                "context_parallel: there is padding, whose queries Received, Map and Distances "
-                "would leave out; give count_padding=True"
-            )
+        if len(seen) < len(self.observe):  # padding's queries are left out of sums over queries
+            real = self._padded(name, kind, call)
+            assert real is not None
+            sums = tuple(o for o in self.observe if o.sums_queries)
+            seen = self._among(seen, read(replace(without(call, real), observers=sums)))
         layer.add_sharded(call.place, seen)
 
-    def _taking(self, name: str, kind: str, call: Call) -> Layer:
+    def _taking(self, name: str, kind: str, call: Call | Shard) -> Layer:
         """The layer that takes in a call: where all are kept, a new one for each sequence.
 
         The next forward begins where a layer of the last begins again.
@@ -193,10 +216,15 @@ class Collector:
         self, name: str, call: Call, kind: str, lse: Tensor, results: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         """The results of all observers, those that sum over queries without padding's."""
-        real, others = self._padded(name, kind, call), iter(results)
+        real = self._padded(name, kind, call)
         assert real is not None
-        sums = iter(summed(call, [o for o in self.observe if o.sums_queries], lse, real))
-        return tuple(next(sums if o.sums_queries else others) for o in self.observe)
+        sums = summed(call, [o for o in self.observe if o.sums_queries], lse, real)
+        return self._among(results, sums)
+
+    def _among(self, rows: Sequence[Any], sums: Sequence[Any]) -> tuple[Any, ...]:
+        """The results of all observers, of which those that sum over queries were read apart."""
+        first, second = iter(rows), iter(sums)
+        return tuple(next(second if o.sums_queries else first) for o in self.observe)
 
     def _fitted(self, observer: Observer, name: str, call: Call) -> Observer:
         """A NormTopK with the module's own output projection."""

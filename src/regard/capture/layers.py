@@ -17,6 +17,7 @@ from ..call.masks import Mask
 from ..call.observers import Observer
 from ..call.picking import Which, pick
 from ..errors import RegardError
+from ..ops.distributed.reading import Shard
 from .beams import Trail, picked
 from .layer_list import Forward, LayerList
 from .recorded_layer import RecordedLayer, recorded
@@ -83,7 +84,7 @@ class Layer:
             self._results = [tuple(merged)]
         return self._results[0] if self._results else ()
 
-    def follows(self, call: Call) -> bool:
+    def follows(self, call: Call | Shard) -> bool:
         """Whether a call continues the last one; else it begins anew."""
         start = call.place.query_start
         if self.q_len and 0 < start < self._end:

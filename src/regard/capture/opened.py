@@ -10,6 +10,8 @@ from ..errors import RegardError
 from .index_file import silent
 from .recorded_layer import RecordedLayer
 from .saved_files import Fields
+from .shard_files import open_parts, parts_of
+from .shard_layer import NAME as SHARD
 from .stored import StoredTensors
 from .stored_layer import NAME, named, open_layer
 
@@ -20,10 +22,11 @@ def open_layers(folder: Path, index: Fields) -> tuple[list[RecordedLayer], list[
     index: its JSON; of a run that was stopped it names no layers, and those are taken that are
     there, in the order in which they were begun.
     """
-    files = layer_files(folder)
+    files, parts = layer_files(folder), parts_of(folder)
     entries: list[Any] = index.of(list, "layers")
     if not index.of(bool, "whole"):
-        entries = [{"file": mine[0].name} for mine in files.values()]
+        every = files | parts
+        entries = [{"file": every[number][0].name} for number in sorted(every)]
     layers, damage = [], []
     for number, said in enumerate(entries):
         entry = Fields(said, f"layer {number}")
@@ -31,12 +34,23 @@ def open_layers(folder: Path, index: Fields) -> tuple[list[RecordedLayer], list[
         if file is None:
             layers.append(silent(entry))
             continue
-        layer, wrong = _opened(folder, file, files.get(_number(folder, file), []), entry)
+        if (part := SHARD.fullmatch(file)) is not None:
+            layer, wrong = _of_ranks(parts.get(int(part[1]), [folder / file]), entry)
+        else:
+            layer, wrong = _opened(folder, file, files.get(_number(folder, file), []), entry)
         layers.append(layer)
         damage += wrong
     if damage and not any(layer.pattern for layer in layers):
         raise RegardError(damage[0])
     return layers, damage
+
+
+def _of_ranks(paths: list[Path], entry: Fields) -> tuple[RecordedLayer, list[str]]:
+    """A layer that several ranks wrote, and what is wrong with a part of it."""
+    try:
+        return open_parts(paths), []
+    except RegardError as error:
+        return _silent(paths[0].name, entry, str(error)), [str(error)]
 
 
 def layer_files(folder: Path) -> dict[int, list[Path]]:
@@ -74,9 +88,14 @@ def _opened(
             wrong = [str(error)]
     if not wrong:
         wrong = [f"{folder / file} is not whole: it is not there"]
+    return _silent(file, entry, wrong[0]), wrong
+
+
+def _silent(file: str, entry: Fields, wrong: str) -> RecordedLayer:
+    """A layer that cannot be read, and why."""
     name = entry.of(str, "name") if "name" in entry else file
     index = entry.of(int, "index") if "index" in entry else 0
-    return RecordedLayer(name, index, "self", False, wrong[0], damage=wrong[0]), wrong
+    return RecordedLayer(name, index, "self", False, wrong, damage=wrong)
 
 
 def verify(files: Iterable[Path]) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 
 from ..errors import RegardError
 from ..ops.beside import Rounding
+from ..ops.region import current
 from .index_file import INDEX, as_json, entry_of, layer_file, write_index
 from .layers import Layer
 from .projection import output_projection
 from .pyramid import observers
-from .recorded_layer import RecordedLayer, kept_by
+from .recorded_layer import kept_by
 from .recording import Recording
 from .saved_files import clean, free_folder
+from .shard_writer import ShardWriter
 from .stored_layer import StoredLayer
 from .watching import watch
 
@@ -63,18 +66,26 @@ def record(
     tokens: a name for each token; tokenizer: names them, and places them in the text.
     about: further facts, fit for JSON. overwrite: replace an older recording.
 
+    Inside `context_parallel` inputs are the rank's own tokens, and each rank writes its own part of
+    the recording; the first makes the folder, where all of them write.
+
     RegardError as of `watch`, for beam search, and for a folder that is not free. A run that is
     stopped or killed leaves the layers that were whole, and `Recording.load` opens them.
     """
     folder = Path(folder)
     said = {"model": _name(model), "versions": _versions()} | dict(about or {})
     said |= _tokens(inputs, tokens, tokenizer, text)
-    with _Writer(folder, model, said, overwrite, values) as writer:
+
+    def begin() -> _Writer:
+        return _Writer(folder, model, said, overwrite, values)
+
+    region = current()
+    with begin() if region is None else ShardWriter(region, begin, model, values) as writer:
         asked = observers(top) if observe else ()
         with (
             torch.no_grad(),
             Rounding(dtype) as rounding,
-            kept_by(writer.making(rounding, asked)),
+            writer.keeping(rounding, asked),
             watch(
                 model, observe=asked, layers=layers, keep_qk=True, verify=verify,
                 count_padding=True,
@@ -82,7 +93,9 @@ def record(
         ):  # fmt: skip
             _run(model, inputs)
         writer.finish(seen.layers)
-    return Recording.load(folder)
+        made = Recording.load(writer.folder)
+        writer.opened()
+    return made
 
 
 def _run(model: nn.Module, inputs: Any) -> None:
@@ -127,6 +140,8 @@ def _tokens(
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
     if tokenizer is None or not isinstance(ids, Tensor) or ids.dim() not in (1, 2):
         return said
+    if (region := current()) is not None:  # of which this rank has its own tokens
+        ids = region.joined(ids, ids.dim() - 1)
     first: list[int] = (ids if ids.dim() == 1 else ids[0]).tolist()
     names = tokenizer.convert_ids_to_tokens(first)
     said["tokens"] = [f"<{i}>" if n is None else n for i, n in zip(first, names, strict=True)]
@@ -148,43 +163,44 @@ class _Writer:
         self, folder: Path, model: nn.Module, about: dict[str, Any], overwrite: bool, values: bool
     ) -> None:
         as_json(about)
-        self._folder, self._about = free_folder(folder, INDEX, overwrite), about
-        self._old = self._folder.with_name(f".{self._folder.name}.old-{os.getpid()}")
+        self.folder, self._about = free_folder(folder, INDEX, overwrite), about
+        self._old = self.folder.with_name(f".{self.folder.name}.old-{os.getpid()}")
         self._modules, self._values = dict(model.named_modules()), values
-        self._layers: dict[str, StoredLayer] = {}
+        self.layers: dict[str, StoredLayer] = {}
 
     def __enter__(self) -> _Writer:
         shutil.rmtree(self._old, ignore_errors=True)
-        if self._folder.exists():
-            self._folder.rename(self._old)
-        self._folder.mkdir(parents=True)
-        write_index(self._folder, self._about, [], whole=False)
+        if self.folder.exists():
+            self.folder.rename(self._old)
+        self.folder.mkdir(parents=True)
+        write_index(self.folder, self._about, [], whole=False)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not any(layer.parts for layer in self._layers.values()):
-            shutil.rmtree(self._folder)  # nothing of it can be read
+        if error is not None and not any(layer.parts for layer in self.layers.values()):
+            shutil.rmtree(self.folder)  # nothing of it can be read
             if self._old.exists():
-                self._old.rename(self._folder)
+                self._old.rename(self.folder)
         shutil.rmtree(self._old, ignore_errors=True)
-        clean(self._folder)
+        clean(self.folder)
 
-    def making(
-        self, rounding: Rounding, asked: Sequence[Any]
-    ) -> Callable[[str, int, str], RecordedLayer]:
-        """Makes the layer that takes in the calls of a module."""
+    def keeping(self, rounding: Rounding, asked: Sequence[Any]) -> AbstractContextManager[None]:
+        """While inside, what the watch keeps goes to files, layer by layer."""
 
         def make(name: str, index: int, kind: str) -> StoredLayer:
-            before = self._layers.get(name)
-            number = len(self._layers) if before is None else int(before.path.stem[6:])
-            for file in self._folder.glob(f"layer-{number:03}.*"):  # of an earlier sequence
+            before = self.layers.get(name)
+            number = len(self.layers) if before is None else int(before.path.stem[6:])
+            for file in self.folder.glob(f"layer-{number:03}.*"):  # of an earlier sequence
                 file.unlink()
-            path = layer_file(self._folder, number)
+            path = layer_file(self.folder, number)
             of = self._projection if self._values else None
-            self._layers[name] = made = StoredLayer(name, index, kind, path, rounding, asked, of)
+            self.layers[name] = made = StoredLayer(name, index, kind, path, rounding, asked, of)
             return made
 
-        return make
+        return kept_by(make)
+
+    def opened(self) -> None:
+        """Nobody else waits for it."""
 
     def _projection(self, name: str, width: int) -> Tensor:
         return output_projection(self._modules, name, width)
@@ -193,8 +209,8 @@ class _Writer:
         """Write what is left, and the index: the layers that were watched, in their order."""
         entries = []
         for watched in order:
-            layer = self._layers.get(watched.name)
+            layer = self.layers.get(watched.name)
             if layer is not None:
                 layer.close()
             entries.append(entry_of(watched, None if layer is None else layer.path))
-        write_index(self._folder, self._about, entries, whole=True)
+        write_index(self.folder, self._about, entries, whole=True)

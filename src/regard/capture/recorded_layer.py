@@ -47,6 +47,11 @@ def kept_by(make: Callable[[str, int, str], RecordedLayer]) -> Iterator[None]:
         _OPEN.make = before
 
 
+def streaming() -> bool:
+    """Whether a recording is written as it comes, in this thread."""
+    return getattr(_OPEN, "make", None) is not None
+
+
 def recorded(name: str, index: int, kind: str) -> RecordedLayer:
     """What keeps the calls of a watched layer."""
     return (getattr(_OPEN, "make", None) or RecordedLayer)(name, index, kind)

@@ -30,6 +30,7 @@ from .recorded_layer import RecordedLayer
 from .rollout import rollout
 from .saved_files import whole_folder
 from .segments import Given, Segments, ranges_of
+from .shard_files import parts_of
 from .stored_layer import write_whole
 
 if TYPE_CHECKING:
@@ -300,7 +301,8 @@ class Recording(Brief):
         """Read every number once: RegardError that names each file not as it was written."""
         if self.folder is None:
             return
-        verify(path for mine in layer_files(self.folder).values() for path in mine)
+        both = (layer_files(self.folder), parts_of(self.folder))
+        verify(path for files in both for mine in files.values() for path in mine)
 
     @classmethod
     def load(cls, folder: str | Path) -> Recording:

@@ -170,7 +170,7 @@ def open_layer(files: Sequence[Path]) -> RecordedLayer:
     if layer is None:
         raise RegardError("a layer without files")
     with named(files[0]):
-        _check_joined(layer)
+        check_joined(layer)
     return layer
 
 
@@ -230,7 +230,7 @@ class _Under(Mapping[str, Tensor]):
         return len(self._file)
 
 
-def _check_joined(layer: RecordedLayer) -> None:
+def check_joined(layer: RecordedLayer) -> None:
     """ValueError unless a layer's queries, keys and calls fit together."""
     shapes = {(c.query.shape[0], c.query.shape[1], c.query.shape[3]) for c in layer.chunks}
     keys = {(k.shape[0], k.shape[1], k.shape[3]) for _, k in layer.pieces if k.dim() == 4}

@@ -247,7 +247,8 @@ def _over_ranks(
     if owner_of(key) is not None or starts != (0, 0) or query.shape[2] != key.shape[2]:
         raise RegardError(
             f"{type(module).__name__}: context_parallel takes a whole sequence at once; here "
-            f"{query.shape[2]} queries follow {key.shape[2]} keys in a cache: give use_cache=False"
+            f"{query.shape[2]} queries follow {key.shape[2]} keys in a cache: use_cache=False; a "
+            "decode step over keys on several ranks is regard.distributed.decode"
         )
     if _asked_for_weights(given):
         raise RegardError("context_parallel: whole weights lie on no rank; give observers")

@@ -147,6 +147,10 @@ class Rounding:
             call, query=call.query.to(self.dtype), key=call.key.to(self.dtype), value=value
         )
 
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A tensor in this dtype."""
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
     def made(self, lse: Tensor) -> bool:
         """Whether this log-sum-exp is the last one read from rounded numbers."""
         return lse is self._lse
@@ -154,9 +158,15 @@ class Rounding:
     def gathered(self, call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, Any]]:
         """As `gathered`, of the rounded numbers, and with the results of all observers."""
         rounded = self.rounded(call)
-        lse, seen = _gathered(rounded, lse if rounded is call else None)
+        lse, seen = unrounded(rounded, lse if rounded is call else None)
         self._lse = lse
         return lse, dict(enumerate(weigh(rounded, lse, seen=seen)))
+
+
+def rounded(*tensors: Tensor) -> list[Tensor]:
+    """Queries and keys as they are read: in the dtype of the `Rounding` that is open."""
+    rounding: Rounding | None = getattr(_OPEN, "rounding", None)
+    return [t.detach() if rounding is None else rounding.cast(t.detach()) for t in tensors]
 
 
 @torch.no_grad()
@@ -167,10 +177,10 @@ def gathered(call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, A
     mixing any values; on CUDA PyTorch's kernel is the fastest way to an lse.
     """
     rounding: Rounding | None = getattr(_OPEN, "rounding", None)
-    return _gathered(call, lse) if rounding is None else rounding.gathered(call, lse)
+    return unrounded(call, lse) if rounding is None else rounding.gathered(call, lse)
 
 
-def _gathered(call: Call, lse: Tensor | None) -> tuple[Tensor, dict[int, Any]]:
+def unrounded(call: Call, lse: Tensor | None = None) -> tuple[Tensor, dict[int, Any]]:
     """As `gathered`, of the call's own numbers."""
     if lse is not None:
         return lse, {}

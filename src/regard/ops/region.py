@@ -38,6 +38,22 @@ class Region(Protocol):
     def first(self) -> bool:
         """Whether this is the first rank."""
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(this rank, how many there are)."""
+
+    def tell(self, text: str) -> list[str]:
+        """What each rank says. None goes on before the last has spoken."""
+
+    def joined(self, own: Tensor, dim: int) -> Tensor:
+        """The whole of what lies on each rank, in every rank."""
+
+    def shard(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        """This rank's part of a whole call, with what its observers see (`distributed.Shard`)."""
+
+    def read(self, call: Call, query: Tensor, key: Tensor) -> tuple[Any, ...]:
+        """What the observers of a whole call see, sharded."""
+
     def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The whole call with its numbers, gathered in every rank; without gradients."""
 

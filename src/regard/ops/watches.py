@@ -50,8 +50,21 @@ class Watch(Protocol):
     def keeps(self) -> bool:
         """Whether queries and keys are kept."""
 
-    def record_sharded(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
-        """Take in what was seen over several ranks; call: the whole one, without its numbers."""
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether each rank keeps its own part of them, and not the first one all."""
+
+    def record_shard(self, name: str, kind: str, shard: Any) -> None:
+        """Take in this rank's part of a call over several (`distributed.Shard`)."""
+
+    def record_sharded(
+        self, name: str, kind: str, call: Call, seen: tuple[Any, ...],
+        read: Callable[[Call], tuple[Any, ...]],
+    ) -> None:  # fmt: skip
+        """Take in what was seen over several ranks; call: the whole one, without its numbers.
+
+        read: what the observers of another whole call on these queries and keys see.
+        """
 
 
 @dataclass(eq=False)
@@ -108,14 +121,22 @@ class WatchedCall:
 
         with self.watch.computing():
             out, lse, seen = parallel.run(query, key, value, asking=asking, **request)
-        if self.wanted and self.watch.keeps:
+        if self.wanted and self.watch.keeps_shards:
+            call = self.watch.asking(self.name, self.kind, wholes[0])
+            shard = parallel.shard(call, *beside.rounded(query, key, value))
+            self.watch.record_shard(self.name, self.kind, shard)
+        elif self.wanted and self.watch.keeps:
             call = parallel.together(wholes[0], query, key, value)
             if parallel.first:
                 asked = self.watch.asking(self.name, self.kind, call)
                 own, found = beside.gathered(asked)
                 self.record(call, own, None, found)
         elif self.wanted:
-            self.watch.record_sharded(self.name, self.kind, wholes[0], seen)
+
+            def read(call: Call) -> tuple[Any, ...]:
+                return parallel.read(call, query, key)
+
+            self.watch.record_sharded(self.name, self.kind, wholes[0], seen, read)
         return out, lse
 
     def beside(

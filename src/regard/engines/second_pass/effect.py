@@ -78,13 +78,20 @@ def _fewest(grads: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    call: Call, lse: Tensor, out: Tensor, grads: Tensor, k: int, norm: bool = False
+    call: Call,
+    lse: Tensor,
+    out: Tensor,
+    grads: Tensor,
+    k: int,
+    norm: bool = False,
+    shard: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(indices int32, effect, weights), each (batch, heads, q_len, k), largest |effect| first.
 
     grads (scalars, batch, heads, q_len, v_dim): of one scalar, or, for a norm, of several.
     effect = −p (dp − D) / (1 − p) with dp = grad · v and D = grad · out; of the only key that a row
-    sees, −D: without it the row's output is 0.
+    sees, −D: without it the row's output is 0. shard: the call may hold only some of the keys; lse
+    and out are of all. Then a row's only key is one whose weight is 1 but for rounding.
     """
     assert call.value is not None
     place, working = call.place, call.working
@@ -94,9 +101,10 @@ def measure(
     weights = torch.zeros_like(effects)
     value, grads = call.value.to(working).contiguous(), grads.to(working)
     deltas = (grads * out.to(working)).sum(-1)
+    nothing = 8 * torch.finfo(working).eps if shard else 0
     strips = Strips(call)
     for strip in strips:
-        seen = StripWeights(strip, lse, call)
+        seen = StripWeights(strip, lse, call, shard)
         p = seen.weights
         values = take(strip.runs, value[strip.part.batch, strip.kv], 2).mT
         effect = torch.zeros_like(p)
@@ -105,7 +113,7 @@ def measure(
             if call.dropout is not None:
                 dp *= strip.dropout(call)
             here, left = delta[strip.here][..., None], 1 - p
-            one = torch.where(left > 0, p * (here - dp) / left, -here)
+            one = torch.where(left > nothing, p * (here - dp) / left, -here)
             effect = effect + one.square() if norm else one
         effect = effect.sqrt() if norm else effect
         ranked = effect.abs().masked_fill(seen.log == -torch.inf, -torch.inf)

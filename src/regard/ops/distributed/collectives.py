@@ -35,6 +35,25 @@ class Ranks:
         self.group, self.size = mesh.get_group(), mesh.size()
         self.rank = mesh.get_local_rank()
 
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor must be that is sent for its own sake."""
+        if self.size > 1 and "nccl" in dist.get_backend(self.group):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def tell(self, text: str) -> list[str]:
+        """What each rank says. None goes on before the last has spoken."""
+        coded = list(text.encode("utf-8", "surrogateescape"))  # it may be a file's name
+        said = torch.tensor(coded, dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(said)], dtype=torch.int64, device=self.device)
+        held = [int(n) for n in torch.cat(self.all_gather(length)).tolist()]
+        if not any(held):
+            return [""] * self.size
+        came = self.all_gather(padded(said, max(held), 0))
+        parts = (bytes(t[:n].tolist()) for t, n in zip(came, held, strict=True))
+        return [part.decode("utf-8", "surrogateescape") for part in parts]
+
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Each rank's tensor, all of one shape."""
         return self.gathering(tensor)()

@@ -1,4 +1,4 @@
-"""A decode step over keys on several ranks, and linear attention whose state is passed on."""
+"""A decode step over keys on several ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -16,11 +15,9 @@ from ...call.checked import Call
 from ...call.observers import Effect, LogSumExp, Observer
 from ...call.top_blocks import by_content
 from ...engines import run
-from ...engines.second_pass.weigh import weigh
 from ...errors import RegardError
-from ..linear import LinearState, linear_attention
 from ..merging import merge
-from ..region import inside
+from .block_observers import read_block
 from .collectives import Ranks
 from .results import made, tensors_of
 
@@ -68,7 +65,7 @@ def decode(
     out = out.to(query.dtype)
     if observe is None:
         return out
-    seen = weigh(call, lse, shard=True)
+    seen = read_block(call, lse)
     pairs = zip(call.observers, seen, strict=True)
     return out, tuple(r if o.sums_queries else _merged(ranks, o, r) for o, r in pairs)
 
@@ -95,83 +92,3 @@ def _merged(ranks: Ranks, observer: Observer, mine: Any) -> Any:
             part = replace(part, key_start=start, weights=part.weights[..., :length])
         parts.append(part)
     return reduce(lambda a, b: a.beside(b), parts)
-
-
-def linear_over_ranks(
-    query: Tensor, key: Tensor, value: Tensor, mesh: DeviceMesh, **request: Any
-) -> Tensor:
-    """`linear_attention` of a sequence cut in plain order; each rank hands its state to the next.
-
-    query (batch, heads, own q_len, dim) and so on, as `shard(…, order="plain", dim=2)` cuts them;
-    decay and beta are cut alike, a mask is of the own tokens. Causal. A rank waits for the one
-    before it, and sends batch · state heads · features · (v_dim + 1) numbers. Gradients flow back
-    from rank to rank; every rank must go back through its result.
-    """
-    ranks = Ranks(mesh)
-    for name in ("state", "return_state", "observe"):
-        if request.get(name):
-            raise RegardError(f"linear attention over ranks takes no {name}")
-    if not request.get("causal", True):
-        raise RegardError("linear attention over ranks is causal: a state knows what came before")
-    with inside(None):
-        # Of no tokens, the state has the form that all ranks' have
-        none = (t[:, :, :0] for t in (query, key, value))
-        empty = {n: v[:, :, :0] if n in ("decay", "beta") and v.dim() > 2 else v
-                 for n, v in request.items() if isinstance(v, Tensor) or n != "mask"}  # fmt: skip
-        _, form = linear_attention(*none, **empty, return_state=True)
-        if form.shift is not None or form.document is not None or "mask" in request:
-            raise RegardError(
-                "linear attention over ranks takes no mask, and no random features of long keys"
-            )
-        state = form if ranks.rank == 0 else _came(ranks, form, query)
-        out, last = linear_attention(query, key, value, **request, state=state, return_state=True)
-        if ranks.rank == ranks.size - 1:
-            return out
-        sent = [last.memory] + ([] if last.normaliser is None else [last.normaliser])
-        nothing = _Send.apply(ranks, torch.cat([t.reshape(-1) for t in sent]))
-        return out + nothing.to(out.dtype)  # so that the backward passes through it
-
-
-def _came(ranks: Ranks, form: LinearState, query: Tensor) -> LinearState:
-    """The state of the tokens before, from the rank that has them."""
-    shapes = [t.shape for t in (form.memory, form.normaliser) if t is not None]
-    length = sum(s.numel() for s in shapes)
-    start = torch.zeros((), dtype=form.memory.dtype, device=query.device, requires_grad=True)
-    flat = _Receive.apply(ranks, start, length)
-    pieces = [
-        p.view(s) for p, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)
-    ]
-    return replace(form, memory=pieces[0], normaliser=pieces[1] if len(pieces) > 1 else None)
-
-
-class _Send(torch.autograd.Function):
-    """Hand a tensor to the next rank; the gradient comes back from it. Its result is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, flat: Tensor) -> Tensor:
-        ctx.ranks, ctx.length = ranks, flat.shape[0]
-        dist.send(flat.contiguous(), group=ranks.group, group_dst=ranks.rank + 1)
-        return flat.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        found = torch.empty(ctx.length, dtype=grad.dtype, device=grad.device)
-        dist.recv(found, group=ctx.ranks.group, group_src=ctx.ranks.rank + 1)
-        return None, found
-
-
-class _Receive(torch.autograd.Function):
-    """Take a tensor from the rank before; its gradient goes there."""
-
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, start: Tensor, length: int) -> Tensor:
-        ctx.ranks = ranks
-        found = torch.empty(length, dtype=start.dtype, device=start.device)
-        dist.recv(found, group=ranks.group, group_src=ranks.rank - 1)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ranks = ctx.ranks
-        dist.send(grad.contiguous(), group=ranks.group, group_dst=ranks.rank - 1)
-        return None, torch.zeros((), dtype=grad.dtype, device=grad.device), None

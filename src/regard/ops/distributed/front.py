@@ -24,6 +24,7 @@ from .collectives import Ranks
 from .gather import Gather
 from .layout import Layout, Order, named
 from .parts import NAMES
+from .reading import Shard, Way, read, results_of
 from .ring import Ring
 from .whole import Whole, agreed, hollow
 
@@ -132,6 +133,35 @@ class Parallel:
         """Whether this is the first rank."""
         return self.ranks.rank == 0
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(this rank, how many there are)."""
+        return self.ranks.rank, self.ranks.size
+
+    def tell(self, text: str) -> list[str]:
+        """What each rank says. None goes on before the last has spoken."""
+        return self.ranks.tell(text)
+
+    def joined(self, own: Tensor, dim: int) -> Tensor:
+        """The whole of what lies on each rank, in every rank."""
+        length = torch.tensor([own.shape[dim]], dtype=torch.int64, device=own.device)
+        held = [int(n) for n in torch.cat(self.ranks.all_gather(length)).tolist()]
+        return self.ranks.gather(own, Layout(sum(held), self.order), dim)
+
+    def shard(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Shard:
+        """This rank's part of a whole call, with what its observers see; all ranks take part."""
+        return read(call, self._reading(call, key), query, key, value)
+
+    def read(self, call: Call, query: Tensor, key: Tensor) -> tuple[Any, ...]:
+        """What the observers of a whole call see, sharded; all ranks take part."""
+        return results_of(call, self._reading(call, key), query, key)
+
+    def _reading(self, call: Call, key: Tensor) -> Way:
+        """How keys travel where values do not."""
+        one = call.place.batch * call.place.k_len * key.shape[3] * key.element_size()
+        ring = self.how == "ring" or (self.how != "gather" and one > self.most)
+        return Way(self.ranks, self.order, ring, self.most)
+
     def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The whole call with its numbers, gathered in every rank; without gradients."""
         queries, keys = (Layout(n, self.order) for n in (call.place.q_len, call.place.k_len))
@@ -194,15 +224,20 @@ class Parallel:
         if call.dropout is not None:
             by_heads.append("dropout counts heads, and a rank has some of them alone")
         if wants and engine not in ("auto", *NAMES):
-            said = f"engine {engine} has no backward for a part of a call; name one of {NAMES}"
+            said = (
+                f"engine {engine} has no backward for a part of a call, under the log-sum-exp of "
+                f'all keys; name one of {NAMES}, or give how="heads", by which any engine runs'
+            )
             by_gather.append(said)
             by_ring.append(said)
         if any(isinstance(o, Effect) and o.norm for o in call.observers):
-            by_gather.append("Effect of a norm reads the keys after the backward; they are gone")
-        if any(isinstance(o, Effect) for o in call.observers):
-            by_ring.append("Effect ranks all edges of a row at once; a block has some of them")
-            if not wants:
-                by_gather.append("Effect needs gradients: nothing here asks for one")
+            said = 'Effect of a norm reads the keys after the backward; they are gone: how="heads"'
+            by_gather.append(said)
+            by_ring.append(said)
+        if any(isinstance(o, Effect) for o in call.observers) and not wants:
+            said = "Effect needs gradients: nothing here asks for one"
+            by_gather.append(said)
+            by_ring.append(said)
         return {"heads": by_heads, "gather": by_gather, "ring": by_ring}
 
     def sizes(self, whole: Whole, query: Tensor, value: Tensor) -> formulas.Sizes:

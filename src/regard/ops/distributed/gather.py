@@ -18,8 +18,9 @@ from ...call.observers import Effect, Observer
 from ...engines import run
 from ...engines.second_pass.effect import measure
 from ...engines.second_pass.weigh import weigh
-from .parts import Gradients, Rows, of_sinks
-from .results import Sharded, collected, heads_joined, of_heads, of_span
+from .effects import effects_of, waiting
+from .parts import Compute, Gradients, Rows, of_sinks
+from .results import Keep, collected, heads_joined, of_heads, of_span
 from .whole import Whole
 
 Block = tuple[slice, slice, Tensor, Tensor]  # kv heads, heads, and all keys and values of them
@@ -28,13 +29,17 @@ Block = tuple[slice, slice, Tensor, Tensor]  # kv heads, heads, and all keys and
 class Gather:
     """One call: forward and backward, on this rank's part of the sequence.
 
-    most: how many bytes of gathered keys and values may lie here at a time.
+    most: how many bytes of gathered keys and values may lie here at a time. compute: out, lse and
+    results of a part; keep: what becomes of an observer's results, one for each range of queries.
     """
 
-    def __init__(self, whole: Whole, engine: str, most: int) -> None:
+    def __init__(
+        self, whole: Whole, engine: str, most: int, compute: Compute = run, keep: Keep = collected
+    ) -> None:
         self.whole, self.engine, self.most = whole, engine, most
+        self.compute, self.keep = compute, keep
         self.effects: dict[int, list[EffectSeen]] = {}
-        self.results: tuple[Sharded, ...] = ()
+        self.results: tuple[Any, ...] = ()
 
     def groups(self, key: Tensor, value: Tensor) -> list[slice]:
         """The kv heads that are gathered together; all of them, where dropout counts heads."""
@@ -79,28 +84,21 @@ class Gather:
                 span = Span(start, stop, 0, whole.keys.length, heads=heads)
                 asked = [self._asked(observers[i], heads, stop) for i in now]
                 call = whole.part(query[:, heads, rows], keys, values, span, asked)
-                out[:, heads, rows], mine, gathered = run(call, self.engine)
+                out[:, heads, rows], mine, gathered = self.compute(call, self.engine)
                 lse[:, heads, rows] = mine
                 results = weigh(call, mine, seen=gathered) if asked else ()
                 for i, result in zip(now, results, strict=True):
                     seen[i][n].append(result)
+        self.effects = effects_of(whole)
         self.results = tuple(
-            self._waiting(i, o) if isinstance(o, Effect)
-            else collected(whole, o, [heads_joined(parts) for parts in seen[i]])
+            waiting(whole, o, self.effects[i]) if isinstance(o, Effect)
+            else self.keep(whole, o, [heads_joined(parts) for parts in seen[i]])
             for i, o in enumerate(observers)
         )  # fmt: skip
         return out, lse
 
     def _asked(self, observer: Observer, heads: slice, stop: int) -> Observer:
         return of_heads(of_span(observer, self.whole, stop), heads, self.whole.call.place.heads)
-
-    def _waiting(self, number: int, observer: Observer) -> Sharded:
-        """Effects, which the backward measures."""
-        start, local = self.whole.call.place.query_start, self.whole.queries
-        self.effects[number] = [
-            EffectSeen(start + a) for _, a, _ in local.local(self.whole.ranks.rank)
-        ]
-        return Sharded(self.effects[number], "queries", self.whole, observer)
 
     def backward(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,

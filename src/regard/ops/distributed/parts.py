@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ...engines import tiled
 from ...engines.cpu import engine as cpu
 from .whole import Whole
 
+Compute = Callable[[Call, str], tuple[Tensor, Tensor, dict[int, Any]]]  # as `engines.run`
 NAMES = (cpu.name, tiled.name)  # the engines that compute it
 
 

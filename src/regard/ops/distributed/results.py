@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import reduce
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from ...errors import RegardError
 from .whole import Whole
 
 By = Literal["queries", "keys", "heads", "nothing"]
+Keep = Callable[[Whole, Observer, Sequence[Any]], Any]  # as `collected`
 
 
 class Sharded:

@@ -15,23 +15,29 @@ import torch
 from torch import Tensor
 
 from ...call.checked import Call
+from ...call.edge_results import EffectSeen
 from ...call.geometry import Span
-from ...call.observers import NormTopK
+from ...call.observers import Effect, NormTopK, Observer
 from ...call.results import LogSumExpSeen
 from ...engines import run
-from ...engines.second_pass.weigh import weigh
 from ..merging import merge
-from .parts import Gradients, Rows, of_sinks
-from .results import Sharded, collected, of_span
+from .block_observers import read_block
+from .effects import BlockEffects, effects_of, waiting
+from .parts import Compute, Gradients, Rows, of_sinks
+from .results import Keep, collected, of_span
 from .whole import Whole
 
 
 class Ring:
     """One call: forward and backward, on this rank's part of the sequence."""
 
-    def __init__(self, whole: Whole, engine: str) -> None:
-        self.whole, self.engine = whole, engine
-        self.results: tuple[Sharded, ...] = ()
+    def __init__(
+        self, whole: Whole, engine: str, compute: Compute = run, keep: Keep = collected
+    ) -> None:
+        """compute, keep: see `Gather`."""
+        self.whole, self.engine, self.compute, self.keep = whole, engine, compute, keep
+        self.effects: dict[int, list[EffectSeen]] = {}
+        self.results: tuple[Any, ...] = ()
 
     def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
         """(rank that holds it, block) of every rank's tensors (batch, n, own keys, dim).
@@ -78,14 +84,14 @@ class Ring:
         for owner, (keys, values) in self.blocks(key, value):
             for span, here, there in self.spans(owner):
                 call = self._call(query, keys, values, span, here, there)
-                part, part_lse, _ = run(call, self.engine)
+                part, part_lse, _ = self.compute(call, self.engine)
                 both = [out[:, :, here], part.to(working)], [lse[:, :, here], part_lse]
                 out[:, :, here], lse[:, :, here] = merge(*both)
         if (sinks := self.whole.call.sinks) is not None:  # they belong to no block
             nothing = torch.zeros_like(out)
             out, lse = merge([out, nothing], [lse, sinks.to(working)[:, None].expand_as(lse)])
-        if self.whole.call.observers:
-            self.results = self._observed(query, key, value, lse)
+        self.effects = effects_of(self.whole)
+        self.results = self._results(query, key, value, lse)
         return out.to(query.dtype), lse
 
     def _call(
@@ -95,12 +101,21 @@ class Ring:
         own = (keys[:, :, there], values[:, :, there])
         return self.whole.part(query[:, :, here], *own, span, observers, sinks)
 
-    def _observed(
-        self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor
-    ) -> tuple[Sharded, ...]:
-        """What all observers see: a second ring of keys, and of values where norms are needed."""
+    def _results(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor) -> tuple[Any, ...]:
+        """What all observers see, in their order; effects wait for the backward."""
         whole = self.whole
-        observers = whole.call.observers
+        now = [o for o in whole.call.observers if not isinstance(o, Effect)]
+        found = iter(self._observed(now, query, key, value, lse) if now else ())
+        return tuple(
+            waiting(whole, o, self.effects[i]) if isinstance(o, Effect) else next(found)
+            for i, o in enumerate(whole.call.observers)
+        )
+
+    def _observed(
+        self, observers: Sequence[Observer], query: Tensor, key: Tensor, value: Tensor, lse: Tensor
+    ) -> list[Any]:
+        """What these see: a second ring of keys, and of values where norms are needed."""
+        whole = self.whole
         norms = any(isinstance(o, NormTopK) for o in observers)
         local = whole.queries.local(whole.ranks.rank)
         seen: list[dict[int, Any]] = [{} for _ in observers]  # by the start of the rows
@@ -114,17 +129,17 @@ class Ring:
                     span, here = Span(q0, q1, k0, k1), slice(at, at + q1 - q0)
                     there = slice(begin, begin + k1 - k0)
                     call = self._call(query, keys, values, span, here, there, asked, True)
-                    results = weigh(call, lse[:, :, here], shard=True)
+                    results = read_block(call, lse[:, :, here])
                     for into, result in zip(seen, results, strict=True):
                         # The log-sum-exp given is that of all keys already
                         if q0 not in into or isinstance(result, LogSumExpSeen):
                             into[q0] = result
                         else:
                             into[q0] = into[q0].beside(result)
-        return tuple(
-            collected(whole, o, [into[q0] for _, q0, _ in local])
+        return [
+            self.keep(whole, o, [into[q0] for _, q0, _ in local])
             for o, into in zip(observers, seen, strict=True)
-        )
+        ]
 
     def backward(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
@@ -139,6 +154,7 @@ class Ring:
         sums = Gradients(whole, wanted)
         d_query = torch.zeros_like(query, dtype=working)
         most = max(layout.sizes)
+        effects = BlockEffects(whole, self.effects)
         own: list[Tensor] = []
         home: Callable[[], Tensor] | None = None
         for owner, (keys, values) in self.blocks(key, value):
@@ -150,6 +166,7 @@ class Ring:
                 d_query[:, :, here] += more[0]
                 mine[0][:, :, there] += more[1]
                 mine[1][:, :, there] += more[2]
+                effects.add(call, part, out[:, :, here], span.q0)
             if owner == ranks.rank:
                 own = mine
                 continue

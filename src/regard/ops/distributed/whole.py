@@ -161,10 +161,7 @@ def _form(mask: Any) -> str:
 
 def _exchanged(ranks: Ranks, mine: list[int]) -> list[list[int]]:
     """The headers of all ranks; RegardError, in each of them, where they do not go together."""
-    on = torch.device("cpu")
-    if ranks.size > 1 and "nccl" in torch.distributed.get_backend(ranks.group):
-        on = torch.device("cuda", torch.cuda.current_device())
-    told = torch.tensor(mine, dtype=torch.int64, device=on)
+    told = torch.tensor(mine, dtype=torch.int64, device=ranks.device)
     headers: list[list[int]] = torch.stack(ranks.all_gather(told)).tolist()
     for i, name in enumerate((*NUMBERS, *WORDS), 3):
         values = [h[i] for h in headers]
