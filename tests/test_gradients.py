@@ -71,6 +71,7 @@ def test_tiled_gradients_are_the_references(case):
     assert_equal(ours, exact(case, torch.float64))
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("case", [c for c in FEW if c.sizes.q_len > 16], ids=str)
 def test_gradients_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""
@@ -102,6 +103,7 @@ def test_gradients_meet_the_bar(engine, dtype, case):
         assert_within(mine, theirs, truth, error=typical)
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_sdpa_gradients_are_the_references(case):
     """Where sdpa takes a call that needs gradients (through out, of query, key and value)."""

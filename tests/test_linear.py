@@ -77,7 +77,7 @@ def assert_equal(ours: list[Tensor], truths: list[Tensor], tolerance: float = 1e
         torch.testing.assert_close(mine, truth, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.sample(every=2)
+@pytest.mark.sample(every=4)
 @every_case
 def test_float64_is_the_twins(case):
     """Out, state and the gradients of everything that goes in; both forms."""
@@ -90,6 +90,7 @@ def test_float64_is_the_twins(case):
             assert_equal(ours, truths)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 100], ids=str)
 def test_float64_in_small_segments(case, monkeypatch):
     """Segments of one chunk: the small cases, too, take many."""
@@ -102,7 +103,7 @@ def test_float64_in_small_segments(case, monkeypatch):
         assert_equal(ours, truths)
 
 
-@pytest.mark.sample(every=2)
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 7], ids=str)
 def test_float64_in_parts(case, monkeypatch):
     """Without a graph, a long sequence goes part by part; here every one of more than 7 tokens."""
@@ -150,7 +151,7 @@ def typical(error: Tensor) -> Tensor:
     return error.square().mean().sqrt()
 
 
-@pytest.mark.sample(every=4)
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize(
     "case, dtype",
     [
@@ -304,6 +305,7 @@ def in_pieces(*tensors, ends: list[int], engine: str, **request):
     return torch.cat(outs, 2), state
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len == 131], ids=str)
 def test_pieces_are_the_whole(case):
     """A sequence cut anywhere, the state handed on: the same out, state and gradients."""

@@ -161,13 +161,13 @@ def look(case: Case, tolerance: float, dtype: torch.dtype = torch.float64) -> No
         CHECKS[type(observer)](observer, result, truth, tolerance)
 
 
-@pytest.mark.sample(every=2)
+@pytest.mark.sample(every=5)
 @every_case
 def test_all_observers_are_exact(case):
     look(case, 1e-11)
 
 
-@pytest.mark.sample(every=4)
+@pytest.mark.sample(every=9)
 @pytest.mark.parametrize("case", [c for c in CASES if c.sizes.k_len > 100], ids=str)
 def test_all_observers_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""

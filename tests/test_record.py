@@ -321,7 +321,7 @@ regard.record(model, run, {folder!r})
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(
     "layer",
-    [pytest.param(0, id="between forwards", marks=pytest.mark.slow), pytest.param(2, id="within")],
+    [pytest.param(0, id="between forwards", marks=pytest.mark.slow), pytest.param(2, id="within", marks=pytest.mark.slow)],
 )
 def test_a_killed_run_leaves_whole_layers(layer, tmp_path):
     folder = tmp_path / "r"

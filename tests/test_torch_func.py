@@ -61,6 +61,7 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-11}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("error")
 @dtypes
 @engines
