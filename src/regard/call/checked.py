@@ -30,11 +30,12 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Crossing:
     """How a number of a call goes through registered ops and into files: as it is.
 
-    kind: its type in an op's schema. absent: what stands for None there.
+    kind: its type in an op's schema. none: what stands for None there. A field with a default has
+    that where a file is older than the field.
     """
 
     kind: str
-    absent: float | int | None = None
+    none: float | int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class Call:
     program: Program
     biases: tuple[Added, ...]
     scale: float = field(metadata={"crosses": Crossing("float")})
-    softcap: float | None = field(metadata={"crosses": Crossing("float", absent=0.0)})
+    softcap: float | None = field(metadata={"crosses": Crossing("float", none=0.0)})
     sinks: Tensor | None
     dropout: Dropout | None
     place: Place

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from .masks import Full
 PLAIN: dict[str, Crossing] = {
     f.name: f.metadata["crosses"] for f in fields(Call) if "crosses" in f.metadata
 }
+DEFAULTS = {f.name: f.default for f in fields(Call) if f.default is not MISSING and f.name in PLAIN}
 # All numbers after the code of mask and biases, in their order
 NUMBERS = {name: crossing.kind for name, crossing in PLAIN.items()} | {
     "dropout": "float", "query_start": "int", "key_start": "int",
@@ -50,7 +51,7 @@ def pack(call: Call) -> tuple[Any, ...]:
 
 
 def _crossed(value: Any, crossing: Crossing) -> Any:
-    return crossing.absent if value is None else value
+    return crossing.none if value is None else value
 
 
 def unpack(
@@ -85,7 +86,9 @@ def unpack(
         key_start,
         query.device,
     )
-    plain = {n: None if said[n] == c.absent else said[n] for n, c in PLAIN.items()}
+    plain = {
+        n: None if c.none is not None and said[n] == c.none else said[n] for n, c in PLAIN.items()
+    }
     return Call(
         query,
         key,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..call.biases import Kind
-from ..call.op_schema import BIAS_WORDS, NUMBERS, PLAIN
+from ..call.op_schema import BIAS_WORDS, DEFAULTS, NUMBERS
 from ..call.opcodes import TILE_SIDE, Op
 from .recorded_layer import Chunk
 from .saved_files import Fields
@@ -61,8 +61,9 @@ def from_json(said: Fields, number: int, tensors: Mapping[str, Tensor]) -> Chunk
 
 def _number(said: Fields, name: str, kind: str) -> Any:
     """What a file does not say, as it is older than the argument, was not given."""
-    absent = PLAIN[name].absent if name in PLAIN else None
-    return absent if absent is not None and name not in said else said.of(_KINDS[kind], name)
+    if name not in said and name in DEFAULTS:
+        return DEFAULTS[name]
+    return said.of(_KINDS[kind], name)
 
 
 def check_program(
