@@ -72,8 +72,8 @@ def test_effect_is_the_closed_form(case):
             torch.testing.assert_close(listed, best, rtol=1e-8, atol=1e-10)
             continue
         found = dense(seen, k, place.key_start)
-        # 1 − p loses digits where a weight is nearly 1: there plain torch is so far off that the bar,
-        # of the largest error, would say nothing of the others. So each number by its own size
+        # 1 − p loses digits where a weight is nearly 1: plain torch is so far off there that a bar
+        # of the largest error would say nothing of the others. So each number by its own size
         sure = (1 - weights).abs() > 1e-6
         torch.testing.assert_close(found.where(sure, 0), truth.where(sure, 0), rtol=1e-8, atol=1e-9)
 
