@@ -26,7 +26,8 @@ from regard import (
 from regard.call.checked import Call
 from regard.engines import reference
 
-Pairs = Iterator[tuple[Tensor, Tensor]]  # what was seen, and what there is to see
+# What was seen, and what there is to see; how many roundings that takes, where more than one
+Pairs = Iterator[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]]
 
 
 class Truth:
@@ -89,8 +90,8 @@ def parts(result: Any) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def shares(weights: Tensor, *others: Tensor) -> Tensor:
-    return torch.cat([weights, *(t[..., None] for t in others)], -1)
+def shares(*of_a_row: Tensor) -> Tensor:
+    return torch.stack(of_a_row, -1)
 
 
 def of_topk(o: TopK, r, t: Truth) -> Pairs:
@@ -105,12 +106,11 @@ def of_topk(o: TopK, r, t: Truth) -> Pairs:
     # Rounding may exchange near ties: what is named is what is weighed
     cols = (r.indices.long() - t.place.key_start).clamp(min=0)[..., :k]
     yield r.weights[..., :k], t.weights.gather(-1, cols) * (r.indices >= 0)[..., :k]
-    # With their whole: what is left of a row has the rounding of the row
-    left = t.weights.sum(-1) - listed.sum(-1)
-    yield (
-        shares(r.weights, r.rest, r.sink, r.weights.sum(-1) + r.rest + r.sink),
-        shares(pad(listed, rest), left, t.sink, t.weights.sum(-1) + t.sink),
-    )
+    yield r.weights, pad(listed, rest)
+    yield r.sink, t.sink
+    # Beside 1, the whole of a row: a difference of two sums that have its rounding
+    left, whole = t.weights.sum(-1) - listed.sum(-1), torch.ones_like(r.rest)
+    yield shares(whole, r.rest), shares(whole, left), 2
 
 
 def of_received(o: Received, r, t: Truth) -> Pairs:
@@ -186,8 +186,8 @@ PAIRS = {
 def assert_seen(observer, result, bar: Bar, pairs: dict = PAIRS) -> None:
     """Every number of a result: error ≤ 2 × (that of plain torch's dense weights + rounding)."""
     read = pairs[type(observer)]
-    for n, (ours, truth) in enumerate(read(observer, result, bar.exact)):
+    for n, (ours, truth, *roundings) in enumerate(read(observer, result, bar.exact)):
         # One order after the other, until the bar is met
         orders = map(bar.plain, range(bar.orders))
         near = (next(islice(read(observer, result, t), n, None))[1] for t in orders)
-        assert_within(ours, near, truth, ours.dtype)
+        assert_within(ours, near, truth, ours.dtype, roundings=sum(roundings) or 1)

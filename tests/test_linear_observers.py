@@ -103,11 +103,9 @@ def of_topk(o: TopK, r, t: Truth) -> Pairs:
     assert torch.equal(r.sink, torch.zeros_like(r.rest))
     assert torch.equal(r.indices[..., :k] >= 0, there)
     assert (r.indices[..., k:] == -1).all()
-    # With their whole: what is left of a large mass has its rounding
-    yield (
-        shares(r.weights.abs(), r.rest, r.weights.abs().sum(-1) + r.rest),
-        shares(pad(listed, (0, o.k - k)), mass - listed.sum(-1), mass),
-    )
+    yield r.weights.abs(), pad(listed, (0, o.k - k))
+    # Beside the mass: what is left of it is a difference of two sums that have its rounding
+    yield shares(mass.to(r.rest.dtype), r.rest), shares(mass, mass - listed.sum(-1)), 2
     # Rounding may exchange near ties: what is named is what is weighed, with its sign
     mine = (r.indices.long() - t.place.key_start).clamp(min=0)[..., :k]
     yield r.weights[..., :k], t.signed.gather(-1, mine) * there
