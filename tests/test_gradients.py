@@ -75,9 +75,11 @@ def near(case: Case) -> list[Tensor]:
     return gradients(case.tensors(dtype=torch.float32), case.request(torch.float32), plain)
 
 
-def assert_double(ours: list[Tensor], simple: list[Tensor], truths: list[Tensor]) -> None:
+def assert_double(
+    ours: list[Tensor], simple: list[Tensor], truths: list[Tensor], roundings: int = 1
+) -> None:
     for mine, other, truth in zip(ours, simple, truths, strict=True):
-        assert_within(mine, other, truth, mine.dtype, error=typical)
+        assert_within(mine, other, truth, mine.dtype, error=typical, roundings=roundings)
 
 
 @every_case
@@ -136,7 +138,9 @@ def test_sdpa_gradients_are_the_references(case):
         lambda *leaves: (plain(*leaves, **singly)[0], torch.zeros(())),
     )  # fmt: skip
     ours, truths = (gradients(tensors, {}, out_of(engine)) for engine in ("sdpa", "reference"))
-    assert_double(ours, simple, truths)
+    assert_double(
+        ours, simple, truths, roundings=4
+    )  # torch's own kernel: it has other sums than ours
 
 
 SMALL = Case("", at(3, 5, batch=1, heads=2, kv_heads=1, dim=2, v_dim=3))
