@@ -75,11 +75,9 @@ def near(case: Case) -> list[Tensor]:
     return gradients(case.tensors(dtype=torch.float32), case.request(torch.float32), plain)
 
 
-def assert_double(
-    ours: list[Tensor], simple: list[Tensor], truths: list[Tensor], roundings: int = 1
-) -> None:
+def assert_double(ours: list[Tensor], simple: list[Tensor], truths: list[Tensor]) -> None:
     for mine, other, truth in zip(ours, simple, truths, strict=True):
-        assert_within(mine, other, truth, mine.dtype, error=typical, roundings=roundings)
+        assert_within(mine, other, truth, mine.dtype, error=typical)
 
 
 @every_case
@@ -132,15 +130,11 @@ def test_sdpa_gradients_are_the_references(case):
     def out_of(engine: str):
         return lambda *leaves: (attention(*leaves, **request, engine=engine), torch.zeros(()))
 
-    singly = case.request(torch.float32)
-    simple = gradients(
-        case.tensors(dtype=torch.float32), {},
-        lambda *leaves: (plain(*leaves, **singly)[0], torch.zeros(())),
-    )  # fmt: skip
     ours, truths = (gradients(tensors, {}, out_of(engine)) for engine in ("sdpa", "reference"))
-    assert_double(
-        ours, simple, truths, roundings=4
-    )  # torch's own kernel: it has other sums than ours
+    # Not the bar: torch's kernel takes the weights again from the lse, off by huge scores' rounding
+    for mine, truth in zip(ours, truths, strict=True):
+        scale = max(float(truth.abs().max()), 1.0) if truth.numel() else 1.0
+        torch.testing.assert_close(mine, truth, rtol=0, atol=1e-11 * scale)
 
 
 SMALL = Case("", at(3, 5, batch=1, heads=2, kv_heads=1, dim=2, v_dim=3))
