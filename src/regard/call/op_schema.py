@@ -86,7 +86,7 @@ def unpack(
         key_start,
         query.device,
     )
-    plain = {
+    plain: dict[str, Any] = {
         n: None if c.none is not None and said[n] == c.none else said[n] for n, c in PLAIN.items()
     }
     return Call(
