@@ -82,10 +82,12 @@ def near(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     return answers(plainly, case.tensors(dtype=torch.float32), case.request(torch.float32))
 
 
-def assert_double(ours: list[Tensor], plain: list[Tensor], truths: list[Tensor]) -> None:
+def assert_double(
+    ours: list[Tensor], plain: list[Tensor], truths: list[Tensor], roundings: int = 1
+) -> None:
     for mine, other, truth in zip(ours, plain, truths, strict=True):
         # A decay per head sums what nearly cancels over all tokens: a chance of its own
-        more = 4 if truth.numel() < 16 else 1
+        more = 4 if truth.numel() < 16 else roundings
         assert_within(mine, other.float(), truth, mine.dtype, error=typical, roundings=more)
 
 
@@ -318,7 +320,7 @@ def test_pieces_are_the_whole(case):
             case.request(),
         )
         for found in zip(ours, near(case), exact(case, torch.float64), strict=True):
-            assert_double(*found)
+            assert_double(*found, roundings=2)
 
 
 @pytest.mark.parametrize("form", ["elu", "elu, fixed", "gla", "channel delta", "favor"])
@@ -328,7 +330,8 @@ def test_prefill_and_decode_are_the_whole(form, engine):
     tensors, request = case.tensors(), case.request()
     out, state = in_pieces(*tensors, ends=[0, 120, *range(121, 132)], engine=engine, **request)
     ours = [t for t in (out, *parts(state)) if t is not None]
-    assert_double(ours, near(case)[0], exact(case, torch.float64)[0])
+    # A state that is handed on is rounded anew in each piece
+    assert_double(ours, near(case)[0], exact(case, torch.float64)[0], roundings=2)
 
 
 def test_auto_decodes_by_steps(monkeypatch):
