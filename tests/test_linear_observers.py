@@ -128,8 +128,14 @@ def of_rows(o: Rows, r, t: Truth) -> Pairs:
     yield r.weights, t.signed[:, :, [p - t.place.query_start for p in r.queries]]
 
 
+def of_max_score(o: MaxScore, r, t: Truth) -> Pairs:
+    for pair in observer_truths.of_max_score(o, r, t):  # ln of what may be 1, and rounded as that
+        yield tuple(shares(torch.ones_like(values), values) for values in pair)
+
+
 PAIRS = observer_truths.PAIRS | {
     TopK: of_topk, NormTopK: of_norms, Received: of_received, Rows: of_rows,
+    MaxScore: of_max_score,
 }  # fmt: skip
 
 
@@ -153,8 +159,10 @@ def look(case: Case, dtype: torch.dtype = torch.float64) -> None:
     out, seen = linear_attention(*tensors, **request, observe=observers)
     assert torch.equal(out, linear_attention(*tensors, **request))
     assert len(seen) == len(observers)
+    # A decay over n tokens is the exponential of a sum of n numbers, in the truth, too
+    roundings = 8 if dtype == torch.float64 else 1
     for observer, result in zip(observers, seen, strict=True):
-        assert_seen(observer, result, bar, PAIRS)
+        assert_seen(observer, result, bar, PAIRS, roundings)
 
 
 @pytest.mark.sample(every=5)
