@@ -81,6 +81,12 @@ class Bar:
         self.exact, self.orders = truth(case, dtype), orders
         self.plain = cache(lambda order: truth(case, dtype, torch.float32, order))
 
+    @property
+    def of_lse(self) -> int:
+        """Weights are exp(score − lse): half a rounding of a large lse is so many of theirs."""
+        lse = self.exact.lse.nan_to_num(0, 0, 0)
+        return max(1, int(lse.abs().max() / 2)) if lse.numel() else 1
+
 
 bar_of = cache(Bar)
 

@@ -54,7 +54,7 @@ def look(case: Case, engine: str, dtype: torch.dtype) -> None:
     _, seen = attention(*tensors, **request, engine=engine, observe=asked)
     assert len(seen) == len(asked)
     for observer, result in zip(asked, seen, strict=True):
-        assert_seen(observer, result, bar)
+        assert_seen(observer, result, bar, roundings=bar.of_lse)
 
 
 @every_case
