@@ -78,6 +78,7 @@ def test_effect_is_the_closed_form(case):
         torch.testing.assert_close(found.where(sure, 0), truth.where(sure, 0), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("case", [c for c in SMALL_CASES if c.magnitude < 100], ids=str)
 def test_the_kernels_effect_is_the_closed_form(case):
     """Engine cpu's own pass, in float32: what it lists, and how much."""

@@ -57,6 +57,7 @@ def look(case: Case, engine: str, dtype: torch.dtype) -> None:
         assert_seen(observer, result, bar, roundings=bar.of_lse)
 
 
+@pytest.mark.sample(every=2)
 @every_case
 def test_all_observers_are_exact(case):
     look(case, "tiled", torch.float64)
