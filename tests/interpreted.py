@@ -14,7 +14,7 @@ from torch import Tensor
 
 import regard.engines.second_pass.weigh
 from cases import CASES, Case
-from observer_truths import Bar, assert_seen, parts
+from observer_truths import Truth, assert_seen_nearly, parts
 from regard import (
     Causal,
     Entropy,
@@ -75,16 +75,18 @@ def check_case(
     call = Call.checked(*case.tensors(dtype=dtype), **case.request(dtype))
     if reading.why_not(call):
         return "; ".join(reading.why_not(call))
-    bar = Bar(case, dtype)
+    truth = Truth(case, dtype)
     if observers is None:
         every = watchers(call.place.query_start)
         observers = [o for o in every if not reading.refuses(o)]
-    found = reading.read(call, observers, bar.exact.lse.float(), False, blocks)
+    found = reading.read(call, observers, truth.lse.float(), False, blocks)
+    # NumPy's sums, not those of a GPU: by a fixed tolerance, huge scores by their rounding
+    tolerance = 0.02 if case.magnitude > 100 else 1e-4
     for observer, tensors in zip(observers, found, strict=True):
         given = [(tuple(t.shape), t.dtype) for t in tensors]
         assert given == observer.shapes(call.place, call.working), observer
         result = observer.result(tensors, call.place)
-        assert_seen(observer, result, bar, roundings=bar.of_lse)
+        assert_seen_nearly(observer, result, truth, tolerance)
     return ""
 
 

@@ -200,3 +200,10 @@ def assert_seen(observer, result, bar: Bar, pairs: dict = PAIRS, roundings: int 
         # float64 the truth has roundings of its own
         more = 4 if truth.numel() < 16 or ours.dtype == torch.float64 else 1
         assert_within(ours, near, truth, ours.dtype, roundings=max(roundings, more, *own))
+
+
+def assert_seen_nearly(observer, result, exact: Truth, tolerance: float) -> None:
+    """Within a fixed tolerance, relative to 1 + each number."""
+    for ours, truth, *_ in PAIRS[type(observer)](observer, result, exact):
+        assert ours.shape == truth.shape
+        assert torch.allclose(ours.double(), truth.double(), rtol=tolerance, atol=tolerance)
