@@ -180,7 +180,8 @@ def of_distances(o: Distances, r, t: Truth) -> Pairs:
     for ours, side in ((r.past, distance >= 0), (r.future, distance < 0)):
         wanted = torch.zeros(ours.shape, dtype=t.weights.dtype)
         wanted.index_add_(2, number.flatten(), (t.weights * side).flatten(2))
-        yield ours, wanted
+        # Thousands of weights one after another, in float64 in the truth, too
+        yield ours, wanted, 16 if ours.dtype == torch.float64 else 1
 
 
 PAIRS = {
