@@ -9,10 +9,10 @@ import triton.language as tl
 from torch import Generator, Tensor
 
 import regard.engines.second_pass.weigh
-import test_observers
 import test_pages
 from cases import MASKS, REQUESTS, Case, Sizes, at, bools, floats, left_padding
 from interpreted import check_case
+from observer_truths import parts
 from regard import (
     ALiBi,
     Causal,
@@ -89,9 +89,7 @@ def many_chunks() -> None:
         few.CHUNK, chunks._PART = before
     theirs = observe(query, key, observe=asked, mask=Padding(keep))
     for observer, tensors, own, wanted in zip(asked, ours, alone, theirs, strict=True):
-        for mine, single, truth in zip(
-            tensors, own, test_observers.parts(wanted).values(), strict=True
-        ):
+        for mine, single, truth in zip(tensors, own, parts(wanted).values(), strict=True):
             assert torch.equal(mine[1:], single), observer
             torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5, msg=str(observer))
 
@@ -106,7 +104,7 @@ def shards() -> None:
     ours = reading.read(call, asked, lse.values, True, (16, 32))
     theirs = observe(query, key[:, :, 60:130], observe=asked, lse=lse.values, **place)
     for observer, tensors, wanted in zip(asked, ours, theirs, strict=True):
-        truth = test_observers.parts(wanted).values()
+        truth = parts(wanted).values()
         for mine, one in zip(tensors, truth, strict=False):
             torch.testing.assert_close(mine, one, rtol=1e-5, atol=1e-5, msg=str(observer))
 
@@ -153,7 +151,7 @@ def pages(q_len: int, size: int, lengths: list[int]) -> None:
     assert [(c.pages is not None, c.key.shape) for c in calls] == [(True, key_pool.shape)]
     assert torch.equal(out, again)
     for observer, mine, theirs in zip(asked, seen, wanted, strict=True):
-        a, b = (test_observers.parts(r) for r in (mine, theirs))
+        a, b = (parts(r) for r in (mine, theirs))
         for name, tensor in a.items():
             torch.testing.assert_close(tensor, b[name], rtol=1e-4, atol=1e-5, msg=f"{observer}")
 

@@ -91,6 +91,7 @@ def test_tiled_in_small_strips(case, monkeypatch):
         assert_within(mine, theirs, truth, torch.float64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @every_case
 def test_auto_is_the_first_that_can(case, dtype):
@@ -117,6 +118,7 @@ def test_explain():
     assert not any(said.values())
 
 
+@pytest.mark.sample(1)
 @every_engine
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_observing_leaves_the_bits(case, engine):
@@ -140,6 +142,7 @@ def threads(request):
 OURS = ["cpu", "tiled"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", OURS)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_same_bits_again_and_alone(case, engine, threads):
@@ -211,6 +214,7 @@ def test_nan_and_inf_surface(engine, where, value, dtype):
         assert torch.equal(shown, rows)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", OURS)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_no_buffer_is_read_unwritten(case, engine):

@@ -131,7 +131,7 @@ def whole(data: Drawn, shown: Mask, request: Whole, engine="reference", **more) 
     return attention(data.query, data.key, data.value, **request, engine=engine, **more)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @requests
 @chunks
 @caches

@@ -49,6 +49,7 @@ def test_look_takes_heads_by_layer_and_by_number():
     ]  # fmt: skip
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("more", [("--versus", TEXT.replace("big", "small")), ("--effect",)])
 def test_other_answers_take_them_too(more):
     found = answered("look", "--head", "3.1", *more)[more[0][2:]][0]

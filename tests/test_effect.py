@@ -72,11 +72,13 @@ def test_effect_is_the_closed_form(case):
             torch.testing.assert_close(listed, best, rtol=1e-8, atol=1e-10)
             continue
         found = dense(seen, k, place.key_start)
-        # 1 − p loses digits where a weight is nearly 1
+        # 1 − p loses digits where a weight is nearly 1: plain torch is so far off there that a bar
+        # of the largest error would say nothing of the others. So each number by its own size
         sure = (1 - weights).abs() > 1e-6
         torch.testing.assert_close(found.where(sure, 0), truth.where(sure, 0), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("case", [c for c in SMALL_CASES if c.magnitude < 100], ids=str)
 def test_the_kernels_effect_is_the_closed_form(case):
     """Engine cpu's own pass, in float32: what it lists, and how much."""
@@ -90,7 +92,7 @@ def test_the_kernels_effect_is_the_closed_form(case):
     out.backward(grad)
     truth, weights = closed_form(case, grad.double())
     best = truth.abs().sort(-1, descending=True).values[..., :3]
-    # 1 − p loses digits where a weight is nearly 1
+    # As above, by size
     sure = ((1 - weights).amin(-1) > 1e-3)[..., None]
     listed = seen.effects.abs()[..., : best.shape[-1]].double()
     torch.testing.assert_close(listed * sure, best * sure, rtol=1e-3, atol=1e-4)

@@ -28,6 +28,7 @@ from cases import (
     sliced,
     transposed,
 )
+from observer_truths import Bar, assert_seen, parts
 from regard import (
     ALiBi,
     Causal,
@@ -56,7 +57,7 @@ from regard.engines.cpu import engine as cpu
 from regard.engines.cpu import native
 from regard.sparse import BlockSparse, Chunks, Dilated, Fixed, Strided
 from test_gradients import by, gradients, typical
-from test_observers import CHECKS, Truth, parts, watchers
+from test_observers import watchers
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 
@@ -320,13 +321,13 @@ def test_gradients_match_float64(given, dtype):
 def test_observers_are_exact(given, dtype, data):
     """And observing leaves the bits."""
     tensors, request = given.tensors(dtype), given.request(dtype)
-    truth = Truth(given, dtype)
-    kinds = watchers(truth.place.query_start)
+    bar = Bar(given, dtype)
+    kinds = watchers(bar.exact.place.query_start)
     asked = [kinds[i] for i in data.draw(st.lists(st.integers(0, len(kinds) - 1), max_size=5))]
     *answer, seen = run(tensors, request, observe=asked)
     assert_equal(answer, run(tensors, request))
     for observer, result in zip(asked, seen, strict=True):
-        CHECKS[type(observer)](observer, result, truth, 0.02 if given.magnitude > 10 else 1e-4)
+        assert_seen(observer, result, bar, roundings=bar.of_lse)
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def test_what_never_forgets_needs_no_attention_of_ours(family, implementation, m
     assert torch.equal(generated(model, inputs, past_key_values=given), theirs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
 @pytest.mark.parametrize("hybrid", zoo.HYBRIDS, ids=str)
 def test_layers_that_are_not_attention_keep_their_own(hybrid, make):
@@ -159,6 +160,7 @@ def random_ids(length: int) -> tuple[Tensor, Tensor]:
 SIZES = (14, 1, 1, 1, 4, *(1,) * 9)
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 @forgets
 @pytest.mark.parametrize("family", DECODERS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import regard
+from observer_truths import parts
 from regard import (
     Causal,
     Dense,
@@ -40,7 +41,6 @@ from regard.call.checked import Call
 from regard.call.geometry import Span
 from regard.engines import ENGINES
 from regard.sparse import BlockSparse
-from test_observers import parts
 
 BATCH, HEADS, KV_HEADS, K_LEN, DIM = 2, 4, 2, 200, 16
 BAD = [math.nan, math.inf, -math.inf]

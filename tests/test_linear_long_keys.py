@@ -63,7 +63,7 @@ def test_float64_is_the_formula(form, growth):
             torch.testing.assert_close(ours, truth, rtol=0, atol=1e-9 * scale)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_growth
 @every_form
@@ -97,7 +97,7 @@ def test_vectors_of_any_length(size, engine):
     torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-2)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", ENGINES)
 @every_growth
 @pytest.mark.parametrize("form", [f for f in FORMS if f not in EVERYWHERE])
@@ -186,6 +186,7 @@ def test_a_long_key_changes_no_neighbour(form, engine):
         assert torch.equal(last.memory, state.memory[part])
 
 
+@pytest.mark.sample(1)
 @every_growth
 @every_form
 def test_what_is_observed(form, growth):

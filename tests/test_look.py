@@ -70,6 +70,7 @@ def eager(reader, text):
 # What it says, against eager
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize(
     "text, word, head, weight, tokens",
     [(TROPHY, "trophy", (3, 1), 0.58, (11, 2)), (TROPHY, "suitcase", (0, 6), 0.42, (11, 9)),

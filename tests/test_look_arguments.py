@@ -26,6 +26,7 @@ SAME = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("given, arguments", SAME.values(), ids=SAME)
 def test_it_takes_what_the_command_takes(given, arguments):
     found = regard.look(None, TEXT, **given)

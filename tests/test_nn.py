@@ -222,6 +222,7 @@ SHARED = [c for c in CASES if fits(c)]
 FEW_PAIRS = 64  # of a query and a key
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("case", SHARED, ids=str)
 def test_the_shared_cases(case):
     """Every mask and bias, with grouped heads, a norm and rotary, forward and gradients.

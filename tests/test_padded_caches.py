@@ -53,6 +53,7 @@ def left_padded(given: list[Tensor], pads: int, sizes: list[int]) -> tuple:
     return both, keep, [pads + sizes[0], *sizes[1:]]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("pads", [1, 3, 7])
 @pytest.mark.parametrize("cache", CACHES, ids=repr)

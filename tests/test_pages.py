@@ -43,6 +43,7 @@ def paged(lengths: list[int], size: int, q_len: int, dtype=torch.float32, heads=
     return query, *pools, Pages(table, torch.tensor(lengths)), key, value
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("engine", ["cpu", "tiled", "reference"])
 @pytest.mark.parametrize("size", [1, 16, 48, 256])
 @pytest.mark.parametrize("q_len", ROWS.values(), ids=ROWS)

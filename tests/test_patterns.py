@@ -60,6 +60,7 @@ OPS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("name", OPS)
 def test_instructions_are_their_definition_to_the_tile(name, where):
@@ -96,12 +97,14 @@ PATTERNS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("mask", PATTERNS.values(), ids=PATTERNS)
 def test_every_pattern_is_its_definition(mask, where):
     check(mask, place(1, 1, 66, 133, **where), TILES)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("block, items, heads", [(1, 2, 1), (7, 1, 2), (16, 2, 2), (200, 1, 1)])
 def test_block_sparse_is_its_layout(block, items, heads, where):
@@ -124,6 +127,7 @@ def test_one_layout_serves_every_chunk():
         assert torch.equal(shown.visible(span), seen[:, :, q0:q1, k0:k1])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("numbers", [(10, 3, 2, 3), (16, 1, 0, 1), (7, 4, 1, 0), (20, 0, 0, 99)])
 def test_big_bird(numbers, where):

@@ -122,6 +122,7 @@ TOKENS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("size", [(2.5, 2), (10, 7)], ids=str)
 @pytest.mark.parametrize("n", [12, 300])
 def test_labels_never_overlap(n, size):

@@ -318,11 +318,9 @@ regard.record(model, run, {folder!r})
 """
 
 
+@pytest.mark.slow  # the default run kills a process in test_recording.py
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(
-    "layer",
-    [pytest.param(0, id="between forwards", marks=pytest.mark.slow), pytest.param(2, id="within")],
-)
+@pytest.mark.parametrize("layer", [0, 2], ids=["between forwards", "within"])
 def test_a_killed_run_leaves_whole_layers(layer, tmp_path):
     folder = tmp_path / "r"
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), layer=layer)

@@ -44,7 +44,7 @@ def test_longformer(globally, length):
     for layer, exact in zip(seen, longformer_weights(output, ids, where, 2), strict=True):
         weights = layer.seen[0].weights
         assert (layer.q_len, layer.k_len) == (length, length)
-        torch.testing.assert_close(weights, exact, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weights, exact, **zoo.AS_MODELS)
         torch.testing.assert_close(weights.sum(-1)[keep.bool()[:, None].expand(-1, 4, -1)].mean(),
                                    torch.tensor(1.0))  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_led():
         for row in range(16):
             first, last = max(row - 2, 0), min(row + 3, 16)
             there = local[:, :, row, first - row + 2 : last - row + 2]
-            torch.testing.assert_close(weights[:, :, row, first:last], there, rtol=0, atol=1e-5)
+            torch.testing.assert_close(weights[:, :, row, first:last], there, **zoo.AS_MODELS)
         torch.testing.assert_close(weights.sum(-1), local.sum(-1))
 
 
@@ -102,7 +102,7 @@ def test_longt5(kind, length):
                     if 0 <= key < length:
                         exact[:, key] = blocks[item, n, :, inside, col]
                 exact[:, length:] = blocks[item, n, :, inside, 12:]
-                torch.testing.assert_close(weights[item, :, row], exact, rtol=0, atol=1e-5)
+                torch.testing.assert_close(weights[item, :, row], exact, **zoo.AS_MODELS)
 
 
 def longt5_config(kind: str):
@@ -130,10 +130,10 @@ def test_pegasus_x():
                 key = block * 4 + col - shift
                 if 0 <= key < 16:
                     exact[..., key] = local[:, :, block, inside, 3 + col]
-            torch.testing.assert_close(layer.seen[0].weights[:, :, row], exact, rtol=0, atol=1e-5)
+            torch.testing.assert_close(layer.seen[0].weights[:, :, row], exact, **zoo.AS_MODELS)
         order = [*range(3 + shift, 19 + shift), 0, 1, 2]
         exact = pair["global"][..., order]
-        torch.testing.assert_close(globally.seen[0].weights, exact, rtol=0, atol=1e-5)
+        torch.testing.assert_close(globally.seen[0].weights, exact, **zoo.AS_MODELS)
 
 
 @pytest.mark.parametrize("kind", ["big_bird", "bigbird_pegasus"])
@@ -149,9 +149,9 @@ def test_big_bird(kind):
     for layer, weights in zip(list(seen)[: len(own)], own, strict=True):
         rows = layer.seen[0].weights
         missing = 1 - weights.sum(-1)
-        torch.testing.assert_close(rows[..., 2:], weights[..., 2:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(rows[..., 2:], weights[..., 2:], **zoo.AS_MODELS)
         first = weights[..., :2].sum(-1) + missing  # the first block, which the random one repeats
-        torch.testing.assert_close(rows[..., :2].sum(-1), first, rtol=0, atol=1e-5)
+        torch.testing.assert_close(rows[..., :2].sum(-1), first, **zoo.AS_MODELS)
 
 
 def test_windows():
@@ -161,7 +161,7 @@ def test_windows():
     own = unwatched(model, tiny.inputs(model) | {"output_attentions": True}).attentions
     for layer, weights in zip(seen, own, strict=True):
         right = weights.transpose(1, 2).flatten(0, 1)
-        torch.testing.assert_close(layer.seen[0].weights, right, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.seen[0].weights, right, **zoo.AS_MODELS)
 
 
 # What cannot be read

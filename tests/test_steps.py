@@ -75,6 +75,7 @@ def assert_same(ours: KVCache, plain: KVCache) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (4, 1)])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @makes

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cases import Case, at
+from observer_truths import parts
 from regard import Causal, Received, TopK, attention
 from regard.engines.cpu import native
-from test_observers import parts
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 

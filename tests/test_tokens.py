@@ -35,6 +35,7 @@ def test_look_lists_tokens():
     assert "bel reads" in run("look", "--from", "bel")
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize(
     "asked, key", [(("--cut", "3.1: bel->un"), "cut"), (("--effect", "--from", "bel"), "effect")]
 )

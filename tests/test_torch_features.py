@@ -332,6 +332,7 @@ def work(rank: int, folder: str, answers: Any) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow  # processes that compute together: the default run has test_distributed.py
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
 def test_two_processes_train_as_one(tmp_path):
     """DDP over gloo: the averaged gradients are those of the whole batch; observers work."""

@@ -58,9 +58,11 @@ MASKS: dict[str, Any] = {
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Not the bar: two ways to the same sums by one engine, neither nearer to the truth."""
     return {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-11}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("error")
 @dtypes
 @engines

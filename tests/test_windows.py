@@ -229,7 +229,7 @@ PLACES = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("of", [Causal(), Full(), Causal() & Heads([0])], ids=str)
 @pytest.mark.parametrize("mask", COUNTED.values(), ids=COUNTED)

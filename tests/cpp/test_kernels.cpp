@@ -272,20 +272,27 @@ static void test_functions() {
 #endif
 }
 
-// Of the cases, those whose name contains the argument, if there is one.
+// Of the cases, those whose name contains the argument; or "1/2", "2/2": every second, for two processes at once.
 int main(int count, char** arguments) {
     std::vector<int> levels;
     int runs = regard_levels() & 2 ? regard_built() : 1;  // all but the first are built with AVX2 here
     for (int level = 0; level < 5; level++)
         if (runs >> level & 1) levels.push_back(level);
-    long tested = 0;
+    const std::string given = count > 1 ? arguments[1] : "1/1";
+    long part = 0, parts = 0, number = 0, tested = 0;
+    const bool named = sscanf(given.c_str(), "%ld/%ld", &part, &parts) != 2;
+    if (!named && (part < 1 || part > parts)) {  // it would test nothing, and pass
+        fprintf(stderr, "there is no part %s\n", given.c_str());
+        return 2;
+    }
     for (const Case& c : cases()) {
-        if (count > 1 && c.name.find(arguments[1]) == std::string::npos) continue;
+        if (named ? c.name.find(given) == std::string::npos : number++ % parts != part - 1) continue;
         test(c, levels);
         tested++;
     }
-    if (count == 1 || !strcmp(arguments[1], "functions")) test_functions();
-    if (count == 1) {
+    const bool first = !named && part == 1;  // of what is no case
+    if (first || given == "functions") test_functions();
+    if (first) {
         test_without_threads(levels);
         where = "a cache's step";
         test_evict([](const char* what) { fail(what); });

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ from .top_blocks import by_content
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """How a number of a call goes through registered ops and into files: as it is.
+
+    kind: its type in an op's schema. none: what stands for None there. A field with a default has
+    that where a file is older than the field.
+    """
+
+    kind: str
+    none: float | int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """A request that fits together. `value` is None for the second pass alone.
@@ -38,8 +51,8 @@ class Call:
     value: Tensor | None
     program: Program
     biases: tuple[Added, ...]
-    scale: float
-    softcap: float | None
+    scale: float = field(metadata={"crosses": Crossing("float")})
+    softcap: float | None = field(metadata={"crosses": Crossing("float", none=0.0)})
     sinks: Tensor | None
     dropout: Dropout | None
     place: Place
@@ -202,9 +215,9 @@ def _unknown(name: str) -> str:
     """What to give instead of an argument that is none."""
     if name in ELSEWHERE:
         return f"no argument is named {name}; give {ELSEWHERE[name]}"
-    known = ("mask", "bias", "scale", "softcap", "sinks", "dropout", "query_start", "key_start",
-             "pages", "observe", "return_lse", "engine")  # fmt: skip
-    return f"no argument is named {name}; there are {', '.join(known)}"
+    taken = inspect.signature(Call.checked).parameters.values()
+    known = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    return f"no argument is named {name}; there are {', '.join(known)}, engine"
 
 
 def _shape(tensor: Tensor) -> str:

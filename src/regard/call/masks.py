@@ -141,6 +141,7 @@ class Not(Mask):
     mask: Mask
 
     def _write(self, to: Lowering) -> None:
+        # What TopBlocks may show at most, or at least (`granted`), turns round under each ~
         to.odd = not to.odd
         self.mask._write(to)
         to.odd = not to.odd

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import Tensor
 
 from .biases import Added, Kind
-from .checked import Call
+from .checked import Call, Crossing
 from .dropout import Dropout
 from .geometry import Place
 from .mask_program import Program
 from .masks import Full
 
+# A field of `Call` that crosses as it is says so itself (`Crossing`): a new one needs no line here
+PLAIN: dict[str, Crossing] = {
+    f.name: f.metadata["crosses"] for f in fields(Call) if "crosses" in f.metadata
+}
+DEFAULTS = {f.name: f.default for f in fields(Call) if f.default is not MISSING and f.name in PLAIN}
+# All numbers after the code of mask and biases, in their order
+NUMBERS = {name: crossing.kind for name, crossing in PLAIN.items()} | {
+    "dropout": "float", "query_start": "int", "key_start": "int",
+}  # fmt: skip
 SCHEMA = (
     "Tensor[] mask_tensors, Tensor[] bias_tensors, Tensor? sinks, Tensor? seed, int[] mask_code, "
-    "int[] bias_code, float scale, float softcap, float dropout, int query_start, int key_start"
+    "int[] bias_code, " + ", ".join(f"{kind} {name}" for name, kind in NUMBERS.items())
 )
 BIAS_WORDS = 3  # kind and two arguments
 
@@ -33,12 +43,15 @@ def pack(call: Call) -> tuple[Any, ...]:
         call.dropout.seed if call.dropout else None,
         list(call.program.code),
         [int(c) for c in bias_code],
-        call.scale,
-        call.softcap or 0.0,
+        *(_crossed(getattr(call, name), crossing) for name, crossing in PLAIN.items()),
         call.dropout.p if call.dropout else 0.0,
         call.place.query_start,
         call.place.key_start,
     )
+
+
+def _crossed(value: Any, crossing: Crossing) -> Any:
+    return crossing.none if value is None else value
 
 
 def unpack(
@@ -51,13 +64,11 @@ def unpack(
     seed: Tensor | None,
     mask_code: Sequence[int],
     bias_code: Sequence[int],
-    scale: float,
-    softcap: float,
-    dropout: float,
-    query_start: int,
-    key_start: int,
+    *numbers: Any,
 ) -> Call:
     """The call that `pack` packed; it was checked then."""
+    said = dict(zip(NUMBERS, numbers, strict=True))
+    query_start, key_start, dropout = (said[n] for n in ("query_start", "key_start", "dropout"))
     batch, heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
     place = Place(batch, heads, kv_heads, q_len, k_len, query_start, key_start, query.device)
@@ -75,16 +86,18 @@ def unpack(
         key_start,
         query.device,
     )
+    plain: dict[str, Any] = {
+        n: None if c.none is not None and said[n] == c.none else said[n] for n, c in PLAIN.items()
+    }
     return Call(
         query,
         key,
         value,
         program,
         biases,
-        scale,
-        softcap or None,
-        sinks,
-        Dropout(dropout, seed) if dropout else None,
-        place,
-        Full(),
+        sinks=sinks,
+        dropout=Dropout(dropout, seed) if dropout else None,
+        place=place,
+        mask=Full(),
+        **plain,
     )

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ..call.biases import Kind
-from ..call.op_schema import BIAS_WORDS
+from ..call.op_schema import BIAS_WORDS, DEFAULTS, NUMBERS
 from ..call.opcodes import TILE_SIDE, Op
 from .recorded_layer import Chunk
 from .saved_files import Fields
 
 _LISTS = ("mask_tensors", "bias_tensors")
 _OPTIONAL = ("sinks", "seed")
-_NUMBERS = (
-    "mask_code", "bias_code", "scale", "softcap", "dropout", "query_start", "key_start",
-)  # fmt: skip
+_CODES = ("mask_code", "bias_code")
+_KINDS: dict[str, type | tuple[type, ...]] = {"float": (float, int), "int": int, "bool": bool}
 
 
 def to_json(chunk: Chunk, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -37,16 +36,15 @@ def to_json(chunk: Chunk, number: int, tensors: dict[str, Tensor]) -> dict[str, 
     for name, tensor in zip(_OPTIONAL, (sinks, seed), strict=True):
         if tensor is not None:
             tensors[f"{number}.{name}"] = tensor
-    return said | dict(zip(_NUMBERS, numbers, strict=True))
+    return said | dict(zip((*_CODES, *NUMBERS), numbers, strict=True))
 
 
 def from_json(said: Fields, number: int, tensors: Mapping[str, Tensor]) -> Chunk:
     """A chunk from its JSON and the layer's tensors."""
     lists = [[tensors[f"{number}.{n}.{i}"] for i in range(said.count(n))] for n in _LISTS]
     optional = [tensors.get(f"{number}.{n}") for n in _OPTIONAL]
-    numbers = [said.integers(n) for n in _NUMBERS[:2]]
-    numbers += [said.of((float, int), n) for n in _NUMBERS[2:5]]
-    numbers += [said.of(int, n) for n in _NUMBERS[5:]]
+    numbers: list[Any] = [said.integers(n) for n in _CODES]
+    numbers += [_number(said, name, kind) for name, kind in NUMBERS.items()]
     first, last = said.integers("keys", 2)
     query, lse = tensors[f"{number}.query"], tensors[f"{number}.lse"]
     fits = query.dim() == tensors["key"].dim() == 4 and lse.shape == query.shape[:3]
@@ -59,6 +57,13 @@ def from_json(said: Fields, number: int, tensors: Mapping[str, Tensor]) -> Chunk
     check_program(numbers[0], lists[0], sizes, starts)
     _check_added(numbers[1], lists[1], optional, sizes)
     return Chunk(query, lse, (*lists, *optional, *numbers), (first, last))
+
+
+def _number(said: Fields, name: str, kind: str) -> Any:
+    """What a file does not say, as it is older than the argument, was not given."""
+    if name not in said and name in DEFAULTS:
+        return DEFAULTS[name]
+    return said.of(_KINDS[kind], name)
 
 
 def check_program(

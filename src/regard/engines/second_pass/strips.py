@@ -131,6 +131,7 @@ class Strips:
         step = self.rows
         for batch, kv in self.parts:
             for q0 in range(self.first - self.first % step, self.last, step):
+                # From multiples of the step on, as the mask's tiles count, wherever `rows` begins
                 q0, q1 = max(q0, self.first), min(q0 + step - q0 % step, self.last)
                 heads = slice(kv.start * self.group, kv.stop * self.group)
                 part = Span(q0, q1, 0, self.call.place.k_len, batch, heads)
@@ -150,6 +151,8 @@ class Strips:
             heads = part.heads if grid.shape[1] > 1 else slice(None)
             return grid[batch, heads, row]
 
+        # A tile that one head sees is computed for all heads of the part: one product. The mask is
+        # asked element by element only where not all of them see all of it
         shown = of(self.some).flatten(0, 1).any(0)
         whole = of(self.every).flatten(0, 1).all(0)
         return _ranges(shown, place.k_len), _ranges(shown & ~whole, place.k_len)
@@ -166,10 +169,12 @@ class Strips:
         if call.softcap is not None:
             scores.div_(call.softcap).tanh_().mul_(call.softcap)
             strip.capped = scores.clone() if self.keep_capped else None
+        # Biases, then masks: what is hidden is −inf whatever is added to it
         for at, span in strip.spans():
             for bias in call.biases:
                 added, cols = bias.tile(span, scores.dtype), slice(at, at + span.k1 - span.k0)
                 scores[..., cols] += added
+                # A score of NaN, or +inf, and −∞ make NaN; but a bias of −∞ hides
                 if self.careful and bias.dense:
                     scores[..., cols].masked_fill_(added == -torch.inf, -torch.inf)
             for k0, k1 in mixed:
@@ -231,7 +236,7 @@ class StripWeights:
         blind = lse == -torch.inf
         self.top = strip.scores.amax(-1)
         self.log = strip.scores.sub_(lse.masked_fill(blind, 0)[..., None])
-        self.exp = self.log.exp()
+        self.exp = self.log.exp()  # of a row that sees nothing 0: it is −inf − 0, not −inf − −inf
         summed = self.exp.sum(-1)
         self.total = torch.ones_like(lse)
         if not shard:

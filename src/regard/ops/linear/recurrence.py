@@ -135,6 +135,8 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     if request.query_ids is not None and spoiled:
         query = query.masked_fill((request.query_ids < 0)[:, None, :, None], 0)
     if favor is not None and request.normalise:
+        # Kept as logarithms: features of long vectors leave the dtype. A query's largest is taken
+        # out, as it cancels in the division; what keys lack must be the same for all of them
         exponents = favor.exponents(query.to(working)), favor.exponents(key.to(working))
         (query, taken), key = relative_to_largest(exponents[0]), exponents[1].exp()
     elif not narrow:
@@ -147,6 +149,7 @@ def prepared(request: Request, narrow: bool = False) -> Prepared:
     value = call.value
     decay, beta = _decay(request, key.shape[-1]), request.beta
     beta = None if beta is None else _headed(beta.to(working), request)
+    # A hidden token leaves the state as it is: nothing written, forgotten (ln 1) or corrected
     if hidden is not None:
         key = key.masked_fill(hidden[:, None, :, None], 0)
         value = value.masked_fill(hidden[:, None, :, None], 0)
@@ -174,18 +177,21 @@ def _shifted(
 ) -> Prepared:  # fmt: skip
     """With the random features of `long` items relative to the largest so far."""
     of_key = _headed(exponents[1], request)
+    # ln of 0: a hidden key must not raise what the others are taken relative to
     if hidden is not None:
         of_key = of_key.masked_fill(hidden[:, None, :, None], -torch.inf)
     given = None if request.state is None else request.state.shift
     start, memory = running_shift.carried(given, flow.memory, long)
     if request.causal:
         seen, decay = running_shift.running(of_key, flow.decay, start, long)
+        # A key is written under the shift that holds once it is seen; the state keeps the last
         own, last = seen, torch.cat([start[:, :, None], seen], 2)[:, :, -1]
     else:
         own, seen = running_shift.at_once(of_key, start, request, long)
         last, decay = start, None
         if request.key_ids is None:
             last = own[:, :, 0]
+            # The state given lacks exp(start): from here on it lacks exp(last), as the keys do
             by = (start - last).masked_fill(start == -torch.inf, 0).exp()
             memory = memory * by[..., None]
     query, taken = running_shift.of_queries(exponents[0], seen)
@@ -193,6 +199,7 @@ def _shifted(
         query = query.masked_fill((request.query_ids < 0)[:, None, :, None], 0)
     key = running_shift.of_keys(of_key, own)
     short = None
+    # The others keep their own decay, so that their bits do not depend on a long neighbour's
     if request.causal and transforms.unwatched(long) and not bool(long.all()):
         short = ~long, flow.decay
     flow = replace(flow, query=query, key=key, decay=decay, memory=memory)
@@ -234,6 +241,7 @@ def _forgetting(request: Request, decay: Tensor | None) -> Tensor:
     assert request.key_ids is not None
     before = None if request.state is None else request.state.document
     filled = filled_ids(request.key_ids, before)
+    # exp(−inf) = 0: what was remembered before is gone, though documents share one recurrence
     begins = (filled[:, 1:] != filled[:, :-1])[:, None, :, None]
     if decay is None:
         place = request.call.place
@@ -260,6 +268,7 @@ def in_document_order(prepared: Prepared) -> tuple[Flow, Tensor]:
     assert request.query_ids is not None
     assert request.key_ids is not None
     k_len = flow.key.shape[2]
+    # Stable: of one document all keys stand before all queries, so each query sees each of them
     ids, order = torch.cat([request.key_ids, request.query_ids], 1).sort(dim=-1, stable=True)
 
     def sorted_(tensor: Tensor, before: int, after: int) -> Tensor:

@@ -55,6 +55,7 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
         top = top if request.state.shift is None else request.state.shift.to(dtype)
         document, length = request.state.document, request.state.length
 
+    # ln of what the state holds of each feature: −inf where it holds nothing yet
     size = top + total.detach().log()
 
     if not request.causal:
@@ -64,6 +65,7 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
         if long is not None:
             new = torch.cat([size[:, :, None], _shown(key, keep)], 2).amax(2)
             new = _whole(new, long)
+            # An empty state stays empty under any shift: 0, not 0 · exp(inf)
             by = (top - new).masked_fill(size == -torch.inf, -torch.inf).exp()
             memory, total, top = by[..., None] * memory, by * total, new
             reads = new if request.state is not None else None
@@ -95,6 +97,7 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
             size = size.masked_fill(begins[:, None, None], -torch.inf)
 
             k, v = key[:, :, t], value[:, :, t]
+            # ln of the factor on the memory: its decay, and with logs the change of its shift
             left = _log_factor(request, t, each, dtype)
             if logs:
                 here, before = keep[:, t, None, None], size
@@ -107,9 +110,10 @@ def forward(request: Request, dtype: torch.dtype | None = None) -> tuple[Tensor,
             if request.beta is not None:
                 beta = request.beta[:, :, t].to(dtype)
                 beta = beta.repeat_interleave(each // beta.shape[1], 1)[..., None]
+                # The delta rule: of the value only what the memory does not already say of this key
                 v = beta * (v - torch.einsum("bhf,bhfv->bhv", k, decayed))
             written = decayed + torch.einsum("bhf,bhv->bhfv", k, v)
-            here = keep[:, t, None, None]
+            here = keep[:, t, None, None]  # a hidden token leaves even the decay out
             memory = torch.where(here[..., None], written, memory)
             total = torch.where(here, factor * total + k, total)
 
