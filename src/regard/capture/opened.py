@@ -11,6 +11,7 @@ from .index_file import silent
 from .recorded_layer import RecordedLayer
 from .saved_files import Fields
 from .stored import StoredTensors
+from .stored_effect import add_effects, effect_file
 from .stored_layer import NAME, named, open_layer
 
 
@@ -34,6 +35,9 @@ def open_layers(folder: Path, index: Fields) -> tuple[list[RecordedLayer], list[
         layer, wrong = _opened(folder, file, files.get(_number(folder, file), []), entry)
         layers.append(layer)
         damage += wrong
+        effects = effect_file(folder / file)
+        if layer.pattern and ("effects" in entry or effects.exists()):
+            damage += [found] if (found := add_effects(layer, effects)) else []
     if damage and not any(layer.pattern for layer in layers):
         raise RegardError(damage[0])
     return layers, damage

@@ -21,11 +21,12 @@ from ..engines.second_pass.readers import READERS, Accumulator
 from ..engines.second_pass.strips import Strips, StripWeights
 from ..errors import RegardError
 from ..ops.pooled import pooled_tiles
+from .by_effect import EdgeEffects
 from .by_value import by_norm
 from .pyramid import BINS
 from .recorded_layer import RecordedLayer
 
-By = Literal["weight", "value"]
+By = Literal["weight", "value", "effect"]
 
 
 class Tile(NamedTuple):
@@ -96,9 +97,13 @@ def tiles(
     """The tiles (n, SIDE, SIDE), float32, of one batch item."""
     if reduce not in ("sum", "max"):
         raise RegardError(f"reduce is {reduce!r}; give 'sum' or 'max'")
-    norm = None if by == "weight" else norm_of(layer, by)[batch : batch + 1]
     asked = [_checked(layer, one) for one in wanted]
-    out = torch.zeros(len(asked), SIDE, SIDE, dtype=torch.float32, device="cpu")
+    if by == "effect":
+        edges = effects_of(layer)
+        parts = [edges.tile(batch, one, reduce) for one in asked]
+        return torch.stack(parts) if parts else _no_tiles(0)
+    norm = None if by == "weight" else norm_of(layer, by)[batch : batch + 1]
+    out = _no_tiles(len(asked))
     starts = (layer.query_start, layer.key_start)
     held = [  # the stored maps are of weights
         None if norm is not None else layer.results.tile(starts, one, reduce, batch)
@@ -129,13 +134,26 @@ def tiles(
     return out
 
 
+def _no_tiles(count: int) -> Tensor:
+    return torch.zeros(count, SIDE, SIDE, dtype=torch.float32, device="cpu")
+
+
 def norm_of(layer: RecordedLayer, by: str) -> Tensor:
     """‖W_O v‖ of each key (batch, heads, k_len). RegardError where no values were kept."""
     if by != "value":
-        raise RegardError(f"by is {by!r}; give 'weight' or 'value'")
+        raise RegardError(f"by is {by!r}; give 'weight', 'value' or 'effect'")
     if layer.norm is None:
         raise RegardError(f"layer {layer.name} keeps no values; record with values=True")
     return layer.norm
+
+
+def effects_of(layer: RecordedLayer) -> EdgeEffects:
+    """A layer's effects. RegardError where there are none, or not whole."""
+    if layer.effects_damage:
+        raise RegardError(layer.effects_damage)
+    if layer.effects is None:
+        raise RegardError(f"layer {layer.name} keeps no effects; record with effect=True")
+    return layer.effects
 
 
 def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from ..errors import RegardError
 from ..ops.beside import Rounding
+from .by_effect import EdgeEffects
 from .index_file import INDEX, as_json, entry_of, layer_file, write_index
 from .layers import Layer
+from .measured_effect import NEXT, Target, check_inputs, measure_effects, next_token
 from .projection import output_projection
 from .pyramid import observers
 from .recorded_layer import RecordedLayer, kept_by
 from .recording import Recording
 from .saved_files import clean, free_folder
+from .stored_effect import EDGES, effect_file, write_effects
 from .stored_layer import StoredLayer
 from .watching import watch
 
@@ -37,6 +40,7 @@ def record(
     values: bool = False,
     observe: bool = True,
     top: int = 8,
+    effect: bool | Callable[[Any], Tensor] = False,
     tokens: Sequence[str] | None = None,
     tokenizer: Any = None,
     text: str | None = None,
@@ -60,6 +64,10 @@ def record(
     values: also keep values, and ‖W_O v‖ of each key (`Recording.norm_weights`).
     observe: keep the `top` largest weights of each row, what each key receives, entropy, distances,
         and pooled maps, from which coarse tiles are read. Padding's queries count.
+    effect: also run the model forward and backward, and keep of each query the 64 edges whose
+        removal would change a number of its output most (`Recording.effect`, `Effect`): the
+        log-probability of the likeliest next token, or the scalar that a function of the output
+        gives. The model keeps its activations meanwhile, O(N) a layer; nothing of it is changed.
     tokens: a name for each token; tokenizer: names them, and places them in the text.
     about: further facts, fit for JSON. overwrite: replace an older recording.
 
@@ -69,6 +77,9 @@ def record(
     folder = Path(folder)
     said = {"model": _name(model), "versions": _versions()} | dict(about or {})
     said |= _tokens(inputs, tokens, tokenizer, text)
+    target = _target(effect, inputs)
+    if target is not None:
+        said["effect"] = {"target": NEXT if effect is True else "as given", "edges": EDGES}
     with _Writer(folder, model, said, overwrite, values) as writer:
         asked = observers(top) if observe else ()
         with (
@@ -81,8 +92,23 @@ def record(
             ) as seen,
         ):  # fmt: skip
             _run(model, inputs)
+        if target is not None:
+            measure_effects(model, inputs, target, EDGES, layers, writer.take_effects)
         writer.finish(seen.layers)
     return Recording.load(folder)
+
+
+def _target(effect: Any, inputs: Any) -> Target | None:
+    """What effects are measured on; None where they are not. RegardError for what is neither."""
+    if effect is False:
+        return None
+    if effect is not True and not callable(effect):
+        raise RegardError(
+            f"effect is {effect!r}; give True, or a function of the model's output that returns "
+            "a scalar"
+        )
+    check_inputs(inputs)
+    return next_token if effect is True else effect
 
 
 def _run(model: nn.Module, inputs: Any) -> None:
@@ -189,12 +215,21 @@ class _Writer:
     def _projection(self, name: str, width: int) -> Tensor:
         return output_projection(self._modules, name, width)
 
+    def take_effects(self, name: str, edges: EdgeEffects) -> None:
+        """Write what the edges of a layer do; the layer itself is whole by now."""
+        layer = self._layers[name]
+        layer.close()
+        write_effects(effect_file(layer.path), name, edges)
+
     def finish(self, order: Sequence[Layer]) -> None:
         """Write what is left, and the index: the layers that were watched, in their order."""
         entries = []
         for watched in order:
             layer = self._layers.get(watched.name)
+            path = effects = None
             if layer is not None:
                 layer.close()
-            entries.append(entry_of(watched, None if layer is None else layer.path))
+                path, beside = layer.path, effect_file(layer.path)
+                effects = beside if beside.exists() else None
+            entries.append(entry_of(watched, path, effects))
         write_index(self._folder, self._about, entries, whole=True)

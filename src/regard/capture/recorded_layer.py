@@ -18,6 +18,7 @@ from ..call.observers import Observer, listed
 from ..call.op_schema import pack, unpack
 from ..engines.second_pass.weigh import weigh, whole_rows
 from ..errors import RegardError
+from .by_effect import EdgeEffects
 from .pyramid import Results
 
 
@@ -60,7 +61,8 @@ class RecordedLayer(Brief):
     pattern: False where the layer has no softmax attention; `reason` says why.
     pieces: keys (batch, kv_heads, n, dim), each with the position of its first. values (batch,
     kv_heads, n, v_dim) and norms ‖W_O v‖ (batch, heads, n): likewise, where they were kept.
-    results: what was read beside them. damage: what is wrong with the file that held them.
+    results: what was read beside them. effects: what its edges do to a target, where that was
+    measured. damage: what is wrong with the file that held them; effects_damage: with the effects'.
     """
 
     name: str
@@ -73,7 +75,9 @@ class RecordedLayer(Brief):
     values: list[tuple[int, Tensor]] = field(default_factory=list)
     norms: list[tuple[int, Tensor]] = field(default_factory=list)
     results: Results = field(default_factory=Results)
+    effects: EdgeEffects | None = None
     damage: str = ""
+    effects_damage: str = ""
 
     def __str__(self) -> str:
         if not self.pattern:
