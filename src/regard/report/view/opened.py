@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...capture.reading import effects_of
 from ...capture.recorded_layer import RecordedLayer
 from ...capture.recording import INDEX, Recording
 from ...errors import RegardError
@@ -31,8 +32,8 @@ from .page_facts import (
 from .pieces import Piece, displayed
 from .units import Units
 
-By = Literal["weight", "value"]
-"""What is shown: weights, or weight · ‖W_O v‖, how long a vector each key adds."""
+By = Literal["weight", "value", "effect"]
+"""What is shown: weights; weight · ‖W_O v‖, how long a vector each key adds; or |effect|."""
 _APART = 64  # special tokens that can be taken out of a map
 
 
@@ -123,6 +124,7 @@ class Opened:
             LayerFacts(
                 layer.index, layer.name, layer.kind, layer.heads, layer.q_len, layer.k_len,
                 layer.batch, readable(layer), layer.damage or layer.reason, bool(layer.norms),
+                layer.effects is not None,
             )
             for layer in self.recording.layers
         ]  # fmt: skip
@@ -197,6 +199,8 @@ class Opened:
         for query in queries:
             if not 0 <= query < layer.q_len:
                 raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
+        if by == "effect":
+            return effects_of(layer).rows(batch, head, queries, layer.k_len).mean(0)
         read = self.recording.weights if by == "weight" else self.recording.norm_weights
         return read(number, head, queries, batch=batch).mean(0)
 
