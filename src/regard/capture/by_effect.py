@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..call.brief import Brief
 from ..engines.second_pass.pooled import SIDE
+from .stored import read
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,10 @@ class EdgeEffects(Brief):
 
     def of(self, batch: int, head: int | None, rows: Sequence[int]) -> EdgeEffects:
         """Of one batch item and these rows: (heads, rows, k), or (rows, k)."""
+        first, last = (min(rows), max(rows) + 1) if rows else (0, 0)
+        places = [row - first for row in rows]
         mine = (t[batch] if head is None else t[batch, head] for t in self.tensors)
-        return EdgeEffects(*(t[..., list(rows), :] for t in mine))
+        return EdgeEffects(*(read(t[..., first:last, :])[..., places, :] for t in mine))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,9 +54,9 @@ class EdgeEffects(Brief):
         """|effect| pooled to a tile (SIDE, SIDE); where: head, zoom, row, col, as `Tile`."""
         head, zoom, row, col = where
         first = (row * SIDE) << zoom
-        # Views, so that of a mapped file no other rows are read
         keys, effects = (
-            t[batch, head, first : first + (SIDE << zoom)] for t in (self.indices, self.effects)
+            read(t[batch, head, first : first + (SIDE << zoom)])
+            for t in (self.indices, self.effects)
         )
         cells = (keys.long() >> zoom) - col * SIDE
         inside = (keys >= 0) & (cells >= 0) & (cells < SIDE)

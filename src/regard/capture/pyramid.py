@@ -26,6 +26,7 @@ from ..call.results import (
 )
 from ..engines.second_pass.pooled import SIDE
 from .saved_files import Fields
+from .stored import read
 
 LEAST, MOST = 64, 2048  # the side of a cell; cells a side: 2,048 of 64 at 131,072 tokens
 BINS = 20  # of distances: the last one begins at 2**18
@@ -134,17 +135,19 @@ class Results(Brief):
             return None
         if any(start % cell for start in starts):  # cells of other borders
             return None
-        part = held.weights[batch, head]
+        part, placed = held.weights[batch, head], []
         for dim, cells in enumerate((held.rows, held.cols)):
             # The tile's cells, each of `factor` ones that are stored, some before or after them
             factor = cell // cells.size
             first = starts[dim] // cells.size + corner[dim] * SIDE * factor - cells.first
             last = first + SIDE * factor
-            inner = part.narrow(dim, begin := min(max(first, 0), cells.count),
-                                max(min(last, cells.count) - begin, 0))  # fmt: skip
+            part = part.narrow(dim, begin := min(max(first, 0), cells.count),
+                               max(min(last, cells.count) - begin, 0))  # fmt: skip
             before = min(max(-first, 0), SIDE * factor)
-            after = SIDE * factor - before - inner.shape[dim]
+            placed.append((factor, before, SIDE * factor - before - part.shape[dim]))
+        part = read(part)
+        for dim, (factor, before, after) in enumerate(placed):
             pad = (before, after) if dim else (0, 0, before, after)
-            padded = torch.nn.functional.pad(inner, pad).unflatten(dim, (SIDE, factor))
+            padded = torch.nn.functional.pad(part, pad).unflatten(dim, (SIDE, factor))
             part = padded.sum(dim + 1) if reduce == "sum" else padded.amax(dim + 1)
         return part.float()

@@ -31,6 +31,7 @@ from .recorded_layer import RecordedLayer
 from .rollout import rollout
 from .saved_files import whole_folder
 from .segments import Given, Segments, ranges_of
+from .stored import read
 from .stored_effect import effect_files, write_beside
 from .stored_layer import write_whole
 
@@ -129,7 +130,7 @@ class Recording(Brief):
         """
         norm = reading.norm_of(self._found(layer, head, batch), "value")
         weights = self.weights(layer, head, rows, cols, batch)
-        mine = norm[batch] if head is None else norm[batch, head]
+        mine = read(norm[batch] if head is None else norm[batch, head])
         if cols is not None:
             mine = mine[..., cols if isinstance(cols, slice) else list(cols)]
         return weights * mine[..., None, :].float()

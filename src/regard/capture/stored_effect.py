@@ -17,7 +17,7 @@ from ..errors import RegardError
 from .by_effect import EdgeEffects
 from .index_file import read_index, write_index
 from .recorded_layer import RecordedLayer
-from .stored import StoredTensors, write
+from .stored import StoredTensors, read, write
 from .stored_layer import named
 
 EDGES = 64  # kept of each query
@@ -46,6 +46,7 @@ def write_beside(path: Path, layer: RecordedLayer) -> Path | None:
     if layer.effects is None:
         return None
     indices, *others = layer.effects.tensors
+    indices = read(indices)
     positions = (indices + layer.key_start).where(indices >= 0, -1)
     write_effects(effect_file(path), layer.name, EdgeEffects(positions, *others))
     return effect_file(path)
@@ -83,11 +84,12 @@ def _read(path: Path, layer: RecordedLayer) -> EdgeEffects:
     if path.is_symlink():
         raise ValueError(f"{path.name} is a link; it may lead outside the recording")
     file = StoredTensors(path)
+    layer.files.append(file)
     if file.said.of(str, "name") != layer.name:
         raise ValueError(f"it is of the layer {file.said['name']!r}")
     found = EdgeEffects(*(file[name] for name in _FIELDS))
     if layer.key_start:  # the file has positions
-        found = EdgeEffects(_own_keys(found.indices, layer.key_start), *found.tensors[1:])
+        found = EdgeEffects(_own_keys(read(found.indices), layer.key_start), *found.tensors[1:])
     row = (layer.batch, layer.heads, layer.q_len)
     for name, tensor in zip(_FIELDS, found.tensors, strict=True):
         whole = name == "indices"

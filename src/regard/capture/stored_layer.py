@@ -27,7 +27,7 @@ from .chunk_json import from_json, to_json
 from .pyramid import Results
 from .recorded_layer import Chunk, RecordedLayer, joined
 from .saved_files import Fields
-from .stored import StoredTensors, write
+from .stored import StoredTensors, read, write
 
 STEPS = 64  # queries that gather in memory before they go to a file
 NAME = re.compile(r"layer-(\d{3,6})(?:\.(\d{5}))?\.safetensors")
@@ -191,6 +191,7 @@ class named:
 
 def _extend(layer: RecordedLayer, file: StoredTensors) -> None:
     """Append a file's calls to a layer."""
+    layer.files.append(file)
     starts = Fields(file.said["starts"], "starts")
     for name, field in _MANY.items():
         if name in file:
@@ -319,5 +320,6 @@ def _joined(run: Sequence[Chunk]) -> Chunk:
     first = run[0]
     keys = (min(c.keys[0] for c in run), max(c.keys[1] for c in run))
     packed = (*first.packed[:-1], keys[0])
-    query, lse = torch.cat([c.query for c in run], 2), torch.cat([c.lse for c in run], 2)
+    query = torch.cat([read(c.query) for c in run], 2)
+    lse = torch.cat([read(c.lse) for c in run], 2)
     return Chunk(query, lse, packed, keys)

@@ -83,7 +83,7 @@ class Opened:
     def check(self) -> None:
         """RegardError where the recording is no longer there, or no longer what was opened.
 
-        Layers are mapped into memory: to read where a file was cut off ends the process.
+        A file that is cut off later than this is an error of whatever reads it.
         """
         if self.folder is None:
             return
