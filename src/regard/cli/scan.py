@@ -18,10 +18,11 @@ _JSON = """\b
                  dependencies, of a CoNLL-U file
   definitions    {score: what it says}
   ranked         {score: heads as "layer.head", the largest mean first}
-  heads          [{layer, head, name, kind, behaviour, scores, relation, margins,
-                 texts, examples}]: scores are means over texts, margins half of
-                 their 95 % intervals, texts how many had the score; examples
-                 are [{weight, text, word, read, where}], text its number
+  heads          [{layer, head, name, kind, behaviour, scores, relation,
+                 intervals, texts, examples}]: scores are means over texts,
+                 intervals [low, high] of 95 % by a bootstrap over texts, texts
+                 how many had the score; examples are [{weight, text, word,
+                 read, where}], text its number
 """
 
 
