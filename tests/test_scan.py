@@ -101,6 +101,23 @@ def test_the_command(tmp_path, corpus):
     assert "all-MiniLM-L6-v2 on texts.txt: 2 texts" in done.stdout
     found = json.loads((tmp_path / "out" / "scan.json").read_text())
     assert found["ranked"]["previous"][0] == "0.2"
+    again = run("all-MiniLM-L6-v2", corpus, "--out", tmp_path / "out", "--texts", 2,
+                "--json-heads", tmp_path / "heads")  # fmt: skip
+    assert again.exit_code == 0, again.stderr
+    index = json.loads((tmp_path / "heads" / "heads.json").read_text())
+    assert len(index["heads"]) == 72
+    (one,) = [e for e in found["heads"] if (e["layer"], e["head"]) == (0, 2)]
+    written = json.loads((tmp_path / "heads" / "L0H2.json").read_text())
+    assert written["scores"] == one["scores"]
+    assert written["intervals"] == one["intervals"]
+    assert written["examples"] == one["examples"]
+    best = written["examples"][0]
+    assert best["reads"][0][2] == pytest.approx(best["weight"])
+    (tmp_path / "file").write_text("")
+    refused = run("all-MiniLM-L6-v2", corpus, "--json-heads", tmp_path / "file")
+    assert (refused.exit_code, refused.stderr.strip()) == (
+        2, f"regard: {tmp_path}/file is a file; --json-heads names a folder",
+    )  # fmt: skip
 
 
 def test_a_folder_of_another_scan(tmp_path, corpus):

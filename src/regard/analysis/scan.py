@@ -32,13 +32,16 @@ from .words import word_tokens
 
 STATE = "state.json"
 EXAMPLES = 3  # of each head, from different texts
+READS = 8  # of the token of an example, listed
 _SAVED = 5.0  # seconds between two states
 
 
 class Example(NamedTuple):
     """A word that reads another strongly, special tokens and the first key apart.
 
-    weight: from the word's token to the other's. text: the number of the text in the corpus.
+    weight: from the word's token to the other's. text: the number of the text in the corpus. token:
+    the number of the token that reads; reads: what it reads most, all tokens counted, largest
+    first: (number, token, weight).
     """
 
     weight: float
@@ -46,6 +49,8 @@ class Example(NamedTuple):
     word: str
     read: str
     where: str
+    token: int
+    reads: list[tuple[int, str, float]]
 
 
 @dataclass
@@ -177,7 +182,8 @@ class ScanState:
                 if weight > 0 and state.wants(weight):
                     words = word_tokens(recording.about) if words is None else words
                     pair = (int(best.rows[head]), int(best.keys[head]))
-                    state.keep(_example(weight, number, recording.about, words, pair))
+                    row = layer.weights(slice(pair[0], pair[0] + 1))[head, 0]
+                    state.keep(_example(weight, number, recording.about, words, pair, row))
         if sentence.edges:
             self.relations.add(sentence, recording)
 
@@ -218,8 +224,9 @@ def _read(layer: RecordedLayer, recording: Recording) -> tuple[dict[str, Tensor]
 
 def _example(
     weight: float, number: int, about: dict[str, Any], words: list[list[int]],
-    pair: tuple[int, int],
+    pair: tuple[int, int], row: Tensor,
 ) -> Example:  # fmt: skip
+    """An example of what a token reads: row holds all its weights."""
     offsets, text = about["offsets"], about["text"]
 
     def word_of(token: int) -> str:
@@ -229,7 +236,13 @@ def _example(
     reader, read = map(word_of, pair)
     middle = offsets[pair[0]][0]
     around = text[max(middle - 60, 0) : middle + 60]
-    return Example(weight, number, reader, read, " ".join(around.split()))
+    best = row.topk(min(READS, len(row)))
+    reads = [
+        (key, str(about["tokens"][key]), value)
+        for key, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        if value > 0
+    ]
+    return Example(weight, number, reader, read, " ".join(around.split()), pair[0], reads)
 
 
 def scan(
