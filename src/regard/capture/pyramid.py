@@ -25,6 +25,7 @@ from ..call.results import (
     ReceivedSeen,
 )
 from ..engines.second_pass.pooled import SIDE
+from .beams import picked
 from .saved_files import Fields
 from .stored import read
 
@@ -58,6 +59,12 @@ class Results(Brief):
             return self if self else later
         pairs = ((getattr(self, f.name), getattr(later, f.name)) for f in fields(self))
         return Results(*(mine.then(theirs) for mine, theirs in pairs))
+
+    def pick(self, rows: list[int]) -> Results:
+        """With the batch made of these of its items."""
+        if not self:
+            return self
+        return Results(*(picked(getattr(self, f.name), rows) for f in fields(self)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names that they have in a file."""

@@ -71,7 +71,9 @@ def record(
     tokens: a name for each token; tokenizer: names them, and places them in the text.
     about: further facts, fit for JSON. overwrite: replace an older recording.
 
-    RegardError as of `watch`, for beam search, and for a folder that is not free. A run that is
+    In beam search rows follow the beams that survive, as under `watch`.
+
+    RegardError as of `watch`, and for a folder that is not free. A run that is
     stopped or killed leaves the layers that were whole, and `Recording.load` opens them.
     """
     folder = Path(folder)

@@ -123,7 +123,8 @@ class RecordedLayer(Brief):
     def pick(self, rows: list[int]) -> None:
         """Make the batch of these of its items; one may come twice, or be left out."""
         for at, chunk in enumerate(self.chunks):
-            call = unpack(chunk.query, chunk.query, None, *chunk.packed)
+            query = read(chunk.query)
+            call = unpack(query, query, None, *self._packed(chunk))
             packed = pack(
                 replace(
                     call,
@@ -131,9 +132,15 @@ class RecordedLayer(Brief):
                     biases=tuple(b.items(rows) for b in call.biases),
                 )
             )
-            self.chunks[at] = Chunk(chunk.query[rows], chunk.lse[rows], packed, chunk.keys)
-        self.pieces = [(start, piece[rows]) for start, piece in self.pieces]
-        self.__dict__.pop("key", None)
+            self.chunks[at] = Chunk(query[rows], read(chunk.lse)[rows], packed, chunk.keys)
+        self.pieces, self.values, self.norms = (
+            [(start, read(piece)[rows]) for start, piece in pieces]
+            for pieces in (self.pieces, self.values, self.norms)
+        )
+        self.results = self.results.pick(rows)
+        self._read.clear()
+        for known in ("key", "value", "norm"):
+            self.__dict__.pop(known, None)
 
     @property
     def key_start(self) -> int:
