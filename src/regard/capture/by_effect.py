@@ -42,13 +42,13 @@ class EdgeEffects(Brief):
         """The three in their order."""
         return self.indices, self.effects, self.weights
 
-    def rows(self, batch: int, head: int, rows: Sequence[int], k_len: int) -> Tensor:
-        """|effect| (rows, k_len), float32; 0 where an edge is not among those kept."""
-        mine = self.of(batch, head, rows)
-        keys = mine.indices.long()
-        out = torch.zeros(len(rows), k_len + 1, dtype=torch.float32, device="cpu")
-        out.scatter_(1, keys.where(keys >= 0, k_len), mine.effects.abs().float())
-        return out[:, :k_len]
+    def dense(self, k_len: int) -> Tensor:
+        """|effect| (…, k_len), float32; 0 where an edge is not among those kept."""
+        keys = self.indices.long()
+        shape = (*keys.shape[:-1], k_len + 1)
+        out = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        out.scatter_(-1, keys.where(keys >= 0, k_len), self.effects.abs().float())
+        return out[..., :k_len]
 
     def tile(self, batch: int, where: Sequence[int], reduce: str) -> Tensor:
         """|effect| pooled to a tile (SIDE, SIDE); where: head, zoom, row, col, as `Tile`."""

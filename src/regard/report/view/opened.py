@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...capture.reading import effects_of
 from ...capture.recorded_layer import RecordedLayer
 from ...capture.recording import INDEX, Recording
 from ...errors import RegardError
@@ -200,7 +199,8 @@ class Opened:
             if not 0 <= query < layer.q_len:
                 raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
         if by == "effect":
-            return effects_of(layer).rows(batch, head, queries, layer.k_len).mean(0)
+            edges = self.recording.effect(number, head, queries, batch)
+            return edges.dense(layer.k_len).mean(0)
         read = self.recording.weights if by == "weight" else self.recording.norm_weights
         return read(number, head, queries, batch=batch).mean(0)
 

@@ -135,8 +135,9 @@ def effect_of(about: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(given, dict):
         return None
     target, edges = given.get("target"), given.get("edges")
-    known = isinstance(target, str) and isinstance(edges, int)
-    return {"target": target[:200], "edges": edges} if known else None
+    if not isinstance(target, str) or not isinstance(edges, int):
+        return None
+    return {"target": target[:200], "edges": edges}
 
 
 def special_of(about: dict[str, Any]) -> list[int]:
