@@ -40,7 +40,7 @@ def test_what_is_kept_is_what_effect_gives(recording):
     with regard.watch(model, observe=[Effect(64)]) as seen:
         out = model(given)
     likeliest(out).backward()
-    assert recording.effective
+    assert recording.has_effects
     assert recording.about["effect"]["edges"] == 64
     for number, layer in enumerate(seen.layers):
         found = layer[Effect]
@@ -132,7 +132,7 @@ def test_a_function_that_runs_the_model_is_refused_before_it_runs(tmp_path):
 
 def test_without_effects_it_says_so(tmp_path):
     recording = regard.record(tiny(), ids(12), tmp_path / "r")
-    assert not recording.effective
+    assert not recording.has_effects
     for ask in (lambda: recording.effect(0), lambda: recording.tile(0, 0, 0, 0, 0, by="effect")):
         with pytest.raises(RegardError, match="keeps no effects; record with effect=True"):
             ask()

@@ -193,7 +193,7 @@ class Recording(Brief):
         return any(layer.norms for layer in self.layers)
 
     @property
-    def effective(self) -> bool:
+    def has_effects(self) -> bool:
         """Whether effects were measured, so that `effect` and tiles by effect can be read."""
         return any(layer.effects is not None for layer in self.layers)
 

@@ -159,7 +159,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def _fill_run(self, out: Tensor, tensor: Tensor) -> None:
         """The same where both are contiguous."""
         room = _bytes(out)
-        at = tensor.storage_offset() * tensor.element_size()
+        at = int(tensor.storage_offset()) * tensor.element_size()
         while room:
             got = os.preadv(self._file, [room], at)
             if not got:
