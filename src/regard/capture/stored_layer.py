@@ -313,7 +313,7 @@ def _continues(one: Chunk, other: Chunk) -> bool:
     if any((a is None) != (b is None) for a, b in tensors):
         return False
     # A dense bias (four dimensions) belongs to its call's own rows
-    if any(a is not None and (a.dim() > 2 or not torch.equal(a, b)) for a, b in tensors):
+    if any(a is not None and (a.dim() > 2 or not _equal(a, b)) for a, b in tensors):
         return False
     back = _reach(list(code))
     if back is None:
@@ -321,6 +321,10 @@ def _continues(one: Chunk, other: Chunk) -> bool:
     least = min(one.keys[0], other.keys[0])
     return all(c.keys[0] in (least, 0) or c.keys[0] <= s - back + 1
                for c, s in ((one, start), (other, start2)))  # fmt: skip
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(read(one), read(other))
 
 
 def _reach(code: list[int]) -> int | None:
