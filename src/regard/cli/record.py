@@ -101,9 +101,11 @@ def record(
 
 def _target(reader: TextModel, text: str, word: str | None) -> tuple[Probe, int | None]:
     """What effects are measured on, before anything is written. RegardError where it is nothing."""
+    from ..analysis import over_ranks
     from ..analysis.probe import Probe
     from ..analysis.words import find
 
+    over_ranks.alone("--effect")
     probe = Probe(reader, text)
     if word is None and not probe.writes:
         raise RegardError(f"{reader.name} names no next token; say whose final vector: --from WORD")
