@@ -41,10 +41,15 @@ def record(tokens: int, layers: int, folder: Path) -> None:
 
 
 def run(tokens: int, layers: int, folder: Path, after: float | None = None) -> float:
-    """Record in a process of its own, killed so long after it began; how long it took."""
-    begun = time.perf_counter()
+    """Record in a process of its own, killed so long after its folder is there.
+
+    How long it took from then on.
+    """
     child = FORK.Process(target=record, args=(tokens, layers, folder))
     child.start()
+    while not (folder / "recording.json").exists():
+        time.sleep(0.001)
+    begun = time.perf_counter()
     if after is not None:
         child.join(after)
         if child.is_alive() and child.pid is not None:
