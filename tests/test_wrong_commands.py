@@ -119,7 +119,8 @@ WRONG = {
         "all-MiniLM-L6-v2 names no next token; say whose final vector: --from WORD",
     ),
     "record: effect on no word": (
-        ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--effect", "--from", "c"], "'c'",
+        ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--effect", "--from", "c"],
+        "no word 'c'",
     ),
     "saved twice": (["look", TROPHY, "--save", "{recording}"], "{recording} is there already"),
     # walk
