@@ -10,7 +10,7 @@ import regard
 from regard import Causal, Full, LogSumExp, Recording, RegardError, Window
 from regard.analysis import head_scores, relations
 from regard.analysis.head_scores import SCORES
-from regard.analysis.relations import RelationTally, read_conllu
+from regard.analysis.relations import HalvedTally, RelationTally, read_conllu
 from regard.call.checked import Call
 from regard.capture.recorded_layer import RecordedLayer
 
@@ -213,9 +213,13 @@ def test_the_relation_that_a_head_follows(conllu, monkeypatch, held):
     assert found.hits["obj", "head"][0].tolist() == [0, 0]
     assert found.hits["amod", "head"][0].tolist() == [0, 2]
     assert found.pairs["det", "head"] == 2
-    best = found.best(0, 0, least=2)
-    assert (best.share, best.baseline) == (1.0, 1.0)
-    assert found.best(0, 0) is None
+    halves = HalvedTally()
+    for sentence in read_conllu(conllu):
+        halves.add(sentence, made)
+    assert [half.sentences for half in halves.halves] == [1, 1]
+    best = halves.best(0, 0, least=1)
+    assert (best.share, best.baseline, best.chosen) == (1.0, 1.0, 1.0)
+    assert halves.best(0, 0) is None
 
 
 def test_a_word_that_reads_nothing_follows_nothing(conllu):

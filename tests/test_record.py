@@ -186,14 +186,6 @@ def test_a_new_sequence_replaces_the_last(tmp_path):
     assert len(list((tmp_path / "r").iterdir())) == 3
 
 
-def test_beam_search_is_refused(tmp_path):
-    model = tiny()
-    with pytest.raises(RegardError, match="beam search reorders its rows; record takes none"):
-        regard.record(
-            model, lambda: model.generate(ids(5), num_beams=3, max_new_tokens=8), tmp_path / "r"
-        )
-
-
 def test_cross_attention(tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -39,11 +39,10 @@ def test_means_are_those_of_each_text(corpus):
             ]  # fmt: skip
             assert one.texts[name] == len(values)
             assert one.head.scores[name] == pytest.approx(sum(values) / len(values), abs=1e-9)
+            assert (one.intervals[name] is None) is (len(values) < 2)
             if len(values) > 1:
-                mean = sum(values) / len(values)
-                spread = sum((x - mean) ** 2 for x in values) / (len(values) - 1)
-                margin = 1.96 * (spread / len(values)) ** 0.5
-                assert one.margins[name] == pytest.approx(margin, rel=1e-3, abs=1e-7)
+                low, high = one.intervals[name]
+                assert min(values) <= low <= high <= max(values)
         assert len(one.examples) == EXAMPLES
     assert found.ranked("previous")[0].head.layer == 0
     best = found.ranked("previous")[0].examples[0]
@@ -102,6 +101,23 @@ def test_the_command(tmp_path, corpus):
     assert "all-MiniLM-L6-v2 on texts.txt: 2 texts" in done.stdout
     found = json.loads((tmp_path / "out" / "scan.json").read_text())
     assert found["ranked"]["previous"][0] == "0.2"
+    again = run("all-MiniLM-L6-v2", corpus, "--out", tmp_path / "out", "--texts", 2,
+                "--json-heads", tmp_path / "heads")  # fmt: skip
+    assert again.exit_code == 0, again.stderr
+    index = json.loads((tmp_path / "heads" / "heads.json").read_text())
+    assert len(index["heads"]) == 72
+    (one,) = [e for e in found["heads"] if (e["layer"], e["head"]) == (0, 2)]
+    written = json.loads((tmp_path / "heads" / "L0H2.json").read_text())
+    assert written["scores"] == one["scores"]
+    assert written["intervals"] == one["intervals"]
+    assert written["examples"] == one["examples"]
+    best = written["examples"][0]
+    assert best["reads"][0][2] == pytest.approx(best["weight"])
+    (tmp_path / "file").write_text("")
+    refused = run("all-MiniLM-L6-v2", corpus, "--json-heads", tmp_path / "file")
+    assert (refused.exit_code, refused.stderr.strip()) == (
+        2, f"regard: {tmp_path}/file is a file; --json-heads names a folder",
+    )  # fmt: skip
 
 
 def test_a_folder_of_another_scan(tmp_path, corpus):

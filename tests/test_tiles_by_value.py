@@ -58,5 +58,5 @@ def test_without_values_it_says_so():
     assert not recording.valued
     with pytest.raises(RegardError, match=r"keeps no values; record with values=True"):
         recording.tile(0, 0, 0, 0, 0, by="value")
-    with pytest.raises(RegardError, match="by is 'length'; give 'weight' or 'value'"):
+    with pytest.raises(RegardError, match="by is 'length'; give 'weight', 'value' or 'effect'"):
         recording.tile(0, 0, 0, 0, 0, by="length")

@@ -123,7 +123,6 @@ def test_a_recording_cut_off_while_open_is_said_until_it_is_whole(browser, folde
     shutil.copytree(folder, tmp_path / "one")
     with served(tmp_path / "one") as (address, _):
         page = ViewPage(browser, f"{address}#head=0.0").exact()
-        # Nothing is being read: what is cut off in the middle of a read ends a process
         page.until("document.querySelectorAll('#grid [data-value]').length === 8")
         page.until("document.querySelector('#along-line canvas')")
         path = tmp_path / "one" / "layer-001.safetensors"

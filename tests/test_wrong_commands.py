@@ -102,6 +102,26 @@ WRONG = {
     "a page nowhere": (
         ["look", TROPHY, "--html", "{tmp}/none/x.html"], "there is no folder {tmp}/none to write x",
     ),
+    "effects saved of two": (
+        ["look", "a b", "--from", "a", "--from", "b", "--effect", "--save", "{tmp}/two"],
+        "a recording keeps the effect on one target; give one --from",
+    ),
+    "record: --from alone": (
+        ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--from", "a"],
+        "--from says what --effect is measured on; give both",
+    ),
+    "record: effect of a continuation": (
+        ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--effect", "--generate", "2"],
+        "--effect reads TEXT as it is; leave --generate out",
+    ),
+    "record: effect on no token": (
+        ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--effect"],
+        "all-MiniLM-L6-v2 names no next token; say whose final vector: --from WORD",
+    ),
+    "record: effect on no word": (
+        ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--effect", "--from", "c"],
+        "no word 'c'",
+    ),
     "saved twice": (["look", TROPHY, "--save", "{recording}"], "{recording} is there already"),
     # walk
     "walk: no word": (["walk", TROPHY, "--from", "trophey"], "no word 'trophey'"),

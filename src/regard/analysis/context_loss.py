@@ -170,7 +170,7 @@ def unseen_recorded(mask: Mask, layer: RecordedLayer, batch: int = 0) -> Unseen:
     """
     if not layer.chunks:
         raise RegardError(f"layer {layer.name} has no attention recorded; {layer.reason}")
-    calls = [(layer.call(chunk, batch), chunk.lse[batch : batch + 1]) for chunk in layer.chunks]
+    calls = [(layer.call(chunk, batch), layer.lse(chunk, batch)) for chunk in layer.chunks]
     return _weighed(mask, calls)
 
 

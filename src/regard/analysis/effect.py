@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from ..call.edge_results import NormTopKSeen
 from ..call.observers import Effect, NormTopK, Observer
+from ..capture.by_effect import EdgeEffects
 from ..capture.recording import Recording
+from ..capture.stored_effect import EDGES, join_effects
 from ..errors import RegardError
 from .probe import ModelRun, Probe
 from .words import from_word
@@ -25,7 +28,6 @@ from .words import from_word
 LEAST = 32  # directions of a vector target, in a text of any length
 _WORK = 8192  # directions × tokens, where that gives more
 _TOKENS = 2048  # that copies of a text may have together
-_EDGES = 64  # kept of each query
 _SEED = 0
 
 
@@ -82,20 +84,18 @@ def effects(
     shown: Callable[[int, int, int], bool] = lambda layer, head, target: True,
     directions: int | None = None,
     progress: Callable[[float], object] = lambda share: None,
+    save: tuple[Recording, Path] | None = None,
 ) -> Effects:
     """The ``top`` links by effect on the final vector of ``word``; None: on the next token.
 
-    shown (layer, head, target): whether a link is listed. Memory O(N · (k + directions)), never
-    N × N. RegardError for the next token of a model that writes none.
+    shown (layer, head, target): whether a link is listed. save: a recording of the text and its
+    folder, to which the edges are added. Memory O(N · (k + directions)), never N × N. RegardError
+    for the next token of a model that writes none.
     """
-    if word is None and not probe.writes:
-        raise RegardError(
-            f"{probe.reader.name} names no next token; say whose final vector is meant (--from)"
-        )
-    kept = min(_EDGES, len(probe))
-    with probe.differentiable():
-        ran = _on_vector if word is not None else _on_token
-        layers, target = ran(probe, word or 0, kept, directions, progress)
+    kept = min(EDGES, len(probe))
+    layers, target = _measured(probe, word, directions, progress)
+    if save is not None:
+        _save(probe, word, layers, target, *save)
     recording = target.run.recording
     assert recording is not None
     best: list[Influence] = []
@@ -115,6 +115,49 @@ def edges(
     """The edges themselves, by layer, of the effect on a word's final vector."""
     with probe.differentiable():
         return _on_vector(probe, word, kept or len(probe), directions, lambda share: None)[0]
+
+
+def record_effects(
+    probe: Probe, word: int | None, recording: Recording, folder: Path,
+    progress: Callable[[float], object] = lambda share: None,
+) -> None:  # fmt: skip
+    """Measure the edges' effect on the target, as `effects`, and add it to a recording."""
+    layers, target = _measured(probe, word, None, progress)
+    _save(probe, word, layers, target, recording, folder)
+
+
+def _measured(
+    probe: Probe, word: int | None, directions: int | None, progress: Callable[[float], object]
+) -> tuple[dict[int, EffectTable], _Target]:
+    """The edges by layer, and what they were measured on."""
+    if word is None and not probe.writes:
+        raise RegardError(
+            f"{probe.reader.name} names no next token; say whose final vector is meant (--from)"
+        )
+    with probe.differentiable():
+        ran = _on_vector if word is not None else _on_token
+        return ran(probe, word or 0, min(EDGES, len(probe)), directions, progress)
+
+
+def _save(
+    probe: Probe, word: int | None, layers: dict[int, EffectTable], target: _Target,
+    recording: Recording, folder: Path,
+) -> None:  # fmt: skip
+    """Add the edges to a recording, whose layers may be some of those that ran."""
+    ran = {number: target.run.layers[number].name for number in layers}
+    found = {}
+    for place, layer in enumerate(recording.layers):
+        for number, name in ran.items():  # with a head that writes, names begin with the base's
+            if name == layer.name or name.endswith(f".{layer.name}"):
+                table = layers[number]
+                own = (table.indices, table.effect, table.weights)
+                found[place] = EdgeEffects(*(t[None] for t in own))
+    on = f"final vector of {probe.words[word].text!r}" if word is not None else (
+        f"log-probability of the next token {target.token!r}"
+    )  # fmt: skip
+    said = {"target": on, "edges": min(EDGES, len(probe))}
+    join_effects(recording.layers, folder, found, said)
+    recording.about = recording.about | {"effect": said}
 
 
 class _Target(NamedTuple):

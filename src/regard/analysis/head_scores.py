@@ -109,7 +109,7 @@ def strips(
 ) -> Iterator[Strip]:
     """A layer's weights, as many rows at a time as fit into `_HELD`; of these calls alone."""
     for chunk in layer.chunks if chunks is None else chunks:
-        call, lse = layer.call(chunk, batch), chunk.lse[batch : batch + 1]
+        call, lse = layer.call(chunk, batch), layer.lse(chunk, batch)
         place = call.place
         step = max(_HELD // max(place.heads * place.k_len, 1), 1)
         for start in range(0, place.q_len, step):

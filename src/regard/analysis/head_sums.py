@@ -22,6 +22,7 @@ from ..call.observers import Entropy, listed
 from ..call.opcodes import Op
 from ..call.results import EntropySeen
 from ..capture.recorded_layer import RecordedLayer
+from ..capture.stored import read
 from ..engines import run
 from ..engines.second_pass.weigh import weigh
 from .head_scores import Tally, TokenKinds, strips
@@ -167,8 +168,8 @@ def tally(
     made = Tally(layer.heads, cross, kinds)
     entropy, at = layer.results.entropy, 0
     for chunk in layer.chunks:
-        lse, n = chunk.lse[batch : batch + 1], chunk.query.shape[2]
-        known = None if entropy is None else entropy.values[batch : batch + 1, :, at : at + n]
+        lse, n = layer.lse(chunk, batch), chunk.query.shape[2]
+        known = None if entropy is None else read(entropy.values[batch : batch + 1, :, at : at + n])
         if (ranges := Ranges.of(layer.call(chunk, batch), lse, known)) is not None:
             add(made, ranges)
         else:

@@ -22,7 +22,7 @@ from ..errors import RegardError
 from .head_scores import SCORES, Tally, as_numbers, behaviour, texts_of
 from .head_sums import tally
 from .look_model import read_as, reading
-from .relations import Relation, RelationTally, read_conllu
+from .relations import HalvedTally, Relation, read_conllu
 from .text_model import TextModel, quiet, without_cache
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _recording(source: Any) -> Recording | None:
 def scored(
     recording: Recording,
     random: Sequence[Tally | None] = (),
-    found: RelationTally | None = None,
+    found: HalvedTally | None = None,
     *,
     batch: int = 0,
     progress: Told | None = None,
@@ -272,9 +272,9 @@ def _random_tokens(reader: TextModel) -> tuple[Tensor, list[bool]] | None:
     return torch.tensor(rows, dtype=torch.int64, device="cpu"), special
 
 
-def relations(reader: TextModel, conllu: str | Path, sentences: int, told: Told) -> RelationTally:
+def relations(reader: TextModel, conllu: str | Path, sentences: int, told: Told) -> HalvedTally:
     """What heads read along the dependencies of a file's first sentences."""
-    found = RelationTally()
+    found = HalvedTally()
     for number, sentence in enumerate(islice(read_conllu(conllu), sentences)):
         told("reading dependencies", number / sentences)
         encoded = reader.encode(sentence.text)

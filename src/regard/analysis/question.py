@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..capture.recording import Recording
 from ..errors import RegardError
@@ -54,10 +55,12 @@ class Question:
         heads: Sequence[int | tuple[int, int]],
         progress: Callable[[str, float | None], object],
         second: TextModel | None = None,
+        save: Path | None = None,
     ) -> Recording | None:
         """Fill in ``found``; returns the recording of the other text or model, if there is one.
 
-        second: the other model, where it is loaded already.
+        second: the other model, where it is loaded already. save: the recording's folder, to which
+        effects are added.
         """
         other = None
         if self.text is not None or self.model is not None or second is not None:
@@ -77,12 +80,13 @@ class Question:
                 progress("cutting", None)
                 found.cut = cut(probe, self.cuts, readers, found.top)
             if self.effect:
-                self._effects(found, probe, progress)
+                self._effects(found, probe, progress, None if save is None else (recording, save))
         return other
 
     def _effects(
-        self, found: Look, probe: Probe, progress: Callable[[str, float | None], object]
-    ) -> None:
+        self, found: Look, probe: Probe, progress: Callable[[str, float | None], object],
+        save: tuple[Recording, Path] | None,
+    ) -> None:  # fmt: skip
         numbers = {pair for part in found.parts for pair in part.heads}
 
         def shown(layer: int, head: int, target: int) -> bool:
@@ -90,6 +94,8 @@ class Question:
             return (layer, head) in numbers and not hidden
 
         targets: list[int | None] = [focus.found.number for focus in found.focuses]
+        if save is not None and len(targets) > 1:
+            raise RegardError("a recording keeps the effect on one target; give one --from")
         for word in targets or [None]:
             found.effects.append(
                 effects(
@@ -98,6 +104,7 @@ class Question:
                     top=found.top,
                     shown=shown,
                     progress=lambda share: progress("measuring effects", share),
+                    save=save,
                 )
             )
 

@@ -4,11 +4,13 @@ As Clark et al. 2019, section 4: from word to word, the weight summed over the p
 read and averaged over those of the word that reads; a head follows a relation from one word to the
 other where that other is the word it reads most, itself and special tokens apart. Beside it stands
 the share that a fixed offset reaches ("always two words back"), the best one for that relation.
+The best of many is partly luck: a head's relation, and the offset, are chosen on one half of the
+sentences, and both shares are those of the other half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +41,9 @@ class Sentence:
 class Relation(NamedTuple):
     """What a head follows best: how often (of `pairs`), against the best fixed offset.
 
-    to: "head", from each dependent to its head, or "dependent", the other way.
+    to: "head", from each dependent to its head, or "dependent", the other way. chosen: its share
+    in the sentences by which relation and offset were chosen; share, baseline and pairs are of the
+    others.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Relation(NamedTuple):
     baseline: float
     offset: int
     pairs: int
+    chosen: float
 
 
 def read_conllu(path: str | Path) -> Iterator[Sentence]:
@@ -156,15 +161,6 @@ class RelationTally:
                 if top is not None:
                     mine += top[:, readers[place]] == targets[place]
 
-    def best(self, layer: int, head: int, least: int = LEAST) -> Relation | None:
-        """The relation in which a head is the most above the best fixed offset."""
-        found = [
-            self._relation(key, int(self.hits[key][layer][head]))
-            for key, pairs in sorted(self.pairs.items())
-            if pairs >= least and head < len(self.hits[key][layer])
-        ]
-        return max(found, default=None, key=lambda one: one.share - one.baseline)
-
     def to_json(self) -> dict[str, Any]:
         """As JSON says it, exactly."""
         found = [
@@ -183,10 +179,67 @@ class RelationTally:
             made.hits[name, to] = [torch.tensor(h, dtype=torch.int64, device="cpu") for h in hits]
         return made
 
-    def _relation(self, key: tuple[str, str], hits: int) -> Relation:
-        pairs, steps = self.pairs[key], self.offsets[key]
-        offset = int(steps.argmax()) - FARTHEST
-        return Relation(*key, hits / pairs, int(steps.max()) / pairs, offset, pairs)
+    def share(self, key: tuple[str, str], layer: int, head: int) -> float:
+        """How often a head follows a relation."""
+        return int(self.hits[key][layer][head]) / self.pairs[key]
+
+    def offset(self, key: tuple[str, str]) -> int:
+        """The fixed offset that is right most often."""
+        return int(self.offsets[key].argmax()) - FARTHEST
+
+    def baseline(self, key: tuple[str, str], offset: int) -> float:
+        """How often a fixed offset is right."""
+        return int(self.offsets[key][offset + FARTHEST]) / self.pairs[key]
+
+
+class HalvedTally:
+    """Sentences in turns: relation and offset are chosen on one half, measured on the other."""
+
+    def __init__(self, halves: Sequence[RelationTally] = ()) -> None:
+        self.halves = list(halves) or [RelationTally(), RelationTally()]
+
+    @property
+    def sentences(self) -> int:
+        """How many had dependencies."""
+        return sum(half.sentences for half in self.halves)
+
+    def add(self, sentence: Sentence, recording: Recording) -> None:
+        """Add a sentence and what heads read in it."""
+        self.halves[self.sentences % 2].add(sentence, recording)
+
+    def best(self, layer: int, head: int, least: int = LEAST) -> Relation | None:
+        """The relation in which a head is the most above the best fixed offset.
+
+        least: pairs that either half must have.
+        """
+        chosen, measured = self.halves
+        keys = [
+            key for key, pairs in sorted(chosen.pairs.items())
+            if min(pairs, measured.pairs.get(key, 0)) >= least
+            and head < min(len(half.hits[key][layer]) for half in self.halves)
+        ]  # fmt: skip
+        if not keys:
+            return None
+
+        def above(key: tuple[str, str]) -> float:
+            return chosen.share(key, layer, head) - chosen.baseline(key, chosen.offset(key))
+
+        key = max(keys, key=above)
+        offset = chosen.offset(key)
+        return Relation(
+            *key, measured.share(key, layer, head), measured.baseline(key, offset), offset,
+            measured.pairs[key], chosen.share(key, layer, head),
+        )  # fmt: skip
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """As JSON says it, exactly."""
+        return [half.to_json() for half in self.halves]
+
+    @classmethod
+    def from_json(cls, said: list[dict[str, Any]]) -> HalvedTally:
+        """The same again."""
+        one, other = said
+        return cls([RelationTally.from_json(one), RelationTally.from_json(other)])
 
 
 def _word_of_token(about: dict[str, Any], sentence: Sentence) -> list[int]:

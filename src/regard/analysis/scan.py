@@ -1,14 +1,13 @@
 """Every head's scores over many texts, which a run that is killed takes up where it stopped.
 
-A score is first a mean over the tokens of a text, then over texts; its interval is the normal one
-of 95 % over texts. What is known after each text goes to a file that is replaced at once, so that
-a run resumed gives, to the bit, what one that was never stopped gives.
+A score is first a mean over the tokens of a text, then over texts; its interval is that of 95 % by
+a bootstrap over texts (`bootstrap.py`). What is known after each text goes to a file that is
+replaced at once, so that a run resumed gives, to the bit, what one that was never stopped gives.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -22,24 +21,27 @@ from torch import Tensor
 from ..capture.recorded_layer import RecordedLayer
 from ..capture.recording import Recording
 from ..errors import RegardError
+from .bootstrap import Interval, Replicates, draws
 from .corpus import fingerprint, sentences_of
 from .head_scores import SCORES, Strip, Tally, TokenKinds, as_numbers, strips, texts_of
 from .heads import Head, Told, random_scores
 from .look_model import read_as, reading
-from .relations import RelationTally, Sentence
+from .relations import HalvedTally, Sentence
 from .text_model import TextModel
 from .words import word_tokens
 
 STATE = "state.json"
 EXAMPLES = 3  # of each head, from different texts
+READS = 8  # of the token of an example, listed
 _SAVED = 5.0  # seconds between two states
-_NORMAL = 1.959963984540054  # of 95 %
 
 
 class Example(NamedTuple):
     """A word that reads another strongly, special tokens and the first key apart.
 
-    weight: from the word's token to the other's. text: the number of the text in the corpus.
+    weight: from the word's token to the other's. text: the number of the text in the corpus. token:
+    the number of the token that reads; reads: what it reads most, all tokens counted, largest
+    first: (number, token, weight).
     """
 
     weight: float
@@ -47,13 +49,15 @@ class Example(NamedTuple):
     word: str
     read: str
     where: str
+    token: int
+    reads: list[tuple[int, str, float]]
 
 
 @dataclass
 class HeadState:
-    """One head over texts: of each score how many texts, the sum, and the sum of squares."""
+    """One head over texts: of each score how many texts, and the sum."""
 
-    sums: dict[str, list[float]] = field(default_factory=lambda: {n: [0, 0.0, 0.0] for n in SCORES})
+    sums: dict[str, list[float]] = field(default_factory=lambda: {n: [0, 0.0] for n in SCORES})
     examples: list[Example] = field(default_factory=list)
 
     def add(self, scores: dict[str, float | None]) -> None:
@@ -61,7 +65,7 @@ class HeadState:
         for name, value in scores.items():
             if value is not None:
                 had = self.sums[name]
-                self.sums[name] = [had[0] + 1, had[1] + value, had[2] + value * value]
+                self.sums[name] = [had[0] + 1, had[1] + value]
 
     def keep(self, example: Example) -> None:
         """Keep an example if it is among the best."""
@@ -74,24 +78,19 @@ class HeadState:
 
     def mean(self, name: str) -> float | None:
         """The mean over texts."""
-        count, total, _ = self.sums[name]
+        count, total = self.sums[name]
         return total / count if count else None
-
-    def margin(self, name: str) -> float | None:
-        """Half of the interval of 95 %; None for fewer than two texts."""
-        count, total, squares = self.sums[name]
-        if count < 2:
-            return None
-        spread = max(squares - total * total / count, 0.0) / (count - 1)
-        return _NORMAL * math.sqrt(spread / count)
 
 
 @dataclass
 class ScannedHead:
-    """A head, its mean scores, the margin of each, and its examples."""
+    """A head, its mean scores, the interval of each, and its examples.
+
+    intervals: None where fewer than two texts had the score.
+    """
 
     head: Head
-    margins: dict[str, float | None]
+    intervals: dict[str, Interval | None]
     texts: dict[str, int]
     examples: list[Example]
 
@@ -123,7 +122,8 @@ class ScanState:
         self.done, self.skipped = 0, 0
         self.names: list[tuple[int, str, str]] = []  # place, name and kind of each layer
         self.heads: list[list[HeadState]] = []
-        self.relations = RelationTally()
+        self.replicates: list[Replicates] = []
+        self.relations = HalvedTally()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -132,6 +132,7 @@ class ScanState:
         ]
         return self.said | {
             "done": self.done, "skipped": self.skipped, "layers": self.names, "heads": heads,
+            "replicates": [layer.to_json() for layer in self.replicates],
             "relations": self.relations.to_json(),
         }  # fmt: skip
 
@@ -154,7 +155,11 @@ class ScanState:
                            [Example(*each) for each in one["examples"]]) for one in layer]
                 for layer in held["heads"]
             ]  # fmt: skip
-            state.relations = RelationTally.from_json(held["relations"])
+            state.replicates = [
+                Replicates.from_json(one, list(SCORES), len(layer))
+                for one, layer in zip(held["replicates"], state.heads, strict=True)
+            ]
+            state.relations = HalvedTally.from_json(held["relations"])
         except (KeyError, TypeError, ValueError) as error:
             raise RegardError(f"{path} is damaged; delete it to begin again") from error
         return state
@@ -165,16 +170,20 @@ class ScanState:
         if not self.names:
             self.names = [(n, layer.name, layer.kind) for n, layer in places]
             self.heads = [[HeadState() for _ in range(layer.heads)] for _, layer in places]
+            self.replicates = [Replicates(list(SCORES), layer.heads) for _, layer in places]
         words: list[list[int]] | None = None
-        for mine, (_, layer) in zip(self.heads, places, strict=True):
+        drawn = draws(number)
+        for mine, replicates, (_, layer) in zip(self.heads, self.replicates, places, strict=True):
             means, best = _read(layer, recording)
+            replicates.add(means, drawn)
             for head, state in enumerate(mine):
                 state.add(as_numbers(means, head))
                 weight = float(best.values[head])
                 if weight > 0 and state.wants(weight):
                     words = word_tokens(recording.about) if words is None else words
                     pair = (int(best.rows[head]), int(best.keys[head]))
-                    state.keep(_example(weight, number, recording.about, words, pair))
+                    row = layer.weights(slice(pair[0], pair[0] + 1))[head, 0]
+                    state.keep(_example(weight, number, recording.about, words, pair, row))
         if sentence.edges:
             self.relations.add(sentence, recording)
 
@@ -215,8 +224,9 @@ def _read(layer: RecordedLayer, recording: Recording) -> tuple[dict[str, Tensor]
 
 def _example(
     weight: float, number: int, about: dict[str, Any], words: list[list[int]],
-    pair: tuple[int, int],
+    pair: tuple[int, int], row: Tensor,
 ) -> Example:  # fmt: skip
+    """An example of what a token reads: row holds all its weights."""
     offsets, text = about["offsets"], about["text"]
 
     def word_of(token: int) -> str:
@@ -226,7 +236,13 @@ def _example(
     reader, read = map(word_of, pair)
     middle = offsets[pair[0]][0]
     around = text[max(middle - 60, 0) : middle + 60]
-    return Example(weight, number, reader, read, " ".join(around.split()))
+    best = row.topk(min(READS, len(row)))
+    reads = [
+        (key, str(about["tokens"][key]), value)
+        for key, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        if value > 0
+    ]
+    return Example(weight, number, reader, read, " ".join(around.split()), pair[0], reads)
 
 
 def scan(
@@ -306,7 +322,9 @@ def _fits(reader: TextModel, text: str) -> bool:
 
 def _found(state: ScanState, path: Path, random: list[Tally | None]) -> Scan:
     heads = []
-    for (place, name, kind), layer in zip(state.names, state.heads, strict=True):
+    for (place, name, kind), layer, replicates in zip(
+        state.names, state.heads, state.replicates, strict=True
+    ):
         again = random[place] if place < len(random) else None
         for number, one in enumerate(layer):
             scores = {score: one.mean(score) for score in SCORES}
@@ -314,9 +332,12 @@ def _found(state: ScanState, path: Path, random: list[Tally | None]) -> Scan:
                 scores["induction_random"] = float(again.means()["induction"][number])
             best = state.relations.best(place, number)
             made = Head(place, number, name, kind, scores, best)
-            margins = {score: one.margin(score) for score in SCORES}
             texts = {score: int(one.sums[score][0]) for score in SCORES}
-            heads.append(ScannedHead(made, margins, texts, one.examples))
+            intervals = {
+                score: replicates.interval(score, number) if texts[score] > 1 else None
+                for score in SCORES
+            }
+            heads.append(ScannedHead(made, intervals, texts, one.examples))
     return Scan(
         str(state.said["model"]), path.name, state.done - state.skipped, state.skipped,
         state.relations.sentences, heads,

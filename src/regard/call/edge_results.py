@@ -146,11 +146,14 @@ class EffectSeen(_Listed):
     Empty until `backward()` has run: `ready` says so. Then indices int32, effects and weights, each
     (batch, heads, q_len, k), largest |effect| first: positions of keys (−1 where fewer were
     visible), the signed change of the scalar to first order, and the edge's weight. Of a norm the
-    batch is 1, and the effect has no sign. query_start: the first query's position.
+    batch is 1, and the effect has no sign. query_start: the first query's position. taker: takes
+    the three as soon as they are measured, instead of this result, so that no more than one layer's
+    stand in memory.
     """
 
     def __init__(self, query_start: Start = 0) -> None:
         self.query_start = query_start
+        self.taker: Callable[[Tensor, Tensor, Tensor], object] | None = None
         self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
         self._measure: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
 
@@ -166,7 +169,10 @@ class EffectSeen(_Listed):
 
     def fill(self, indices: Tensor, effect: Tensor, weights: Tensor) -> None:
         """Take what a backward pass measured; a later pass replaces it."""
-        self._tensors = indices, effect, weights
+        if self.taker is not None:
+            self.taker(indices, effect, weights)
+        else:
+            self._tensors = indices, effect, weights
 
     def fill_by(self, measure: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
         """Take what is to be measured when it is first asked for: more passes may come."""

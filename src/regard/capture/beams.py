@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..call.checked import Call
 from ..errors import RegardError
+from .stored import read
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -85,7 +86,7 @@ def picked(result: Any, rows: list[int]) -> Any:
     if not is_dataclass(result) or isinstance(result, type):
         return result
     tensors = {f.name: getattr(result, f.name) for f in fields(result)}
-    chosen = {name: t[rows] for name, t in tensors.items() if isinstance(t, Tensor)}
+    chosen = {name: read(t)[rows] for name, t in tensors.items() if isinstance(t, Tensor)}
     return replace(result, **chosen)
 
 

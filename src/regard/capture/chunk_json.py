@@ -18,6 +18,7 @@ from ..call.op_schema import BIAS_WORDS, DEFAULTS, NUMBERS
 from ..call.opcodes import TILE_SIDE, Op
 from .recorded_layer import Chunk
 from .saved_files import Fields
+from .stored import read
 
 _LISTS = ("mask_tensors", "bias_tensors")
 _OPTIONAL = ("sinks", "seed")
@@ -111,7 +112,7 @@ def _check_leaf(
     for tensor, (shape, dtype) in zip(tensors, shapes.get(op, []), strict=True):
         if tensor.dtype != dtype or not _fits(tensor.shape, shape):
             raise ValueError(f"a mask's {op.name} has {tuple(tensor.shape)} {tensor.dtype}")
-    if op == Op.TILES and tensors[0].numel() and int(tensors[0].max()) >= len(tensors[1]):
+    if op == Op.TILES and tensors[0].numel() and int(read(tensors[0]).max()) >= len(tensors[1]):
         raise ValueError("a mask's TILES names bits that are not there")
     if op in (Op.STEP, Op.CHUNK, Op.PHASE, Op.BLOCKS) and numbers[0] < 1:
         raise ValueError(f"a mask's {op.name} has a size of {numbers[0]}")

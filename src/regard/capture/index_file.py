@@ -38,11 +38,15 @@ def write_index(
     os.replace(part, folder / INDEX)
 
 
-def entry_of(layer: Any, file: Path | None) -> dict[str, Any]:
-    """What the index says of a layer, watched or recorded. file: None where nothing was kept."""
+def entry_of(layer: Any, file: Path | None, effects: Path | None = None) -> dict[str, Any]:
+    """What the index says of a layer, watched or recorded. file: None where nothing was kept.
+
+    effects: the file of its effects, where they were measured.
+    """
     said: dict[str, Any] = {"name": layer.name, "index": layer.index, "kind": layer.kind}
     said |= {"pattern": layer.pattern, "reason": layer.reason}
-    return said | {"file": None if file is None else file.name}
+    said |= {"file": None if file is None else file.name}
+    return said if effects is None else said | {"effects": effects.name}
 
 
 def layer_file(folder: Path, number: int) -> Path:

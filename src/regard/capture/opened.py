@@ -13,6 +13,7 @@ from .saved_files import Fields
 from .shard_files import open_parts, parts_of
 from .shard_layer import NAME as SHARD
 from .stored import StoredTensors
+from .stored_effect import add_effects, effect_file
 from .stored_layer import NAME, named, open_layer
 
 
@@ -40,6 +41,9 @@ def open_layers(folder: Path, index: Fields) -> tuple[list[RecordedLayer], list[
             layer, wrong = _opened(folder, file, files.get(_number(folder, file), []), entry)
         layers.append(layer)
         damage += wrong
+        effects = effect_file(folder / file)
+        if layer.pattern and ("effects" in entry or effects.exists()):
+            damage += [found] if (found := add_effects(layer, effects)) else []
     if damage and not any(layer.pattern for layer in layers):
         raise RegardError(damage[0])
     return layers, damage

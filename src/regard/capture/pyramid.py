@@ -25,7 +25,9 @@ from ..call.results import (
     ReceivedSeen,
 )
 from ..engines.second_pass.pooled import SIDE
+from .beams import picked
 from .saved_files import Fields
+from .stored import read
 
 LEAST, MOST = 64, 2048  # the side of a cell; cells a side: 2,048 of 64 at 131,072 tokens
 BINS = 20  # of distances: the last one begins at 2**18
@@ -57,6 +59,12 @@ class Results(Brief):
             return self if self else later
         pairs = ((getattr(self, f.name), getattr(later, f.name)) for f in fields(self))
         return Results(*(mine.then(theirs) for mine, theirs in pairs))
+
+    def pick(self, rows: list[int]) -> Results:
+        """With the batch made of these of its items."""
+        if not self:
+            return self
+        return Results(*(picked(getattr(self, f.name), rows) for f in fields(self)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names that they have in a file."""
@@ -134,17 +142,19 @@ class Results(Brief):
             return None
         if any(start % cell for start in starts):  # cells of other borders
             return None
-        part = held.weights[batch, head]
+        part, placed = held.weights[batch, head], []
         for dim, cells in enumerate((held.rows, held.cols)):
             # The tile's cells, each of `factor` ones that are stored, some before or after them
             factor = cell // cells.size
             first = starts[dim] // cells.size + corner[dim] * SIDE * factor - cells.first
             last = first + SIDE * factor
-            inner = part.narrow(dim, begin := min(max(first, 0), cells.count),
-                                max(min(last, cells.count) - begin, 0))  # fmt: skip
+            part = part.narrow(dim, begin := min(max(first, 0), cells.count),
+                               max(min(last, cells.count) - begin, 0))  # fmt: skip
             before = min(max(-first, 0), SIDE * factor)
-            after = SIDE * factor - before - inner.shape[dim]
+            placed.append((factor, before, SIDE * factor - before - part.shape[dim]))
+        part = read(part)
+        for dim, (factor, before, after) in enumerate(placed):
             pad = (before, after) if dim else (0, 0, before, after)
-            padded = torch.nn.functional.pad(inner, pad).unflatten(dim, (SIDE, factor))
+            padded = torch.nn.functional.pad(part, pad).unflatten(dim, (SIDE, factor))
             part = padded.sum(dim + 1) if reduce == "sum" else padded.amax(dim + 1)
         return part.float()

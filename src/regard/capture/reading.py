@@ -21,11 +21,13 @@ from ..engines.second_pass.readers import READERS, Accumulator
 from ..engines.second_pass.strips import Strips, StripWeights
 from ..errors import RegardError
 from ..ops.pooled import pooled_tiles
+from .by_effect import EdgeEffects
 from .by_value import by_norm
 from .pyramid import BINS
-from .recorded_layer import RecordedLayer
+from .recorded_layer import Chunk, Part, RecordedLayer
+from .stored import read
 
-By = Literal["weight", "value"]
+By = Literal["weight", "value", "effect"]
 
 
 class Tile(NamedTuple):
@@ -96,9 +98,13 @@ def tiles(
     """The tiles (n, SIDE, SIDE), float32, of one batch item."""
     if reduce not in ("sum", "max"):
         raise RegardError(f"reduce is {reduce!r}; give 'sum' or 'max'")
-    norm = None if by == "weight" else norm_of(layer, by)[batch : batch + 1]
     asked = [_checked(layer, one) for one in wanted]
-    out = torch.zeros(len(asked), SIDE, SIDE, dtype=torch.float32, device="cpu")
+    if by == "effect":
+        edges = effects_of(layer)
+        parts = [edges.tile(batch, one, reduce) for one in asked]
+        return torch.stack(parts) if parts else _no_tiles(0)
+    norm = None if by == "weight" else read(norm_of(layer, by)[batch : batch + 1])
+    out = _no_tiles(len(asked))
     starts = (layer.query_start, layer.key_start)
     held = [  # the stored maps are of weights
         None if norm is not None else layer.results.tile(starts, one, reduce, batch)
@@ -109,7 +115,9 @@ def tiles(
             out[n] = found
     if all(found is not None for found in held):
         return out
-    for at, call, lse, first_key in _calls(layer, batch):
+    at = 0
+    for chunk in layer.chunks:
+        first_key, (q_len, k_len) = chunk.keys[0] - layer.key_start, _lengths(chunk)
         rectangles = [
             Rectangle(
                 t.head, t.zoom, (t.row * SIDE << t.zoom) - at,
@@ -117,25 +125,65 @@ def tiles(
             )
             for t in asked
         ]  # fmt: skip
-        inside = [n for n, r in enumerate(rectangles) if held[n] is None and _meets(r, call)]
+        at += q_len
+        inside = [
+            n for n, r in enumerate(rectangles) if held[n] is None and _meets(r, q_len, k_len)
+        ]
         if inside:
-            if norm is not None:
-                call = by_norm(call, norm[:, :, first_key : first_key + call.place.k_len])
-            found = pooled_tiles(call, lse, [rectangles[n] for n in inside], reduce)
-            found = found.to(out)
-            out[inside] = (
-                out[inside] + found if reduce == "sum" else torch.maximum(out[inside], found)
-            )
+            mine = [rectangles[n] for n in inside]
+            found = _computed(layer, chunk, batch, mine, reduce, norm).to(out)
+            both = torch.add if reduce == "sum" else torch.maximum
+            out[inside] = both(out[inside], found)
     return out
+
+
+def _computed(
+    layer: RecordedLayer, chunk: Chunk, batch: int, rectangles: list[Rectangle], reduce: Reduce,
+    norm: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Tiles in one call, of which no more is read than they need."""
+    q_len, k_len = _lengths(chunk)
+    parts = [
+        Part(r.head, _spanned(r.row, r.zoom, q_len), _spanned(r.col, r.zoom, k_len))
+        for r in rectangles
+    ]
+    call, lse = layer.call(chunk, batch, parts), layer.lse(chunk, batch, parts)
+    if norm is not None:
+        first = chunk.keys[0] - layer.key_start
+        call = by_norm(call, norm[:, :, first : first + k_len])
+    return pooled_tiles(call, lse, rectangles, reduce)
+
+
+def _spanned(first: int, zoom: int, length: int) -> slice:
+    """What a tile's side spans of a call's queries or keys."""
+    return slice(max(first, 0), min(first + (SIDE << zoom), length))
+
+
+def _lengths(chunk: Chunk) -> tuple[int, int]:
+    """How many queries and keys a chunk's call has."""
+    return chunk.query.shape[2], chunk.keys[1] - chunk.keys[0]
+
+
+def _no_tiles(count: int) -> Tensor:
+    return torch.zeros(count, SIDE, SIDE, dtype=torch.float32, device="cpu")
 
 
 def norm_of(layer: RecordedLayer, by: str) -> Tensor:
     """‖W_O v‖ of each key (batch, heads, k_len). RegardError where no values were kept."""
     if by != "value":
-        raise RegardError(f"by is {by!r}; give 'weight' or 'value'")
+        raise RegardError(f"by is {by!r}; give 'weight', 'value' or 'effect'")
     if layer.norm is None:
         raise RegardError(f"layer {layer.name} keeps no values; record with values=True")
     return layer.norm
+
+
+def effects_of(layer: RecordedLayer) -> EdgeEffects:
+    """A layer's effects. RegardError where there are none, or not whole."""
+    if layer.effects_damage:
+        raise RegardError(layer.effects_damage)
+    if layer.effects is None:
+        raise RegardError(f"layer {layer.name} keeps no effects; record with effect=True")
+    return layer.effects
 
 
 def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:
@@ -150,13 +198,10 @@ def _checked(layer: RecordedLayer, wanted: Sequence[int]) -> Tile:
     return tile
 
 
-def _meets(tile: Rectangle, call: Call) -> bool:
-    """Whether a tile has cells in the call."""
+def _meets(tile: Rectangle, q_len: int, k_len: int) -> bool:
+    """Whether a tile has cells in a call of so many queries and keys."""
     side = SIDE << tile.zoom
-    return (
-        -side < tile.row < call.place.q_len
-        and -side < tile.col < call.place.k_len
-    )  # fmt: skip
+    return -side < tile.row < q_len and -side < tile.col < k_len
 
 
 def _calls(layer: RecordedLayer, batch: int) -> Iterator[tuple[int, Call, Tensor, int]]:
@@ -164,7 +209,7 @@ def _calls(layer: RecordedLayer, batch: int) -> Iterator[tuple[int, Call, Tensor
     at = 0
     for chunk in layer.chunks:
         yield (
-            at, layer.call(chunk, batch), chunk.lse[batch : batch + 1],
+            at, layer.call(chunk, batch), layer.lse(chunk, batch),
             chunk.keys[0] - layer.key_start,
         )  # fmt: skip
         at += chunk.query.shape[2]
@@ -188,11 +233,11 @@ def top(layer: RecordedLayer, k: int, rows: slice | Sequence[int] | None, batch:
     first, last, places = span_of(layer, rows)
     held = layer.results.top
     if held is not None and k <= held.indices.shape[-1]:
-        wanted = [r + first for r in places]
-        indices, weights = (t[batch][:, wanted] for t in (held.indices, held.weights))
-        # Of those listed, what is asked for no more joins the rest
-        rest = held.rest[batch][:, wanted] + weights[..., k:].sum(-1)
-        sink = held.sink[batch][:, wanted]
+        indices, weights, rest, sink = (
+            read(t[batch][:, first:last])[:, places]
+            for t in (held.indices, held.weights, held.rest, held.sink)
+        )
+        rest = rest + weights[..., k:].sum(-1)  # of those listed, what is asked for no more
         return Top(weights[..., :k], _own_keys(layer, indices[..., :k]), rest, sink)
     parts = []
     for at, call, lse, _ in _calls(layer, batch):
@@ -215,7 +260,7 @@ def _own_keys(layer: RecordedLayer, positions: Tensor) -> Tensor:
 def received(layer: RecordedLayer, batch: int) -> Columns:
     """What each key receives, of all heads."""
     if (held := layer.results.received) is not None:
-        return Columns(held.sum[batch], held.count[batch])
+        return Columns(read(held.sum[batch]), read(held.count[batch]))
     shape = (layer.heads, layer.k_len)
     total = torch.zeros(shape, dtype=torch.float32, device="cpu")
     count = torch.zeros(shape, dtype=torch.int32, device="cpu")
@@ -229,7 +274,7 @@ def received(layer: RecordedLayer, batch: int) -> Columns:
 def entropy(layer: RecordedLayer, batch: int) -> Tensor:
     """The entropy of each row in nats (heads, q_len), float32."""
     if (held := layer.results.entropy) is not None:
-        return held.values[batch]
+        return read(held.values[batch])
     parts = [
         _read(call, lse, [Entropy()])[0].finish(lse)[0][0].float()
         for _, call, lse, _ in _calls(layer, batch)
@@ -244,7 +289,7 @@ def distances(
     observer = Distances(BINS if bins is None else bins)
     held = layer.results.distances
     if held is not None and held.edges == observer.edges:
-        return ByDistance(held.past[batch], held.future[batch], held.edges)
+        return ByDistance(read(held.past[batch]), read(held.future[batch]), held.edges)
     past, future = torch.zeros(
         2, layer.heads, len(observer.edges), dtype=torch.float32, device="cpu"
     )
@@ -278,15 +323,16 @@ def head_metrics(layer: RecordedLayer, batch: int) -> dict[str, Tensor]:
     seen, rows = layer.results, layer.q_len
     if seen.top is None or seen.received is None or seen.entropy is None or not rows:
         return {}
-    received = seen.received.sum[batch].double()
+    received = read(seen.received.sum[batch]).double()
     found = {
         "sink": received[:, 0] / rows,
-        "largest": seen.top.weights[batch, ..., 0].double().mean(1),
-        "entropy": seen.entropy.values[batch].double().mean(1),
+        "largest": read(seen.top.weights[batch])[..., 0].double().mean(1),
+        "entropy": read(seen.entropy.values[batch]).double().mean(1),
     }
     if layer.kind != "self" or seen.distances is None:
         return found
-    past, future = seen.distances.past[batch].double(), seen.distances.future[batch]
+    past = read(seen.distances.past[batch]).double()
+    future = read(seen.distances.future[batch])
     if seen.distances.edges[:3] == (0, 1, 2):
         found |= {"itself": past[:, 0] / rows, "before": past[:, 1] / rows}
     if not future.any():
@@ -298,7 +344,7 @@ def _mean_distance(layer: RecordedLayer, received: Tensor, batch: int) -> Tensor
     """Σ weight · (query − key) / queries = (Σ query · mass − Σ key · received) / queries."""
     top = layer.results.top
     assert top is not None
-    mass = top.weights[batch].double().sum(-1) + top.rest[batch].double()
+    mass = read(top.weights[batch]).double().sum(-1) + read(top.rest[batch]).double()
     # Both add up to all that is read; as they are rounded apart, the sums are made equal first
     mass = mass * (received.sum(1) / mass.sum(1).clamp(min=1e-300))[:, None]
     queries, keys = (

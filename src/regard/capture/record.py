@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from ..errors import RegardError
 from ..ops.beside import Rounding
 from ..ops.region import current
+from .by_effect import EdgeEffects
 from .index_file import INDEX, as_json, entry_of, layer_file, write_index
 from .layers import Layer
+from .measured_effect import NEXT, Target, check_inputs, measure_effects, next_token
 from .projection import output_projection
 from .pyramid import observers
 from .recorded_layer import kept_by
 from .recording import Recording
 from .saved_files import clean, free_folder
 from .shard_writer import ShardWriter
+from .stored_effect import EDGES, effect_file, write_effects
 from .stored_layer import StoredLayer
 from .watching import watch
 
@@ -40,6 +43,7 @@ def record(
     values: bool = False,
     observe: bool = True,
     top: int = 8,
+    effect: bool | Callable[[Any], Tensor] = False,
     tokens: Sequence[str] | None = None,
     tokenizer: Any = None,
     text: str | None = None,
@@ -63,23 +67,31 @@ def record(
     values: also keep values, and ‖W_O v‖ of each key (`Recording.norm_weights`).
     observe: keep the `top` largest weights of each row, what each key receives, entropy, distances,
         and pooled maps, from which coarse tiles are read. Padding's queries count.
+    effect: also run the model forward and backward, and keep of each query the 64 edges whose
+        removal would change a number of its output most (`Recording.effect`, `Effect`): the
+        log-probability of the likeliest next token, or the scalar that a function of the output
+        gives. The model keeps its activations meanwhile, O(N) a layer; nothing of it is changed.
     tokens: a name for each token; tokenizer: names them, and places them in the text.
     about: further facts, fit for JSON. overwrite: replace an older recording.
 
     Inside `context_parallel` inputs are the rank's own tokens, and each rank writes its own part of
     the recording; the first makes the folder, where all of them write.
 
-    RegardError as of `watch`, for beam search, and for a folder that is not free. A run that is
+    In beam search rows follow the beams that survive, as under `watch`.
+
+    RegardError as of `watch`, and for a folder that is not free. A run that is
     stopped or killed leaves the layers that were whole, and `Recording.load` opens them.
     """
     folder = Path(folder)
     said = {"model": _name(model), "versions": _versions()} | dict(about or {})
     said |= _tokens(inputs, tokens, tokenizer, text)
+    region, target = current(), _target(effect, inputs)
+    if target is not None:
+        said["effect"] = {"target": NEXT if effect is True else "as given", "edges": EDGES}
 
     def begin() -> _Writer:
         return _Writer(folder, model, said, overwrite, values)
 
-    region = current()
     with begin() if region is None else ShardWriter(region, begin, model, values) as writer:
         asked = observers(top) if observe else ()
         with (
@@ -92,10 +104,27 @@ def record(
             ) as seen,
         ):  # fmt: skip
             _run(model, inputs)
+        if target is not None:
+            measure_effects(model, inputs, target, EDGES, layers, writer.take_effects)
         writer.finish(seen.layers)
         made = Recording.load(writer.folder)
         writer.opened()
     return made
+
+
+def _target(effect: Any, inputs: Any) -> Target | None:
+    """What effects are measured on; None where they are not. RegardError for what is neither."""
+    if effect is False:
+        return None
+    if effect is not True and not callable(effect):
+        raise RegardError(
+            f"effect is {effect!r}; give True, or a function of the model's output that returns "
+            "a scalar"
+        )
+    if current() is not None:
+        raise RegardError("effects are not recorded over several ranks; record without them")
+    check_inputs(inputs)
+    return next_token if effect is True else effect
 
 
 def _run(model: nn.Module, inputs: Any) -> None:
@@ -205,12 +234,21 @@ class _Writer:
     def _projection(self, name: str, width: int) -> Tensor:
         return output_projection(self._modules, name, width)
 
+    def take_effects(self, name: str, edges: EdgeEffects) -> None:
+        """Write what the edges of a layer do; the layer itself is whole by now."""
+        layer = self.layers[name]
+        layer.close()
+        write_effects(effect_file(layer.path), name, edges)
+
     def finish(self, order: Sequence[Layer]) -> None:
         """Write what is left, and the index: the layers that were watched, in their order."""
         entries = []
         for watched in order:
             layer = self.layers.get(watched.name)
+            path = effects = None
             if layer is not None:
                 layer.close()
-            entries.append(entry_of(watched, None if layer is None else layer.path))
+                path, beside = layer.path, effect_file(layer.path)
+                effects = beside if beside.exists() else None
+            entries.append(entry_of(watched, path, effects))
         write_index(self.folder, self._about, entries, whole=True)

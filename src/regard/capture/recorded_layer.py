@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from ..call.observers import Observer, listed
 from ..call.op_schema import pack, unpack
 from ..engines.second_pass.weigh import weigh, whole_rows
 from ..errors import RegardError
+from .by_effect import EdgeEffects
 from .pyramid import Results
+from .stored import StoredTensors, loaded, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,19 @@ class Chunk(Brief):
     keys: tuple[int, int]
 
 
+WHOLE = slice(None)
 _OPEN = threading.local()
+
+
+class Part(NamedTuple):
+    """Some queries and keys of a call, of one head or of all."""
+
+    head: int | None = None
+    rows: slice = WHOLE
+    cols: slice = WHOLE
+
+
+ALL = (Part(),)
 
 
 @contextmanager
@@ -65,7 +79,9 @@ class RecordedLayer(Brief):
     pattern: False where the layer has no softmax attention; `reason` says why.
     pieces: keys (batch, kv_heads, n, dim), each with the position of its first. values (batch,
     kv_heads, n, v_dim) and norms ‖W_O v‖ (batch, heads, n): likewise, where they were kept.
-    results: what was read beside them. damage: what is wrong with the file that held them.
+    results: what was read beside them. effects: what its edges do to a target, where that was
+    measured. files: what all these are read from. damage: what is wrong with the file that held
+    them; effects_damage: with the effects'.
     """
 
     name: str
@@ -78,7 +94,11 @@ class RecordedLayer(Brief):
     values: list[tuple[int, Tensor]] = field(default_factory=list)
     norms: list[tuple[int, Tensor]] = field(default_factory=list)
     results: Results = field(default_factory=Results)
+    effects: EdgeEffects | None = None
+    files: list[StoredTensors] = field(default_factory=list, repr=False)
     damage: str = ""
+    effects_damage: str = ""
+    _read: dict[Chunk, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __str__(self) -> str:
         if not self.pattern:
@@ -108,7 +128,8 @@ class RecordedLayer(Brief):
     def pick(self, rows: list[int]) -> None:
         """Make the batch of these of its items; one may come twice, or be left out."""
         for at, chunk in enumerate(self.chunks):
-            call = unpack(chunk.query, chunk.query, None, *chunk.packed)
+            query = read(chunk.query)
+            call = unpack(query, query, None, *self._packed(chunk))
             packed = pack(
                 replace(
                     call,
@@ -116,9 +137,15 @@ class RecordedLayer(Brief):
                     biases=tuple(b.items(rows) for b in call.biases),
                 )
             )
-            self.chunks[at] = Chunk(chunk.query[rows], chunk.lse[rows], packed, chunk.keys)
-        self.pieces = [(start, piece[rows]) for start, piece in self.pieces]
-        self.__dict__.pop("key", None)
+            self.chunks[at] = Chunk(query[rows], read(chunk.lse)[rows], packed, chunk.keys)
+        self.pieces, self.values, self.norms = (
+            [(start, read(piece)[rows]) for start, piece in pieces]
+            for pieces in (self.pieces, self.values, self.norms)
+        )
+        self.results = self.results.pick(rows)
+        self._read.clear()
+        for known in ("key", "value", "norm"):
+            self.__dict__.pop(known, None)
 
     @property
     def key_start(self) -> int:
@@ -170,11 +197,36 @@ class RecordedLayer(Brief):
         """Recorded keys."""
         return self.key.shape[2] if self.key is not None else 0
 
-    def call(self, chunk: Chunk, batch: int) -> Call:
-        """The call of a chunk for one batch item."""
+    def call(self, chunk: Chunk, batch: int, parts: Sequence[Part] = ALL) -> Call:
+        """The call of a chunk for one batch item.
+
+        parts: no more than these is to be read of it; of a layer that is in a file, the rest of
+        its queries and keys are no numbers.
+        """
         assert self.key is not None
         start, stop = (k - self.key_start for k in chunk.keys)
-        return unpack(chunk.query, self.key[:, :, start:stop], None, *chunk.packed).item(batch)
+        packed = self._packed(chunk)
+        call = unpack(chunk.query, self.key[:, :, start:stop], None, *packed).item(batch)
+        of = self.heads // max(self.kv_heads, 1)
+        query = loaded(call.query, [(WHOLE, _heads(p.head, 1), p.rows) for p in parts])
+        key = loaded(call.key, [(WHOLE, _heads(p.head, of), p.cols) for p in parts])
+        return replace(call, query=query, key=key)
+
+    def lse(self, chunk: Chunk, batch: int, parts: Sequence[Part] = ALL) -> Tensor:
+        """The log-sum-exp (1, heads, n) of a chunk's call for one batch item; parts: as `call`."""
+        mine = chunk.lse[batch : batch + 1]
+        return loaded(mine, [(WHOLE, _heads(p.head, 1), p.rows) for p in parts])
+
+    def _packed(self, chunk: Chunk) -> tuple[Any, ...]:
+        """What a chunk's call says besides q, k and v, read once."""
+        if chunk not in self._read:
+            self._read[chunk] = tuple(
+                read(a) if isinstance(a, Tensor)
+                else [read(t) if isinstance(t, Tensor) else t for t in a] if isinstance(a, list)
+                else a
+                for a in chunk.packed
+            )  # fmt: skip
+        return self._read[chunk]
 
     def observed(self, observer: Observer, batch: int = 0) -> Any:
         """What an observer sees of the weights of one batch item."""
@@ -183,7 +235,7 @@ class RecordedLayer(Brief):
         parts: list[Any] = []
         for chunk in self.chunks:
             call = replace(self.call(chunk, batch), observers=listed([observer]))
-            parts += weigh(call, chunk.lse[batch : batch + 1])
+            parts += weigh(call, self.lse(chunk, batch))
         return reduce(lambda a, b: a.then(b), parts)
 
     def weights(self, rows: slice, batch: int = 0) -> Tensor:
@@ -194,7 +246,8 @@ class RecordedLayer(Brief):
             n = chunk.query.shape[2]
             r0, r1 = max(first - at, 0), min(last - at, n)
             if r0 < r1:
-                call, lse = self.call(chunk, batch), chunk.lse[batch : batch + 1]
+                shown = [Part(rows=slice(r0, r1))]
+                call, lse = self.call(chunk, batch, shown), self.lse(chunk, batch, shown)
                 left = chunk.keys[0] - self.key_start
                 right = self.k_len - left - call.place.k_len
                 part = whole_rows(call, lse, (r0, r1))[0]
@@ -203,6 +256,11 @@ class RecordedLayer(Brief):
         if not parts:
             return torch.zeros(self.heads, 0, self.k_len, dtype=torch.float32, device="cpu")
         return torch.cat(parts, 1).float()
+
+
+def _heads(head: int | None, of: int) -> slice:
+    """The place of a head's numbers, where so many heads share one."""
+    return WHOLE if head is None else slice(head // of, head // of + 1)
 
 
 def joined(pieces: list[tuple[int, Tensor]]) -> Tensor | None:
@@ -214,7 +272,7 @@ def joined(pieces: list[tuple[int, Tensor]]) -> Tensor | None:
     shape = list(pieces[0][1].shape)
     whole = pieces[0][1].new_zeros([*shape[:2], last - first, *shape[3:]])
     for start, piece in pieces:
-        whole[:, :, start - first :][:, :, : piece.shape[2]] = piece
+        whole[:, :, start - first :][:, :, : piece.shape[2]] = read(piece)
     return whole
 
 

@@ -20,6 +20,7 @@ from ..call.observers import Entropy, Observer
 from ..engines.second_pass.pooled import Reduce
 from ..errors import RegardError
 from . import reading
+from .by_effect import EdgeEffects
 from .by_words import ByWords
 from .compared import Comparison
 from .head_grid import grid, layers_box, plot
@@ -31,6 +32,8 @@ from .rollout import rollout
 from .saved_files import whole_folder
 from .segments import Given, Segments, ranges_of
 from .shard_files import parts_of
+from .stored import read
+from .stored_effect import effect_files, write_beside
 from .stored_layer import write_whole
 
 if TYPE_CHECKING:
@@ -128,7 +131,7 @@ class Recording(Brief):
         """
         norm = reading.norm_of(self._found(layer, head, batch), "value")
         weights = self.weights(layer, head, rows, cols, batch)
-        mine = norm[batch] if head is None else norm[batch, head]
+        mine = read(norm[batch] if head is None else norm[batch, head])
         if cols is not None:
             mine = mine[..., cols if isinstance(cols, slice) else list(cols)]
         return weights * mine[..., None, :].float()
@@ -190,6 +193,11 @@ class Recording(Brief):
         """Whether values were kept, so that `norm_weights` and tiles by value can be read."""
         return any(layer.norms for layer in self.layers)
 
+    @property
+    def has_effects(self) -> bool:
+        """Whether effects were measured, so that `effect` and tiles by effect can be read."""
+        return any(layer.effects is not None for layer in self.layers)
+
     def zooms(self, layer: int | str) -> int:
         """How many zooms the layer's map has: 0 … zooms − 1; at zoom z a cell is 2**z tokens wide.
 
@@ -204,8 +212,9 @@ class Recording(Brief):
         """One tile (128, 128) of a head's map, float32: cells of 2**zoom queries × 2**zoom keys.
 
         They are the cells row · 128 … and col · 128 …, exact at every zoom; 0 beyond the edges.
-        reduce: "sum", a cell's mass, or "max", its largest weight. by: "weight", or "value": each
-        weight times ‖W_O v‖ of its key, as `norm_weights`, where values were kept.
+        reduce: "sum", a cell's mass, or "max", its largest weight. by: "weight"; "value": each
+        weight times ‖W_O v‖ of its key, as `norm_weights`, where values were kept; or "effect":
+        |effect| of the edges that `effect` lists, 0 for the others, where it was measured.
         """
         return self.tiles(layer, [(head, zoom, row, col)], reduce, batch, by)[0]
 
@@ -231,6 +240,19 @@ class Recording(Brief):
         return reading.Top(
             found.weights[head], found.indices[head], found.rest[head], found.sink[head]
         )
+
+    def effect(
+        self, layer: int | str, head: int | None = None,
+        rows: slice | Sequence[int] | None = None, batch: int = 0,
+    ) -> EdgeEffects:  # fmt: skip
+        """What removing an edge would do to the target, of each row's edges that do most.
+
+        (heads, rows, k), or (rows, k): see `EdgeEffects`; `about["effect"]` names the target.
+        RegardError where it was not measured: `record(…, effect=True)`.
+        """
+        found = self._found(layer, head, batch)
+        first, _, places = reading.span_of(found, rows)
+        return reading.effects_of(found).of(batch, head, [first + place for place in places])
 
     def received(
         self, layer: int | str, head: int | None = None, batch: int = 0
@@ -292,9 +314,11 @@ class Recording(Brief):
             entries = []
             for number, layer in enumerate(self.layers):
                 file = layer_file(part, number) if layer.chunks else None
+                effects = None
                 if file is not None:
                     write_whole(file, layer)
-                entries.append(entry_of(layer, file))
+                    effects = write_beside(file, layer)
+                entries.append(entry_of(layer, file, effects))
             write_index(part, self.about, entries, self.whole)
 
     def verify(self) -> None:
@@ -302,7 +326,8 @@ class Recording(Brief):
         if self.folder is None:
             return
         both = (layer_files(self.folder), parts_of(self.folder))
-        verify(path for files in both for mine in files.values() for path in mine)
+        files = [path for named in both for mine in named.values() for path in mine]
+        verify(files + effect_files(self.folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> Recording:

@@ -1,7 +1,11 @@
-"""Tensors in safetensors files: written without a copy in memory, read from memory-mapped files.
+"""Tensors in safetensors files: written without a copy in memory, read piece by piece.
 
 Opening reads the header alone. What a header says is checked before it is believed: sizes, dtypes
 and the room that each tensor has in the file; the numbers are checked when `verify` is asked to.
+
+An opened tensor is mapped into memory, which costs nothing and lets it be sliced; its numbers are
+then read by `read` or `loaded`. To touch the mapping itself would end the process (SIGBUS) where
+somebody cuts the file off meanwhile; a read that comes back short is an error that names the file.
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
 
+from ..errors import RegardError
 from .saved_files import Fields
 
 MOST_HEADER = 2**26  # bytes of a header that are read
@@ -29,9 +36,36 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+_OPEN: WeakValueDictionary[int, StoredTensors] = WeakValueDictionary()  # by where they are mapped
+
+
+def read(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, or of a part of one, that may be in a file.
+
+    RegardError that names the file where it was cut off since it was opened.
+    """
+    return loaded(tensor, [()])
+
+
+def loaded(tensor: Tensor, parts: Sequence[tuple[slice, ...]]) -> Tensor:
+    """A tensor like this one that holds the numbers of `tensor[part]`; the others are none.
+
+    Memory that is never touched is never taken, so that the cost is the parts'. What is in memory
+    already is returned as it is. RegardError as of `read`.
+    """
+    file = _OPEN.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+    # Windows refuses to cut off a file that is mapped
+    if file is None or not hasattr(os, "preadv"):
+        return tensor
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    for part in parts:
+        file.fill(out[part], tensor[part])
+    return out
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
     """Write a file, which is there once it is whole: what is said goes into its header."""
-    own = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    own = {n: read(t).detach().cpu().contiguous() for n, t in tensors.items()}
     # Wide numbers first, so that each tensor begins at a multiple of its numbers' size
     names = sorted(own, key=lambda n: (-own[n].element_size(), n))
     header: dict[str, Any] = {}
@@ -75,8 +109,11 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        # Kept open, so that it is this file that is read, whatever comes to stand in its place
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        finalize(self, os.close, self._file)
+        size = os.fstat(self._file).st_size
+        with open(self._file, "rb", closefd=False) as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
@@ -109,7 +146,29 @@ class StoredTensors(Mapping[str, Tensor]):
 
     @cached_property
     def _mapped(self) -> Any:
-        return torch.UntypedStorage.from_file(str(self.path), False, self._size)
+        storage = torch.UntypedStorage.from_file(str(self.path), False, self._size)
+        _OPEN[storage.data_ptr()] = self
+        return storage
+
+    def fill(self, out: Tensor, tensor: Tensor) -> None:
+        """Read a tensor of this file, or a part of one, into `out`, of the same shape."""
+        runs = _contiguous_dims(out, tensor)
+        for place in product(*map(range, tensor.shape[: tensor.dim() - runs])):
+            self._fill_run(out[place], tensor[place])
+
+    def _fill_run(self, out: Tensor, tensor: Tensor) -> None:
+        """The same where both are contiguous."""
+        room = _bytes(out)
+        at = int(tensor.storage_offset()) * tensor.element_size()
+        while room:
+            got = os.preadv(self._file, [room], at)
+            if not got:
+                now = os.fstat(self._file).st_size
+                raise RegardError(
+                    f"{self.path} is cut off since it was opened: it has {now:,} of {self._size:,} "
+                    "bytes; put it back and open the recording again"
+                )
+            room, at = room[got:], at + got
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._places:
@@ -130,4 +189,15 @@ class StoredTensors(Mapping[str, Tensor]):
     def damaged(self) -> list[str]:
         """The tensors that are not as they were written."""
         sums = self.said.of(dict, "sums")
-        return [name for name in self if sums.get(name) != _sum(self[name])]
+        return [name for name in self if sums.get(name) != _sum(read(self[name]))]
+
+
+def _contiguous_dims(*tensors: Tensor) -> int:
+    """How many of the last dimensions stand without gaps in all of these, of one shape."""
+    dims, stride = 0, 1
+    for dim in reversed(range(tensors[0].dim())):
+        size = tensors[0].shape[dim]
+        if size > 1 and any(t.stride(dim) != stride for t in tensors):
+            break
+        dims, stride = dims + 1, stride * size
+    return dims

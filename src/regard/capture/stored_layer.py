@@ -27,7 +27,7 @@ from .chunk_json import from_json, to_json
 from .pyramid import Results
 from .recorded_layer import Chunk, RecordedLayer, joined
 from .saved_files import Fields
-from .stored import StoredTensors, write
+from .stored import StoredTensors, read, write
 
 STEPS = 64  # queries that gather in memory before they go to a file
 NAME = re.compile(r"layer-(\d{3,6})(?:\.(\d{5}))?\.safetensors")
@@ -45,7 +45,8 @@ class StoredLayer(RecordedLayer):
         super().__init__(name, index, kind)
         self.path, self._rounding, self._observers = path, rounding, observers
         self._projection = projection
-        self.parts, self._rows, self._end, self._seen = 0, 0, 0, Results()
+        self.parts, self._rows, self._seen = 0, 0, Results()
+        self._picked: list[int] | None = None  # since the last file was written
 
     def take(self, call: Call, lse: Tensor, results: list[Any]) -> list[Any]:
         """Write a call, or keep it for the next file; nothing is left for the watch to hold."""
@@ -84,11 +85,15 @@ class StoredLayer(RecordedLayer):
         self.chunks.append(Chunk(call.query.clone(), lse.clone(), packed, (start, stop)))
 
     def pick(self, rows: list[int]) -> None:
-        """What is written is not turned round."""
-        raise RegardError(
-            f"{self.name}: beam search reorders its rows; record takes none. Generate with "
-            "num_beams=1, or watch(model, keep_qk=True) and save its recording()"
-        )
+        """Beam search: the rows so far follow their beams.
+
+        What is written stays as it is, and the next file says whose its rows go on from.
+        """
+        super().pick(rows)
+        self._seen = self._seen.pick(rows)
+        if self.parts:
+            before = self._picked
+            self._picked = rows if before is None else [before[row] for row in rows]
 
     def flush(self) -> None:
         """Write what has gathered as the next file."""
@@ -96,11 +101,11 @@ class StoredLayer(RecordedLayer):
             return
         path = self.path if not self.parts else part_of(self.path, self.parts)
         self.chunks = merged(self.chunks)
-        write_layer(path, self, self._seen, self._rows)
+        write_layer(path, self, self._seen, self._rows, self._picked)
         self._rows += sum(chunk.query.shape[2] for chunk in self.chunks)
         self.parts += 1
         self.chunks, self.pieces, self.values, self.norms = [], [], [], []
-        self._seen = Results()
+        self._seen, self._picked = Results(), None
 
     def close(self) -> None:
         """Write what is left, and make one file of several."""
@@ -128,8 +133,14 @@ def _copied(argument: Any) -> Any:
     return argument
 
 
-def write_layer(path: Path, layer: RecordedLayer, seen: Results, first_row: int) -> None:
-    """A layer's calls, and what was seen of them, as one file. first_row: of the recording."""
+def write_layer(
+    path: Path, layer: RecordedLayer, seen: Results, first_row: int,
+    picked: list[int] | None = None,
+) -> None:  # fmt: skip
+    """A layer's calls, and what was seen of them, as one file. first_row: of the recording.
+
+    picked: the batch items of the files before that this one's go on from; None: their own.
+    """
     tensors, starts = {}, {}
     for name, field in _MANY.items():
         pieces = getattr(layer, field)
@@ -137,6 +148,7 @@ def write_layer(path: Path, layer: RecordedLayer, seen: Results, first_row: int)
             tensors[name], starts[name] = whole, min(start for start, _ in pieces)
     said: dict[str, Any] = {"name": layer.name, "index": layer.index, "kind": layer.kind}
     said |= {"first_row": first_row, "starts": starts, "results": seen.said()}
+    said |= {} if picked is None else {"picked": picked}
     said["chunks"] = [to_json(chunk, n, tensors) for n, chunk in enumerate(layer.chunks)]
     write(path, tensors | seen.tensors(), said)
 
@@ -165,6 +177,8 @@ def open_layer(files: Sequence[Path]) -> RecordedLayer:
                 continue
             if first > rows:
                 raise ValueError(f"it begins at row {first}; the rows from {rows} on are missing")
+            if "picked" in file.said:
+                layer.pick(_rows_of(file.said, layer.batch))
             _extend(layer, file)
             rows = sum(chunk.query.shape[2] for chunk in layer.chunks)
     if layer is None:
@@ -172,6 +186,14 @@ def open_layer(files: Sequence[Path]) -> RecordedLayer:
     with named(files[0]):
         check_joined(layer)
     return layer
+
+
+def _rows_of(said: Fields, batch: int) -> list[int]:
+    """Which batch items of the files before a file's go on from."""
+    rows = said.integers("picked")
+    if not rows or not all(0 <= row < batch for row in rows):
+        raise ValueError(f"picked is {rows[:20]}; the files before have {batch} items")
+    return rows
 
 
 class named:
@@ -191,6 +213,7 @@ class named:
 
 def _extend(layer: RecordedLayer, file: StoredTensors) -> None:
     """Append a file's calls to a layer."""
+    layer.files.append(file)
     starts = Fields(file.said["starts"], "starts")
     for name, field in _MANY.items():
         if name in file:
@@ -290,7 +313,7 @@ def _continues(one: Chunk, other: Chunk) -> bool:
     if any((a is None) != (b is None) for a, b in tensors):
         return False
     # A dense bias (four dimensions) belongs to its call's own rows
-    if any(a is not None and (a.dim() > 2 or not torch.equal(a, b)) for a, b in tensors):
+    if any(a is not None and (a.dim() > 2 or not _equal(a, b)) for a, b in tensors):
         return False
     back = _reach(list(code))
     if back is None:
@@ -298,6 +321,10 @@ def _continues(one: Chunk, other: Chunk) -> bool:
     least = min(one.keys[0], other.keys[0])
     return all(c.keys[0] in (least, 0) or c.keys[0] <= s - back + 1
                for c, s in ((one, start), (other, start2)))  # fmt: skip
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(read(one), read(other))
 
 
 def _reach(code: list[int]) -> int | None:
@@ -319,5 +346,6 @@ def _joined(run: Sequence[Chunk]) -> Chunk:
     first = run[0]
     keys = (min(c.keys[0] for c in run), max(c.keys[1] for c in run))
     packed = (*first.packed[:-1], keys[0])
-    query, lse = torch.cat([c.query for c in run], 2), torch.cat([c.lse for c in run], 2)
+    query = torch.cat([read(c.query) for c in run], 2)
+    lse = torch.cat([read(c.lse) for c in run], 2)
     return Chunk(query, lse, packed, keys)

@@ -96,7 +96,9 @@ def relations(found: HeadScores) -> Iterator[Text]:
         f"dependencies in {counted(found.sentences, 'sentence')}: of each head the relation in "
         "which it is", style=_HEAD,
     )  # fmt: skip
-    yield Text(f"the most above the best fixed offset (up to {FARTHEST} words)", style=_HEAD)
+    offset = f"the best fixed offset (up to {FARTHEST} words)"
+    yield Text(f"the most above {offset}; both are chosen on half", style=_HEAD)
+    yield Text("of the sentences, and measured on the other half", style=_HEAD)
     yield Text("head  relation               followed   offset     of", style=_HEAD)
     for one, r in above:
         yield Text(f"{head_label(one.layer, one.head):<6}{relation_line(r)}")

@@ -204,14 +204,15 @@ def answered(
             recording = reader.record(text, generate=generate, step=wrote)
         else:
             recording = reader.stream(text, folder, generate=generate, step=wrote, dtype=None)
-            recording.folder = save
         found = gather(
             recording, readers=words, layers=layers, heads=heads, top=top, special=special,
             progress=lambda share: progress("weighing words", share),
         )  # fmt: skip
         other = question.answer(
-            found, reader, recording, words, layers, heads, progress, second=second
+            found, reader, recording, words, layers, heads, progress, second=second, save=folder
         )
+    if save is not None:
+        recording.folder = save
     return LookResult(found, recording, other)
 
 

@@ -27,7 +27,7 @@ def scan_dict(found: Scan) -> dict[str, Any]:
         "heads": [
             head_dict(one.head)
             | {
-                "margins": one.margins,
+                "intervals": one.intervals,
                 "texts": one.texts,
                 "examples": [example._asdict() for example in one.examples],
             }

@@ -28,7 +28,7 @@ def lines(found: Scan) -> Iterator[Text]:
     said += f", {found.skipped:,} too long" if found.skipped else ""
     yield Text(fit(said, WIDTH).rstrip(), style="bold")
     yield Text()
-    yield Text("largest means over texts, ± half the 95 % interval", style="bold")
+    yield Text("largest means over texts, ± half the 95 % interval (bootstrap)", style="bold")
     for name in PLACES:
         heads = [_value(one, name) for one in found.ranked(name)[:_LISTED]]
         yield Text(f"{label(name):<19}{''.join(heads) or '–'}".rstrip())
@@ -48,7 +48,8 @@ def lines(found: Scan) -> Iterator[Text]:
 
 
 def _value(one: ScannedHead, name: str) -> str:
-    value, margin = one.head.scores[name] or 0.0, one.margins[name]
+    value, interval = one.head.scores[name] or 0.0, one.intervals[name]
+    margin = None if interval is None else (interval.high - interval.low) / 2
     said = f"{head_label(one.head.layer, one.head.head)} {value:.2f}"
     return f"{said + ('' if margin is None else f' ±{margin:.3f}'):<18}"
 

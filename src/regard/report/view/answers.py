@@ -39,7 +39,7 @@ class Asked:
 
     def measure(self) -> By:
         """What is shown of each edge."""
-        return cast("By", self.one_of("measure", "weight", "value"))
+        return cast("By", self.one_of("measure", "weight", "value", "effect"))
 
     def word(self, name: str) -> str:
         return self._given.get(name, "")[:1000]

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,9 @@ def _read(folder: Path) -> FirstAnswers:
             )  # fmt: skip
             continue
         facts, found = _layer(folder / entry["file"])
+        if effects := entry.get("effects"):
+            _check_effects(folder / effects)
+            facts = replace(facts, effects=True)
         layers.append(facts)
         if found is not None:
             maps[number] = found
@@ -123,19 +126,34 @@ def _read(folder: Path) -> FirstAnswers:
     return FirstAnswers(folder, about, sides, maps)
 
 
-def _layer(path: Path) -> tuple[LayerFacts, _Map | None]:
-    """A layer's facts, and its pooled maps where they begin with the first query and key."""
+def _check_effects(path: Path) -> None:
+    """Whether a file of effects may be whole: of the size that its header says."""
+    header, begin = _header(path)
+    if begin + _last(header) != path.stat().st_size:
+        raise _Unusual
+
+
+def _last(header: dict[str, Any]) -> int:
+    """Where the last tensor ends."""
+    return max(int(entry["data_offsets"][1]) for name, entry in header.items() if name[0] != "_")
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's header, and where its tensors begin."""
     if path.is_symlink() or path.parent / path.name != path or os.sep in path.name:
         raise _Unusual
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_HEADER, path.stat().st_size - 8):
             raise _Unusual
-        header = json.loads(file.read(length))
+        return json.loads(file.read(length)), 8 + length
+
+
+def _layer(path: Path) -> tuple[LayerFacts, _Map | None]:
+    """A layer's facts, and its pooled maps where they begin with the first query and key."""
+    header, begin = _header(path)
     said = json.loads(header["__metadata__"]["regard"])
-    begin, size = 8 + length, path.stat().st_size
-    last = max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
-    if begin + last != size or said["first_row"] != 0 or not said["chunks"]:
+    if begin + _last(header) != path.stat().st_size or said["first_row"] != 0 or not said["chunks"]:
         raise _Unusual
     queries = [header[f"{n}.query"]["shape"] for n in range(len(said["chunks"]))]
     key, (batch, heads, *_) = header["key"]["shape"], queries[0]

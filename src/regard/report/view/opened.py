@@ -31,8 +31,8 @@ from .page_facts import (
 from .pieces import Piece, displayed
 from .units import Units
 
-By = Literal["weight", "value"]
-"""What is shown: weights, or weight · ‖W_O v‖, how long a vector each key adds."""
+By = Literal["weight", "value", "effect"]
+"""What is shown: weights; weight · ‖W_O v‖, how long a vector each key adds; or |effect|."""
 _APART = 64  # special tokens that can be taken out of a map
 
 
@@ -82,7 +82,7 @@ class Opened:
     def check(self) -> None:
         """RegardError where the recording is no longer there, or no longer what was opened.
 
-        Layers are mapped into memory: to read where a file was cut off ends the process.
+        A file that is cut off later than this is an error of whatever reads it.
         """
         if self.folder is None:
             return
@@ -123,6 +123,7 @@ class Opened:
             LayerFacts(
                 layer.index, layer.name, layer.kind, layer.heads, layer.q_len, layer.k_len,
                 layer.batch, readable(layer), layer.damage or layer.reason, bool(layer.norms),
+                layer.effects is not None,
             )
             for layer in self.recording.layers
         ]  # fmt: skip
@@ -197,6 +198,9 @@ class Opened:
         for query in queries:
             if not 0 <= query < layer.q_len:
                 raise RegardError(f"no query {query}: the layer has {layer.q_len:,}")
+        if by == "effect":
+            edges = self.recording.effect(number, head, queries, batch)
+            return edges.dense(layer.k_len).mean(0)
         read = self.recording.weights if by == "weight" else self.recording.norm_weights
         return read(number, head, queries, batch=batch).mean(0)
 

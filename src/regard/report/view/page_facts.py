@@ -40,7 +40,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One layer. readable: whether it has weights to show, else `reason`; norms: see `measure`."""
+    """One layer. readable: whether it has weights to show, else `reason`.
+
+    norms, effects: whether lengths of what keys add, and effects of edges, can be shown.
+    """
 
     index: int
     name: str
@@ -52,6 +55,7 @@ class LayerFacts:
     readable: bool
     reason: str
     norms: bool
+    effects: bool = False
 
 
 def page_facts(recordings: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -96,6 +100,7 @@ def recording_facts(
                 "pattern": layer.readable,
                 "reason": layer.reason,
                 "norms": layer.norms,
+                "effects": layer.effects,
             }
             for layer in layers
         ],
@@ -103,6 +108,7 @@ def recording_facts(
         "damaged": list(damaged[:20]),
         "sides": sides,
         "special": special_of(about),
+        "effect": effect_of(about),
         "words": names_words(about, layers, sides),
     }
 
@@ -121,6 +127,17 @@ def names_words(about: dict[str, Any], layers: Sequence[LayerFacts], sides: dict
     if not isinstance(words, list) or not words or sides["decoder"]:
         return False
     return all(max(x.q_len, x.k_len) <= sides["text"] for x in layers if x.readable)
+
+
+def effect_of(about: dict[str, Any]) -> dict[str, Any] | None:
+    """What effects were measured on, and of how many edges a query; None where they were not."""
+    given = about.get("effect")
+    if not isinstance(given, dict):
+        return None
+    target, edges = given.get("target"), given.get("edges")
+    if not isinstance(target, str) or not isinstance(edges, int):
+        return None
+    return {"target": target[:200], "edges": edges}
 
 
 def special_of(about: dict[str, Any]) -> list[int]:

@@ -44,20 +44,20 @@ function drawList({ fan, unit, state, readers, keys, keep, added }) {
   table.caption.replaceChildren(bold(own.name(fan.index)), fan.inward ? " is read by" : " reads",
     `, head ${state.layer}.${state.head}`);
   table.querySelector("th").textContent = unit;
-  table.querySelector("th:nth-child(3)").textContent = added ? "adds" : "weight";
+  table.querySelector("th:nth-child(3)").textContent = { weight: "weight", value: "adds", effect: "effect" }[state.measure];
   const items = fan.items.slice(0, ROWS);
   const most = items[0]?.[1] ?? 1;
   keyed(table.tBodies[0], items, ([i]) => `${other.side}.${i}`, row, (line, [i, weight]) => {
     const [name, gauge, value, at, far] = line.cells;
     name.firstChild.textContent = other.name(i);
     gauge.firstChild.style.setProperty("--shade", (weight / most).toFixed(3));
-    value.textContent = three(weight);
+    value.textContent = state.measure === "effect" ? weight.toPrecision(3) : three(weight);
     at.textContent = i.toLocaleString("en");
     far.textContent = Math.abs(fan.index - i).toLocaleString("en");
   });
   const sum = items.reduce((total, [, weight]) => total + weight, 0);
   const total = fan.inward || added ? fan.total : 1;
-  const said = `shown ${percent(total > 0 ? sum / total : 0)} of the ${added ? "lengths added" : "mass"}`;
+  const said = `shown ${percent(total > 0 ? sum / total : 0)} of the ${{ weight: "mass", value: "lengths added", effect: "effects kept" }[state.measure]}`;
   mass.textContent = fan.inward && !added
     ? `${said} that it receives: ${fan.total.toFixed(2)} in sum over ${fan.visible.toLocaleString("en")} ${unit}s`
     : said;

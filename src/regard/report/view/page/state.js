@@ -18,7 +18,7 @@ const state = {
   scale: "log",
   sinks: true,
   range: null, // of rows or columns that are kept: row or col, first, last + 1
-  measure: "weight", // "value": weight times the length of what the key adds
+  measure: "weight", // "value": weight times the length of what the key adds; "effect": of cutting the edge
   along: "entropy", // what the line along the text says: "received"
   at: null, // where the map stands: zoom, row, column
   top: null, // the first token of the text in sight
@@ -104,7 +104,7 @@ function read(about) {
   state.sinks = query.get("sinks") !== "off";
   const range = /^(row|col),(\d{1,9}),(\d{1,9})$/.exec(query.get("range") ?? "");
   state.range = range && Number(range[2]) < Number(range[3]) ? range[0] : null;
-  state.measure = layers[state.layer].norms ? oneOf("measure", ["weight", "value"], "weight") : "weight";
+  state.measure = oneOf("measure", measures(layers[state.layer]), "weight");
   state.along = oneOf("along", ["entropy", "received"], "entropy");
   const at = (query.get("at") ?? "").split(",").map(Number);
   state.top = number("top", 1e9, null);
@@ -113,4 +113,7 @@ function read(about) {
   state.at = at.length === 3 && at.every(Number.isFinite) ? query.get("at") : null;
 }
 
-export { changed, onChange, read, state, write };
+/** What a recording has of each edge of a layer. */
+const measures = ({ norms, effects }) => ["weight", ...(norms ? ["value"] : []), ...(effects ? ["effect"] : [])];
+
+export { changed, measures, onChange, read, state, write };

@@ -9,7 +9,7 @@ import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
 import { bold, byId, count, make, percent, three } from "./shared.js";
 import { Segments } from "./segments.js";
-import { changed, onChange, read, state, write } from "./state.js";
+import { changed, measures, onChange, read, state, write } from "./state.js";
 import { Pane } from "./text.js";
 
 const PAUSE = 60; // milliseconds that the pointer rests before a token is asked about
@@ -90,8 +90,19 @@ function wonder() {
   asking = { question, abort, timer: setTimeout(go, hover === null ? 0 : PAUSE) };
 }
 
-/** Whether lengths are shown, of what each key adds, instead of weights. */
+/** Whether lengths are shown, of what each key adds, or effects, instead of weights. */
 const added = () => state.measure !== "weight";
+
+/** Offer what this layer's recording has of each edge; with effects, say what on. */
+function offerMeasures() {
+  const label = byId("measure"), select = label.querySelector("select"), offered = measures(layer());
+  for (const option of select.options) option.hidden = option.disabled = !offered.includes(option.value);
+  label.hidden = offered.length < 2 || Boolean(held);
+  select.value = state.measure;
+  const { effect } = recording();
+  label.title = !offered.includes("effect") || !effect ? ""
+    : `effect: how much cutting each edge would change the ${effect.target}, of the ${effect.edges} edges of each token that change it most`;
+}
 
 /** The items that hold the share of the mass that the slider asks for. */
 function chosenItems() {
@@ -119,8 +130,7 @@ function draw() {
   for (const button of byId("units").children)
     button.setAttribute("aria-pressed", button.dataset.units === state.units);
   byId("units").hidden = !recording().words || Boolean(held);
-  byId("measure").hidden = !layer().norms || Boolean(held);
-  byId("measure").querySelector("select").value = state.measure;
+  offerMeasures();
   segments.refresh();
   segments.draw();
   heads.build();
@@ -193,7 +203,7 @@ function drawShown(kept) {
   }
   const lost = added() ? 0 : 1 - fan.total;
   const whole = Math.max(fan.total, fan.inward || added() ? 0 : 1);
-  const parts = [`shown ${percent(whole > 0 ? kept.sum / whole : 0)} of the ${added() ? "lengths added" : "mass"}`,
+  const parts = [`shown ${percent(whole > 0 ? kept.sum / whole : 0)} of the ${state.measure === "effect" ? "effects kept" : added() ? "lengths added" : "mass"}`,
     `${count(kept.items.length, unit())} of ${fan.visible.toLocaleString("en")}`];
   if (!fan.inward && lost > 0.005) parts.push(`${percent(lost)} goes to a learned sink`);
   if (kept.items.length === about.listed && kept.sum < (state.share / 100) * fan.total - 1e-6)
@@ -238,7 +248,7 @@ function drawHeadline() {
     .concat(fan.items);
   const names = fan.inward ? [readers().name(best[0]), keys().name(fan.index)]
     : [readers().name(fan.index), keys().name(best[0])];
-  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(added() ? `${best[1].toPrecision(3)} added` : three(best[1]), "weight"), where);
+  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(added() ? `${best[1].toPrecision(3)} ${state.measure === "effect" ? "effect" : "added"}` : three(best[1]), "weight"), where);
   byId("note").replaceChildren(...(state.word === null ? ["Click to keep it."]
     : ["Kept. ", looseButton()]));
 }
@@ -419,7 +429,7 @@ async function start() {
   build();
   onChange(() => {
     byId("error").hidden = true; // it comes again where it still holds
-    if (!layer().norms) state.measure = "weight";
+    if (!measures(layer()).includes(state.measure)) state.measure = "weight";
     tellAbout(recording(), layer());
     wonder();
     draw();
