@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -105,6 +105,7 @@ def record(
         ):  # fmt: skip
             _run(model, inputs)
         if target is not None:
+            assert isinstance(writer, _Writer)  # not over ranks: see _target
             measure_effects(model, inputs, target, EDGES, layers, writer.take_effects)
         writer.finish(seen.layers)
         made = Recording.load(writer.folder)
