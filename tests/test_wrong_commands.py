@@ -62,7 +62,15 @@ WRONG = {
     "not in the cache": (["look", "a", "--model", "nobody/nothing-of-this-name"],
         "no model nobody/nothing-of-this-name: it is not in the cache"
     ),
-    "no name of a model": (["look", "a", "--model", "no such model!"], "there is no model folder"),
+    "no name of a model": (
+        ["look", "a", "--model", "model!"],
+        "there is no model folder model!: a model is a folder, or a name on the hub",
+    ),
+    "a text for a model": (
+        ["heads", "A cat sat."],
+        "there is no model folder A cat sat.: a model is a folder, or a name on the hub; --help "
+        "says where a text stands",
+    ),
     "an encoder writes nothing": (
         ["look", "a", "--generate", "3"],
         "all-MiniLM-L6-v2 is an encoder: it generates no text",
