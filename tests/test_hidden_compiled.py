@@ -16,6 +16,14 @@ from regard.engines.cpu import native
 from test_hidden import BAD, HIDING, drawn
 
 KEPT = torch.arange(200) % 5 != 2
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    """A function is compiled a few times at most, and here is one for all cases."""
+    torch._dynamo.reset()
+
+
 REQUESTS: dict[str, dict[str, Any]] = {
     "padding": {"mask": Padding(KEPT[None])},
     "padding and the future": {"mask": Padding(KEPT[None]) & Causal()},

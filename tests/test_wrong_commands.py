@@ -238,5 +238,6 @@ def test_one_line_says_what_is_wrong(places, arguments, said):
     assert (done.exit_code, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.isprintable()
+    assert "[Errno" not in line
     assert line.removeprefix("regard: ").startswith(said.format(**places)), line
     assert sorted(places["tmp"].rglob("*")) == before
