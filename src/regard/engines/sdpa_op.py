@@ -74,6 +74,7 @@ def _computed_back(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> lis
 
 def _apart(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> list[Tensor]:
     """The gradients beside `hidden.apart`: rows that see what is not finite are `tiled`'s."""
+    assert call.value is not None
     query, key, value = (hidden.filled(t) for t in (call.query, call.key, call.value))
     clean, odd = replace(call, query=query, key=key, value=value), hidden.rows_that_see(call)
     odd = odd[..., None]
