@@ -72,9 +72,16 @@ def test_under_torch_func(request_of):
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["the future", "padding", "a bias of −∞"])
+@pytest.mark.parametrize(
+    "name, dtype, backend",
+    [
+        ("the future", torch.float32, "aot_eager"),
+        ("padding", torch.bfloat16, "aot_eager"),
+        ("a bias of −∞", torch.float64, "aot_eager"),
+        pytest.param("padding", torch.float32, "inductor", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_compiled_kernel_gives_what_it_gives_alone(name, dtype, backend):
     """PyTorch's: rows that see a bad number too, and gradients, to the bit; grouped heads."""
     request = HIDING[name](40)
