@@ -33,7 +33,7 @@ FACTORIES = {
     "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 OBSERVERS = [TopK(3), Received(), Entropy(), MaxScore(), LogSumExp(), Map(4, 4), Distances()]
-DEFAULTS = ["bfloat16", "float64", "meta"]
+DEFAULTS = ["bfloat16", "float16", "float64", "meta"]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ GIVING_NONE = ("levit", "maskformer-swin", "mobilevit")
 # Architectures whose attention goes through no interface, with all their weights to compare to
 DENSE = [
     "bloom", "canine", "codegen", "convbert", "data2vec-vision",
-    "deberta", "deberta-v2", "donut-swin", "falcon", "flaubert", "fsmt", "funnel", "glpn",
+    "deberta", "deberta-v2", "donut-swin", "falcon", "flaubert", "fsmt", "funnel", "git", "glpn",
     "gpt_neo", "gpt_neox_japanese", "gptj", "ibert", "imagegpt", "layoutlmv3",
     "levit", "lilt", "luke", "lxmert", "maskformer-swin", "megatron-bert", "mgp-str", "mobilevit",
     "mpnet", "mpt", "mvp", "openai-gpt", "prophetnet", "pvt", "rembert", "roformer", "speecht5",

@@ -62,7 +62,15 @@ WRONG = {
     "not in the cache": (["look", "a", "--model", "nobody/nothing-of-this-name"],
         "no model nobody/nothing-of-this-name: it is not in the cache"
     ),
-    "no name of a model": (["look", "a", "--model", "no such model!"], "there is no model folder"),
+    "no name of a model": (
+        ["look", "a", "--model", "model!"],
+        "there is no model folder model!: a model is a folder, or a name on the hub",
+    ),
+    "a text for a model": (
+        ["heads", "A cat sat."],
+        "there is no model folder A cat sat.: a model is a folder, or a name on the hub; --help "
+        "says where a text stands",
+    ),
     "an encoder writes nothing": (
         ["look", "a", "--generate", "3"],
         "all-MiniLM-L6-v2 is an encoder: it generates no text",
@@ -250,5 +258,6 @@ def test_one_line_says_what_is_wrong(places, arguments, said):
     assert (done.exit_code, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.isprintable()
+    assert "[Errno" not in line
     assert line.removeprefix("regard: ").startswith(said.format(**places)), line
     assert sorted(places["tmp"].rglob("*")) == before

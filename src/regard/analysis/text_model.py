@@ -356,7 +356,10 @@ def _locate(name: str | None) -> tuple[str, str]:
     if path.exists():
         raise RegardError(f"{name} is a file; a model is a folder, or a name on the hub")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise RegardError(f"there is no model folder {name}")
+        raise RegardError(
+            f"there is no model folder {name}: a model is a folder, or a name on the hub"
+            + ("; --help says where a text stands" if " " in name else "")
+        )
     return name, name
 
 

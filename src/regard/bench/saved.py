@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RegardError
+from ..errors import RegardError, reason
 from .runner import Outcome
 from .timing import Ratio
 
@@ -47,7 +47,7 @@ def save(run: Mapping[str, Any]) -> None:
         path().parent.mkdir(parents=True, exist_ok=True)
         path().write_text(json.dumps(run, indent=1), "utf-8")
     except OSError as error:
-        raise RegardError(f"cannot save the run: {error}") from error
+        raise RegardError(f"cannot save the run in {path()}: {reason(error)}") from error
 
 
 def last() -> Mapping[str, Any] | None:
@@ -58,7 +58,7 @@ def last() -> Mapping[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise RegardError(
-            f"{path()} is no saved run: {error}; regard bench --save writes one"
+            f"{path()} is no saved run: {reason(error)}; regard bench --save writes one"
         ) from error
     return found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..call.brief import Brief, shortened
 from ..call.observers import Entropy, Observer
 from ..engines.second_pass.pooled import Reduce
-from ..errors import RegardError
+from ..errors import RegardError, reason
 from . import reading
 from .by_effect import EdgeEffects
 from .by_words import ByWords
@@ -346,4 +346,4 @@ class Recording(Brief):
         except RecursionError:
             raise RegardError(f"{folder} is not a whole recording: JSON too deep") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RegardError(f"{folder} is not a whole recording: {error}") from error
+            raise RegardError(f"{folder} is not a whole recording: {reason(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ def given_text(given: str) -> str:
         except OSError as error:
             raise RegardError(f"cannot read the file {name!r}: {error.strerror}") from error
     else:
+        if os.path.isfile(given):
+            click.echo(
+                f"{given!r} is read as a text; @{given} reads the file of that name", err=True
+            )
         data, name = given.encode("utf-8", "surrogatepass"), "the argument"
     try:
         text = data.decode("utf-8-sig")

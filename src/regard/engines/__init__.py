@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call.checked import Call
 from ..errors import NoEngine, RegardError
-from . import flex, hidden, reference, sdpa, tiled
+from . import flex, hidden, reference, sdpa, sdpa_op, tiled
 from .cpu import engine as cpu
 from .cpu import measured
 from .decode import engine as decode
@@ -61,7 +61,7 @@ def spreading(call: Call) -> list[str]:
     if call.place.device.type == "cpu":
         then = (
             "where a NaN or ∞ is among it, it computes again with 0 there, and tiled the rows that "
-            "see one; under a compiler or a transform it does not look"
+            "see one; in an exported program it does not look"
         )
     return [
         f"{engine.name} multiplies what is hidden by 0: {then}"
@@ -111,6 +111,8 @@ def run(call: Call, engine: str = "auto") -> tuple[Tensor, Tensor, dict[int, Any
     if call.observers and hasattr(chosen, "observed"):
         answer: tuple[Tensor, Tensor, dict[int, Any]] = chosen.observed(call)
         return answer
+    if chosen is sdpa and sdpa_op.wanted(call):
+        return (*sdpa_op.forward(call), {})
     out, lse = chosen.forward(call)
     if chosen in SPREADING and hidden.spread_by(call, out):
         out, lse = hidden.apart(call, chosen.forward, tiled.forward)

@@ -100,11 +100,15 @@ def plus(log: Tensor, more: Tensor) -> Tensor:
     return total if finite(more) else total.masked_fill_(log == -torch.inf, -torch.inf)
 
 
+def hides(call: Call) -> bool:
+    """Whether some row may not see some key."""
+    return not call.program.full or bool(call.biases) or call.pages is not None
+
+
 def spread_by(call: Call, out: Tensor) -> bool:
     """Whether a kernel that multiplies what is hidden by 0 may have spoiled rows or gradients."""
-    hides = not call.program.full or call.biases or call.pages is not None
     tensors = (call.query, call.key, call.value)
-    if not hides or call.place.device.type != "cpu" or not transforms.unwatched(*tensors):
+    if not hides(call) or call.place.device.type != "cpu" or not transforms.unwatched(*tensors):
         return False
     return not finite(*(tensors if call.needs_grad else (out,)))
 
@@ -115,14 +119,14 @@ def apart(call: Call, by: Forward, exactly: Forward) -> tuple[Tensor, Tensor]:
     assert call.value is not None
     query, key, value = (filled(t) for t in (call.query, call.key, call.value))
     out, lse = by(replace(call, query=query, key=key, value=value))
-    odd = _rows_that_see(call)
+    odd = rows_that_see(call)
     if not odd.any():
         return out, lse
     exact, exact_lse = exactly(call)
     return exact.where(odd[..., None], out), exact_lse.to(lse.dtype).where(odd, lse)
 
 
-def _rows_that_see(call: Call) -> Tensor:
+def rows_that_see(call: Call) -> Tensor:
     """Which rows hold or see a number that is not finite: bool (batch, heads, q_len)."""
     assert call.value is not None
     place = call.place

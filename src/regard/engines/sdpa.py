@@ -89,19 +89,46 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         if call.pages is not None:
             call = replace(call.gathered(), program=_in_order(call))
         return sdpa_cuda.forward(call, _capability(call))
-    mask = blind = None
-    if not _plain(call):
-        mask, blind = laid_out(call)
-        mask = mask.contiguous()
-    assert call.value is not None
-    given = (call.query, call.key, call.value)
-    # The kernel takes the last stride to be 1, whatever it is
-    tensors = (t if t.stride(-1) == 1 else t.contiguous() for t in given)
+    mask, blind = _mask(call)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *tensors, 0.0, mask is None and not call.program.full, attn_mask=mask, scale=call.scale
-    )
+        *_tensors(call), 0.0, mask is None and not call.program.full, attn_mask=mask,
+        scale=call.scale,
+    )  # fmt: skip
     if call.query.dtype in (torch.bfloat16, torch.float16):
         # It drops an infinite score of these; inf − inf is NaN
         out = out.masked_fill((lse == torch.inf)[..., None], torch.nan)
     # It gives a row that sees nothing an lse of 0
     return out, lse if blind is None else lse.masked_fill(blind, -torch.inf)
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value on the CPU, given what `forward` returned."""
+    mask, blind = _mask(call)
+    if call.query.dtype in (torch.bfloat16, torch.float16):
+        grad_out = grad_out.masked_fill((lse == torch.inf)[..., None], 0)
+    if blind is not None:
+        lse = lse.masked_fill(blind, 0)
+    grads: tuple[Tensor, Tensor, Tensor] = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, *_tensors(call), out, lse, 0.0, mask is None and not call.program.full,
+            attn_mask=mask, scale=call.scale,
+        )
+    )  # fmt: skip
+    return grads
+
+
+def _mask(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """The mask as the kernel for CPUs takes it, and the rows that see nothing."""
+    if _plain(call):
+        return None, None
+    mask, blind = laid_out(call)
+    return mask.contiguous(), blind
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    """query, key, value; the kernel takes the last stride to be 1, whatever it is."""
+    assert call.value is not None
+    given = (call.query, call.key, call.value)
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in given]

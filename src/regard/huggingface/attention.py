@@ -329,6 +329,8 @@ def _call(
 ) -> Call:
     """transformers' arguments as a call."""
     request, starts = _request(met, module, query, key.shape[2], attention_mask, **given)
+    if key.shape[1] != value.shape[1]:  # torch's function groups each by itself
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     return Call.checked(
         _spread(query, key), key, value, **request, dropout=dropout or None,
         query_start=starts[0], key_start=starts[1],

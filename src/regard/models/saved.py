@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RegardError
+from ..errors import RegardError, reason
 from .config import ModelConfig
 from .encoder import TextEncoder
 from .language_model import LanguageModel
@@ -72,7 +72,7 @@ def load_model(folder: str | Path) -> Any:
     try:
         state = load_file(folder / "model.safetensors", device="cpu")
     except Exception as error:
-        raise RegardError(f"{folder} has no model.safetensors to read: {error}") from error
+        raise RegardError(f"{folder} has no model.safetensors to read: {reason(error)}") from error
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     if said.get("tie", True):
         state["head.weight"] = state["embedding.weight"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import RegardError
+from ..errors import RegardError, reason
 from .config import ModelConfig
 from .language_model import LanguageModel
 from .saved import filled
@@ -41,7 +41,9 @@ def load_sorter(folder: str | Path) -> LanguageModel:
         held = {name: _tensor(one) for name, one in said.items() if name != "config"}
         state = _state(held, depth, dim)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RegardError(f"{folder} has no gpt-nano-sort-model.json to read: {error}") from error
+        raise RegardError(
+            f"{folder} has no gpt-nano-sort-model.json to read: {reason(error)}"
+        ) from error
     config = ModelConfig(
         vocab=vocab, dim=dim, heads=heads, depth=depth, length=length, positions="learned",
         norm="layer", bias=True, activation="gelu-tanh", tie=False,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RegardError
+from ..errors import RegardError, reason
 from ..models.saved import write_tensors
 
 NAME = "checkpoint.safetensors"
@@ -49,7 +49,7 @@ def load_checkpoint(
             said: dict[str, str] = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise RegardError(f"cannot read the checkpoint in {folder}: {error}") from error
+        raise RegardError(f"cannot read the checkpoint in {folder}: {reason(error)}") from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])

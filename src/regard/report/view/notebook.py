@@ -27,7 +27,6 @@ from .page_files import page_file
 _POOL = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="notebook")
 
 
-@cache
 def _file(name: str) -> str:
     found = page_file(name)
     if found is None:
