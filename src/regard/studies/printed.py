@@ -71,7 +71,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     table += ["| " + " | ".join(cell(v).replace("|", "\\|") for v in row) + " |" for row in rows]
     notes = " ".join(found["notes"])
     made = (
-        f"`{found['command']}`: {found['seconds']:.0f} s on {about['processor']}, "
+        f"`{found['command']}` on {about['processor']}, "
         f"{about['cores']} cores, {about['threads']} of torch's threads, torch {about['torch']}, "
         f"{about['date']}. {notes}".strip()
     )
