@@ -56,8 +56,8 @@ def run(at: Setting) -> Result:
     panels = [Panel(when, "tokens back", "gradient norm", found, "y") for when, found in
               lines.items()]  # fmt: skip
     return Result(columns, rows, verdicts, panels, notes=[
-        f"One block of width {size.dim}, learned positions; {size.length} tokens, the last asks for "
-        f"the first; {size.steps} steps of {size.batch}; guessing has a loss of "
+        f"One block of width {size.dim}, learned positions; {size.length} tokens, the last asks "
+        f"for the first; {size.steps} steps of {size.batch}; guessing has a loss of "
         f"{math.log(size.vocabulary - 1):.2f}. Norm of the loss's gradient in each token's "
         f"embedding, mean over {size.batch} sequences; newest: the last token but one."
     ], more={"exponents": {m: b for m, (_, b) in rates.items()}})  # fmt: skip
