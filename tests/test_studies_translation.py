@@ -123,7 +123,7 @@ def test_words_get_what_their_tokens_get_where_they_are_read(folder, name):
     model, tokenizer = load_translator(folder / name)
     source, target = ["the", "mat", "."], ["le", "tapis", "."]
     tables = word_tables(model, tokenizer, source, target)
-    read, written = (tokenizer.encode(text) for text in ("the mat.", "le tapis."))
+    read, written = (tokenizer.encode(text) for text in ("The mat.", "Le tapis."))
     cells = dict.fromkeys(
         [(where, j, i) for where in (0, 1) for j in range(3) for i in range(3)], 0
     )
@@ -176,10 +176,16 @@ def test_a_norm_is_the_length_of_what_a_head_adds(folder):
 
 
 def test_words_are_joined_as_they_are_written():
-    text, ends = joined(["The", "cat", ",", "a", "mat", "."])
-    assert text == "The cat, a mat."
+    text, ends = joined(["the", "cat", ",", "me", "and", "a", "mat", "."])
+    assert text == "The cat, me and a mat."
     assert [text[:end] for end in ends] == [
-        "The", "The cat", "The cat,", "The cat, a", "The cat, a mat", "The cat, a mat.",
+        "The", "The cat", "The cat,", "The cat, me", "The cat, me and", "The cat, me and a",
+        "The cat, me and a mat", "The cat, me and a mat.",
+    ]  # fmt: skip
+    text, ends = joined(["je", "ne", "ai", "que", "le", "eau", "et", "la", "mer", "."], french=True)
+    assert text == "Je n'ai que l'eau et la mer."
+    assert [text[:end] for end in ends][1:6] == [
+        "Je n'", "Je n'ai", "Je n'ai que", "Je n'ai que l'", "Je n'ai que l'eau",
     ]  # fmt: skip
 
 

@@ -15,6 +15,9 @@ WEIGHINGS = ("weight", "norm")
 KEYS = tuple(f"{read} {by}" for by in WEIGHINGS for read in READS)
 CLOSE = {".", ",", "!", "?", ";", ":"}  # written without a space before them
 
+ELIDED = {"je", "me", "te", "se", "le", "la", "ne", "de", "ce", "que"}
+VOWELS = set("aeiouyhàâéèêëîïôöûü")
+
 
 def has_weights(model: Any) -> bool:
     """Whether a translator reads its source by attention."""
@@ -38,7 +41,7 @@ def word_tables(
     (Chen et al. 2020). norm: the weight times the length of what is read (Kobayashi et al. 2020).
     """
     (said, of_source), (written, of_target) = (
-        _encoded(tokenizer, words) for words in (source, target)
+        _encoded(tokenizer, *joined(words, french=words is target)) for words in (source, target)
     )
     bos = model.config.bos
     ids = torch.tensor([said], dtype=torch.int64, device="cpu")
@@ -90,18 +93,21 @@ def _summed(table: Tensor, words: list[int], count: int, dim: int) -> Tensor:
     return table.new_zeros(size).index_add_(dim, at, table).narrow(dim, 0, count)
 
 
-def joined(words: Sequence[str]) -> tuple[str, list[int]]:
-    """Words as one writes them, no space before a full stop; and where each of them ends."""
+def joined(words: Sequence[str], *, french: bool = False) -> tuple[str, list[int]]:
+    """Words as one writes them, which is what a translator has learned to read: a capital at the
+    beginning, no space before a full stop, in French l'eau for le eau. And where each ends."""
     text, ends = "", []
-    for word in words:
-        text += word if word in CLOSE or not text else f" {word}"
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        close = not text or word in CLOSE or text.endswith("'")
+        elided = french and word.lower() in ELIDED and after[:1].lower() in VOWELS
+        written = f"{word[:-1]}'" if elided else word
+        text += (written if text else written[:1].upper() + written[1:]) if close else f" {written}"
         ends.append(len(text))
     return text, ends
 
 
-def _encoded(tokenizer: Any, words: Sequence[str]) -> tuple[list[int], list[int]]:
+def _encoded(tokenizer: Any, text: str, ends: Sequence[int]) -> tuple[list[int], list[int]]:
     """Tokens, and the word of each: the one it ends in; −1: of none."""
-    text, ends = joined(words)
     found = tokenizer.encode(text)
     return found.ids, [
         -1 if start == end else next((i for i, stop in enumerate(ends) if end <= stop), -1)
