@@ -155,6 +155,10 @@ def test_words_get_what_their_tokens_get_where_they_are_read(folder, name):
         for j in range(3):
             expected = [cells[where, j, i] for i in range(3)]
             assert tables[key][head, j].tolist() == pytest.approx(expected, abs=1e-6)
+            totals = [sum(cells[where, k, i] for k in range(3)) for i in range(3)]
+            shares = [one / total for one, total in zip(expected, totals, strict=True)]
+            given = tables[key.replace("weight", "share")][head, j]
+            assert given.tolist() == pytest.approx(shares, abs=1e-5)
 
 
 def test_a_norm_is_the_length_of_what_a_head_adds(folder):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call.observers import Rows
 
 READS = ("output", "input")
-WEIGHINGS = ("weight", "norm")
+WEIGHINGS = ("weight", "norm", "share")
 KEYS = tuple(f"{read} {by}" for by in WEIGHINGS for read in READS)
 CLOSE = {".", ",", "!", "?", ";", ":"}  # written without a space before them
 
@@ -39,6 +39,8 @@ def word_tables(
 
     output, input: read at the step that writes the word, or at that which has it as its input
     (Chen et al. 2020). norm: the weight times the length of what is read (Kobayashi et al. 2020).
+    share: the weight over what all target words together give that source word, so that one that
+    is read everywhere, such as a full stop, counts for less.
     """
     (said, of_source), (written, of_target) = (
         _encoded(tokenizer, *joined(words, french=words is target)) for words in (source, target)
@@ -50,13 +52,16 @@ def word_tables(
         read = _of_attention if model.kind == "translator" else _of_recurrence
         weights, norms = read(model, before, ids)
     found = {}
-    for by, table in zip(WEIGHINGS, (weights, weights * norms[:, :, None]), strict=True):
+    for by, table in (("weight", weights), ("norm", weights * norms[:, :, None])):
         each = torch.cat([table.flatten(0, 1), table.mean(1)])
         whole = _summed(each, of_source, len(source), dim=2)
         for shift, where in enumerate(READS):
             # Row i reads the token that is its input; what it writes is the one after
             at = [of_target[i - shift] if i >= shift else -1 for i in range(len(of_target))]
             found[f"{where} {by}"] = _summed(whole, at, len(target), dim=1)
+    for where in READS:
+        weight = found[f"{where} weight"]
+        found[f"{where} share"] = weight / weight.sum(1, keepdim=True).clamp_min(1e-9)
     return found
 
 

@@ -21,7 +21,7 @@ from ..training import (
 )
 from ..training.tokenizer import BOS, EOS, PAD
 from .alignment import Aligned, Counts, counts, diagonal, error_rate, read_alignments
-from .cross_attention import KEYS, has_weights, heads_of, word_tables
+from .cross_attention import KEYS, WEIGHINGS, has_weights, heads_of, word_tables
 from .stats import Interval, bootstrap
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
@@ -262,12 +262,14 @@ def _of_alignment(one: Translated, base: float) -> list[Verdict]:
                 best.high < base, f"{figure}, diagonal {100 * base:.1f}"),
         Verdict(f"its alignment error rate is below {100 * BELOW:.0f}", best.value < BELOW, figure),
         Verdict("it is read better where the word is the decoder's input (Chen et al. 2020)",
-                min(errors[f"input {w}"].value for w in ("weight", "norm"))
-                < min(errors[f"output {w}"].value for w in ("weight", "norm")),
+                min(errors[f"input {by}"].value for by in WEIGHINGS)
+                < min(errors[f"output {by}"].value for by in WEIGHINGS),
                 ", ".join(f"{key} {value}" for key, value in told.items())),
         Verdict("weights times norms align better than weights (Kobayashi et al. 2020)",
-                errors["input norm"].value < errors["input weight"].value,
-                f"{told['input norm']} against {told['input weight']}"),
+                min(errors["input norm"].value, errors["output norm"].value)
+                < min(errors["input weight"].value, errors["output weight"].value),
+                f"read at the output {told['output norm']} against {told['output weight']}, at the "
+                f"input {told['input norm']} against {told['input weight']}"),
         Verdict("“The cat sat on the mat.” links chat to cat, more than to on",
                 one.cat["cat"] > one.cat["on"],
                 f"weights {one.cat['cat']:.2f} and {one.cat['on']:.2f}"),
@@ -289,6 +291,8 @@ def _notes(
         f"AER: alignment error rate in percent on {many[1]} hand-aligned sentence pairs of the "
         "Hansards, the target given; each target word is linked to the source word that it reads "
         "most. output, input: read at the step that writes the word, or that has it as its input. "
+        "norm: weight times ‖W_O v‖; share: weight over what all target words give that source "
+        "word. "
         "The head (layer.head) or mean of a layer's heads is chosen on every other pair, the error "
         f"rate that of the rest; layers' means by the best way to read. Chosen: {heads or 'none'}."
     ]
