@@ -163,7 +163,8 @@ def test_a_words_tokens_are_those_that_share_characters():
     assert tokens([(0, 0), (0, 3), (4, 6), (6, 9)], (4, 9)) == [2, 3]
 
 
-def test_what_a_seed_does_not_fix_is_left_out():
+def test_what_a_seed_does_not_fix_is_left_out(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     result = Result(
         ("way", "ms"), [("a", 1.5)],
         [Verdict("x", True, "1"), Verdict("y", True, "2 ms", clock=True)],
@@ -174,7 +175,11 @@ def test_what_a_seed_does_not_fix_is_left_out():
     run = Measured(study_named("equal"), result, "full", 3, 1.2345, {"processor": "p"}, True)
     found = run.to_json()
     assert json.loads(json.dumps(found)) == found
-    assert found["command"] == "regard study equal --seed 3 --data ../shared/data"
+    assert found["command"] == (
+        "OMP_NUM_THREADS=1 regard study equal --seed 3 --data ../shared/data"
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert run.command == "regard study equal --seed 3 --data ../shared/data"
     kept = reproducible(found)
     assert kept["rows"] == [["a"]]
     assert [one["claim"] for one in kept["verdicts"]] == ["x"]

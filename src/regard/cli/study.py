@@ -35,8 +35,14 @@ _JSON = """\b
               help="The folder of texts that studies read.  [default: $REGARD_DATA]")  # fmt: skip
 @click.option("--models", metavar="DIR", type=Path,
               help="The folder of models.  [default: models, beside the data]")  # fmt: skip
-@click.option("--translator", metavar="DIR", type=Path,
-              help="A trained translator, for the study translation.")  # fmt: skip
+@click.option(
+    "--translator",
+    "translators",
+    metavar="DIR",
+    type=Path,
+    multiple=True,
+    help="A trained translator, for the study translation; several are compared.",
+)
 @click.option("--json", "as_object", is_flag=True, help="Print JSON: one object, or a list.")
 def study(
     names: tuple[str, ...],
@@ -45,7 +51,7 @@ def study(
     out: Path | None,
     data: Path | None,
     models: Path | None,
-    translator: Path | None,
+    translators: tuple[Path, ...],
     as_object: bool,
 ) -> None:
     """Measure claims about attention here: the studies named, or all; without a name, list them.
@@ -69,7 +75,7 @@ def study(
             return
         if out is not None:
             _writable(out)
-        where: dict[str, Any] = dict(data=data_folder(data), models=models, translator=translator)
+        where: dict[str, Any] = dict(data=data_folder(data), models=models, translators=translators)
         mode: Any = "quick" if quick else "full"
         found = []
         for number, one in enumerate(studies):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,9 @@ def run(at: Setting) -> Result:
     falls: dict[tuple[str, str], float] = {}
     for place, mixer in enumerate(MIXERS):
         torch.manual_seed(at.seed)
-        model = small_lm(size.vocabulary, size.dim, 1, 1, mixer=mixer)
+        model = small_lm(
+            size.vocabulary, size.dim, 1, 1, mixer=mixer, positions="learned", length=size.length
+        )
         for when, norms in lines.items():
             if when == "trained":
                 draw = partial(first_again, at, at.generator(1))
@@ -53,8 +56,9 @@ def run(at: Setting) -> Result:
     panels = [Panel(when, "tokens back", "gradient norm", found, "y") for when, found in
               lines.items()]  # fmt: skip
     return Result(columns, rows, verdicts, panels, notes=[
-        f"One block of width {size.dim}; {size.length} tokens, the target of the last is the first "
-        f"token; {size.steps} steps of {size.batch}. Norm of the loss's gradient in each token's "
+        f"One block of width {size.dim}, learned positions; {size.length} tokens, the last asks "
+        f"for the first; {size.steps} steps of {size.batch}; guessing has a loss of "
+        f"{math.log(size.vocabulary - 1):.2f}. Norm of the loss's gradient in each token's "
         f"embedding, mean over {size.batch} sequences; newest: the last token but one."
     ], more={"exponents": {m: b for m, (_, b) in rates.items()}})  # fmt: skip
 
@@ -94,6 +98,6 @@ STUDY = Study(
     "after training to say the first token again.",
     run,
     tiny=dict(length=8, vocabulary=8, dim=8, batch=4, steps=2),
-    quick=dict(length=64, vocabulary=16, dim=32, batch=32, steps=150),
-    full=dict(length=128, vocabulary=16, dim=64, batch=32, steps=400),
+    quick=dict(length=64, vocabulary=16, dim=32, batch=32, steps=300),
+    full=dict(length=128, vocabulary=16, dim=64, batch=32, steps=800),
 )

@@ -68,10 +68,11 @@ def run(at: Setting) -> Result:
     best = max(semantic.values(), default=None, key=lambda one: one.value)
     rows.sort(key=lambda row: float(row[5] or 0) - float(row[4] or 0))
     shown = rows[: at.size.shown]
+    told_as = [f"{r[0]} → {r[1]}" for r in shown]
     panels = [
         Panel("best head of a relation", "", "share",
-              {"head": ([f"{r[0]} → {r[1]}" for r in shown], [float(r[4] or 0) for r in shown]),
-               "fixed offset": ([r[0] for r in shown], [float(r[5] or 0) for r in shown])},
+              {"head": (told_as, [float(r[4] or 0) for r in shown]),
+               "fixed offset": (told_as, [float(r[5] or 0) for r in shown])},
               bars=True),
         Panel("heads of a kind", "", f"of {all_heads}", {"heads": (
             ["positional", "grammatical", "semantic"],

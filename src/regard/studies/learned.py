@@ -123,6 +123,6 @@ STUDY = Study(
     "each head's weight on the token after the earlier copy is read, beside the loss.",
     run,
     tiny=dict(half=6, vocabulary=8, dim=16, batch=4, steps=4, every=2, rate=3e-3),
-    quick=dict(half=16, vocabulary=32, dim=64, batch=32, steps=400, every=20, rate=1e-2),
-    full=dict(half=24, vocabulary=48, dim=64, batch=32, steps=1200, every=20, rate=1e-2),
+    quick=dict(half=24, vocabulary=48, dim=64, batch=32, steps=1000, every=50, rate=3e-3),
+    full=dict(half=24, vocabulary=48, dim=64, batch=32, steps=1200, every=20, rate=3e-3),
 )

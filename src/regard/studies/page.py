@@ -22,15 +22,22 @@ regard study                                     # the claims, a line each
 regard study all --quick --data ../shared/data   # all, at small sizes
 regard study pronouns --data ../shared/data --seed 1
 regard study cost equal --out results            # results/cost.json, results/cost.png, …
+regard study translation --data ../shared/data --translator en-fr --translator lstm
 ```
 `--data` (or `REGARD_DATA`) is the folder of texts, `--models` that of models (by default `models`
-beside the data); `translation` takes a trained translator by `--translator`. The same seed gives
-the same figures on the same machine with as many threads, but for times and memory.
+beside the data); `translation` takes trained translators by `--translator`, which may be given
+again to set them side by side. The same seed gives the same figures on the same machine with as
+many threads, but for times and memory: the command below each study is the one that was run.
 `regard study --help` tells what the JSON holds.
 
 `python docs/studies.py` writes this page from the JSON of full runs, which
 `regard study NAME --out docs/studies` keeps.
 """
+
+
+def _command(name: str) -> str:
+    given = " --translator FOLDER" if name == "translation" else ""
+    return f"regard study {name} --data ../shared/data{given} --out docs/studies"
 
 
 def page(folder: Path) -> str:
@@ -42,7 +49,7 @@ def page(folder: Path) -> str:
         if run is not None and run["mode"] == "full":
             found.append(printed.markdown(run))
         else:
-            missing.append(f"- {name}: {study_named(name).claim} `regard study {name}`")
+            missing.append(f"- {name}: {study_named(name).claim} `{_command(name)}`")
     parts = [HEAD.rstrip(), *found]
     if missing:
         parts += ["## Full run not made yet", "\n".join(missing)]

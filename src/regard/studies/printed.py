@@ -71,7 +71,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     table += ["| " + " | ".join(cell(v).replace("|", "\\|") for v in row) + " |" for row in rows]
     notes = " ".join(found["notes"])
     made = (
-        f"`{found['command']}`: {found['seconds']:.0f} s on {about['processor']}, "
+        f"`{found['command']}` on {about['processor']}, "
         f"{about['cores']} cores, {about['threads']} of torch's threads, torch {about['torch']}, "
         f"{about['date']}. {notes}".strip()
     )
@@ -103,7 +103,8 @@ def _panel(ax: Any, panel: Mapping[str, Any]) -> None:
             wide = 0.8 / len(panel["lines"])
             at = [i + (number + 0.5) * wide - 0.4 for i in range(len(xs))]
             ax.bar(at, heights, wide, label=name)
-            ax.set_xticks(range(len(xs)), xs, rotation=30, ha="right", fontsize=8)
+            turn = 30 if len(xs) <= 12 else 90  # many names would overlap
+            ax.set_xticks(range(len(xs)), xs, rotation=turn, ha="right", fontsize=8)
         else:
             ax.plot(xs, heights, marker="." if len(xs) < 40 else "", label=name)
     if panel["level"] is not None:

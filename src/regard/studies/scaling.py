@@ -39,7 +39,7 @@ def run(at: Setting) -> Result:
             )
             steps = round(budget / (6 * parameters * size.batch * size.length))
             done += 1
-            if steps < size.least:
+            if not size.least <= steps <= size.most:
                 continue
             draw = partial(drawn, ids[:cut], size.length, size.batch, at.generator(1))
             of = len(size.budgets) * len(size.dims)
@@ -83,8 +83,9 @@ def _result(at: Setting, runs: list[Trained]) -> Result:
     return Result(columns, rows, verdicts, panels, notes=[
         f"Characters of Tiny Shakespeare, two blocks, widths {', '.join(map(str, size.dims))}; "
         f"budget: 6 · parameters (without the embedding) · tokens; loss of held-out text in nats a "
-        "character. The interval of the exponent draws the budgets anew 1,000 times; with so few "
-        "of them it is wide."
+        f"character. A width that a budget gives fewer than {size.least} or more than "
+        f"{size.most:,} steps is left out. The interval of the exponent draws the budgets anew "
+        "1,000 times; with so few of them it is wide."
     ], more={"exponent": list(of_budget), "with floor": list(floor)})  # fmt: skip
 
 
@@ -108,9 +109,10 @@ STUDY = Study(
     "Models of several widths are trained on as many characters as each budget allows "
     "(Hoffmann et al. 2022, approach 2).",
     run,
-    tiny=dict(text=4000, length=16, batch=4, tests=4, dims=[8, 16], budgets=[2e7, 4e7], least=2),
+    tiny=dict(text=4000, length=16, batch=4, tests=4, dims=[8, 16], budgets=[2e7, 4e7], least=2,
+              most=5000),
     quick=dict(text=300_000, length=64, batch=8, tests=64, dims=[16, 32, 64],
-               budgets=[3e10, 1e11], least=10),
-    full=dict(text=1_100_000, length=128, batch=16, tests=128, dims=[16, 32, 64, 128, 256],
-              budgets=[3e11, 1e12, 3e12, 1e13], least=20),
+               budgets=[3e10, 1e11], least=10, most=10_000),
+    full=dict(text=1_100_000, length=128, batch=16, tests=128, dims=[16, 32, 64, 128],
+              budgets=[3e10, 1e11, 3e11, 1e12], least=20, most=5000),
 )  # fmt: skip

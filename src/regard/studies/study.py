@@ -81,7 +81,7 @@ class Setting:
     mode: Mode = "quick"
     data: Path | None = None
     models: Path | None = None
-    translator: Path | None = None
+    translators: tuple[Path, ...] = ()
     told: Told = lambda what, share: None
     reads: bool = False  # whether a file was asked for
 
@@ -160,13 +160,15 @@ class Measured:
     seconds: float
     machine: Mapping[str, Any]
     reads: bool = False
+    translators: tuple[Path, ...] = ()
 
     @property
     def command(self) -> str:
         """The command that gives these figures again."""
         quick = "" if self.mode == "full" else f" --{self.mode}"
         data = " --data ../shared/data" if self.reads else ""
-        return f"regard study {self.study.name}{quick} --seed {self.seed}{data}"
+        given = "".join(f" --translator {folder.resolve().name}" for folder in self.translators)
+        return f"{_threads()}regard study {self.study.name}{quick} --seed {self.seed}{data}{given}"
 
     def to_json(self) -> dict[str, Any]:
         """Fit for JSON."""
@@ -181,6 +183,12 @@ class Measured:
             "seconds": round(self.seconds, 1),
             "machine": dict(self.machine),
         } | {one.name: _plain(getattr(self.result, one.name)) for one in fields(Result)}
+
+
+def _threads() -> str:
+    """What the environment says of threads: sums over other threads round otherwise."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return f"OMP_NUM_THREADS={threads} " if threads else ""
 
 
 def reproducible(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +208,9 @@ def measure(study: Study, setting: Setting) -> Measured:
         result = study.run(setting)
         taken = time.perf_counter() - start
     about = machine.describe()
-    return Measured(study, result, setting.mode, setting.seed, taken, about, setting.reads)
+    return Measured(
+        study, result, setting.mode, setting.seed, taken, about, setting.reads, setting.translators
+    )
 
 
 def data_folder(given: Path | None) -> Path | None:

@@ -1,112 +1,326 @@
-"""Cross-attention as word alignment, with and without the norms of what is read."""
+"""Translators: how well they translate, by length too, and how well attention aligns words."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..call.observers import Rows
 from ..errors import RegardError
-from .alignment import counts, diagonal, error_rate, read_alignments
+from ..models import ModelConfig
+from ..training import (
+    TrainingPlan,
+    TranslationTask,
+    load_translator,
+    read_pairs,
+    train,
+    train_tokenizer,
+    translate_texts,
+)
+from ..training.tokenizer import BOS, EOS, PAD
+from .alignment import Aligned, Counts, counts, diagonal, error_rate, read_alignments
+from .cross_attention import KEYS, WEIGHINGS, has_weights, heads_of, word_tables
 from .stats import Interval, bootstrap
 from .study import Cell, Panel, Result, Setting, Study, Verdict
 
 TRAIN = "regard train translate --data ../shared/data/multi30k --out translator --budget 120"
-READS = ("output", "input")
-SENTENCE = ("the cat sat on the mat .", "le chat était assis sur le tapis .")
+SENTENCE = ("The cat sat on the mat .", "Le chat était assis sur le tapis .")
+LENGTHS = (9, 12, 15, 19)  # words of a source: up to each of these, and more
+WANTED = 50.0  # BLEU; OPUS-MT tc-big, a general-purpose model, has 52.4
+BELOW = 0.36  # error rate of an alignment
+
+
+@dataclass
+class Alignment:
+    """Of one way to read: the error rate of each head and layer mean on the half that chooses, and
+    on the half that reports; which is best on the first; its error on the second."""
+
+    chosen_on: list[float]
+    reported_on: list[float]
+    best: int
+    error: Interval
+
+
+@dataclass
+class Translated:
+    """What one translator does. by_length: BLEU of each of LENGTHS, and of longer ones."""
+
+    name: str
+    kind: str
+    parameters: int
+    bleu: float
+    by_length: list[float | None]
+    heads: list[str] = field(default_factory=list)
+    read: dict[str, Alignment] = field(default_factory=dict)
+    cat: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The way to read that aligns best on the half that chooses."""
+        return min(self.read, key=lambda key: min(self.read[key].chosen_on))
 
 
 def run(at: Setting) -> Result:
+    _bleu([], [])  # what is missing is said before anything takes time
     pairs = read_alignments(
         at.file("alignment/enfr.src-tgt"), at.file("alignment/enfr.gold")
     )[: at.size.pairs]  # fmt: skip
+    tested = read_pairs(str(at.file("multi30k")), part="test_2016_flickr")[: at.size.tested]
+    found: list[Translated] = []
+    signature = ""
     with tempfile.TemporaryDirectory() as made:
-        model, tokenizer = _translator(at, Path(made))
+        folders = at.translators or (_trained(at, Path(made)),)
+        names = _names(folders) if at.translators else ["trained here"]
+        for name, folder in zip(names, folders, strict=True):
+            both = load_translator(folder)
+            one, signature = _translated(at, name, both, tested)
+            if has_weights(both[0]):
+                _aligned(at, one, both, pairs)
+            found.append(one)
+    base = error_rate([counts(diagonal(pair), pair) for pair in pairs[1::2]])
+    return _result(at, found, base, signature, (len(tested), len(pairs)))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    short = [folder.resolve().name for folder in folders]
+    return short if len({*short}) == len(short) else [str(folder) for folder in folders]
+
+
+def _translated(
+    at: Setting, name: str, both: tuple[Any, Any], tested: list[tuple[str, str]]
+) -> tuple[Translated, str]:
+    """BLEU of a translator, whole and by the length of the source."""
+    model, tokenizer = both
+    said = translate_texts(
+        model, tokenizer, [source for source, _ in tested], beams=at.size.beams,
+        told=lambda what, share: at.told(f"{name}: {what}", share),
+    )  # fmt: skip
+    references = [target for _, target in tested]
+    bleu, signature = _bleu(said, references)
+    by_length: list[float | None] = []
+    for inside in _buckets([source for source, _ in tested]):
+        part = _bleu([said[n] for n in inside], [references[n] for n in inside])[0]
+        by_length.append(part if inside else None)
+    parameters = sum(one.numel() for one in model.parameters())
+    kind = "transformer" if model.kind == "translator" else _recurrent(model)
+    return Translated(name, kind, parameters, bleu, by_length), signature
+
+
+def _recurrent(model: Any) -> str:
+    cross = "without attention" if model.attention is None else "with Bahdanau's attention"
+    return f"{model.config.mixer} {cross}"
+
+
+def _bleu(said: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """Corpus BLEU in percent by sacreBLEU's defaults (Post 2018), and its signature."""
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError as error:
+        raise RegardError('BLEU needs sacrebleu: pip install "regard[studies]"') from error
+    metric = BLEU()
+    if not said:
+        return float("nan"), ""
+    score = metric.corpus_score(list(said), [list(references)]).score
+    return float(score), str(metric.get_signature())
+
+
+def _buckets(sources: Sequence[str]) -> list[list[int]]:
+    """Which sources are of up to so many words, of each of LENGTHS, and which are longer."""
+    found: list[list[int]] = [[] for _ in range(len(LENGTHS) + 1)]
+    for number, source in enumerate(sources):
+        words = len(source.split())
+        found[sum(words > most for most in LENGTHS)].append(number)
+    return found
+
+
+def _aligned(at: Setting, one: Translated, both: tuple[Any, Any], pairs: Sequence[Aligned]) -> None:
+    """What its attention links, against what people linked."""
+    model, tokenizer = both
+    one.heads = heads_of(model)
     tables = []
     for number, pair in enumerate(pairs):
-        at.told("alignments", number / len(pairs))
+        at.told(f"{one.name}: alignments", number / len(pairs))
         tables.append(word_tables(model, tokenizer, pair.source, pair.target))
-    rows: list[tuple[Cell, ...]] = []
-    errors: dict[str, Interval] = {}
-    chosen: dict[str, int] = {}
-    for key in tables[0]:
-        made_links = [_links(table[key]) for table in tables]
-        # [head][pair]; every other pair chooses the head, the rest report
-        each = [
-            [counts(links[head], pair) for links, pair in zip(made_links, pairs, strict=True)]
-            for head in range(len(made_links[0]))
+    for key in KEYS:
+        one.read[key] = _chosen(at, key, [table[key] for table in tables], pairs)
+    source, target = (text.split() for text in SENTENCE)
+    table = word_tables(model, tokenizer, source, target)[one.key]
+    row = table[one.read[one.key].best, target.index("chat")]
+    total = float(row.sum())
+    one.cat = {word: float(row[source.index(word)]) / total for word in ("cat", "on")}
+
+
+def _chosen(at: Setting, key: str, tables: list[Any], pairs: Sequence[Aligned]) -> Alignment:
+    """Every other pair chooses the head or the layer's mean, the rest report."""
+    links = [table.argmax(-1).tolist() for table in tables]  # [pair][head][target word]
+    each: list[list[Counts]] = [
+        [
+            counts(((int(i), j) for j, i in enumerate(made[head])), pair)
+            for made, pair in zip(links, pairs, strict=True)
         ]
-        best = min(range(len(each)), key=lambda head: error_rate(each[head][::2]))
-        chosen[key] = best
-        errors[key] = bootstrap(each[best][1::2], error_rate, at.random(key))
-        layer, head = divmod(best, tables[0][key].shape[0] // len(model.decoder.blocks))
-        read, weighted = key.split()
-        rows.append((read, weighted, f"{layer}.{head}", *(100 * x for x in errors[key])))
-    base = error_rate([counts(diagonal(pair), pair) for pair in pairs[1::2]])
-    rows.append(("–", "diagonal", "–", 100 * base, None, None))
-    best_key = min(errors, key=lambda key: errors[key].value)
-    told = {key: f"{100 * one.value:.1f}" for key, one in errors.items()}
-    cat = _cat(model, tokenizer, best_key, chosen[best_key])
+        for head in range(len(links[0]))
+    ]
+    first, second = ([error_rate(one[half::2]) for one in each] for half in (0, 1))
+    best = first.index(min(first))
+    return Alignment(first, second, best, bootstrap(each[best][1::2], error_rate, at.random(key)))
+
+
+def _result(
+    at: Setting, found: list[Translated], base: float, signature: str, many: tuple[int, int]
+) -> Result:
+    rows: list[tuple[Cell, ...]] = [
+        ("parameters", *(one.parameters for one in found)),
+        ("BLEU", *(one.bleu for one in found)),
+    ]
+    spans = [*(f"{low + 1} to {high}" for low, high in zip((0, *LENGTHS), LENGTHS, strict=False)),
+             f"over {LENGTHS[-1]}"]  # fmt: skip
+    rows += [
+        (f"BLEU, {span} words", *(one.by_length[n] for one in found))
+        for n, span in enumerate(spans)
+    ]
+    rows += [
+        (f"AER, {key}", *(100 * one.read[key].error.value if one.read else None for one in found))
+        for key in KEYS
+    ]
+    rows += _means(found)
+    rows.append(("AER, diagonal", *(100 * base for _ in found)))
+    panels = [
+        Panel("BLEU by length", "words", "BLEU",
+              {one.name: (spans, [x or 0.0 for x in one.by_length]) for one in found}, bars=True),
+        Panel("alignment error rate", "", "AER, %", {
+            one.name: ([*KEYS, "diagonal"],
+                       [100 * x for x in (*(one.read[k].error.value for k in KEYS), base)])
+            for one in found if one.read}, bars=True),
+    ]  # fmt: skip
+    return Result(
+        ("measure", *(one.name for one in found)), rows, _verdicts(found, base), panels,
+        notes=_notes(at, found, signature, many),
+        more={"translators": [_more(one) for one in found], "signature": signature},
+    )  # fmt: skip
+
+
+def _means(found: list[Translated]) -> list[tuple[Cell, ...]]:
+    """The error rate of each layer's mean, by the best way to read."""
+    names = sorted({name for one in found for name in one.heads if name.endswith("mean")})
+    return [
+        (
+            f"AER, layer {name.split()[0]}'s mean",
+            *(
+                100 * one.read[one.key].reported_on[one.heads.index(name)]
+                if name in one.heads
+                else None
+                for one in found
+            ),
+        )
+        for name in names
+    ]
+
+
+def _verdicts(found: list[Translated], base: float) -> list[Verdict]:
+    first = found[0]
+    said = ", ".join(f"{one.name} {one.bleu:.1f}" for one in found)
     verdicts = [
+        Verdict(f"a translator trained here reaches BLEU {WANTED:.0f} on Multi30k's test of 2016",
+                max(one.bleu for one in found) >= WANTED, said),
+    ]  # fmt: skip
+    if first.read:
+        verdicts += _of_alignment(first, base)
+    older = [one for one in found if one.kind != "transformer"]
+    blind = [one for one in older if not one.read]
+    seeing = [one for one in older if one.read]
+    if older and first.kind == "transformer":
+        verdicts.append(Verdict("the transformer translates better than recurrent translators",
+                                first.bleu > max(one.bleu for one in older), said))  # fmt: skip
+    if blind and seeing:
+        falls = {one.name: _fall(one) for one in (seeing[0], blind[0])}
+        verdicts.append(Verdict(
+            "without attention a recurrent translator loses more on long sentences than with it",
+            falls[blind[0].name] > falls[seeing[0].name],
+            "BLEU of the shortest less that of the longest: "
+            + ", ".join(f"{name} {fall:.1f}" for name, fall in falls.items()),
+        ))  # fmt: skip
+    return verdicts
+
+
+def _fall(one: Translated) -> float:
+    known = [x for x in one.by_length if x is not None]
+    return known[0] - known[-1]
+
+
+def _of_alignment(one: Translated, base: float) -> list[Verdict]:
+    errors = {key: found.error for key, found in one.read.items()}
+    told = {key: f"{100 * error.value:.1f}" for key, error in errors.items()}
+    best = errors[one.key]
+    figure = (
+        f"alignment error rate {100 * best.value:.1f} [{100 * best.low:.1f}, {100 * best.high:.1f}]"
+        f" ({one.key})"
+    )
+    return [
         Verdict("cross-attention aligns words better than the diagonal",
-                errors[best_key].high < base,
-                f"alignment error rate {100 * errors[best_key].value:.1f} "
-                f"[{100 * errors[best_key].low:.1f}, {100 * errors[best_key].high:.1f}] "
-                f"({best_key}), diagonal {100 * base:.1f}"),
+                best.high < base, f"{figure}, diagonal {100 * base:.1f}"),
+        Verdict(f"its alignment error rate is below {100 * BELOW:.0f}", best.value < BELOW, figure),
         Verdict("it is read better where the word is the decoder's input (Chen et al. 2020)",
-                min(errors[f"input {w}"].value for w in ("weight", "norm"))
-                < min(errors[f"output {w}"].value for w in ("weight", "norm")),
+                min(errors[f"input {by}"].value for by in WEIGHINGS)
+                < min(errors[f"output {by}"].value for by in WEIGHINGS),
                 ", ".join(f"{key} {value}" for key, value in told.items())),
         Verdict("weights times norms align better than weights (Kobayashi et al. 2020)",
-                errors["input norm"].value < errors["input weight"].value,
-                f"{told['input norm']} against {told['input weight']}"),
+                min(errors["input norm"].value, errors["output norm"].value)
+                < min(errors["input weight"].value, errors["output weight"].value),
+                f"read at the output {told['output norm']} against {told['output weight']}, at the "
+                f"input {told['input norm']} against {told['input weight']}"),
         Verdict("“The cat sat on the mat.” links chat to cat, more than to on",
-                cat["cat"] > cat["on"], f"weights {cat['cat']:.2f} and {cat['on']:.2f}"),
+                one.cat["cat"] > one.cat["on"],
+                f"weights {one.cat['cat']:.2f} and {one.cat['on']:.2f}"),
     ]  # fmt: skip
-    columns = ("read at", "by", "head", "AER", "low", "high")
-    panel = Panel("alignment error rate", "", "AER, %", {"AER": (
-        [*errors, "diagonal"], [100 * x for x in (*(e.value for e in errors.values()), base)])},
-        bars=True)  # fmt: skip
-    return Result(columns, rows, verdicts, [panel], notes=[
-        f"{len(pairs)} hand-aligned sentence pairs of the Hansards, the target given; "
-        "each target word is linked to the source word that it reads most. Head (layer.head) "
-        "chosen on every other pair, the error rate (percent) of the rest with 95 % bootstrap "
-        "intervals. "
-        + (f"The translator was trained here for {at.size.steps} steps: it shows the plumbing, "
-           "not what a translator can do."
-           if at.translator is None else "")
-    ])  # fmt: skip
 
 
-def _translator(at: Setting, made: Path) -> tuple[Any, Any]:
-    """The one that was given, or in a quick run one trained for some steps."""
-    from ..models.saved import load_model
-    from ..training import load_tokenizer
+def _notes(
+    at: Setting, found: list[Translated], signature: str, many: tuple[int, int]
+) -> list[str]:
+    kinds = "; ".join(f"{one.name}: {one.kind}" for one in found)
+    heads = "; ".join(
+        f"{one.name} "
+        + ", ".join(f"{key} {one.heads[way.best]}" for key, way in one.read.items())
+        for one in found if one.read
+    )  # fmt: skip
+    notes = [
+        f"{kinds}. BLEU: sacreBLEU, {signature}, {many[0]} sentences of Multi30k, "
+        f"test_2016_flickr, beam search with {at.size.beams} beams; length in words of the source. "
+        f"AER: alignment error rate in percent on {many[1]} hand-aligned sentence pairs of the "
+        "Hansards, the target given; each target word is linked to the source word that it reads "
+        "most. output, input: read at the step that writes the word, or that has it as its input. "
+        "norm: weight times ‖W_O v‖; share: weight over what all target words give that source "
+        "word. "
+        "The head (layer.head) or mean of a layer's heads is chosen on every other pair, the error "
+        f"rate that of the rest; layers' means by the best way to read. Chosen: {heads or 'none'}."
+    ]
+    if not at.translators:
+        notes.append(f"The translator was trained here for {at.size.steps} steps: it shows the "
+                     "plumbing, not what a translator can do.")  # fmt: skip
+    return notes
 
-    folder = at.translator
-    if folder is None:
-        if at.mode == "full":
-            raise RegardError(
-                "the study translation needs a trained translator, of two hours at most: run "
-                f"{TRAIN}, then give it by --translator translator"
-            )
-        _train(at, made)
-        folder = made
-    model = load_model(folder)
-    if model.kind != "translator":
-        raise RegardError(f"{folder} is no translator with attention; train one by {TRAIN}")
-    return model, load_tokenizer(folder)
+
+def _more(one: Translated) -> Mapping[str, Any]:
+    return {
+        "name": one.name, "kind": one.kind, "parameters": one.parameters, "bleu": one.bleu,
+        "bleu_by_length": one.by_length, "heads": one.heads, "cat": one.cat,
+        "alignment": {
+            key: {"chosen": one.heads[way.best], "aer": list(way.error),
+                  "chosen_on": way.chosen_on, "reported_on": way.reported_on}
+            for key, way in one.read.items()
+        },
+    }  # fmt: skip
 
 
-def _train(at: Setting, folder: Path) -> None:
-    from ..models import ModelConfig
-    from ..training import TrainingPlan, TranslationTask, read_pairs, train, train_tokenizer
-    from ..training.tokenizer import BOS, EOS, PAD
-
+def _trained(at: Setting, folder: Path) -> Path:
+    """In a quick run, a translator trained for some steps."""
+    if at.mode == "full":
+        raise RegardError(
+            "the study translation needs a trained translator, of two hours at most: run "
+            f"{TRAIN}, then give it by --translator translator"
+        )
     pairs = read_pairs(str(at.file("multi30k")))[: at.size.sentences]
     tokenizer = train_tokenizer((side for pair in pairs for side in pair), 2000, ends=True)
     task = TranslationTask(pairs[50:], pairs[:50], tokenizer, tokens_a_batch=1024)
@@ -116,86 +330,16 @@ def _train(at: Setting, folder: Path) -> None:
     )  # fmt: skip
     plan = TrainingPlan(steps=at.size.steps, seed=at.seed, precision="fp32", warmup=20)
     train(task, config, plan, folder, told=at.told)
-
-
-def word_tables(
-    model: Any, tokenizer: Any, source: list[str], target: list[str]
-) -> dict[str, Tensor]:
-    """What each target word gives each source word, by where it is read and by what: float32
-    (layers · heads, target words, source words)."""
-    from ..training.tokenizer import BOS
-
-    read, written = (tokenizer.encode(" ".join(words)) for words in (source, target))
-    of_source, of_target = _words(read, source), _words(written, target)
-    ids = torch.tensor([read.ids], dtype=torch.int64, device="cpu")
-    before = torch.tensor([[BOS, *written.ids[:-1]]], dtype=torch.int64, device="cpu")
-    with torch.no_grad():
-        rows = Rows(range(before.shape[1]))
-        _, seen = model(before, ids, observe=[rows])
-        memory, _ = model.encoder(ids, model.embedding, mask=model.source_mask(ids))
-        norms = [_norms(block.cross_attention, memory) for block in model.decoder.blocks]
-    weights = [block.cross[0].weights[0] for block in seen.decoder]
-    found = {}
-    for by in ("weight", "norm"):
-        tables = [
-            w if by == "weight" else w * n[:, None] for w, n in zip(weights, norms, strict=True)
-        ]
-        whole = _summed(torch.cat(tables), of_source, len(source), dim=2)
-        for shift, where in enumerate(READS):
-            # Row i reads the token that is its input; what it writes is the one after
-            at = [of_target[i - shift] if i >= shift else -1 for i in range(before.shape[1])]
-            found[f"{where} {by}"] = _summed(whole, at, len(target), dim=1)
-    return found
-
-
-def _norms(attention: Any, memory: Tensor) -> Tensor:
-    """‖W_O v‖ of each head and source token: (heads, length). Kobayashi et al. 2020, eq. 5."""
-    value = attention.remember(memory).value[0]  # (kv_heads, length, head_dim)
-    heads = attention.heads
-    value = value.repeat_interleave(heads // len(value), 0)
-    project = attention.out_proj.weight.unflatten(1, (heads, -1)).movedim(1, 0)
-    return (value @ project.mT).norm(dim=-1)
-
-
-def _summed(table: Tensor, words: list[int], count: int, dim: int) -> Tensor:
-    """Tokens summed to the words that they belong to; −1: to none."""
-    at = torch.tensor([w if w >= 0 else count for w in words], dtype=torch.int64, device="cpu")
-    size = [*table.shape]
-    size[dim] = count + 1
-    return table.new_zeros(size).index_add_(dim, at, table).narrow(dim, 0, count)
-
-
-def _words(encoded: Any, words: list[str]) -> list[int]:
-    """The word of each token of words joined by spaces, the one it ends in; −1: of none."""
-    ends, place = [], 0
-    for word in words:
-        place += len(word) + 1
-        ends.append(place)
-    return [
-        -1 if start == end else next((i for i, stop in enumerate(ends) if end <= stop), -1)
-        for start, end in encoded.offsets
-    ]
-
-
-def _links(tables: Tensor) -> list[list[tuple[int, int]]]:
-    """Of each head, every target word with the source word that it gives most."""
-    return [[(int(i), j) for j, i in enumerate(one)] for one in tables.argmax(-1).tolist()]
-
-
-def _cat(model: Any, tokenizer: Any, key: str, head: int) -> dict[str, float]:
-    source, target = (text.split() for text in SENTENCE)
-    row = word_tables(model, tokenizer, source, target)[key][head, target.index("chat")]
-    total = float(row.sum())
-    return {word: float(row[source.index(word)]) / total for word in ("cat", "on")}
+    return folder
 
 
 STUDY = Study(
     "translation",
     "A translator's cross-attention aligns words: each written word reads its source.",
-    "A trained translator is given hand-aligned sentence pairs; its cross-attention, by weight and "
-    "by weight times ‖W_O v‖, is read as alignment.",
+    "Trained translators translate a test set, and are given hand-aligned sentence pairs; their "
+    "cross-attention, by weight and by weight times ‖W_O v‖, is read as alignment.",
     run,
-    tiny=dict(pairs=6, sentences=200, steps=2, dim=32),
-    quick=dict(pairs=100, sentences=6000, steps=120, dim=96),
-    full=dict(pairs=447, sentences=0, steps=0, dim=0),
+    tiny=dict(pairs=6, sentences=200, steps=2, dim=32, tested=4, beams=2),
+    quick=dict(pairs=100, sentences=6000, steps=120, dim=96, tested=50, beams=2),
+    full=dict(pairs=447, sentences=0, steps=0, dim=0, tested=1000, beams=5),
 )
