@@ -18,7 +18,7 @@ from ..errors import RegardError
 def docs(port: int, no_browser: bool) -> None:
     """Open the documentation in the browser, without a network.
 
-    Released wheels hold it; in a clone it stands once `zensical build` has built it. It is served on
+    Released wheels hold it; in a clone it stands once `zensical build` has run. It is served on
     127.0.0.1 to this machine alone, until Ctrl-C: its search does not work from a file.
     """
     page = built()
