@@ -35,6 +35,10 @@ class LookResult:
     and target being numbers of words. recording: from which any weight is exact.
     """
 
+    found: Look
+    recording: Recording
+    other: Recording | None
+
     def __init__(self, found: Look, recording: Recording, other: Recording | None) -> None:
         self.found, self.recording, self.other = found, recording, other
 
