@@ -59,9 +59,11 @@ def computed(q: Tensor, k: Tensor, v: Tensor) -> float:
     with_lse, lse = regard.attention(q, k, v, dropout=0.1, return_lse=True, engine="tiled")
     seen = regard.observe(q, k, observe=[Entropy()], lse=lse)
     assert_type(seen, tuple[Any, ...])
-    assert_type(regard.explain(q, k, v, mask=Window(8)).__str__(), str)
-    assert_type(regard.linear_attention(q, k, v), Tensor)
+    assert_type(regard.explain(q, k, v, mask=Window(8)), dict[str, list[str]])
     assert_type(scaled_dot_product_attention(q, k, v, is_causal=True), Tensor)
+    swapped, (entropy,) = scaled_dot_product_attention(q, k, v, observe=[Entropy()])
+    assert_type(swapped, Tensor)
+    best = best + entropy.values + regard.linear_attention(q, k, v).sum()
     return float((best + lse + with_lse.sum()).sum())
 
 
@@ -73,7 +75,7 @@ def watched(model: nn.Module, ids: Tensor) -> list[tuple[str, int, Any]]:
 
 
 def looked(sentence: str, page: Path) -> LookResult:
-    found = regard.look("gpt2", sentence, from_words="it", layers=[3, 5], heads="all", top=4)
+    found = regard.look("gpt2", sentence, from_words="it", layers=[3, 5], heads=7, top=4)
     assert_type(found.json(), str)
     assert_type(found.html(page), Path)
     assert_type(found, LookResult)
