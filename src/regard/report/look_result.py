@@ -101,7 +101,10 @@ class LookResult:
         from .look_terminal import print_look
 
         written = io.StringIO()
-        console = Console(file=written, width=whole(width, "width"), color_system=None)
+        console = Console(
+            file=written, width=whole(width, "width"), color_system=None,
+            force_jupyter=False,  # in a notebook it would be displayed, not written
+        )  # fmt: skip
         (print_asked if self.found.asked else print_look)(self.found, console)
         return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
