@@ -1,4 +1,4 @@
-"""In a notebook a result's text is its text: nothing is displayed by the way, and nothing is lost."""
+"""In a notebook a result's text is its text: nothing is displayed by the way, nothing is lost."""
 
 import pytest
 
