@@ -17,7 +17,7 @@ from regard.engines.cpu import native  # noqa: E402
 if native.library() is None:
     sys.exit("this wheel was built without the engine cpu")
 if not (Path(regard.__file__).parent / "site" / "index.html").is_file():
-    sys.exit("this wheel was built without the documentation: zensical build comes first")
+    sys.exit("this wheel was built without the documentation: cp -r site src/regard/site")
 
 if "REGARD_ISA" not in os.environ:
     for level in native.levels():  # chosen once a process

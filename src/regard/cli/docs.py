@@ -25,7 +25,7 @@ def docs(port: int, no_browser: bool) -> None:
     if page is None:
         raise RegardError(
             'this installation holds no documentation; in a clone: pip install ".[docs]" '
-            "and zensical build, then install again"
+            "and zensical build"
         )
     with served(page.parent, port) as server:
         address = f"http://127.0.0.1:{server.server_port}/"
@@ -50,6 +50,9 @@ def served(folder: Path, port: int) -> ThreadingHTTPServer:
 
 
 def built() -> Path | None:
-    """The first page of the site, which zensical builds into the package."""
-    page = Path(__file__).resolve().parents[1] / "site" / "index.html"
-    return page if page.is_file() else None
+    """The first page of the site: in the package, or in the clone that the package lies in."""
+    here = Path(__file__).resolve()
+    places = [here.parents[1] / "site"]
+    if (here.parents[3] / "mkdocs.yml").is_file():
+        places.append(here.parents[3] / "site")
+    return next((p / "index.html" for p in places if (p / "index.html").is_file()), None)
