@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 warnings.simplefilter("error")
 
@@ -15,6 +16,8 @@ from regard.engines.cpu import native  # noqa: E402
 
 if native.library() is None:
     sys.exit("this wheel was built without the engine cpu")
+if not (Path(regard.__file__).parent / "site" / "index.html").is_file():
+    sys.exit("this wheel was built without the documentation: cp -r site src/regard/site")
 
 if "REGARD_ISA" not in os.environ:
     for level in native.levels():  # chosen once a process

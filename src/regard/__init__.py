@@ -30,7 +30,7 @@ import typing as _typing
 from importlib import import_module as _import
 from importlib.util import find_spec as _find
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if _typing.TYPE_CHECKING:
     from . import cache, context, distributed, huggingface, linear, models, nn, sparse  # noqa: F401

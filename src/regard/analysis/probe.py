@@ -40,6 +40,8 @@ class ModelRun:
 class Probe:
     """A text in a model. An encoder-decoder's text is read by its encoder alone."""
 
+    base: Any
+
     def __init__(self, reader: TextModel, text: str) -> None:
         self.reader = reader
         self.encoded: Encoded = reader.encode(text)
@@ -49,13 +51,13 @@ class Probe:
                 f"the text has {len(self.encoded.ids):,} tokens, but {reader.name} has positions "
                 f"for {limit:,}"
             )
-        self.words = Words.of(self.encoded.about())
+        self.words: Words = Words.of(self.encoded.about())
         whole = reader.model
         self.base = whole.base_model
         if reader.family == "encoder-decoder":
             self.base = whole = whole.get_encoder()
         self.model: Any = whole
-        self.writes = self.model is not self.base and reader.family == "causal"
+        self.writes: bool = self.model is not self.base and reader.family == "causal"
         if not self.writes:
             self.model = self.base
 

@@ -51,10 +51,10 @@ class Words(Sequence[Word]):
 
     def __init__(self, words: Sequence[Word]) -> None:
         self._words = tuple(words)
-        self.sizes = torch.tensor(
+        self.sizes: Tensor = torch.tensor(
             [len(word.tokens) for word in self._words], dtype=torch.int64, device="cpu"
         )
-        self.of_token = torch.repeat_interleave(
+        self.of_token: Tensor = torch.repeat_interleave(
             torch.arange(len(self._words), dtype=torch.int64, device="cpu"), self.sizes
         )
 

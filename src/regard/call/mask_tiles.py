@@ -23,12 +23,20 @@ class BlockRange:
     positions of the sequence. first, last: each block's indices; low, high: the same as positions.
     """
 
+    length: int
+    block: int
+    start: int
+    first: Tensor
+    last: Tensor
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self, length: int, block: int, start: int, lead: int, device: torch.device
     ) -> None:
         self.length, self.block, self.start = length, block, start
-        self.lead = lead if length else 0
-        self.count = -(-(length + self.lead) // block)
+        self.lead: int = lead if length else 0
+        self.count: int = -(-(length + self.lead) // block)
         edges = torch.arange(self.count, device=device, dtype=torch.int64) * block - self.lead
         self.first, self.last = edges.clamp(min=0), (edges + block).clamp(max=length) - 1
         self.low, self.high = self.first + start, self.last + start
@@ -46,6 +54,9 @@ class BlockRange:
 
 class Tiling:
     """A grid of tiles over a call; each answer is broadcastable to (batch, heads, rows, cols)."""
+
+    query: BlockRange
+    key: BlockRange
 
     def __init__(self, query: BlockRange, key: BlockRange) -> None:
         self.query, self.key = query, key

@@ -142,7 +142,8 @@ class RowSeen(Result):
 class EntropySeen(RowSeen):
     """values (batch, heads, q_len): −Σ p ln p over keys, in nats, not renormalised."""
 
-    name, unit = "entropy", "entropy [nats]"
+    name: ClassVar[str] = "entropy"
+    unit: ClassVar[str] = "entropy [nats]"
 
     def beside(self, other: EntropySeen) -> EntropySeen:
         """Joined with another key shard, both under the global lse."""
@@ -152,7 +153,8 @@ class EntropySeen(RowSeen):
 class MaxScoreSeen(RowSeen):
     """values (batch, heads, q_len): the largest score of the row; −inf where none is visible."""
 
-    name, unit = "max_score", "largest score"
+    name: ClassVar[str] = "max_score"
+    unit: ClassVar[str] = "largest score"
 
     def beside(self, other: MaxScoreSeen) -> MaxScoreSeen:
         """Joined with another key shard."""
@@ -162,7 +164,8 @@ class MaxScoreSeen(RowSeen):
 class LogSumExpSeen(RowSeen):
     """values (batch, heads, q_len): natural log-sum-exp of the row; −inf where none is visible."""
 
-    name, unit = "lse", "log-sum-exp [nats]"
+    name: ClassVar[str] = "lse"
+    unit: ClassVar[str] = "log-sum-exp [nats]"
 
     def beside(self, other: LogSumExpSeen) -> LogSumExpSeen:
         """Joined with another key shard's own (not global) lse."""

@@ -24,10 +24,10 @@ class ByWords(Brief):
         self, ranges: Sequence[tuple[int, int]], tokens: Sequence[str], text: str | None,
         offsets: Sequence[Sequence[int]] | None, layer: Callable[..., RecordedLayer],
     ) -> None:  # fmt: skip
-        self.ranges = [(int(first), int(last)) for first, last in ranges]
+        self.ranges: list[tuple[int, int]] = [(int(first), int(last)) for first, last in ranges]
         if any(not 0 <= a < b <= len(tokens) for a, b in self.ranges):
             raise RegardError(f"words lie within {len(tokens)} tokens, each (first, last + 1)")
-        self.words = [_name(r, tokens, text, offsets) for r in self.ranges]
+        self.words: list[str] = [_name(r, tokens, text, offsets) for r in self.ranges]
         self._layer = layer
 
     def __str__(self) -> str:

@@ -23,7 +23,9 @@ class Comparison(Brief):
 
     def __init__(self, one: Weights, two: Weights, tokens: tuple[Sequence[str], Sequence[str]]):
         self._one, self._two = one, two
-        self.pairs = torch.tensor(aligned(*tokens), dtype=torch.int64, device="cpu").reshape(-1, 2)
+        self.pairs: Tensor = torch.tensor(
+            aligned(*tokens), dtype=torch.int64, device="cpu"
+        ).reshape(-1, 2)
         self._sizes = (len(tokens[0]), len(tokens[1]))
 
     def __str__(self) -> str:

@@ -45,7 +45,7 @@ class Tracker:
     """Follows one thread through a model's modules, by hooks that go when `following` ends."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.names = {id(m): n for n, m in model.named_modules()}
+        self.names: dict[int, str] = {id(m): n for n, m in model.named_modules()}
         self.ran: set[str] = set()
         self._model = model
         self._thread = threading.get_ident()

@@ -30,8 +30,8 @@ class Segments:
         generated: int | None,
     ) -> None:
         pairs = list(ranges.items()) if isinstance(ranges, Mapping) else list(ranges)
-        self.names = [name for name, _ in pairs]
-        self.ranges = [(int(first), int(last)) for _, (first, last) in pairs]
+        self.names: list[str] = [name for name, _ in pairs]
+        self.ranges: list[tuple[int, int]] = [(int(first), int(last)) for _, (first, last) in pairs]
         self._layer, self._generated = layer, generated
         for name, (first, last) in zip(self.names, self.ranges, strict=True):
             if not 0 <= first <= last:

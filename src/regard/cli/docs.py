@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -19,7 +18,7 @@ from ..errors import RegardError
 def docs(port: int, no_browser: bool) -> None:
     """Open the documentation in the browser, without a network.
 
-    The wheels hold it; in a clone it stands once `zensical build` has built it. It is served on
+    Released wheels hold it; in a clone it stands once `zensical build` has run. It is served on
     127.0.0.1 to this machine alone, until Ctrl-C: its search does not work from a file.
     """
     page = built()
@@ -52,9 +51,8 @@ def served(folder: Path, port: int) -> ThreadingHTTPServer:
 
 def built() -> Path | None:
     """The first page of the site: in the package, or in the clone that the package lies in."""
-    package = Path(str(files("regard")))
     here = Path(__file__).resolve()
-    places = [package / "site", here.parents[1] / "site"]
+    places = [here.parents[1] / "site"]
     if (here.parents[3] / "mkdocs.yml").is_file():
         places.append(here.parents[3] / "site")
     return next((p / "index.html" for p in places if (p / "index.html").is_file()), None)

@@ -25,7 +25,7 @@ _BATCH = "Tokens a step, of the longer side, padding included.  [default: 4096]"
 _DATA_LM = "A text file, or a folder of .txt and .raw files."
 _DATA = "FILE,FILE of parallel lines; a .tsv, .zip, or a folder of them. May be repeated."
 
-MODEL_OPTIONS = [
+MODEL_OPTIONS: list[Any] = [
     click.option("--mixer", metavar="NAME", default="softmax", help=_MIXER),
     click.option("--window", metavar="N", type=int, default=64,
                  help="Keys that the mixer window sees.  [default: 64]"),
@@ -35,7 +35,7 @@ MODEL_OPTIONS = [
     click.option("--depth", type=int, default=4, help="Blocks.  [default: 4]"),
     click.option("--hidden", type=int, help="Of feed-forward layers; 0: none."),
 ]  # fmt: skip
-RUN_OPTIONS = [
+RUN_OPTIONS: list[Any] = [
     click.option("--out", metavar="FOLDER", required=True, type=Path,
                  help="Where the model goes; a run that was killed there goes on."),
     click.option("--budget", metavar="MINUTES", type=float, help="As many steps as fit into it."),

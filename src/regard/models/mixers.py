@@ -154,7 +154,7 @@ class RecurrentMixer(nn.Module):
         if not causal and dim % 2:
             raise RegardError(f"dim {dim} is odd; half of it reads each way in an encoder")
         size = dim if causal else dim // 2
-        self.recurrence = made(dim, size, batch_first=True, bidirectional=not causal)
+        self.recurrence: nn.RNNBase = made(dim, size, batch_first=True, bidirectional=not causal)
 
     def forward(
         self,

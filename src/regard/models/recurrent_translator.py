@@ -90,7 +90,7 @@ class RecurrentTranslator(nn.Module):
         whole = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[kind]
         cell = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}[kind]
         dropout = config.dropout if config.depth > 1 else 0.0
-        self.encoder = whole(
+        self.encoder: nn.RNNBase = whole(
             dim, dim // 2, config.depth, batch_first=True, bidirectional=True, dropout=dropout
         )
         self.attention = AdditiveAttention(dim, dim, dim) if config.cross == "bahdanau" else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ class RefusedError(RegardError, RuntimeError):
     """What torch's function refuses, or should: it raises RuntimeError, so this is one as well."""
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+    enable_gqa: bool = False, observe: None = None, engine: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+    enable_gqa: bool = False, observe: Sequence[Observer], engine: str = "auto",
+) -> tuple[Tensor, tuple[Any, ...]]: ...  # fmt: skip
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

@@ -35,6 +35,10 @@ class LookResult:
     and target being numbers of words. recording: from which any weight is exact.
     """
 
+    found: Look
+    recording: Recording
+    other: Recording | None
+
     def __init__(self, found: Look, recording: Recording, other: Recording | None) -> None:
         self.found, self.recording, self.other = found, recording, other
 
@@ -97,7 +101,10 @@ class LookResult:
         from .look_terminal import print_look
 
         written = io.StringIO()
-        console = Console(file=written, width=whole(width, "width"), color_system=None)
+        console = Console(
+            file=written, width=whole(width, "width"), color_system=None,
+            force_jupyter=False,  # in a notebook it would be displayed, not written
+        )  # fmt: skip
         (print_asked if self.found.asked else print_look)(self.found, console)
         return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 

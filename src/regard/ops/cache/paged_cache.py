@@ -61,6 +61,8 @@ class PagedCache(Cache):
     grows by half as needed.
     """
 
+    page_size: int
+
     def __init__(self, page_size: int = 16, *, pages: int | None = None) -> None:
         super().__init__()
         if page_size < 1 or (pages is not None and pages < 1):

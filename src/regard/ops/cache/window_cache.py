@@ -30,6 +30,9 @@ class WindowCache(KVCache):
     anew at each step; here a model sees the distances that its training length allows for.
     """
 
+    window: int
+    first: int
+
     def __init__(self, window: int, *, first: int = 0, capacity: int = 0) -> None:
         window, first = (
             min(whole(n, f"WindowCache: {name}"), FARTHEST)
