@@ -78,19 +78,18 @@ def run(at: Setting) -> Result:
     rows: list[tuple[Cell, ...]] = [(step, *one.values()) for step, one in found.items()]
     first, last = found[0], found[max(found)]
     appeared = next((step for step, one in found.items() if one["induction"] >= 0.5), None)
-    fell = max(
-        (found[a]["second half"] - found[b]["second half"], b)
-        for a, b in zip(list(found), list(found)[1:], strict=False)
-    )
-    together = appeared is not None and abs(fell[1] - appeared) <= 2 * size.every
+    # How much less what was said before costs: a loss alone falls first to that of guessing
+    gain = {step: one["first half"] - one["second half"] for step, one in found.items()}
+    rose = max((gain[b] - gain[a], b) for a, b in zip(list(gain), list(gain)[1:], strict=False))
+    together = appeared is not None and abs(rose[1] - appeared) <= 2 * size.every
     verdicts = [
         Verdict("at first no head is an induction head (weight below 0.1)",
                 first["induction"] < 0.1, f"{first['induction']:.3f}"),
         Verdict("after training one is (0.5 or more)", last["induction"] >= 0.5,
                 f"{last['induction']:.2f}; what it copies is said with loss "
                 f"{last['second half']:.2f}, guessing {last['first half']:.2f}"),
-        Verdict("it appears when the loss of repeated tokens falls the most", together,
-                f"weight 0.5 at step {appeared}; steepest fall up to step {fell[1]}"),
+        Verdict("it appears when the loss of repeated tokens falls the most below that of new ones",
+                together, f"weight 0.5 at step {appeared}; steepest fall up to step {rose[1]}"),
         Verdict("a head on the previous token comes with it (0.5 or more in layer 0)",
                 last["previous"] >= 0.5, f"{first['previous']:.2f} → {last['previous']:.2f}"),
     ]  # fmt: skip
