@@ -249,7 +249,7 @@ def test_the_default_model_comes_from_a_package_or_from_the_cache_of_the_hub(mon
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    def written(path, layer, seen, first_row):
+    def written(path, *layer):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
