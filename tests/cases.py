@@ -332,8 +332,13 @@ CASES = [
 FEW = [c for c in CASES if not c.name[0].isdigit()]
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> tuple[Tensor, Tensor]:
-    """Straightforward torch, wholly in the dtype given: (out, lse). What the bar measures."""
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, *, order: Tensor | None = None, **request: Any
+) -> tuple[Tensor, Tensor]:
+    """Straightforward torch, wholly in the dtype given: (out, lse). What the bar measures.
+
+    order: in which keys are summed, int (k_len,); default as they stand.
+    """
     call = Call.checked(query, key, value, **request)
     place, whole = call.place, Span(0, call.place.q_len, 0, call.place.k_len)
     key, value = (t.repeat_interleave(place.heads // place.kv_heads, 1) for t in (key, value))
@@ -352,6 +357,8 @@ def plain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> tuple[Te
     weights = torch.softmax(scores, -1).masked_fill(blind, 0)[..., :-1]
     if call.dropout is not None and weights.numel():
         weights = weights * call.dropout.factor(whole, place, weights.dtype)
+    if order is not None:
+        weights, value = weights[..., order], value[..., order, :]
     return weights @ value, torch.logsumexp(scores, -1)
 
 

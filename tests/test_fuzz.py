@@ -243,8 +243,8 @@ def off_by_a_rounding(tensors: list[Tensor]) -> list[Tensor]:
 def references(tensors: list[Tensor], request: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(out, lse) in float64, then what float32 can be asked for.
 
-    That is the truth for queries and keys that are a rounding off, and plain torch, its dims summed
-    in several orders: one order may be lucky where a case has few numbers.
+    That is the truth for queries and keys that are a rounding off, and plain torch, its dims
+    and keys summed in several orders: one order may be lucky where a case has few numbers.
     """
     doubles, doubly = [t.double() for t in tensors], mapped(request, lambda t: t.double())
     singles, singly = [t.float() for t in tensors], mapped(request, lambda t: t.float())
@@ -254,9 +254,9 @@ def references(tensors: list[Tensor], request: dict[str, Any]) -> list[tuple[Ten
     ]
     for seed in range(4):
         rng = torch.Generator().manual_seed(seed)
-        order = torch.randperm(tensors[0].shape[-1], generator=rng)
-        query, key = (t[..., order] for t in singles[:2])
-        answers.append(plain(query, key, singles[2], **singly))
+        dims, keys = (torch.randperm(n, generator=rng) for n in tensors[1].shape[:1:-1])
+        query, key = (t[..., dims] for t in singles[:2])
+        answers.append(plain(query, key, singles[2], order=keys, **singly))
     return answers
 
 
