@@ -30,6 +30,7 @@ from regard import (
 )  # fmt: skip
 from regard.call.checked import Call
 from regard.call.geometry import Span
+from regard.engines import ENGINES
 from regard.sparse import (
     BigBird,
     BlockSparse,
@@ -41,6 +42,8 @@ from regard.sparse import (
     TopBlocks,
 )
 
+ON_CUDA = ("flex", "decode")
+ON_THE_CPU = [name for name in ENGINES if name not in ON_CUDA]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

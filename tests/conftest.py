@@ -1,6 +1,7 @@
 """What every test shares: no network, no clock, and the folder of larger models and data."""
 
 import functools
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -31,6 +32,16 @@ settings.load_profile("regard")
 
 # Tests are many small operations: threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+# Twenty thousand items are made at once and stay: to look through them for garbage again and again
+# takes a third of collecting, and each later collection would go through them anew.
+gc.disable()
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
 
 
 def _poisoned(make):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import regard.engines.second_pass.strips
-from cases import CASES, DTYPES, FEW, Case, assert_within, at, mapped, plain
+from cases import CASES, DTYPES, FEW, ON_CUDA, ON_THE_CPU, Case, assert_within, at, mapped, plain
 from regard import (
     ALiBi,
     Causal,
@@ -30,8 +30,7 @@ from regard.call.checked import Call
 from regard.engines import ENGINES, preference, refusals, select
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-ON_THE_CPU = [name for name in ENGINES if name not in ("flex", "decode")]
-every_engine = pytest.mark.parametrize("engine", ENGINES)
+every_engine = pytest.mark.parametrize("engine", ON_THE_CPU)
 
 
 def call_of(case: Case, dtype: torch.dtype = torch.float64) -> Call:
@@ -70,6 +69,13 @@ def test_matches_float64(case, engine, dtype):
         (out, lse), plainly(case, at_dtype), exact(case, dtype), strict=True
     ):
         assert_within(ours, theirs, truth, dtype)
+
+
+@pytest.mark.parametrize("engine", ON_CUDA)
+def test_an_engine_for_cuda_says_so(engine):
+    tensors = FEW[0].tensors(dtype=torch.float32)
+    with pytest.raises(NoEngine, match=f"{engine}: query is on cpu; this engine runs on cuda"):
+        attention(*tensors, engine=engine)
 
 
 @every_case
@@ -187,7 +193,7 @@ def test_same_bits_in_a_larger_batch(engine, kv_heads, n, dim, threads):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("engine", ON_THE_CPU)
+@every_engine
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_nan_and_inf_surface(engine, where, value, dtype):
     """One bad number shows in each row that sees it, and in ours in none that does not."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import regard
-from cases import FEW
+from cases import FEW, ON_THE_CPU
 from linear_cases import CASES as LINEAR
 from regard import (
     Distances,
@@ -23,7 +23,6 @@ from regard import (
     linear_attention,
 )
 from regard.cache import H2O, KVCache
-from regard.engines import ENGINES
 from test_torch_features import MODULES
 
 # Functions of torch that make a tensor out of numbers, of the default dtype or device
@@ -104,7 +103,7 @@ def assert_same(run, name: str) -> None:
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "flex"])
+@pytest.mark.parametrize("engine", ON_THE_CPU)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_attention(case, engine, name):
     tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)

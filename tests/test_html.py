@@ -288,6 +288,7 @@ def test_whole_units_keep_their_sums():
 # What else was asked
 
 
+@pytest.mark.slow
 def test_versus_and_effect_are_on_the_page(browser, tmp_path):
     path = tmp_path / "look.html"
     arguments = ["look", ANIMAL + "tired", "--from", "it", "--versus", ANIMAL + "wide"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import regard.engines.second_pass.strips
-from cases import CASES, FEW, Case, at
+from cases import CASES, FEW, ON_THE_CPU, Case, at
 from observer_truths import assert_seen, bar_of, parts
 from regard import (
     ALiBi,
@@ -30,7 +30,7 @@ from regard import (
     observe,
 )
 from regard.call.checked import Call
-from regard.engines import ENGINES, reference
+from regard.engines import reference
 from regard.engines.second_pass.top_k import largest
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -96,7 +96,7 @@ def test_all_observers_in_rounding(case):
     look(case, "tiled", torch.float32)
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "flex"])  # cuda only
+@pytest.mark.parametrize("engine", ON_THE_CPU)
 def test_results_carry_no_gradients(engine):
     leaves = [t.requires_grad_() for t in Case("", at(9, 12)).tensors(dtype=torch.float32)]
     out, seen = attention(*leaves, engine=engine, observe=watchers(3))

@@ -207,6 +207,7 @@ def test_a_run_stopped_in_the_backward_pass_keeps_the_layers_reached(tmp_path, m
     assert json.loads((tmp_path / "r" / "recording.json").read_text())["whole"] is False
 
 
+@pytest.mark.slow
 def test_look_and_record_keep_the_effect_on_a_word(tmp_path):
     """The same edges, and those whose words `look --effect` lists."""
     pytest.importorskip("regard_minilm", reason="needs pip install regard-minilm")
