@@ -47,7 +47,7 @@ def run(tokens: int, layers: int, folder: Path, after: float | None = None) -> f
     """
     child = FORK.Process(target=record, args=(tokens, layers, folder))
     child.start()
-    while not (folder / "recording.json").exists():
+    while child.is_alive() and not (folder / "recording.json").exists():
         time.sleep(0.001)
     begun = time.perf_counter()
     if after is not None:
