@@ -14,14 +14,14 @@ a page.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from spawned import answers_of
 
 HEADS, KV_HEADS, DIM = 8, 4, 64
 KINDS = ("forward", "backward", "observed")
@@ -95,19 +95,7 @@ def beside(how: str, size: int, compute: float, travel: float) -> float:
 
 def together(size: int, ways: list[str], length: int, rounds: int) -> dict[Any, float]:
     """Seconds of (how, kind), the longest of the ranks; "rate": bytes/s that a rank passes on."""
-    context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        processes = [
-            context.Process(target=_rank, args=(r, size, store, ways, length, rounds, found))
-            for r in range(size)
-        ]
-        for process in processes:
-            process.start()
-        answers = [found.get() for _ in processes]
-        for process in processes:
-            process.join()
+    answers = answers_of(size, _rank, ways, length, rounds)
     slowest = {key: max(a[key] for a in answers) for key in answers[0]}
     return slowest | {"rate": min(a["rate"] for a in answers)}
 

@@ -8,12 +8,11 @@ ranks; the wall time; and what the formulas of docs/distributed.md say travels.
 """
 
 import argparse
-import multiprocessing
 import os
 import resource
-import tempfile
 import time
-from pathlib import Path
+
+from spawned import answers_of
 
 HEADS, KV_HEADS, DIM = 4, 4, 64
 
@@ -34,19 +33,7 @@ def main() -> None:
 
 def measured(size: int, how: str, length: int, window: int) -> tuple[float, float, float]:
     """Peak in MiB, seconds, MiB sent: the largest over the ranks."""
-    context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        processes = [
-            context.Process(target=_rank, args=(r, size, store, how, length, window, found))
-            for r in range(size)
-        ]
-        for process in processes:
-            process.start()
-        answers = [found.get() for _ in processes]
-        for process in processes:
-            process.join()
+    answers = answers_of(size, _rank, how, length, window)
     return tuple(max(column) for column in zip(*answers, strict=True))
 
 

@@ -20,7 +20,7 @@ def jobs() -> dict[str, tuple]:
             block_k, chunk = ((64, 64), (64, 512), (32, 64))[n % 3]
             found[f"{sizes}: {name}"] = (where, "check", sizes, name, dtype, block_k, chunk)
             n += 1
-    found["one query: all at once"] = (where, "check", "one query", "sinks", torch.float32, 32, 32)
+    found["one query: sinks"] = (where, "check", "one query", "sinks", torch.float32, 32, 32)
     found["pages: decode"] = (where, "pages", 1, 16, [100, 37])
     found["pages: few"] = (where, "pages", 5, 48, [0, 130])
     found["pages: one token each"] = (where, "pages", 2, 1, [70, 41])

@@ -112,7 +112,8 @@ def column_sums(call: Call, lse: Tensor, rows: tuple[int, int]) -> Tensor:
     """
     place = call.place
     alone = replace(place, kv_heads=place.heads)  # a group would add up
-    key = call.key.float().repeat_interleave(place.heads // place.kv_heads, 1)
+    group = place.heads // place.kv_heads
+    key = call.key.float()[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)  # 1: no copy
     grad = torch.zeros(*lse.shape, 1, dtype=torch.float32, device="cpu")
     grad[:, :, slice(*rows)] = 1
     value = torch.zeros(*key.shape[:3], 1, dtype=torch.float32, device="cpu")
