@@ -71,11 +71,9 @@ def _group_query(inputs: Inputs, window: int) -> Contestant:
     past = p.k_len - p.q_len
     query, key, value = inputs.tensors
     given = {"q": _rows(query), "k": _rows(key[:, :, past:]), "v": _rows(value[:, :, past:])}
-    # One buffer for past and present: the operator writes the new keys behind the old ones
-    shared = {
-        "past_k": key.contiguous().numpy().copy(),
-        "past_v": value.contiguous().numpy().copy(),
-    }
+    # One buffer for past and present: the operator writes the new keys behind the old ones. It is
+    # torch's memory, as ours: numpy's own lies in huge pages, which are read up to 1.6 times as fast.
+    shared = {"past_k": _copied(key), "past_v": _copied(value)}
     lengths = {
         "last": np.full(p.batch, p.k_len - 1, np.int32),
         "total": np.array(p.k_len, np.int32),
@@ -142,6 +140,12 @@ class _Session:
         p = self.problem
         out = torch.from_numpy(self.out).view(p.batch, p.q_len, p.heads, p.dim)
         return {"out": out.transpose(1, 2).clone()}
+
+
+def _copied(tensor: Tensor) -> np.ndarray:
+    """A contiguous copy."""
+    copied: np.ndarray = tensor.clone(memory_format=torch.contiguous_format).numpy()
+    return copied
 
 
 def _rows(tensor: Tensor) -> np.ndarray:

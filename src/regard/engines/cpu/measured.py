@@ -2,7 +2,8 @@
 
 `auto` asks it (engines/__init__.py); nothing is measured at import. A row is what saved runs of
 `regard bench` showed on a processor of that kind (docs/benchmarks.md): where SDPA's time over ours
-is below 1 beyond the spread of its rounds. What is not in the table is ours.
+is below 1 beyond the spread of its rounds. What is not in the table is ours: at levels avx2, avx512
+and avx512bf16 that is every shape that was timed, both sides with the same instructions.
 """
 
 from __future__ import annotations

@@ -52,6 +52,12 @@ static void together(int64_t type, long dim, float* row) {
     }
 }
 
+// Calls for a row that is read soon. Into the second cache: a tile's keys and values are more than the
+// first holds, and what is called for there is gone again when its turn comes.
+INLINE void call_for(const char* row, long bytes) {
+    for (long ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(row + ahead, 0, 2);
+}
+
 // s[r · KEYS + j] = query r · key j. query: [row][dim], taken apart; dim is a multiple of W. The values
 // of a key, of so many bytes, are called for meanwhile: their turn is next.
 template <int R, int type>
@@ -68,7 +74,7 @@ static void few_scores_of(long n, long dim, const char* const* key, const char* 
                 // Past the end the last key once more: below, −inf takes the place of its scores
                 long mine = j + i + b < n ? j + i + b : n - 1;
                 at[b] = key[mine];
-                for (long ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(value[mine] + ahead);
+                call_for(value[mine], bytes);
             }
             V dot[B][R][2] = {};  // two sums each: no addition waits for the one just before it
             auto add = [&](long d, auto count) __attribute__((always_inline)) {
@@ -104,9 +110,11 @@ static void few_scores_of(long n, long dim, const char* const* key, const char* 
 }
 
 // mixed[r · ld + d] += Σⱼ s[r · KEYS + j] · v[j][d], taken apart. Sums stay in registers over all keys, so
-// the fewer rows, the more vectors of dims at a time: eight sums of one row, or of two four each.
+// the fewer rows, the more vectors of dims at a time: eight sums of one row, or of two four each. The
+// keys of the next tile, `coming` of so many bytes, are called for meanwhile: memory is never idle.
 template <int R, int type>
-static void few_mix_of(long n, long dim, const char* const* value, const float* s, float* mixed, long ld) {
+static void few_mix_of(long n, long dim, const char* const* value, const char* const* next, long coming,
+                       long bytes, const float* s, float* mixed, long ld) {
     auto add = [&](long d, auto count) __attribute__((always_inline)) {
         constexpr int C = count.count;  // vectors of dims at a time
         V total[R][C];
@@ -114,7 +122,9 @@ static void few_mix_of(long n, long dim, const char* const* value, const float* 
         for (int r = 0; r < R; r++)
             #pragma GCC unroll 8
             for (int c = 0; c < C; c++) total[r][c] = load(mixed + r * ld + d + c * W);
+        long called = d == 0 ? coming : 0;
         for (long j = 0; j < n; j++) {
+            if (j < called) call_for(next[j], bytes);
             #pragma GCC unroll 8
             for (int c = 0; c < C; c += 2) {
                 V x[2];
@@ -162,11 +172,15 @@ INLINE void with_rows(int rows, int64_t type, Then then) {
     typed(Count<4>{});
 }
 
-// A tile's keys and values, by the addresses of their rows.
+// A tile's keys and values, and the keys after them, by the addresses of their rows.
 struct FewKeys {
-    const char *key[KEYS], *value[KEYS];
+    const char *key[KEYS], *value[KEYS], *next[KEYS];
+    int coming;
 
-    void find(const RegardCall& c, long b, long kv, long first, int n) {
+    // The n from `first` on, of those before `end`.
+    void find(const RegardCall& c, long b, long kv, long first, int n, long end) {
+        coming = (int)least(n, end - first - n);
+        addresses(c.key, c.pages, b, kv, first + n, coming, next);
         addresses(c.key, c.pages, b, kv, first, n, key);
         addresses(c.value, c.pages, b, kv, first, n, value);
     }
@@ -185,8 +199,10 @@ struct FewKeys {
         });
     }
     void mix(const RegardCall& c, int n, const float* s, State& state) const {
+        long bytes = c.dim * size_of(c.key.type);
         with_rows(state.few, c.value.type, [&](auto r, auto type) {
-            few_mix_of<r.count, type.count>(n, c.v_dim, value, s, state.mixed, state.v_dim);
+            few_mix_of<r.count, type.count>(n, c.v_dim, value, next, coming, bytes, s, state.mixed,
+                                            state.v_dim);
         });
     }
 };

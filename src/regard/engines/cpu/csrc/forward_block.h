@@ -93,6 +93,7 @@ class Forward {
     const uint64_t* seen;  // of the keys at hand, which rows see them; null: all
     uint16_t *query_parts, *weight_parts, *own_keys;
     FewKeys few_keys;
+    long last;  // of the walk: the key after its last one
     bool few, on_tiles, query_fits;  // of the block at hand
     uint64_t odd_queries[PANELS] = {};  // its lanes that are not finite, where 0 stands for that on tiles
     bool careful = false;            // its values are looked at, as what is mixed is not finite
@@ -218,7 +219,7 @@ class Forward {
     void walk(const Block& block, State& state, Strip& strip, long from, long to, long stripe) {
         if (plan.columns)
             for (long t = from / KEYS; t * KEYS < to; t++) strip.held[t] = 0;
-        to = least(to, keys_of(block.segment[0].b));
+        last = to = least(to, keys_of(block.segment[0].b));
         for (long far = from; far < to; far += 16 * KEYS) {
             long end = least(far + 16 * KEYS, to);
             Answer several = {true, true};
@@ -321,7 +322,7 @@ class Forward {
             }
         }
         if (few) {
-            few_keys.find(c, b, kv, k0, n);
+            few_keys.find(c, b, kv, k0, n, last);
             if (careful) odd_values.find(v(), n, c.v_dim), few_keys.fill(c, odd_values, clean);
             return of;
         }
