@@ -101,12 +101,12 @@ TOGETHER = ("test_triton", "test_distributed")
 # for the end is short and two processes end together. A name stands for all that begin with it.
 LONG = (
     "test_triton",
-    "test_distributed",
     "test_view_page",
     "test_html",
     "test_torch_features",
     "test_docs",
     "test_linear",
+    "test_distributed",
     "test_attention",
     "test_fuzz",
     "test_pooled",
