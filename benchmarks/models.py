@@ -5,7 +5,7 @@
 
 Each is made from its configuration with small sizes, in a process of its own with a time limit, and
 run twice: unwatched and watched, verified. Architectures that RESULTS holds already are left out,
-so a run can be taken up again. --write makes the page.
+so a run can be taken up again. --write makes the page; what the page says of others stays.
 """
 
 from __future__ import annotations
@@ -325,6 +325,28 @@ def page(found: list[dict[str, str]]) -> str:
     return said
 
 
+def known(text: str) -> dict[str, dict[str, str]]:
+    """What a page says of each architecture, as results that give the same page."""
+    rows, refused, unbuilt, parts = ([*re.split(r"\n## .*\n", text), "", "", ""])[:4]
+    found = {}
+    for row in re.findall(r"^\| (`.*) \|$", rows, re.MULTILINE):
+        name, attention, bits, weights, generate = row.split(" | ")
+        kind = name.strip("`")
+        weights = weights.removesuffix(f" ({NOTES.get(kind)})").replace("differ", "OTHERS")
+        found[kind] = {
+            "attention": attention, "bits": bits, "eager": weights, "generate": generate
+        }  # fmt: skip
+    for kinds, reason in re.findall(r"^- ((?:`[^`]+`(?:, )?)+): (.*)$", refused, re.MULTILINE):
+        for kind in re.findall(r"`([^`]+)`", kinds):
+            found[kind] = {"model": "the model", "refused": reason}
+    for why, kinds in re.findall(r"^- (.*): ((?:`[^`]+`(?:, )?)+)$", unbuilt, re.MULTILINE):
+        for kind in re.findall(r"`([^`]+)`", kinds):
+            found[kind] = {"unbuilt": "", "why": why}
+    for kind in re.findall(r"`([^`]+)`", parts):
+        found[kind] = {"part": "of another model"}
+    return {kind: {"kind": kind} | each for kind, each in found.items()}
+
+
 def _grouped(unbuilt: list[dict[str, str]]) -> dict[str, list[str]]:
     """The architectures not run by the reason; what is too long to read stands last."""
     by_reason: dict[str, list[str]] = {}
@@ -337,6 +359,8 @@ def _grouped(unbuilt: list[dict[str, str]]) -> dict[str, list[str]]:
 
 def reason(found: dict[str, str]) -> str:
     """Why one was not run, in a few words."""
+    if "why" in found:
+        return found["why"]
     said = found.get("unbuilt") or found["FAILED"]
     if package := re.search(r"requires the (\S+) library", said):
         return f"needs the package {package[1]}"
@@ -369,6 +393,8 @@ if __name__ == "__main__":
     if arguments.write:
         found = {f["kind"]: f for f in map(json.loads, arguments.results.read_text().splitlines())}
         every = {name: {"kind": name, "unbuilt": NOT_REACHED} for name in tiny.names()}
+        if arguments.write.exists():
+            every |= known(arguments.write.read_text())
         arguments.write.write_text(page(list((every | found).values())))
     else:
         run(arguments.results, arguments.only, arguments.seconds)

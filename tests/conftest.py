@@ -95,8 +95,8 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
-# One pair of processes that interpret, not one for each process of tests
-TOGETHER = ("test_triton",)
+# Two processes that interpret, and four that are ranks: not as many for each process of tests
+TOGETHER = ("test_triton", "test_distributed")
 # Files that take longest, measured, with or without what is slow: begun first, so that what is left
 # for the end is short and two processes end together. A name stands for all that begin with it.
 LONG = (
@@ -106,6 +106,7 @@ LONG = (
     "test_torch_features",
     "test_docs",
     "test_linear",
+    "test_distributed",
     "test_attention",
     "test_fuzz",
     "test_pooled",
@@ -122,8 +123,10 @@ def _turn(item) -> int:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes its choice
-def pytest_collection_modifyitems(items):
-    mark_others_slow(items)
+def pytest_collection_modifyitems(config, items):
+    nowhere = {id(item) for item in mark_others_slow(items)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in nowhere])
+    items[:] = [item for item in items if id(item) not in nowhere]
     items.sort(key=_turn)  # stable: files stay whole
     if importlib.util.find_spec("triton") is None:
         missing = pytest.mark.skip('triton is not installed; pip install ".[dev,cuda]"')

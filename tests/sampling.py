@@ -2,7 +2,8 @@
 
 strength 0: the first case; 1: as many as show every value of every parameter; 2: every pair of
 values. `sample(every=n)`: each n-th of one long list. The others are slow: they run with
-`pytest -m "slow or not slow"`, and in CI.
+`pytest -m "slow or not slow"`, and in CI. `sample(strength, most=n)`: of a full product, in CI too,
+only as many as show n values together; the others find nothing more, and are left out.
 """
 
 import random
@@ -11,17 +12,26 @@ from itertools import combinations
 import pytest
 
 
-def mark_others_slow(items) -> None:
-    """Each case that its test's sample leaves out is marked."""
+def mark_others_slow(items) -> list:
+    """Mark each case that its test's sample leaves out; return those that run nowhere."""
     tests: dict[str, list] = {}
     for item in items:
         if item.get_closest_marker("sample"):
             tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    nowhere = []
     for cases in tests.values():
-        kept = _sample(cases, cases[0].get_closest_marker("sample"))
+        marker = cases[0].get_closest_marker("sample")
+        if "most" in marker.kwargs:
+            most = covering(
+                [_values(item.callspec.params) for item in cases], marker.kwargs["most"]
+            )
+            nowhere += [item for n, item in enumerate(cases) if n not in most]
+            cases = [item for n, item in enumerate(cases) if n in most]
+        kept = _sample(cases, marker)
         for n, item in enumerate(cases):
             if n not in kept:
                 item.add_marker(pytest.mark.slow)
+    return nowhere
 
 
 def _sample(cases: list, marker: pytest.Mark) -> set[int]:

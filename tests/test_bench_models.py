@@ -39,6 +39,14 @@ def test_what_it_says_of_some(script, tmp_path):
     assert "| `gptj` | own softmax | equal | equal | same |" in page.read_text()
 
 
+def test_what_a_page_says_of_others_stays(script):
+    """Written again from itself it is the same, but for versions."""
+    text = (SCRIPT.parents[1] / "docs" / "models.md").read_text()
+    again = script.page(list(script.known(text).values()))
+    start = "| architecture |"
+    assert again.partition(start)[2] == text.partition(start)[2]
+
+
 @pytest.mark.slow
 def test_the_page_has_no_outcome_that_is_wrong():
     """What stands in the documentation: no other bits, no other tokens."""

@@ -135,6 +135,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("type", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name, peer", PAIRS)
 def test_peers_are_right(name, peer, type):

@@ -131,7 +131,7 @@ def whole(data: Drawn, shown: Mask, request: Whole, engine="reference", **more) 
     return attention(data.query, data.key, data.value, **request, engine=engine, **more)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(1, most=2)
 @requests
 @chunks
 @caches
@@ -198,6 +198,7 @@ def assert_same_results(ours, exact) -> None:
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sizes", [CHUNKS["prompt and steps"], CHUNKS["chunks"]], ids=str)
 @caches
 def test_observers_see_positions(make, shown, sizes):

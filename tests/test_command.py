@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import forked
+
 COMMAND = [sys.executable, "-m", "regard.cli"]
 
 
@@ -19,28 +21,41 @@ def test_a_usage_error_is_one_line():
 
 # Each of the commands, as cheap as it can be
 WRITES = [
-    ["--help"], ["info"], ["info", "--json"], ["look", "a b"], ["look", "a b", "--json"],
+    ["info"], ["info", "--json"], ["look", "a b"], ["look", "a b", "--json"],
     ["walk", "a b", "--from", "b"], ["bench", "--list"],
 ]  # fmt: skip
+full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+FULL = ["regard: cannot write: No space left on device"]
 
 
-@pytest.mark.sample(0)
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
-def test_a_full_disk_is_one_line(arguments):
+@full_disk
+def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["regard: cannot write: No space left on device"]
+    assert done.stderr.splitlines() == FULL
 
 
-@pytest.mark.sample(0)
-@pytest.mark.parametrize("arguments", WRITES, ids=" ".join)
-def test_a_closed_pipe_is_silent(arguments):
+@pytest.mark.slow
+@full_disk
+def test_a_full_disk_is_one_line_of_each_command():
+    done = forked.commands(*((arguments, {}) for arguments in WRITES), out="/dev/full")
+    for arguments, (code, _, said) in zip(WRITES, done, strict=True):
+        assert (code, said.splitlines()) == (1, FULL), arguments
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_is_silent_to_each_command():
+    done = forked.commands(*((arguments, {}) for arguments in WRITES), out="closed pipe")
+    for arguments, (code, _, said) in zip(WRITES, done, strict=True):
+        assert (code, said) == (1, ""), arguments
+
+
+def test_a_closed_pipe_is_silent():
     running = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     running.stdout.close()
     with running.stderr:
@@ -77,19 +92,12 @@ def test_an_interrupt_has_no_traceback():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [["look"], ["walk", "--from", "cat"], ["look", "--effect", "--from", "cat"]],
-    ids=" ".join,
-)
-def test_a_text_that_is_too_long_is_one_line(arguments):
-    """No other library's warning stands beside it."""
+def test_a_text_that_is_too_long_is_one_line():
+    """No other library's warning stands beside it, of their import or of the text."""
     text = "the cat sat on the mat " * 100
-    command, *more = arguments
-    done = subprocess.run(
-        [*COMMAND, command, text, *more], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
-        "regard: the text has 602 tokens, but all-MiniLM-L6-v2 has positions for 512"
-    ]
+    said = ["regard: the text has 602 tokens, but all-MiniLM-L6-v2 has positions for 512"]
+    done = subprocess.run([*COMMAND, "look", text], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", said)
+    others = [["walk", text, "--from", "cat"], ["look", text, "--effect", "--from", "cat"]]
+    for code, out, error in forked.commands(*((arguments, {}) for arguments in others)):
+        assert (code, out, error.splitlines()) == (2, "", said)

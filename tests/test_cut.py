@@ -74,6 +74,7 @@ def lengths(model, inputs, layer):
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
+    """Outputs of whole models, which layers of linear maps round beside attention."""
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
@@ -240,7 +241,7 @@ def test_the_command_s_figures_are_eager_s():
     layer = "encoder.layer.3.attention.self"
     before, after = (eagerly(model.eval(), inputs, layer, h)[0].double() for h in (None, hidden))
     assert len(found["words"]) == len(probe.words)
-    for said in found["words"]:
+    for said in found["words"]:  # rounded by the command
         tokens = probe.words[said["index"]].tokens
         one, two = (x[tokens.start : tokens.stop].mean(0) for x in (before, after))
         assert said["change"] == pytest.approx(float((two - one).norm() / one.norm()), abs=1e-5)
@@ -284,6 +285,7 @@ def test_the_next_token_of_a_causal_model():
         eagerly(reader.model, ids, "model.layers.1.self_attn", h)[0, -1].double().log_softmax(-1)
         for h in (None, hidden)
     )
+    # A difference of two models' outputs in float32, small beside them
     assert changed.next.kl == pytest.approx(float((one.exp() * (one - two)).sum()), rel=1e-3)
     assert changed.next.kl > 1e-6
     assert sum(before for _, before, _ in changed.next.tokens) == pytest.approx(1)

@@ -37,6 +37,7 @@ def two_sources(vocab=19):
     return source
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mixer", [*MIXERS, "window softmax"])
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.5, "top_k": 7, "seed": 4}], ids=str)
 def test_a_cache_gives_the_same_tokens(mixer, how):
@@ -94,6 +95,7 @@ def greedy(model, source, limit):
     return target[1:]
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("kind, config", translators())
 def test_one_beam_is_greedy(kind, config):
     lengths, source = set(), two_sources()[:1]
@@ -107,6 +109,7 @@ def test_one_beam_is_greedy(kind, config):
     assert len(lengths) > 1
 
 
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("mixer, cross", [("softmax", "attention"), ("gru", "bahdanau")])
 def test_enough_beams_find_the_best_of_all(mixer, cross):
     """Of every sequence of three other tokens that ends within the limit."""
@@ -130,6 +133,7 @@ def test_enough_beams_find_the_best_of_all(mixer, cross):
     assert len(lengths) > 1
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("kind, config", translators())
 def test_what_stands_beside_a_source_changes_nothing(kind, config):
     """Neither padding, nor a search that ends later, nor the longer limit of a longer source."""

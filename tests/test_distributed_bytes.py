@@ -9,6 +9,7 @@ from regard.ops.distributed import formulas
 JOBS = "distributed_jobs"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("how", ["heads", "gather", "ring"])

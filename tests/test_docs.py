@@ -3,10 +3,14 @@ are commands, their links lead somewhere. What is not run says why, in a comment
 """
 
 import contextlib
+import functools
 import importlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +24,19 @@ EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 FENCED = re.compile(r"(?:^<!-- ([^>]*) -->\n+)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?:\w+=\S+ )*regard (.*)$", re.MULTILINE)
 PROMPT = re.compile(r"^\$ regard ((?:.*\\\n)*.*)\n", re.MULTILINE)
+# What may stand before a block, and what comes of it then
+REMARKS = (
+    "not run: ",  # nothing: why not
+    "needs ",  # run where the folder `shared` has that model
+    "torchrun: ",  # the page's blocks of that kind are one script, run by two processes
+    "one machine's: ",  # what is shown is compared in form, not in numbers
+)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 @dataclass
 class Block:
-    """A fenced block: what kind, its text, and the remark before it ("not run: …", "needs …")."""
+    """A fenced block: what kind, its text, and the remark before it (a key of REMARKS)."""
 
     kind: str
     text: str
@@ -40,12 +51,15 @@ def has_python(page):
     return any(block.kind == "python" and not block.remark for block in blocks(page))
 
 
-def needs_a_model(page):
-    return any(map(_needs, blocks(page)))
+def remarked(page, kind):
+    """The blocks under one of REMARKS."""
+    return [block for block in blocks(page) if block.remark.startswith(kind)]
 
 
-def _needs(block):
-    return block.remark.startswith("needs ")
+def having(kind):
+    return pytest.mark.parametrize(
+        "page", [page for page in PAGES if remarked(page, kind)], ids=lambda page: page.name
+    )
 
 
 def run(source, name, names):
@@ -53,6 +67,22 @@ def run(source, name, names):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(source, name, "exec"), names)
     return out.getvalue()
+
+
+def command(said):
+    """What a command of ours prints, line by line."""
+    from click.testing import CliRunner
+
+    from regard.cli import main
+
+    done = CliRunner().invoke(main, shlex.split(said))
+    assert done.exit_code == 0, (said, done.stderr)
+    return [line.rstrip() for line in done.stdout.splitlines()]
+
+
+def missing(shown, printed):
+    """Lines that are shown and not printed; "…" stands for some that are left out."""
+    return [line for line in shown.splitlines() if line not in ("…", *printed)]
 
 
 @pytest.fixture
@@ -71,9 +101,18 @@ def test_the_pages_are_there():
         pytest.skip("the docs are not in a source distribution")
     assert len(PAGES) > 15
     assert sum(map(has_python, PAGES)) >= 12
-    assert sum(block.remark.startswith("not run") for p in PAGES for block in blocks(p)) < 20
+    assert sum(len(remarked(page, "not run: ")) for page in PAGES) < 15
 
 
+@pages
+def test_a_remark_is_one_of_those_there_are(page):
+    """Before what could be run: a remark before anything else may say what it likes."""
+    for block in blocks(page):
+        ran = block.kind in ("python", "sh") or PROMPT.match(block.text)
+        assert not (ran and block.remark) or block.remark.startswith(REMARKS), block.remark
+
+
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("page", filter(has_python, PAGES), ids=lambda page: page.name)
 def test_python_runs_as_it_stands_and_prints_what_is_said(page, elsewhere):
     """The blocks of a page one after another, as a reader would paste them."""
@@ -81,7 +120,6 @@ def test_python_runs_as_it_stands_and_prints_what_is_said(page, elsewhere):
     names, printed = {"__name__": "__main__"}, None
     for block in blocks(page):
         if block.kind == "python":
-            assert not block.remark or re.match(r"(not run|needs \S+): ", block.remark)
             printed = None if block.remark else run(block.text, f"<{page.name}>", names)
         elif block.kind == "text" and printed is not None:
             assert printed == block.text
@@ -89,16 +127,51 @@ def test_python_runs_as_it_stands_and_prints_what_is_said(page, elsewhere):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", filter(needs_a_model, PAGES), ids=lambda page: page.name)
+@having("needs ")
 def test_what_needs_a_model_runs_where_it_is(page, shared, elsewhere, monkeypatch):
     """Blocks under "needs NAME": a model of the folder `shared`."""
     pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
     monkeypatch.chdir(shared / "models")
     found = blocks(page)
-    for block in filter(_needs, found):
+    for block in remarked(page, "needs "):
         after = found[found.index(block) + 1]
-        printed = run(block.text, f"<{page.name}>", {"__name__": "__main__"})
-        assert printed == (after.text if after.kind == "text" else "")
+        if block.kind == "sh":
+            (said,) = COMMAND.findall(block.text)
+            lines = command(said)
+            assert not missing(after.text, lines), lines
+        else:
+            printed = run(block.text, f"<{page.name}>", {"__name__": "__main__"})
+            assert printed == (after.text if after.kind == "text" else "")
+
+
+@pytest.mark.slow
+@having("torchrun: ")
+def test_what_ranks_run_is_run_by_two(page, elsewhere):
+    """A page's blocks one after another in each, as torchrun would start what a reader pastes."""
+    pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
+    script = elsewhere / "script.py"
+    script.write_text("".join(block.text for block in remarked(page, "torchrun: ")))
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*started, "--nproc-per-node", "2", str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@having("one machine's: ")
+def test_what_one_machine_printed_has_the_form_of_what_this_one_does(page, elsewhere):
+    """Which lines there are, by the name that each begins with."""
+    pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
+    for block in remarked(page, "one machine's: "):
+        said = PROMPT.match(block.text)
+        printed, lines = command(said[1]), block.text[said.end() :].splitlines()
+        assert names(lines) == names(printed)
+
+
+def names(lines):
+    """What stands in the first column, once each: a name may have several lines."""
+    return list(dict.fromkeys(re.split(" {2,}", line)[0] for line in lines))
 
 
 @pages
@@ -139,21 +212,19 @@ def shown(page):
             yield before, block.text
 
 
+@functools.cache
+def printed_by(said):
+    """What stands on several pages is asked once."""
+    return command(said)
+
+
 @pytest.mark.parametrize(
-    "command, lines", [one for page in PAGES for one in shown(page)], ids=lambda text: text[:60]
+    "said, lines", [one for page in PAGES for one in shown(page)], ids=lambda text: text[:60]
 )
-def test_a_command_prints_what_is_shown(command, lines, elsewhere):
-    """Line by line; "…" stands for some that are left out."""
+def test_a_command_prints_what_is_shown(said, lines, elsewhere):
     pytest.importorskip("transformers", reason='needs pip install "regard[look]"')
-    from click.testing import CliRunner
-
-    from regard.cli import main
-
-    done = CliRunner().invoke(main, shlex.split(command))
-    assert done.exit_code == 0, done.stderr
-    printed = [line.rstrip() for line in done.stdout.splitlines()]
-    missing = [line for line in lines.splitlines() if line not in ("…", *printed)]
-    assert not missing, done.stdout
+    printed = printed_by(said)
+    assert not missing(lines, printed), printed
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

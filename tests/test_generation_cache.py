@@ -64,6 +64,7 @@ def test_greedy_tokens_are_those_of_their_cache(family, make):
     assert cache.nbytes > 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", [KVCache, PagedCache])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT-2", "BART"])

@@ -37,6 +37,7 @@ def reasons_of(case: Case, why: list[str]) -> None:
     assert sorted(why) == sorted(expected)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_flex_matches_float64(case, uncompiled):
     tensors, request = case.tensors(dtype=torch.float32), case.request(torch.float32)

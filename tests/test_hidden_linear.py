@@ -51,7 +51,7 @@ def run(tensors: list[Tensor], engine: str, request: dict[str, Any], rows: slice
     return [out.detach(), *grads]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(1, most=2)
 @pytest.mark.parametrize("part", ["key", "value"])
 @pytest.mark.parametrize("where", HIDING)
 @pytest.mark.parametrize("form", FORMS)

@@ -150,8 +150,15 @@ def trees(draw) -> tuple[Mask, Place]:
 
 
 @given(trees(), st.integers(1, 24), st.integers(1, 24))
-@settings(max_examples=100)
+@settings(max_examples=30)
 def test_any_tree_of_masks(tree, block_q, block_k):
+    check(*tree, [(block_q, block_k)])
+
+
+@pytest.mark.slow
+@given(trees(), st.integers(1, 24), st.integers(1, 24))
+@settings(max_examples=70)
+def test_more_trees_of_masks(tree, block_q, block_k):
     check(*tree, [(block_q, block_k)])
 
 

@@ -71,6 +71,7 @@ def test_all_observers_inside_the_kernels(case, dtype):
     look(case, "cpu", dtype)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sizes", [at(1, 3000), at(5, 2100, heads=8), at(64, 1100, heads=2)])
 @pytest.mark.parametrize("mask", [Full(), Causal() & Window(1500)], ids=str)
 def test_all_observers_where_keys_are_cut_into_chunks(sizes, mask):
@@ -91,6 +92,7 @@ def test_all_observers_beside_sdpa(name):
     look(next(c for c in CASES if c.name == name), "sdpa", torch.float64)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("case", FEW[::3], ids=str)
 def test_all_observers_in_rounding(case):
     look(case, "tiled", torch.float32)
@@ -167,6 +169,7 @@ LONG = Case("", at(61))
 MASKS = [Full(), Causal(), Causal() & Window(9), Causal() & (Window(5) | First(3)), ~Causal()]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "mask, growing", [*((m, False) for m in MASKS), *((m, True) for m in MASKS[1:4])], ids=str
 )
@@ -190,6 +193,7 @@ def test_query_chunks_then_are_the_whole(mask, start, growing):
         assert_same(reduce(lambda a, b: a.then(b), results), truth)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("start", [0, 7, 64, -20])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_key_shards_beside_are_the_whole(mask, start):
@@ -238,6 +242,7 @@ def test_ties_across_shards_go_to_the_lower_key():
 ALONE = [c for c in FEW[::2] if "dropout" not in c.request() and "top blocks" not in c.name]
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("case", ALONE, ids=str)
 def test_the_second_pass_alone(case):
     """regard.observe, with the lse of the call and without, is what `attention` saw."""

@@ -74,6 +74,7 @@ def check_beside(layer):
             (held.top(0, batch=b, k=2).weights, bare.top(0, batch=b, k=2).weights),
             (held.distances(0, batch=b).past, bare.distances(0, batch=b).past),
         ):
+            # Both are ours, read at two times: to float64 each is held in test_record
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert layer.norm.shape[0] == layer.value.shape[0] == layer.batch
 

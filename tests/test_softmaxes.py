@@ -97,6 +97,7 @@ GENERATING = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("kind", GENERATING)
 def test_generate_writes_the_same_tokens(kind):
     model = tiny.build(kind)
@@ -109,6 +110,7 @@ def test_generate_writes_the_same_tokens(kind):
     assert all(layer.pattern and layer.q_len for layer in seen)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "xglm"])
 def test_generate_appends_a_row_a_token(kind, cache):

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 import regard
-from cases import FEW, Case, at
+from cases import FEW, Case, assert_within, at
+from recorded_truths import kept
 from regard import Causal, Recording, RegardError
 from test_record import ids, tiny
-from test_recording import computed, recorded
-from test_tiles import tile_of
+from test_recording import computed, plainly, recorded
+from test_tiles import tiles_of
 
 
-def by_value(recording, norms, layer=0, *, absolute=1e-6):
+def by_value(recording, norms, exact, plain, layer=0):
     """All tiles of all zooms, of both kinds, against weights times norms (batch, heads, keys)."""
     for b, norm in enumerate(norms):
-        truth = recording.weights(layer, batch=b).double() * norm.double()[:, None]
+        truth, near = exact[b] * norm.double()[:, None], plain[b] * norm[:, None]
         for zoom in range(recording.zooms(layer)):
             side = 128 << zoom
             rows, cols = (-(-n // side) + 1 for n in truth.shape[1:])
@@ -23,31 +24,31 @@ def by_value(recording, norms, layer=0, *, absolute=1e-6):
             ]
             for reduce in ("sum", "max"):
                 found = recording.tiles(layer, asked, reduce, b, "value")
-                wanted = [tile_of(truth[h], *where, reduce) for h, *where in asked]
-                torch.testing.assert_close(
-                    found, torch.stack(wanted).float(), rtol=1e-4, atol=absolute * 4**zoom
-                )
+                theirs, wanted = (tiles_of(of, asked, reduce) for of in (near, truth))
+                assert_within(found, theirs, wanted)
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_every_kind_of_call(case):
     """Norms of all sizes, and of 0."""
     (query, key, _), request = case.tensors(), case.request()
-    call, lse, _ = computed(query, key, **request)
+    call, lse, exact = computed(query, key, **request)
     layer = recorded((call, lse))
     drawn = torch.Generator().manual_seed(3)
     norms = torch.rand(layer.batch, layer.heads, layer.k_len, generator=drawn).mul(8).exp()
     norms[..., :2] = 0
     layer.norms = [(layer.key_start, norms)]
     if case.sizes.batch:
-        by_value(Recording([layer]), norms, absolute=1e-3)
+        by_value(Recording([layer]), norms, exact, plainly(query, key, **request))
 
 
 def test_of_a_recorded_model(tmp_path):
     recording = regard.record(tiny(), ids(300), tmp_path / "r", values=True, dtype=None)
     assert recording.valued
     for layer in (0, 1):
-        by_value(recording, recording.layer(layer).norm, layer)
+        exact, plain = (of.weights for of in kept(recording.layer(layer)))
+        by_value(recording, recording.layer(layer).norm, exact, plain, layer)
     one = recording.tile(0, 1, 0, 0, 0, by="value")
     torch.testing.assert_close(one, recording.norm_weights(0, 1)[:128, :128])
 

@@ -20,6 +20,8 @@ pytest.importorskip("httpx", reason='needs pip install "regard[dev]"')
 from click.testing import CliRunner
 from starlette.testclient import TestClient
 
+from cases import assert_within
+from recorded_truths import kept
 from regard.capture.recording import Recording
 from regard.cli import main
 from regard.report.view.opened import Opened
@@ -73,15 +75,18 @@ def test_tiles_are_the_recordings_own(client, known):
 
 
 def test_tiles_without_sinks_hold_the_rest(client, known):
-    weights = known.weights(1, 2)
-    weights[:, 0] = 0
-    padded = torch.nn.functional.pad(weights, (0, 512 - 300, 0, 512 - 300))
+    def pooled(weights, size):
+        rest = weights.clone()
+        rest[:, 0] = 0
+        padded = torch.nn.functional.pad(rest, (0, 512 - 300, 0, 512 - 300))
+        return padded.view(512 // size, size, -1, size).sum((1, 3))[:SIDE, :SIDE]
+
+    both = [of.weights[0, 2] for of in reversed(kept(known.layer(1)))]
     for zoom in (0, 2):
-        size = 1 << zoom
-        pooled = padded.view(512 // size, size, -1, size).sum((1, 3))[:SIDE, :SIDE]
+        near, exact = (pooled(weights, 1 << zoom) for weights in both)
         asked = {"layer": 1, "head": 2, "zoom": zoom, "at": "0.0", "sinks": 0}
         (tile,) = values(client.get("/api/tiles", params=asked))
-        assert torch.allclose(tile[: len(pooled), : len(pooled)], pooled, atol=2e-6)
+        assert_within(tile[: len(exact), : len(exact)], near, exact)
     (tile,) = values(client.get("/api/tiles", params=asked | {"reduce": "max"}))
     assert tile[:75, 0].isinf().all()
     assert not tile[:, 1:].isinf().any()
@@ -96,38 +101,41 @@ def test_one_weight_is_exact(client, known):
 @pytest.mark.parametrize("way", ["out", "in"])
 def test_a_fan_lists_the_strongest_and_says_the_whole(client, known, way):
     found = answer(client, "fan", layer=0, head=0, index=120, way=way)
-    weights = known.weights(0, 0)
-    line = weights[120] if way == "out" else weights[:, 120]
-    best = line.topk(len(found["items"]))
-    assert [weight for _, weight in found["items"]] == pytest.approx(best.values.tolist(), abs=1e-6)
-    assert {i: line[i].item() for i, _ in found["items"]} == pytest.approx(
-        dict(found["items"]), abs=1e-6
+    near, exact = (
+        of.weights[0, 0, 120] if way == "out" else of.weights[0, 0, :, 120]
+        for of in reversed(kept(known.layer(0)))
     )
-    assert found["total"] == pytest.approx(float(line.double().sum()), abs=1e-5)
+    named = [i for i, _ in found["items"]]
+    weights = torch.tensor([weight for _, weight in found["items"]])
+    assert_within(weights, *(line.topk(len(named)).values for line in (near, exact)))
+    assert_within(weights, near[named], exact[named])
+    # One number, a sum of hundreds: a chance of its own
+    assert_within(torch.tensor(found["total"]), near.sum(), exact.sum(), roundings=4)
     assert found["count"] == 300
-    assert sum(found["bins"]) == pytest.approx(found["total"], abs=1e-5)
+    assert_within(torch.tensor(sum(found["bins"])), near.sum(), exact.sum(), roundings=4)
 
 
 def test_the_overview_is_the_mean_over_its_tokens(client, known):
     found = answer(client, "overview", layer=1)
     rows = [(i + 1) * 300 // 64 - 1 for i in range(64)]
-    weights = known.weights(1)[:, rows].double()
-    assert found["sink"] == pytest.approx(weights[:, :, 0].mean(1).tolist(), abs=1e-4)
-    assert found["largest"] == pytest.approx(weights.amax(-1).mean(1).tolist(), abs=1e-4)
+    weights = kept(known.layer(1))[0].weights[0, :, rows]
+    digits = {"rel": 1e-6, "abs": 1e-5}  # the answer has five digits behind the point
+    assert found["sink"] == pytest.approx(weights[:, :, 0].mean(1).tolist(), **digits)
+    assert found["largest"] == pytest.approx(weights.amax(-1).mean(1).tolist(), **digits)
     before = weights[:, range(64), [row - 1 for row in rows]].mean(1)
-    assert found["before"] == pytest.approx(before.tolist(), abs=1e-4)
+    assert found["before"] == pytest.approx(before.tolist(), **digits)
     entropy = torch.special.entr(weights).sum(-1).mean(1)
-    assert found["entropy"] == pytest.approx(entropy.tolist(), abs=1e-4)
+    assert found["entropy"] == pytest.approx(entropy.tolist(), **digits)
     far = (torch.tensor(rows)[:, None] - torch.arange(300)).abs()
-    assert found["distance"] == pytest.approx((weights * far).sum(-1).mean(1).tolist(), abs=1e-2)
+    assert found["distance"] == pytest.approx((weights * far).sum(-1).mean(1).tolist(), **digits)
 
 
 def test_heads_are_ranked_by_who_reads_a_word(client, known):
     found = answer(client, "reads", source="word40", target="word39")
     assert (found["sources"], found["targets"]) == ([40], [39])
     for layer in range(2):
-        expected = known.weights(layer)[:, 40, 39].tolist()
-        assert found["values"][layer] == pytest.approx(expected, abs=1e-6)
+        near, exact = (of.weights[0, :, 40, 39] for of in reversed(kept(known.layer(layer))))
+        assert_within(torch.tensor(found["values"][layer]), near, exact)
     response = client.get("/api/reads", params={"source": "word40", "target": "nowhere"})
     assert response.status_code == 422
     assert "no token of the text holds 'nowhere'" in response.json()["error"]

@@ -172,6 +172,7 @@ TEXT = [f for f in zoo.FAMILIES if f.inputs in (zoo.encoder, zoo.decoder, zoo.se
 GATED = zoo.HYBRIDS[-1]
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("family", [*TEXT, *zoo.UNUSUAL, GATED], ids=str)
 def test_every_family(family):
     """Rotations, windows, soft caps, sinks, gates, shared layers, torch's own calls."""

@@ -101,6 +101,7 @@ CACHES = {
 }
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
     "name, settings",
     [
@@ -359,6 +360,7 @@ def test_a_model_that_cannot_be_watched_raises_on_entry(build, name):
 SOFTMAX_IN_FLOAT32 = ("Llama", "Mistral", "Qwen3", "Gemma 2", "Gemma 3", "gpt-oss")
 
 
+@pytest.mark.sample(every=3)
 @families
 @pytest.mark.parametrize("how", ["from_config", "set_attn_implementation"])
 def test_attn_implementation_regard(family, how):

@@ -30,10 +30,12 @@ from regard import (
     Received,
     Recording,
     RegardError,
+    Rows,
     TopK,
     Window,
 )
 from regard.cache import KVCache
+from regard.linear import Favor, LinearState
 from regard.nn import MultiHeadAttention
 from regard.nn.functional import scaled_dot_product_attention
 from regard.sparse import BigBird
@@ -63,7 +65,14 @@ def computed(q: Tensor, k: Tensor, v: Tensor) -> float:
     assert_type(scaled_dot_product_attention(q, k, v, is_causal=True), Tensor)
     swapped, (entropy,) = scaled_dot_product_attention(q, k, v, observe=[Entropy()])
     assert_type(swapped, Tensor)
-    best = best + entropy.values + regard.linear_attention(q, k, v).sum()
+    assert_type(regard.linear_attention(q, k, v, causal=False), Tensor)
+    linear, state = regard.linear_attention(q, k, v, return_state=True)
+    assert_type(state, LinearState)
+    linear, last, (rows,) = regard.linear_attention(
+        q, k, v, feature_map=Favor(64), state=state, return_state=True, observe=[Rows([0])]
+    )
+    assert_type(last.length, int)
+    best = best + entropy.values + linear.sum() + rows.weights.sum()
     return float((best + lse + with_lse.sum()).sum())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,48 @@ PART = 2**19  # numbers in one tensor of a part of a long sequence
 MOST_STEPS = 4  # `auto` decodes so many tokens one by one
 
 
+class Given(TypedDict, total=False):
+    """What `linear_attention` takes by name that says nothing of what it returns: for checkers."""
+
+    feature_map: str | Favor | Callable[[Tensor], Tensor] | None
+    decay: Tensor | None
+    beta: Tensor | None
+    causal: bool
+    mask: Mask
+    normalise: bool | None
+    scale: float | None
+    state: LinearState | None
+    engine: str
+
+
+Results = tuple[Any, ...]
+
+
+@overload
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: None = None,
+    return_state: Literal[False] = False, **request: Unpack[Given],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: None = None,
+    return_state: Literal[True], **request: Unpack[Given],
+) -> tuple[Tensor, LinearState]: ...  # fmt: skip
+@overload
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Sequence[Observer],
+    return_state: Literal[False] = False, **request: Unpack[Given],
+) -> tuple[Tensor, Results]: ...  # fmt: skip
+@overload
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Sequence[Observer],
+    return_state: Literal[True], **request: Unpack[Given],
+) -> tuple[Tensor, LinearState, Results]: ...  # fmt: skip
+@overload
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, observe: Sequence[Observer] | None = None,
+    return_state: bool = False, **request: Unpack[Given],
+) -> Any: ...  # fmt: skip
 def linear_attention(
     query: Tensor,
     key: Tensor,
