@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 import regard
+from regard.analysis.heads import TEXT as LONGER
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PICTURES = ("page.png", "view.png", "explain/map.png")
+PICTURES = ("page.png", "view.png", "text.png", "explain/map.png")
 MODEL, TEXT = (
     "all-MiniLM-L6-v2",
     "The trophy didn't fit in the suitcase because it was too big.",
@@ -87,21 +88,28 @@ def take_look() -> None:
         take_picture(PICTURES[0], f"{page.as_uri()}#word={number}&head=3.1", (1180, 712))
 
 
-def take_view() -> None:
-    """The page of `regard view`, at the map of the same head, the row of "it" kept."""
+def take_views() -> None:
+    """The page of `regard view`: the map of the same head, the row of "it" kept; and a longer
+    text, a word of it kept."""
+    take_view(PICTURES[1], TEXT, "it", "head=3.1", (1400, 900))
+    take_view(PICTURES[2], LONGER, "lamp", "head=2.9&view=text", (1400, 860))
+
+
+def take_view(picture: str, text: str, word: str, where: str, size: tuple[int, int]) -> None:
+    """The page over a recorded text, the last token that is this word kept."""
     regard_command = [sys.executable, "-m", "regard.cli"]
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "trophy"
-        subprocess.run([*regard_command, "look", TEXT, "--save", folder], check=True,
-                       capture_output=True)  # fmt: skip
+        folder = Path(work) / "recording"
+        subprocess.run([*regard_command, "record", MODEL, text, folder, "--dtype", "model"],
+                       check=True, capture_output=True)  # fmt: skip
         tokens = json.loads((folder / "recording.json").read_text("utf-8"))["about"]["tokens"]
+        kept = max(i for i, token in enumerate(tokens) if token == word)
         command = [*regard_command, "view", str(folder), "--no-browser"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             line = server.stdout.readline()
             address = next(word for word in line.split() if word.startswith("http"))
-            where = f"{address}#head=3.1&word={tokens.index('it')}"
-            take_picture(PICTURES[1], where, (1400, 900))
+            take_picture(picture, f"{address}#{where}&word={kept}", size)
             server.terminate()
 
 
@@ -114,11 +122,11 @@ def take_map() -> None:
     kept = regard.Map(32, 32)
     _, (seen,) = regard.attention(query, key, key, mask=regard.Causal(), observe=[kept])
     figure = seen.plot().figure
-    figure.savefig(DOCS / PICTURES[2], dpi=100, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(DOCS / PICTURES[3], dpi=100, bbox_inches="tight", metadata={"Software": None})
 
 
 if __name__ == "__main__":
     write_screen()
     take_look()
-    take_view()
+    take_views()
     take_map()

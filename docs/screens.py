@@ -25,7 +25,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 import regard
 
-SIZES = {"wide": (1440, 900), "tablet": (900, 1100), "phone": (390, 844)}
+SIZES = {"wide": (1440, 900), "tablet": (1024, 1100), "phone": (390, 844)}
 DONE = (
     "const busy = '.map canvas.pending, [data-waits], [aria-busy=true]';"
     "return document.querySelector('#error:not([hidden])') !== null ||"
