@@ -37,7 +37,7 @@ NOTHING = {
     "segments": ("#head=0.0&segments=zebra", "#segments-said", "choose another kind"),
     "documents": (
         r"#head=0.0&segments=(?m)^\s*(?P<name>(?:Document|Passage|Source)\W{0,2}\d%2B[\])]?)",
-        "#segments-said", "The text has no documents; choose another kind",
+        "#segments-said", "the text has no documents; choose another kind",
     ),
     "a head that reads": (
         "#head=0.0&metric=reads&from=word7&reads=zebra", "#reads-said", "try another word",
@@ -59,7 +59,9 @@ def test_what_is_not_there_is_said_with_what_to_do(browser, address, hash_, wher
         assert "measure=" not in page.hash
         page.press("m")
         page.exact()
-    page.is_clean()
+    assert not page.find("#error").is_displayed()
+    logged = [line["message"] for line in browser.get_log("browser")]
+    assert all("status of 422" in line for line in logged)  # the browser's own line on a refusal
 
 
 @pytest.mark.slow
