@@ -1,6 +1,7 @@
 """Take again what README and docs show: the first screen, and a picture of each page.
 
-python docs/refresh.py    needs Debian's chromium and regard's extras look, view and plot
+python docs/refresh.py    needs Debian's chromium and chromium-driver, regard's extras dev, look,
+view and plot
 """
 
 from __future__ import annotations
@@ -96,21 +97,26 @@ def take_views() -> None:
 
 
 def take_view(picture: str, text: str, word: str, where: str, size: tuple[int, int]) -> None:
-    """The page over a recorded text, the last token that is this word kept."""
-    regard_command = [sys.executable, "-m", "regard.cli"]
+    """The page over a recorded text, the last token that is this word kept, once all is drawn."""
+    from screens import chromium, served, shot
+
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "recording"
-        subprocess.run([*regard_command, "record", MODEL, text, folder, "--dtype", "model"],
-                       check=True, capture_output=True)  # fmt: skip
+        command = [sys.executable, "-m", "regard.cli", "record", MODEL, text, str(folder)]
+        subprocess.run([*command, "--dtype", "model"], check=True, capture_output=True)
         tokens = json.loads((folder / "recording.json").read_text("utf-8"))["about"]["tokens"]
         kept = max(i for i, token in enumerate(tokens) if token == word)
-        command = [*regard_command, "view", str(folder), "--no-browser"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            address = next(word for word in line.split() if word.startswith("http"))
-            take_picture(picture, f"{address}#{where}&word={kept}", size)
-            server.terminate()
+        with served(str(folder)) as address, chromium() as browser:
+            png = shot(browser, f"{address}#{where}&word={kept}", size, "light")
+        written(DOCS / picture, png)
+
+
+def written(picture: Path, png: bytes) -> None:
+    """Say how large it is. Exits where it is too large."""
+    picture.write_bytes(png)
+    print(f"{picture.relative_to(ROOT)}: {len(png):,} bytes")
+    if len(png) > LARGEST:
+        sys.exit(f"that is more than {LARGEST:,}")
 
 
 def take_map() -> None:
