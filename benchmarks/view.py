@@ -128,6 +128,15 @@ def main() -> None:
             for zoom, some in sorted(times.items()):
                 print(f"  zoom {zoom}: median {statistics.median(some):.1f} ms, "
                       f"most {max(some):.0f} ms")  # fmt: skip
+            for way, said in (("out", "what a token reads"), ("in", "what reads it")):
+                paths = [
+                    f"/api/fan?layer=0&head=0&index={chosen.randrange(given.tokens)}&way={way}"
+                    for _ in range(10)
+                ]
+                fans = [1000 * asked(address, path) for path in paths]
+                print(f"{said}: median {statistics.median(fans):.0f} ms, most {max(fans):.0f} ms")
+            finder = asked(address, f"/api/reads?source=word{given.tokens - 1}&target=word7")
+            print(f"which head reads a word: {1000 * finder:.0f} ms")
             print(f"server: {memory(server.pid):.2f} GB at most")
             server.terminate()
 

@@ -1,6 +1,7 @@
 """Take again what README and docs show: the first screen, and a picture of each page.
 
-python docs/refresh.py    needs Debian's chromium and regard's extras look, view and plot
+python docs/refresh.py    needs Debian's chromium and chromium-driver, regard's extras dev, look,
+view and plot
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 import torch
 
 import regard
+from regard.analysis.heads import TEXT as LONGER
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PICTURES = ("page.png", "view.png", "explain/map.png")
+LONG_TEXT = "text.png"  # of the text view
 MODEL, TEXT = (
     "all-MiniLM-L6-v2",
     "The trophy didn't fit in the suitcase because it was too big.",
@@ -87,22 +90,34 @@ def take_look() -> None:
         take_picture(PICTURES[0], f"{page.as_uri()}#word={number}&head=3.1", (1180, 712))
 
 
-def take_view() -> None:
-    """The page of `regard view`, at the map of the same head, the row of "it" kept."""
-    regard_command = [sys.executable, "-m", "regard.cli"]
+def take_views() -> None:
+    """The page of `regard view`: the map of the same head, the row of "it" kept; and a longer
+    text, a word of it kept."""
+    take_view(PICTURES[1], TEXT, "it", "head=3.1", (1400, 900))
+    take_view(LONG_TEXT, LONGER, "lamp", "head=2.9&view=text", (1400, 860))
+
+
+def take_view(picture: str, text: str, word: str, where: str, size: tuple[int, int]) -> None:
+    """The page over a recorded text, the last token that is this word kept, once all is drawn."""
+    from screens import chromium, served, shot
+
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "trophy"
-        subprocess.run([*regard_command, "look", TEXT, "--save", folder], check=True,
-                       capture_output=True)  # fmt: skip
+        folder = Path(work) / "recording"
+        command = [sys.executable, "-m", "regard.cli", "record", MODEL, text, str(folder)]
+        subprocess.run([*command, "--dtype", "model"], check=True, capture_output=True)
         tokens = json.loads((folder / "recording.json").read_text("utf-8"))["about"]["tokens"]
-        command = [*regard_command, "view", str(folder), "--no-browser"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            address = next(word for word in line.split() if word.startswith("http"))
-            where = f"{address}#head=3.1&word={tokens.index('it')}"
-            take_picture(PICTURES[1], where, (1400, 900))
-            server.terminate()
+        kept = max(i for i, token in enumerate(tokens) if token == word)
+        with served(str(folder)) as address, chromium() as browser:
+            png = shot(browser, f"{address}#{where}&word={kept}", size, "light")
+        written(DOCS / picture, png)
+
+
+def written(picture: Path, png: bytes) -> None:
+    """Say how large it is. Exits where it is too large."""
+    picture.write_bytes(png)
+    print(f"{picture.relative_to(ROOT)}: {len(png):,} bytes")
+    if len(png) > LARGEST:
+        sys.exit(f"that is more than {LARGEST:,}")
 
 
 def take_map() -> None:
@@ -120,5 +135,5 @@ def take_map() -> None:
 if __name__ == "__main__":
     write_screen()
     take_look()
-    take_view()
+    take_views()
     take_map()

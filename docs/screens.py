@@ -25,11 +25,12 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 import regard
 
-SIZES = {"wide": (1440, 900), "tablet": (900, 1100), "phone": (390, 844)}
+SIZES = {"wide": (1440, 900), "tablet": (1024, 1100), "phone": (390, 844)}
 DONE = (
     "const busy = '.map canvas.pending, [data-waits], [aria-busy=true]';"
     "return document.querySelector('#error:not([hidden])') !== null ||"
-    " 'ready' in document.documentElement.dataset && !document.querySelector(busy)"
+    " 'ready' in document.documentElement.dataset && !document.querySelector(busy) &&"
+    " (!location.hash.includes('word=') || document.querySelector('#list tbody tr'))"
 )
 
 
@@ -79,25 +80,29 @@ def chromium() -> Iterator[webdriver.Chrome]:
         browser.quit()
 
 
+def shot(browser: webdriver.Chrome, address: str, size: tuple[int, int], scheme: str) -> bytes:
+    """A view as PNG, once all of it is drawn."""
+    width, height = size
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    features = [
+        {"name": "prefers-color-scheme", "value": scheme},
+        {"name": "prefers-reduced-motion", "value": "reduce"},
+    ]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get("about:blank")
+    browser.get(address)
+    WebDriverWait(browser, 120).until(lambda b: b.execute_script(DONE))
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
+    return base64.b64decode(taken["data"])
+
+
 def take(browser: webdriver.Chrome, address: str, picture: Callable[[str, str], Path]) -> None:
     """One view, at each size, light and dark."""
-    for size, (width, height) in SIZES.items():
+    for name, size in SIZES.items():
         for scheme in ("light", "dark"):
-            metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-            features = [
-                {"name": "prefers-color-scheme", "value": scheme},
-                {"name": "prefers-reduced-motion", "value": "reduce"},
-            ]
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-            browser.get("about:blank")
-            browser.get(address)
-            WebDriverWait(browser, 120).until(lambda b: b.execute_script(DONE))
-            browser.execute_async_script(
-                "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
-            )
-            shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
-            picture(size, scheme).write_bytes(base64.b64decode(shot["data"]))
+            picture(name, scheme).write_bytes(shot(browser, address, size, scheme))
 
 
 def main() -> None:

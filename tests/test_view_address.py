@@ -109,7 +109,7 @@ def test_a_dark_picture_has_a_dark_ground(browser, address):
             "return new DOMParser().parseFromString(window.svg, 'image/svg+xml')"
             ".querySelector('rect').getAttribute('fill')"
         )
-        assert rect == "rgb(29, 31, 35)"
+        assert rect == "rgb(23, 24, 27)"
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 

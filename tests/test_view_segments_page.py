@@ -113,5 +113,6 @@ def test_an_exported_page_shows_words(browser, folder, tmp_path):
     shown = ViewPage(browser, f"{page.as_uri()}#head=1.2&word=6&view=text")
     shown.until("document.querySelector('.word.focus')?.dataset.word === '5'")
     assert shown.text("#headline").startswith("part5 part6 part7 reads ")
-    assert not shown.find("#segments").is_displayed()
-    assert not shown.find("#units").is_displayed()
+    assert not shown.find("#segments input").is_displayed()
+    shown.find("#units [data-units=tokens]").click()
+    shown.until("document.querySelector('.word.focus')?.dataset.word === '6'")

@@ -94,8 +94,8 @@ def test_shares_of_segments_are_the_recordings_own(client, folder, given):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ("", "give a pattern"), ("(", "is none"), ("nowhere", "matches nothing"),
-        ("5-2", "the first smaller"), (r"\w" * 500, "matches nothing"),
+        ("", "give a pattern"), ("(", "is none"), ("nowhere", "nowhere matches"),
+        ("5-2", "the first smaller"), (r"\w" * 500, "nowhere matches"),
     ],
 )  # fmt: skip
 def test_what_is_no_segment_is_refused(client, given, said):

@@ -118,6 +118,18 @@ WRONG = {
         ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--from", "a"],
         "--from says what --effect is measured on; give both",
     ),
+    "what of no export": (
+        ["view", "{recording}", "--measure", "value"],
+        "--measure says what --export writes; give both",
+    ),
+    "beams of nothing": (
+        ["look", "a", "--beams", "2"],
+        "beams are for what a model adds: let it generate some tokens, too",
+    ),
+    "record: beams of nothing": (
+        ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--beams", "2"],
+        "beams are for what a model adds: let it generate some tokens, too",
+    ),
     "record: effect of a continuation": (
         ["record", "all-MiniLM-L6-v2", "a b", "{tmp}/new", "--effect", "--generate", "2"],
         "--effect reads TEXT as it is; leave --generate out",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import RegardError
 from .compare import Versus
+from .generated import beams_of
 from .parts import Part, ReadText, kind_of
 from .summary import Summary, gather
 from .words import Columns, Found, Link, Word, Words, columns, find, from_word, label, strongest_of
@@ -85,10 +86,10 @@ class Look:
 
     ``focuses`` are the words asked for, and ``links`` the strongest of each head from them. Without
     any, ``summary`` has the strongest links over all heads, special tokens and each head's sinks
-    apart; ``written`` is what the generated words read, ``probabilities`` those of their tokens;
-    ``links`` has all of these. ``shown_mass`` is the share that ``links`` hold of the mass of all
-    the rows they are of. What else was asked for: ``versus`` comparisons with ``other``, what
-    ``cut`` changed, and ``effects``.
+    apart; ``written`` is what the generated words read, ``probabilities`` those of their tokens,
+    ``beams`` what each beam of a search wrote; ``links`` has all of these. ``shown_mass`` is the
+    share that ``links`` hold of the mass of all the rows they are of. What else was asked for:
+    ``versus`` comparisons with ``other``, what ``cut`` changed, and ``effects``.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Look:
     labels: list[str]
     generated: range
     probabilities: list[float | None]
+    beams: list[dict[str, Any]]
     parts: list[Part]
     blanks: list[Blank]
     top: int
@@ -154,6 +156,7 @@ def look(
         labels=label(words),
         generated=generated,
         probabilities=(recording.about.get("decoder") or recording.about).get("probabilities", []),
+        beams=beams_of(recording.about),
         parts=_parts(recording, sides, shown, step),
         blanks=[
             Blank(i, layer.name, layer.reason)

@@ -10,6 +10,7 @@ from ..capture.recording import Recording
 from ..errors import RegardError
 from .cut import Edge, cut
 from .effect import effects
+from .generated import check_beams
 from .look import Look
 from .probe import Probe
 from .text_model import TextModel, load
@@ -18,13 +19,15 @@ from .versus import add_versus
 
 @dataclass(frozen=True)
 class Question:
-    """The options, read: another text and model (None: the same), the cuts, whether effects."""
+    """The options, read: another text and model (None: the same), the cuts, whether effects,
+    tokens to generate and by how many beams."""
 
     text: str | None
     model: str | None
     cuts: tuple[Edge, ...]
     effect: bool
     generate: int
+    beams: int = 1
 
     @classmethod
     def parse(
@@ -34,11 +37,13 @@ class Question:
         cuts: Sequence[str],
         effect: bool,
         generate: int,
+        beams: int = 1,
     ) -> Question:
         """RegardError for what cannot be asked."""
         if generate and (cuts or effect):
             raise RegardError("--cut and --effect read TEXT as it is; leave --generate out")
-        return cls(text, model, tuple(map(Edge.parse, cuts)), effect, generate)
+        check_beams(beams, generate)
+        return cls(text, model, tuple(map(Edge.parse, cuts)), effect, generate, beams)
 
     @property
     def runs(self) -> bool:
@@ -72,7 +77,7 @@ class Question:
             text = found.sides[0].text if self.text is None else self.text
             if self.text is None and self.generate:
                 text = str(recording.about["text"])[: _given(recording)]
-            other = second.record(text, generate=self.generate)
+            other = second.record(text, generate=self.generate, beams=self.beams)
             add_versus(found, recording, other, layers=layers, heads=heads)
         if self.runs:
             probe = Probe(reader, found.sides[0].text)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from ..errors import RegardError
 from . import over_ranks
+from .generated import Generated, Steps, searched
 
 if TYPE_CHECKING:
     from ..capture.recording import Recording
@@ -118,23 +119,25 @@ class TextModel:
         return encoded
 
     def record(
-        self, text: str, *, generate: int = 0, step: Callable[[int], object] | None = None
-    ) -> Recording:
+        self, text: str, *, generate: int = 0, beams: int = 1,
+        step: Callable[[int], object] | None = None,
+    ) -> Recording:  # fmt: skip
         """One forward pass over ``text``, recorded; ``about`` has the tokens and their offsets.
 
-        With ``generate`` that many tokens are first added greedily, and the pass reads them too:
-        for a causal model they follow the text, and ``about["generated"]`` is the first of them;
-        for an encoder-decoder they are the decoder's, in ``about["decoder"]``, and its self- and
-        cross-attention is recorded beside the encoder's. ``"probabilities"`` are those that the
-        model gave them (None: given, such as a decoder's first). ``step`` is called with 1 a new
-        token.
+        With ``generate`` that many tokens are first added, greedily or, with ``beams``, by beam
+        search, and the pass reads them too: for a causal model they follow the text, and
+        ``about["generated"]`` is the first of them; for an encoder-decoder they are the decoder's,
+        in ``about["decoder"]``, and its self- and cross-attention is recorded beside the encoder's.
+        ``"probabilities"`` are those that the model gave them (None: given, such as a decoder's
+        first); ``about["beams"]`` has what each beam wrote, the one that is read first. ``step`` is
+        called with 1 a new token.
         """
         import torch
 
         from ..capture.watching import watch
 
         with quiet(), torch.no_grad():
-            model, inputs, about = self._prepared(text, generate, step)
+            model, inputs, about = self._prepared(text, generate, beams, step)
             with watch(model, observe=[], keep_qk=True) as seen:
                 over_ranks.run(model, inputs)
         return over_ranks.of_first(lambda: seen.recording(**about))
@@ -145,6 +148,7 @@ class TextModel:
         folder: str | Path,
         *,
         generate: int = 0,
+        beams: int = 1,
         step: Callable[[int], object] | None = None,
         **options: Any,
     ) -> Recording:
@@ -155,7 +159,7 @@ class TextModel:
         from .words import word_tokens
 
         with quiet(), torch.no_grad():
-            model, inputs, about = self._prepared(text, generate, step)
+            model, inputs, about = self._prepared(text, generate, beams, step)
             about["words"] = word_tokens(about)
 
             def write(run: Any) -> Recording:
@@ -164,7 +168,7 @@ class TextModel:
             return over_ranks.recorded(model, inputs, write)
 
     def _prepared(
-        self, text: str, generate: int, step: Callable[[int], object] | None
+        self, text: str, generate: int, beams: int, step: Callable[[int], object] | None
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """The module to run, what it takes, and what a recording says of the input."""
         import torch
@@ -173,15 +177,17 @@ class TextModel:
         self.check_length(len(encoded.ids), generate)
         ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
         extra: dict[str, Any] = {}
-        written, likely = self.generate(ids, generate, step) if generate else ([], [])
+        new = self.generate(ids, generate, step, beams) if generate else Generated([], [])
+        if new.beams:
+            extra["beams"] = new.beams
         model, inputs = self.model.base_model, {"input_ids": ids}
         if self.family == "causal" and generate:
-            extra |= {"generated": len(encoded.ids), "probabilities": likely}
-            encoded = self.continued(encoded, written)
+            extra |= {"generated": len(encoded.ids), "probabilities": new.probabilities}
+            encoded = self.continued(encoded, new.ids)
             inputs = {"input_ids": torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")}
         elif self.family == "encoder-decoder" and generate:
-            said = self.continued(Encoded("", []), written)
-            extra["decoder"] = said.about() | {"probabilities": [None, *likely]}
+            said = self.continued(Encoded("", []), new.ids)
+            extra["decoder"] = said.about() | {"probabilities": [None, *new.probabilities]}
             inputs["decoder_input_ids"] = torch.tensor([said.ids], dtype=torch.int64, device="cpu")
         elif self.family == "encoder-decoder":
             model = self.model.get_encoder()
@@ -200,27 +206,25 @@ class TextModel:
         )
 
     def generate(
-        self, ids: Any, count: int, step: Callable[[int], object] | None
-    ) -> tuple[list[int], list[float]]:
-        """The ids of ``count`` tokens chosen greedily, and their probabilities.
+        self, ids: Any, count: int, step: Callable[[int], object] | None, beams: int = 1
+    ) -> Generated:
+        """``count`` new tokens, chosen greedily, or by a search with ``beams`` beams.
 
         A decoder's start token comes first among the ids.
         """
         if self.family == "encoder":
             raise RegardError(f"{self.name} is an encoder: it generates no text")
+        steps = Steps(step)
+        settings = {
+            "input_ids": ids, "attention_mask": ids.new_ones(ids.shape), "max_new_tokens": count,
+            "do_sample": False, "num_beams": beams, "logits_processor": [steps],
+            "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+        }  # fmt: skip
         started = 0 if self.family == "encoder-decoder" else ids.shape[1]
-        likeliest = _Likeliest()
-        out = self.model.generate(
-            input_ids=ids,
-            logits_processor=[likeliest],
-            attention_mask=ids.new_ones(ids.shape),
-            max_new_tokens=count,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
-            streamer=_Steps(step),
-        )
-        return out[0, started:].tolist(), likeliest.probabilities
+        if beams > 1:
+            return searched(self.model, settings, started, self._decoded)
+        out = self.model.generate(**settings)
+        return Generated(out[0, started:].tolist(), steps.likeliest)
 
     def continued(self, before: Encoded, ids: Sequence[int]) -> Encoded:
         """``before`` with the tokens ``ids`` after it, each with the characters it adds.
@@ -255,32 +259,6 @@ class TextModel:
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-
-
-class _Steps:
-    """A transformers streamer that only counts: the first call brings the prompt."""
-
-    def __init__(self, step: Callable[[int], object] | None) -> None:
-        self._step = step
-        self._begun = False
-
-    def put(self, value: object) -> None:
-        if self._begun and self._step:
-            self._step(1)
-        self._begun = True
-
-    def end(self) -> None: ...
-
-
-class _Likeliest:
-    """A transformers logits processor that changes nothing: it keeps what the likeliest has."""
-
-    def __init__(self) -> None:
-        self.probabilities: list[float] = []
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.probabilities.append(float(scores[0].double().softmax(-1).max()))
-        return scores
 
 
 def load(name: str | None = None, *, generate: bool = False, head: bool = False) -> TextModel:

@@ -111,7 +111,7 @@ def _prepared(
     reader.check_length(len(encoded.ids), generate)
     ids = torch.tensor([encoded.ids], dtype=torch.int64, device="cpu")
     with quiet(), torch.no_grad():
-        new = reader.generate(ids, generate, step)[0] if generate else []
+        new = reader.generate(ids, generate, step).ids if generate else []
     model, texts = reader.model.base_model, [encoded]
     if reader.family == "causal" and generate:
         texts = [reader.continued(encoded, new)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -120,7 +122,7 @@ def ranges_of(given: Given, about: Mapping[str, Any]) -> list[tuple[str, tuple[i
         raise RegardError(f"the pattern {given!r} is none: {error}") from None
     if not matches:
         raise RegardError(f"the pattern {given!r} matches nothing in the text")
-    ends = [int(last) for _, last in offsets]
+    ends = list(accumulate((int(last) for _, last in offsets), max))
     cuts = [("", 0)] + [(_name(m), m.start()) for m in matches]
     edges = [0, *(_token_at(ends, at) for _, at in cuts[1:]), len(ends)]
     named = [(name, (edges[n], edges[n + 1])) for n, (name, _) in enumerate(cuts)]
@@ -135,5 +137,6 @@ def _name(match: re.Match[str]) -> str:
 
 
 def _token_at(ends: Sequence[int], at: int) -> int:
-    """The token that covers a character: it may begin with the space before."""
-    return next((n for n, end in enumerate(ends) if end > at), len(ends))
+    """The token that covers a character: it may begin with the space before. ends: how far the
+    tokens up to each reach."""
+    return bisect_right(ends, at)

@@ -18,6 +18,10 @@ MODEL = click.option(
     metavar="NAME|PATH",
     help="A folder, or a name on the Hugging Face hub.  [default: all-MiniLM-L6-v2]",
 )
+BEAMS = click.option(
+    "--beams", metavar="B", default=1, type=click.IntRange(1),
+    help="With --generate: by a search with B beams; the best is read.  [default: 1]",
+)  # fmt: skip
 TOKENS = click.option("--tokens", is_flag=True, help="Show the model's tokens instead of words.")
 
 

@@ -12,6 +12,7 @@ import click
 from ..call.numbers import named_head
 from ..errors import RegardError
 from .common import (
+    BEAMS,
     MODEL,
     TOKENS,
     ascii_only,
@@ -45,7 +46,9 @@ _JSON = """\b
   shown_mass  the share of the mass of all rows read that links hold
   generated   with --generate: {text, words: [{index, word, probability}]}: of a
               word the product over its tokens, each given all before it; null:
-              a decoder's first
+              a decoder's first. With --beams also beams: [{text, score}], the
+              best first, which is what is read: score is the mean
+              log-probability of its tokens
   versus      with --versus or --versus-model, of each --from word (without, the
               K words whose reading moved most): {from, kind, models,
               words: of both, aligned: [[index, index2]] (null: none), moved,
@@ -81,6 +84,7 @@ _SAVE = "Save q, k and lse, from which any tile is computed exactly."
 @TOKENS
 @click.option("--no-special", is_flag=True, help="Leave out special tokens such as [CLS].")
 @click.option("--generate", metavar="N", default=0, type=click.IntRange(0), help=_GENERATE)
+@BEAMS
 @click.option("--versus", "text2", metavar="TEXT2", help=_VERSUS)
 @click.option("--versus-model", "model2", metavar="NAME", help="Compare with another model.")
 @click.option("--cut", "cuts", metavar="SPEC", multiple=True, help=_CUT)
@@ -106,6 +110,7 @@ def look(
     html: Path | None,
     save: Path | None,
     generate: int,
+    beams: int,
 ) -> None:
     """Show where a model's heads read in TEXT, in words: by how much, and in which heads.
 
@@ -123,8 +128,8 @@ def look(
     recorded = _is_recording(text)
     if recorded:
         asked = {
-            "--model": model, "--generate": generate, "--versus": text2, "--cut": cuts,
-            "--versus-model": model2, "--effect": effect, "--save": save,
+            "--model": model, "--generate": generate, "--beams": beams > 1, "--versus": text2,
+            "--cut": cuts, "--versus-model": model2, "--effect": effect, "--save": save,
         }  # fmt: skip
         for option, given in asked.items():
             if given:
@@ -150,7 +155,7 @@ def look(
         if recorded:
             result = of_recording(Path(text), **shown)
         else:
-            question = Question.parse(text2, model2, cuts, effect, generate)
+            question = Question.parse(text2, model2, cuts, effect, generate, beams)
             result = answered(model, text, question, save=save, **shown)
         found, recording = result.found, result.recording
         if html is not None:

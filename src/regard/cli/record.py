@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..analysis.generated import check_beams
 from ..errors import RegardError
-from .common import given_text, progress
+from .common import BEAMS, given_text, progress
 from .ranks import over_ranks
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _BARE = "Leave out what is read beside: top, received, entropy, distances, maps.
 @click.option("--file", metavar="FILE", type=Path, help="Read the text from a file.")
 @click.option("--layer", "layers", metavar="L", type=int, multiple=True, help="Only layer L.")
 @click.option("--generate", metavar="N", default=0, type=click.IntRange(0), help=_GENERATE)
+@BEAMS
 @click.option("--dtype", default="bf16", type=click.Choice(list(_DTYPES)), help=_DTYPE)
 @click.option("--top", metavar="K", default=8, type=click.IntRange(1),
               help="Largest weights of each row to list.  [default: 8]")  # fmt: skip
@@ -45,6 +47,7 @@ def record(
     file: Path | None,
     layers: tuple[int, ...],
     generate: int,
+    beams: int,
     dtype: str,
     top: int,
     values: bool,
@@ -67,6 +70,7 @@ def record(
         raise RegardError("--from says what --effect is measured on; give both")
     if effect and generate:
         raise RegardError("--effect reads TEXT as it is; leave --generate out")
+    check_beams(beams, generate)
     text = given_text(arguments[1] if file is None else f"@{file}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings(), progress() as told:
@@ -82,8 +86,8 @@ def record(
         told("recording", None)
         try:
             made = reader.stream(
-                text, folder, generate=generate, overwrite=overwrite, values=values, top=top,
-                observe=not bare, layers=list(layers) or None,
+                text, folder, generate=generate, beams=beams, overwrite=overwrite, values=values,
+                top=top, observe=not bare, layers=list(layers) or None,
                 dtype=None if kept is None else getattr(torch, kept),
             )  # fmt: skip
             if target is not None:

@@ -12,7 +12,10 @@ import click
 from ..errors import RegardError
 
 if TYPE_CHECKING:
-    from ..report.view.opened import Opened
+    from ..report.view.opened import By, Opened
+
+_MEASURE = "What --export shows of each edge.  [default: weight]"
+_ADDRESS = "What --export shows, as the page's address says it behind the #."
 
 
 @click.command()
@@ -22,15 +25,19 @@ if TYPE_CHECKING:
 @click.option("--no-browser", is_flag=True, help="Print the address; open nothing.")
 @click.option("--export", "file", metavar="FILE", type=Path,
               help="Write one head as a page that needs no server, and end.")  # fmt: skip
-@click.option("--head", metavar="L.H", default="0.0", help="The head of --export.  [default: 0.0]")
+@click.option("--head", metavar="L.H", help="The head of --export.  [default: 0.0]")
 @click.option("--from", "word", metavar="WORD", help="The token that --export opens on.")
+@click.option("--measure", type=click.Choice(["weight", "value", "effect"]), help=_MEASURE)
+@click.option("--address", metavar="TEXT", help=_ADDRESS)
 def view(
     recordings: tuple[Path, ...],
     port: int,
     no_browser: bool,
     file: Path | None,
-    head: str,
+    head: str | None,
     word: str | None,
+    measure: By | None,
+    address: str | None,
 ) -> None:
     """Walk through recordings: layers and heads, each head's map, the text.
 
@@ -38,6 +45,10 @@ def view(
     two, the page compares them. The page is served on 127.0.0.1 to this machine
     alone, until Ctrl-C.
     """
+    asked = {"--head": head, "--from": word, "--measure": measure, "--address": address}
+    for option, given in asked.items():
+        if given is not None and file is None:
+            raise RegardError(f"{option} says what --export writes; give both")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -56,36 +67,41 @@ def view(
         plain = all(any(folder.expanduser().glob("*.json")) for folder in recordings)
         early = load() if file is not None or not plain else None
     if early is not None and file is not None:
-        if len(early) > 1:
-            raise RegardError("--export writes one recording; give one")
-        address = _export(early[0], file, head, word)
-        click.echo(f"page: {address}")
+        _export(early, file, head, word, measure, address)
+        click.echo(f"page: {file}")
         return
     sock = listen(port)
-    address = f"http://{HOST}:{sock.getsockname()[1]}/"
+    served = f"http://{HOST}:{sock.getsockname()[1]}/"
     names = ", ".join(folder.name for folder in recordings)
-    click.echo(f"regard view of {names}: {address}  (Ctrl-C ends it)")
+    click.echo(f"regard view of {names}: {served}  (Ctrl-C ends it)")
     if not no_browser:
         import webbrowser
 
-        webbrowser.open(address)  # the socket listens: the page is answered once serving begins
+        webbrowser.open(served)  # the socket listens: the page is answered once serving begins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         serve(load, sock, first_answers([folder.expanduser() for folder in recordings]))
 
 
-def _export(opened: Opened, file: Path, head: str, word: str | None) -> str:
-    """Write the page. Returns its name, with what it opens on."""
+def _export(
+    opened: list[Opened], file: Path, head: str | None, word: str | None, measure: By | None,
+    address: str | None,
+) -> None:  # fmt: skip
+    """Write the page."""
     from ..call.numbers import named_head
     from ..report.inline_page import check_html
     from ..report.view.export import write_export
+    from ..report.view.in_view import address_of
 
-    check_html(file)
-    named = named_head(head, "--head")
+    check_html(file, "--export")
+    if address is not None:
+        if (head, word, measure) != (None, None, None):
+            raise RegardError("--address says all; leave out --head, --from and --measure")
+        write_export(opened, file, address)
+        return
+    if len(opened) > 1:
+        raise RegardError("--export of two recordings needs --address, as the page shows it")
+    named = named_head("0.0" if head is None else head, "--head")
     if isinstance(named, int):
         raise RegardError(f"--head {head!r}: give layer and head, as 3.1")
-    words = [] if word is None else opened.matching(word)[-1:]
-    if word is not None and not words:
-        raise RegardError(f"no token of the text holds {word!r}")
-    write_export(opened, file, *named, words)
-    return str(file)
+    write_export(opened, file, address_of(opened[0], named, word, measure or "weight"))

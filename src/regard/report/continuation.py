@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from ..analysis.look import Look
-from .screen import clean, word_name
+from .screen import clean, fit, word_name
 
 _WORDS = 60  # listed with a probability
 
@@ -42,7 +42,7 @@ def continuation_dict(found: Look) -> dict[str, Any]:
             {"index": number, "word": found.words[number].text, "probability": chance}
             for number, chance in chances.items()
         ],
-    }
+    } | ({"beams": found.beams} if found.beams else {})
 
 
 def continuation(found: Look, width: int) -> Iterator[Text]:
@@ -56,6 +56,9 @@ def continuation(found: Look, width: int) -> Iterator[Text]:
     cells = [f"{_name(found, n)} {chance:.2f}" for n, chance in list(chances.items())[:_WORDS]]
     if len(chances) > _WORDS:
         cells.append(f"… and {len(chances) - _WORDS} more words; --json has all")
+    for beam in found.beams[1:]:
+        said = " ".join(str(beam["text"]).split())
+        yield Text(fit(f"beam {beam['score']:.2f}: {clean(said)}", width).rstrip(), style="dim")
     line = "probability of each word: "
     for cell in cells:
         if cell_len(line) + cell_len(cell) > width:

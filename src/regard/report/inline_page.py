@@ -39,12 +39,12 @@ def document(title: str, body: str, style: str, script: str) -> str:
     return _FRAME.format(policy=policy, title=title, style=style, body=body, script=script)
 
 
-def check_html(path: Path) -> None:
+def check_html(path: Path, option: str = "--html") -> None:
     """Raise RegardError where ``write_html`` could not write: a folder, or in one that is not."""
     if path.is_dir():
-        raise RegardError(f"{path} is a folder; --html writes a file")
+        raise RegardError(f"{path} is a folder; {option} writes a file")
     if path.exists() and not path.is_file():
-        raise RegardError(f"{path} is no ordinary file; --html writes one")
+        raise RegardError(f"{path} is no ordinary file; {option} writes one")
     if not path.parent.is_dir():
         raise RegardError(f"there is no folder {path.parent} to write {path.name} in")
 

@@ -132,6 +132,7 @@ def look(
     special: bool = True,
     tokens: bool = False,
     generate: int = 0,
+    beams: int = 1,
     versus: str | None = None,
     versus_model: Any = None,
     cuts: str | Sequence[str] = (),
@@ -147,10 +148,10 @@ def look(
     from_words: what these words read ("it#2" is the second "it"). layers, heads: only these; a
         head is of every layer, or as "3.1", head 1 of layer 3. top: how many links to list.
         special: whether to list special tokens. tokens: the model's tokens instead of words.
-        generate: tokens that the model adds first. versus, versus_model: another text, another
-        model, to compare with. cuts: edges or heads to run without ("3.1: it->trophy", "3.1").
-        effect: what cutting each link would change. Each as the option of `regard look` that is
-        named like it.
+        generate: tokens that the model adds first; beams: by a search with so many, of which the
+        best is read. versus, versus_model: another text, another model, to compare with. cuts:
+        edges or heads to run without ("3.1: it->trophy", "3.1"). effect: what cutting each link
+        would change. Each as the option of `regard look` that is named like it.
 
     Nothing of a loaded model is changed. RegardError in one line for what cannot be looked at.
     """
@@ -162,10 +163,11 @@ def look(
     shown = _layers(layers), _heads(heads)
     words, edges = _strings(from_words, "from_words"), _strings(cuts, "cuts")
     top, generate = at_least(1, top, "top"), at_least(0, generate, "generate")
+    beams = at_least(1, beams, "beams")
     if generate and (edges or effect):
         raise RegardError("cuts and effect read the text as it is; leave generate out")
     _check_model(model)
-    question = Question.parse(versus, None, edges, bool(effect), generate)
+    question = Question.parse(versus, None, edges, bool(effect), generate, beams)
     return answered(
         model, text, question, words=words, layers=shown[0], heads=shown[1], top=top,
         special=bool(special), tokens=bool(tokens), versus_model=versus_model,
@@ -202,15 +204,16 @@ def answered(
         made += count
         progress("generating", made / generate)
 
+    adds: dict[str, Any] = {"generate": generate, "beams": question.beams, "step": wrote}
     reader = read_as(model, generate=generate > 0, head=question.runs)
     reader.pieces = tokens
     second = None if versus_model is None else read_as(versus_model, generate=generate > 0)
     progress("reading", None)
     with reading(reader), reading(second), _into(save) as folder:
         if folder is None:
-            recording = reader.record(text, generate=generate, step=wrote)
+            recording = reader.record(text, **adds)
         else:
-            recording = reader.stream(text, folder, generate=generate, step=wrote, dtype=None)
+            recording = reader.stream(text, folder, dtype=None, **adds)
         found = gather(
             recording, readers=words, layers=layers, heads=heads, top=top, special=special,
             progress=lambda share: progress("weighing words", share),

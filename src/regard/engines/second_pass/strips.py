@@ -100,8 +100,13 @@ class Strips:
         while self.rows > LEAST_ROWS and self.rows * self.group * place.k_len > BUDGET:
             self.rows //= 2
         self.some, self.every = (None, None)
+        self.begun = self.first - self.first % self.rows  # where the tiles below begin
         if not call.program.full and self.last > self.first and place.k_len:
-            self.some, self.every = call.program.classes(self.rows, TILE_KEYS)
+            program = call.program
+            if rows is not None:  # a row of a long call asks for no other row's tiles
+                stop = min(-(-self.last // self.rows) * self.rows, place.q_len)
+                program = program.part(Span(self.begun, stop, 0, place.k_len))
+            self.some, self.every = program.classes(self.rows, TILE_KEYS)
         self.parts = self._parts()
         self.key = call.key.to(call.working).contiguous()
         self.careful = hidden.beside_biases(call)
@@ -144,7 +149,7 @@ class Strips:
         place = self.call.place
         if self.some is None or self.every is None:
             return ([(0, place.k_len)] if place.k_len else []), []
-        row = part.q0 // self.rows
+        row = (part.q0 - self.begun) // self.rows
 
         def of(grid: Tensor) -> Tensor:
             batch = part.batch if grid.shape[0] > 1 else slice(None)

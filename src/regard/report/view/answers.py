@@ -15,6 +15,7 @@ TILES = 64
 """Tiles that one request may ask for."""
 NAMES = (
     "about", "tokens", "overview", "along", "fan", "segments", "weight", "matching", "reads",
+    "export",
 )  # fmt: skip
 """What can be asked, each a method of `Answers`; and tiles."""
 
@@ -43,6 +44,9 @@ class Asked:
 
     def word(self, name: str) -> str:
         return self._given.get(name, "")[:1000]
+
+    def text(self, name: str) -> str:
+        return self._given.get(name, "")[:10_000]
 
     def places(self, name: str) -> list[tuple[int, int]]:
         """Rows and columns of tiles, "3.1,3.2"."""
@@ -152,6 +156,12 @@ class Answers:
 
     def reads(self, asked: Asked, opened: Opened) -> Any:
         return opened.reads(asked.word("source"), asked.word("target"), asked.number("batch", 0))
+
+    def export(self, asked: Asked, opened: Opened) -> Any:
+        """What the page's address shows, as a page of its own that needs no server."""
+        from .export import export_page
+
+        return export_page(self.opened, asked.text("address"))
 
 
 def page_of(pieces: Sequence[Any], number: int) -> dict[str, Any]:

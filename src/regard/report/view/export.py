@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from ...errors import RegardError
 from ..inline_page import digest, inert, write_page
-from . import along
-from .opened import Opened, readable
-from .page_facts import PAGE, SIDE, page_facts
+from .held import Held
+from .in_view import InView
+from .opened import Opened
 from .page_files import page_file
 
-TILES = 85
-"""Tiles of a map that the file holds at most: four zooms of a square one."""
-FANS = 600
-"""Tokens whose weights the file holds, where the text has no more; else those asked for."""
 TOKENS = 200_000
 _IMPORT = re.compile(r'^import\s+(?:\{([^}]*)\}\s*from\s+)?"(\.[^"]+)";[ \t]*$', re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _EXPORT = re.compile(r"^export \{([^}]*)\};[ \t]*$", re.MULTILINE)
 
 
-def write_export(opened: Opened, path: Path, layer: int, head: int, words: list[int]) -> None:
-    """Write one head of a recording as a page: its map, the text, and what tokens read."""
-    if len(opened.pieces("text")) > TOKENS:
-        raise RegardError(f"--export holds texts of up to {TOKENS:,} tokens; this one has more")
-    answers, least = _answers(opened, layer, head, words)
-    opens = f"head={layer}.{head}" + (f"&word={words[0]}" if words else "")
-    write_page(path, inline({"answers": answers, "least": least, "opens": opens}))
+def write_export(opened: Sequence[Opened], path: Path, address: str) -> None:
+    """Write what an address of the page shows, as a page: a head's map, the text, and what tokens
+    read."""
+    write_page(path, export_page(opened, address))
+
+
+def export_page(opened: Sequence[Opened], address: str) -> str:
+    """The same as HTML. RegardError where it is too long."""
+    if len(opened[0].pieces("text")) > TOKENS:
+        raise RegardError(f"a page holds texts of up to {TOKENS:,} tokens; this one has more")
+    return inline(Held(opened, InView.read(address, opened)).all())
 
 
 def inline(held: dict[str, Any]) -> str:
@@ -102,64 +100,3 @@ def _text(name: str) -> str:
     if found is None:
         raise RegardError(f"the page has no file {name}; install regard again")
     return found.read_text("utf-8")
-
-
-def _answers(opened: Opened, layer: int, head: int, words: list[int]) -> tuple[dict[str, Any], int]:
-    """What the page will ask, by address; and the finest zoom whose tiles are among it."""
-    shown = opened.layer(layer, head, 0)
-    about = page_facts([opened.about()])
-    answers: dict[str, Any] = {"api/about?": about}
-
-    def put(path: str, answer: Any, **query: Any) -> None:
-        answers[f"api/{path}?{urlencode(query)}"] = answer
-
-    for side, count in about["recordings"][0]["sides"].items():
-        pieces = opened.pieces(side)
-        for page in range(-(-count // PAGE)):
-            held = {"start": page * PAGE, "pieces": pieces[page * PAGE : (page + 1) * PAGE]}
-            put("tokens", held, r=0, side=side, page=page)
-    joined = [] if opened.units is None else opened.words()
-    for page in range(-(-len(joined) // PAGE)):
-        held = {"start": page * PAGE, "pieces": joined[page * PAGE : (page + 1) * PAGE]}
-        put("tokens", held, r=0, side="words", page=page)
-    for number, one in enumerate(opened.recording.layers):
-        if readable(one):
-            put("overview", opened.overview(number, 0), r=0, batch=0, layer=number)
-    for what in along.LINES:
-        line = opened.along(layer, head, 0, what)
-        put("along", line, r=0, layer=layer, head=head, batch=0, what=what)
-    for way, count in (("out", shown.q_len), ("in", shown.k_len)):
-        asked = {"r": 0, "layer": layer, "head": head, "batch": 0}
-        for index in range(count) if count <= FANS else words:
-            if index >= count:
-                continue
-            inward = way == "in"
-            put("fan", opened.fan(layer, head, index, batch=0, inward=inward),
-                **asked, index=index, way=way)  # fmt: skip
-            if joined:
-                fan = opened.word_fan(layer, head, index, batch=0, inward=inward)
-                put("fan", fan, **asked, index=fan["index"], way=way, by="words")
-    return answers, _tiles(opened, layer, head, put)
-
-
-def _tiles(opened: Opened, layer: int, head: int, put: Callable[..., None]) -> int:
-    """The tiles of the whole map, then finer ones while there is room; the finest zoom held."""
-    shown, left = opened.recording.layers[layer], TILES
-    zooms = opened.recording.zooms(layer)
-    for zoom in reversed(range(zooms)):
-        size = SIDE << zoom
-        places = [
-            (row, col)
-            for row in range(-(-shown.q_len // size))
-            for col in range(-(-shown.k_len // size))
-        ]
-        if len(places) > left:
-            return zoom + 1
-        left -= len(places)
-        for row, col in places:
-            tile = opened.tile(layer, (head, zoom, row, col), "sum", 0, True)
-            put(
-                "tiles", base64.b64encode(tile).decode(), r=0, layer=layer, head=head, batch=0,
-                zoom=zoom, reduce="sum", at=f"{row}.{col}",
-            )  # fmt: skip
-    return 0

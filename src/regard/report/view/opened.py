@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -39,6 +39,11 @@ _APART = 64  # special tokens that can be taken out of a map
 def readable(layer: RecordedLayer) -> bool:
     """Whether a layer has weights to show."""
     return layer.pattern and not layer.damage and layer.q_len > 0
+
+
+def keys_before(layer: RecordedLayer) -> int:
+    """How many keys stand before the first query: a query's token is so many further on."""
+    return layer.k_len - layer.q_len if layer.kind == "self" else 0
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -104,6 +109,10 @@ class Opened:
                     f"{self.folder.name} was recorded anew since it was opened: "
                     "start regard view again"
                 )
+
+    def shows(self, number: int) -> bool:
+        """Whether a layer has weights to show."""
+        return readable(self.recording.layers[number])
 
     def about(self) -> dict[str, Any]:
         """What the page needs to begin."""
@@ -239,7 +248,7 @@ class Opened:
         units, layer = self.units, self.layer(number, head, batch)
         if units is None:
             raise RegardError("the recording names no words")
-        before = layer.k_len - layer.q_len if layer.kind == "self" else 0  # keys with no query
+        before = keys_before(layer)
         limit, moved = (layer.k_len, 0) if inward else (layer.q_len, before)
         if not 0 <= index < limit:
             raise RegardError(f"no token {index}: the layer has {limit:,}")
@@ -295,7 +304,7 @@ class Opened:
             return None
         rows = None if token is None else [token]
         if token is not None and by_words and self.units is not None:
-            before = layer.k_len - layer.q_len if layer.kind == "self" else 0
+            before = keys_before(layer)
             if 0 <= token + before < layer.k_len:
                 rows = [t - before for t in self.units.tokens(token + before)]
         return segments.shares(self.recording, given, number, rows, batch)
@@ -381,12 +390,15 @@ class Opened:
         """
         values: list[list[float] | None] = []
         used: tuple[list[int], list[int]] = ([], [])
+        places = cache(self.matching)  # not once a layer: a long text has many tokens
         for number, layer in enumerate(self.recording.layers):
             if not readable(layer):
                 values.append(None)
                 continue
-            rows = [i for i in self.matching(source, self.side(layer, "q")) if i < layer.q_len]
-            cols = [i for i in self.matching(target, self.side(layer, "k")) if i < layer.k_len]
+            before = keys_before(layer)
+            rows = [i - before for i in places(source, self.side(layer, "q"))]
+            rows = [i for i in rows if 0 <= i < layer.q_len]
+            cols = [i for i in places(target, self.side(layer, "k")) if i < layer.k_len]
             if not rows or not cols:
                 values.append(None)
                 continue
@@ -394,7 +406,7 @@ class Opened:
             found = self.recording.weights(number, None, rows[-8:], cols, batch)
             values.append(found.sum(-1).mean(-1).tolist())
         if not any(values):
-            missing = target if self.matching(source) else source
+            missing = target if places(source, "text") else source
             raise RegardError(f"no token of the text holds {missing.strip()!r}; try another word")
         return {"values": values, "sources": used[0], "targets": used[1][:200]}
 

@@ -8,7 +8,7 @@ from typing import Any
 from ...capture.recording import Recording
 from ...capture.segments import Segments
 from ...errors import RegardError
-from .page_facts import SAMPLED
+from .page_facts import KINDS, SAMPLED
 
 MOST = 400
 """Segments that are shown."""
@@ -32,12 +32,19 @@ def found(recording: Recording, given: str) -> Segments:
     text = recording.about.get("text")
     if not isinstance(text, str) or not count:
         raise RegardError("a pattern needs a recorded text; give ranges of tokens: 0-120, 120-300")
+    places = 0
     try:
-        for number, _ in enumerate(re.finditer(given, text)):
-            if number >= MOST:
+        for places, _ in enumerate(re.finditer(given, text), 1):
+            if places > MOST:
                 raise RegardError(f"the pattern matches more than {MOST} places; narrow it")
     except re.error as error:
         raise RegardError(f"the pattern {given!r} is none: {error}") from None
+    if not places:
+        kind = next((name for name, pattern in KINDS.items() if pattern == given), None)
+        raise RegardError(
+            f"the text {f'has no {kind}' if kind else f'nowhere matches {given!r}'}; choose "
+            "another kind, give a pattern of your own, or ranges of tokens: 0-120, 120-300"
+        )
     return recording.segments(given)
 
 

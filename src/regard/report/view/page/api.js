@@ -19,11 +19,21 @@ function address(path, parameters) {
   return `api/${path}?${query}`;
 }
 
+/** What the file itself answers; undefined where that is not in it. */
+function heldAnswer(path, parameters) {
+  const pairs = Object.entries(parameters).map(([name, value]) => [name, String(value)]);
+  return held.answers[`${path} ${JSON.stringify(pairs.sort(([one], [other]) => (one < other ? -1 : 1)))}`];
+}
+
+/** Whether an answer can be had: an exported page holds some. */
+const known = (path, parameters) => !held || heldAnswer(path, parameters) !== undefined;
+
 /** The answer to a question, as JSON. */
 async function ask(path, parameters = {}, signal = undefined) {
   const url = address(path, parameters);
   if (held) {
-    if (url in held.answers) return held.answers[url];
+    const answer = heldAnswer(path, parameters);
+    if (answer !== undefined) return answer;
     throw new Refused(elsewhere);
   }
   if (bridge) return bridged(path, parameters, null, signal);
@@ -37,6 +47,12 @@ async function ask(path, parameters = {}, signal = undefined) {
   const answer = await response.json();
   if (!response.ok) throw new Refused(answer.error ?? `the server answered ${response.status}`);
   return answer;
+}
+
+/** The bytes of a tile that a file holds. */
+async function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
 }
 
 /** The same, asked of the kernel. */
@@ -54,12 +70,9 @@ async function bridged(path, parameters, got, signal) {
 async function tilesOf(parameters, places, got, signal) {
   const at = places.map(({ row, col }) => `${row}.${col}`).join(",");
   if (held) {
-    places.forEach(({ row, col }, i) => {
-      const text = held.answers[address("tiles", { ...parameters, at: `${row}.${col}` })];
-      if (!text) throw new Refused(elsewhere);
-      const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-      got(i, new Float32Array(bytes.buffer));
-    });
+    const packed = places.map(({ row, col }) => heldAnswer("tiles", { ...parameters, at: `${row}.${col}` }));
+    for (const [i, text] of packed.entries()) if (text) got(i, new Float32Array(await unpacked(text)));
+    if (!packed.every(Boolean)) throw new Refused(elsewhere);
     return;
   }
   if (bridge) {
@@ -115,6 +128,11 @@ class Tokens {
     Object.assign(this, { recording, side, length, page, byWords });
     this.pages = new Map();
     this.asked = new Map();
+  }
+
+  /** The same, counted from token `by` on. */
+  after(by) {
+    return by ? new After(this, by) : this;
   }
 
   entry(i) {
@@ -179,4 +197,31 @@ class Tokens {
   }
 }
 
-export { Refused, Tokens, ask, bridge, held, theme, tilesOf, visible };
+/** Tokens counted from a later one on: those of queries that keys stand before. */
+class After {
+  constructor(tokens, by) {
+    Object.assign(this, { tokens, by, side: tokens.side, length: tokens.length - by });
+  }
+
+  first(i) {
+    return this.tokens.first(i + this.by) - this.by;
+  }
+
+  piece(i) {
+    return this.tokens.piece(i + this.by);
+  }
+
+  name(i, most) {
+    return this.tokens.name(i + this.by, most);
+  }
+
+  need(start, stop) {
+    return this.tokens.need(start + this.by, stop + this.by);
+  }
+
+  needEach(indices) {
+    return this.tokens.needEach(indices.map((i) => i + this.by));
+  }
+}
+
+export { Refused, Tokens, ask, bridge, held, known, theme, tilesOf, visible };

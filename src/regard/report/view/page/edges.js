@@ -1,6 +1,7 @@
 // What stands at the edges of a text, and depends on where it is scrolled to: lines, chips, the strip.
 
 import { keyed } from "./keyed.js";
+import { added, amount } from "./measure.js";
 import { resolved } from "./profiles.js";
 import { drawFan, make, shade } from "./shared.js";
 
@@ -11,8 +12,8 @@ function drawLines(pane) {
   const { shown } = pane;
   const from = shown?.focusHere && pane.element(shown.focus);
   if (!from) return pane.fan.replaceChildren();
-  const ends = shown.items.slice(0, 14).filter(([i, weight]) => weight >= 0.02 && i !== shown.focus)
-    .map(([i, weight]) => [weight, pane.has(i) && pane.element(i)]).filter(([, word]) => word);
+  const ends = shown.items.slice(0, 14).map(([i, weight]) => [i, weight / shown.most])
+    .filter(([i, share]) => share >= 0.02 && i !== shown.focus).map(([i, share]) => [share, pane.has(i) && pane.element(i)]).filter(([, word]) => word);
   drawFan(pane, from, ends);
 }
 
@@ -33,9 +34,9 @@ function drawChips(pane) {
     const chips = targets.slice(0, CHIPS);
     if (targets.length > CHIPS) chips.push([null, rest]);
     keyed(pane[side], chips, ([i]) => i ?? "rest", ([i]) => chipOf(pane, i), (chip, [i, weight]) => {
-      if (i === null) chip.textContent = `${targets.length - CHIPS} more ${rest.toFixed(2)}`;
+      if (i === null) chip.textContent = `${targets.length - CHIPS} more ${chipped(rest)}`;
       else chip.replaceChildren(`${sign} ${i.toLocaleString("en")} `, make("b", "", pane.tokens.name(i, 18)),
-        ` ${weight < 0.005 ? "<.01" : weight.toFixed(2)}`);
+        ` ${chipped(weight)}`);
     });
   }
   const unnamed = Object.values(edges).flatMap((list) => list.slice(0, CHIPS).map(([i]) => i))
@@ -43,6 +44,8 @@ function drawChips(pane) {
   if (unnamed.length)
     pane.tokens.needEach(unnamed).then(() => pane.edges(), pane.does.failed);
 }
+
+const chipped = (value) => (added() ? amount(value, 2) : value < 0.005 ? "<.01" : value.toFixed(2));
 
 /** What stands at the edge for a token out of sight, and goes there; null: for all others. */
 function chipOf(pane, i) {

@@ -1,6 +1,6 @@
 // Find tokens by what they hold.
 
-import { ask, held } from "./api.js";
+import { ask, known } from "./api.js";
 import { byId, count } from "./shared.js";
 import { changed, state, write } from "./state.js";
 
@@ -17,7 +17,7 @@ function buildFind({ layer, shift, failed, goTo, map, hit }) {
     state.find = text || null;
     write();
     try {
-      const found = text ? await ask("matching", asked) : [];
+      const found = text && known("matching", asked) ? await ask("matching", asked) : [];
       if (question !== JSON.stringify(asked)) return;
       hits = found;
     } catch (error) {
@@ -37,7 +37,7 @@ function buildFind({ layer, shift, failed, goTo, map, hit }) {
     if (query >= 0 && query < layer().q_len) [state.word, state.way] = [query, "out"];
     changed();
     requestAnimationFrame(() => goTo(hits[at]));
-    if (state.view === "map") map().goTo(query, Math.min(query + shift(), layer().k_len - 1));
+    if (state.view === "map") map()?.goTo(query, Math.min(query + shift(), layer().k_len - 1));
   };
   field.addEventListener("input", () => {
     clearTimeout(timer);
@@ -52,7 +52,7 @@ function buildFind({ layer, shift, failed, goTo, map, hit }) {
   });
   /** Look for what is chosen, where that or the recording has changed. */
   const refresh = () => {
-    if (held || document.activeElement === field) return;
+    if (document.activeElement === field) return;
     field.value = state.find ?? "";
     search();
   };

@@ -57,7 +57,7 @@ class Heads {
       line.append(make("th", "", `${one.kind === "cross" ? "cross" : "layer"} ${one.index}`));
       line.firstChild.title = one.name;
       if (!one.pattern) {
-        const cell = make("td", "none", "no pattern");
+        const cell = make("td", "none", `nothing to show: ${one.reason}`);
         cell.title = one.reason;
         cell.colSpan = most;
         line.append(cell);

@@ -253,7 +253,7 @@ class HeadMap {
     const [y, x] = [row >> zoom, col >> zoom];
     const tile = this.tiles().find(({ place }) =>
       place.zoom === zoom && place.row === y >> 7 && place.col === x >> 7);
-    return { row, col, zoom, size: 2 ** zoom,
+    return { row, col, zoom, size: 2 ** zoom, rows: this.where.rows, cols: this.where.cols,
       value: tile ? tile.values[(y & 127) * SIDE + (x & 127)] : null };
   }
 

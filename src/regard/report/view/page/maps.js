@@ -1,7 +1,6 @@
 // The maps on the page: one, two side by side, or their difference; what they share is chosen here.
 
 import { HeadMap, lock } from "./map.js";
-import { download } from "./save.js";
 import { byId, make } from "./shared.js";
 import { changed, state } from "./state.js";
 import { Loader, darkness, ramps } from "./tiles.js";
@@ -21,18 +20,11 @@ class Maps {
       changed();
     });
     byId("pair").hidden = about.recordings.length < 2;
-    byId("png").addEventListener("click", () => download(this.first, "png", this.title()));
-    byId("svg").addEventListener("click", () => download(this.first, "svg", this.title()));
     darkness.addEventListener("change", () => this.legend());
   }
 
   get first() {
     return this.maps[0];
-  }
-
-  title() {
-    const { name } = this.about.recordings[state.recording];
-    return `${name}-head-${state.layer}.${state.head}`;
   }
 
   /** The other recording of a pair. */
@@ -114,7 +106,7 @@ class Maps {
     const layer = layers[state.layer];
     return {
       r, layer: state.layer, head: state.head, batch: state.batch, rows: layer.q_len, cols: layer.k_len,
-      rowTokens: this.tokensOf(r, layer.q_side), colTokens: this.tokensOf(r, layer.k_side), special,
+      rowTokens: this.tokensOf(r, layer.q_side).after(layer.kind === "self" ? layer.k_len - layer.q_len : 0), colTokens: this.tokensOf(r, layer.k_side), special,
     };
   }
 

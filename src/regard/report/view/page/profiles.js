@@ -222,13 +222,15 @@ class Profiles {
           && this.at[along] >> seen.zoom === first + i;
         context.fillStyle = on ? colours[3] : colours[0];
         const length = (value / most) * (named ? room * 0.3 : room - 4);
-        context.fillRect(0, at, Math.max(value > 0 ? 0.75 : 0, length), Math.max(0.75, step > 6 ? step - 1 : step + 0.3));
+        // Whole pixels where bars stand close: no pale seams between them
+        const [from, to] = step > 6 ? [at, at + step - 1] : [at, at + step].map((one) => Math.round(one * scale) / scale);
+        context.fillRect(0, from, Math.max(value > 0 ? 0.75 : 0, length), Math.max(1 / scale, to - from));
         if (!named) return;
         context.fillStyle = on ? colours[1] : colours[2];
         context.font = `${on ? 600 : 400} 11.5px system-ui, sans-serif`;
         context.textBaseline = "middle";
-        const from = Math.max(8, room * 0.3 + 5);
-        context.fillText(tokens.name(first + i, 14), from, at + step / 2, room - from - 3);
+        const begin = Math.max(8, room * 0.3 + 5);
+        context.fillText(tokens.name(first + i, 14), begin, at + step / 2, room - begin - 3);
       });
     }
   }

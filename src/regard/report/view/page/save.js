@@ -1,66 +1,58 @@
-// The map in sight as a picture: PNG as it is painted, SVG with its labels as text.
+// What is in view as a file: SVG and PNG of the maps or the text, or a page of its own.
 
+import { ask } from "./api.js";
+import { SPACE, drawMap, drawText, pen } from "./picture.js";
+import { byId, make } from "./shared.js";
 import { resolved } from "./profiles.js";
-import { make } from "./shared.js";
-import { state } from "./state.js";
+import { said, state } from "./state.js";
 
-/** The part of the map in sight, without its profiles, on one canvas. */
-function pictureOf(owner) {
-  const scale = devicePixelRatio;
-  const frame = owner.element.getBoundingClientRect();
-  const canvas = make("canvas");
-  [canvas.width, canvas.height] = [Math.round(frame.width * scale), Math.round(frame.height * scale)];
-  const context = canvas.getContext("2d");
-  context.imageSmoothingEnabled = false;
-  context.fillStyle = getComputedStyle(owner.element).backgroundColor;
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  for (const tile of owner.tiles()) {
-    if (tile.place.zoom !== owner.zoom) continue;
-    const box = tile.getBoundingClientRect();
-    context.drawImage(tile, (box.left - frame.left) * scale, (box.top - frame.top) * scale,
-      box.width * scale, box.height * scale);
-  }
-  return canvas;
-}
+const HEAD = 58; // pixels above what is shown, for what it says
+const FOOT = 26;
 
-/** The same as SVG: the cells as one picture, title and ends of the axes as text. */
-function svgOf(owner, title) {
-  const space = "http://www.w3.org/2000/svg";
-  const { width, height } = owner.element.getBoundingClientRect();
-  const svg = document.createElementNS(space, "svg");
-  const put = (name, attributes, text) => {
-    const element = document.createElementNS(space, name);
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    if (text) element.textContent = text;
-    svg.append(element);
-  };
-  const seen = owner.profiles.window();
-  const size = 2 ** seen.zoom;
-  const span = ([from, to], most) => `${(from * size).toLocaleString("en")} … ` +
-    `${(Math.min(to * size, most) - 1).toLocaleString("en")}`;
-  svg.setAttribute("viewBox", `0 0 ${width} ${height + 46}`);
-  svg.setAttribute("xmlns", space);
+/** What is in view, its maps or its panes of text, as SVG. */
+function svgOf(shown, { title, legend, foot }) {
+  const frame = byId(state.view === "map" ? "maps" : "panes").getBoundingClientRect();
+  const [width, height] = [Math.ceil(frame.width), Math.ceil(frame.height)];
+  const svg = document.createElementNS(SPACE, "svg");
+  for (const [key, value] of Object.entries({ xmlns: SPACE, width, height: height + HEAD + FOOT,
+    viewBox: `0 0 ${width} ${height + HEAD + FOOT}` })) svg.setAttribute(key, value);
   const style = getComputedStyle(document.documentElement);
-  const font = { "font-family": "system-ui, sans-serif", fill: resolved(style, "--soft") };
-  put("rect", { width, height: height + 46, fill: resolved(style, "--raised") });
-  put("text", { x: 8, y: 18, "font-size": 14, ...font },
-    `${title.replaceAll("-", " ")} · queries ${span(seen.rows, owner.where.rows)} ` +
-    `reading keys ${span(seen.cols, owner.where.cols)}`);
-  put("image", { x: 0, y: 26, width, height, href: pictureOf(owner).toDataURL("image/png") });
-  put("text", { x: 8, y: height + 41, "font-size": 11, ...font },
-    `a cell is ${size} × ${size} tokens, ${state.reduce}, ${state.scale} colour · regard view: where a head reads, not why`);
+  const colour = (name) => resolved(style, name);
+  const put = pen(svg);
+  const sans = { "font-family": "system-ui, sans-serif" };
+  put("rect", { width, height: height + HEAD + FOOT, fill: colour("--paper") });
+  put("text", { x: 10, y: 24, "font-size": 17, "font-family": "Georgia, serif", fill: colour("--ink") }, title);
+  put("text", { x: 10, y: 45, "font-size": 12, ...sans, fill: colour("--soft") },
+    state.view === "map" ? legend : byId("shown").textContent);
+  const room = put("svg", { x: 0, y: HEAD, width, height });
+  for (const one of shown) (state.view === "map" ? drawMap : drawText)(one, pen(room), frame, colour);
+  put("text", { x: 10, y: height + HEAD + 17, "font-size": 11, ...sans, fill: colour("--soft") }, foot);
   return new XMLSerializer().serializeToString(svg);
 }
 
-async function download(owner, kind, title) {
-  if (!owner?.where) return;
-  const blob = kind === "svg" ? new Blob([svgOf(owner, title)], { type: "image/svg+xml" })
-    : await new Promise((done) => pictureOf(owner).toBlob(done, "image/png"));
+/** The same, as a picture of pixels. */
+async function pngOf(svg) {
+  const image = new Image();
+  image.src = URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" }));
+  await image.decode();
+  URL.revokeObjectURL(image.src);
+  const canvas = make("canvas");
+  [canvas.width, canvas.height] = [image.width, image.height].map((one) => Math.round(one * devicePixelRatio));
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  return new Promise((done) => canvas.toBlob(done, "image/png"));
+}
+
+/** Save what is in view as "svg", "png" or "html". shown: the maps or panes; told: what the file's name, its first lines and its last one say. */
+async function download(kind, shown, told) {
+  if (!shown.length) return;
+  const svg = kind === "html" ? null : svgOf(shown, told);
+  const blob = kind === "html" ? new Blob([await ask("export", { address: said() })], { type: "text/html" })
+    : kind === "svg" ? new Blob([svg], { type: "image/svg+xml" }) : await pngOf(svg);
   const link = make("a");
   link.href = URL.createObjectURL(blob);
-  link.download = `${title}.${kind}`;
+  link.download = `${told.name}.${kind}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-export { download, pictureOf, svgOf };
+export { download };

@@ -118,7 +118,7 @@ class Segments {
       button.dataset.share = shares[n];
       button.setAttribute("aria-pressed", state.metric === "segment" && n === this.chosen);
       button.querySelector("i").style.setProperty("--shade", (shares[n] / most).toFixed(3));
-      button.querySelector(".share").textContent = percent(shares[n]);
+      button.querySelector(".share").textContent = percent(shares[n]).replace("less than ", "< ");
     }
   }
 

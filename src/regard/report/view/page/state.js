@@ -56,12 +56,18 @@ function onChange(listener) {
   listeners.add(listener);
 }
 
-function write() {
+/** What is chosen, as the address says it. */
+function said() {
   const query = new URLSearchParams();
   query.set("head", `${state.layer}.${state.head}`);
   for (const [key, name] of Object.entries(SHORT_NAMES))
     if (state[key] !== null && state[key] !== fresh[key]) query.set(name, state[key]);
   if (!state.sinks) query.set("sinks", "off");
+  return query;
+}
+
+function write() {
+  const query = said();
   const hash = `#${query}`;
   if (bridge) return; // a frame in a notebook has no address of its own
   const step = JSON.stringify(STEPS.map((name) => query.get(name)));
@@ -104,7 +110,7 @@ function read(about) {
   state.sinks = query.get("sinks") !== "off";
   const range = /^(row|col),(\d{1,9}),(\d{1,9})$/.exec(query.get("range") ?? "");
   state.range = range && Number(range[2]) < Number(range[3]) ? range[0] : null;
-  state.measure = oneOf("measure", measures(layers[state.layer]), "weight");
+  state.measure = oneOf("measure", ["weight", "value", "effect"], "weight"); // where it was not kept, the page says so
   state.along = oneOf("along", ["entropy", "received"], "entropy");
   const at = (query.get("at") ?? "").split(",").map(Number);
   state.top = number("top", 1e9, null);
@@ -113,7 +119,8 @@ function read(about) {
   state.at = at.length === 3 && at.every(Number.isFinite) ? query.get("at") : null;
 }
 
-/** What a recording has of each edge of a layer. */
-const measures = ({ norms, effects }) => ["weight", ...(norms ? ["value"] : []), ...(effects ? ["effect"] : [])];
+/** What a recording has of each edge of a layer; an exported page may hold less. */
+const measures = ({ norms, effects }) => ["weight", ...(norms ? ["value"] : []), ...(effects ? ["effect"] : [])]
+  .filter((one) => !held || held.measures.includes(one));
 
-export { changed, measures, onChange, read, state, write };
+export { changed, measures, onChange, read, said, state, write };

@@ -6,7 +6,8 @@ import { Virtualizer, elementScroll, observeElementOffset, observeElementRect }
 import { visible } from "./api.js";
 import { drawChips, drawLines, drawStrip } from "./edges.js";
 import { Flow, LINE } from "./flow.js";
-import { make, shade, short } from "./shared.js";
+import { brief } from "./measure.js";
+import { make, shade } from "./shared.js";
 import { state } from "./state.js";
 
 const BLOCK = 128; // tokens that are laid out together
@@ -337,7 +338,7 @@ class Pane {
     this.tokens.need(i, i + 1).then(() => requestAnimationFrame(() => settle(16)), this.does.failed);
   }
 
-  /** `shown`: {focus, items [[token, weight]], whole, bins, bin, locked}; null: nothing. */
+  /** `shown`: {focus, items [[token, weight]], most: of a weight, bins, bin, locked}; null: nothing. */
   show(shown) {
     this.shown = shown;
     this.shadeWords();
@@ -360,9 +361,9 @@ class Pane {
         const word = this.has(i) && this.element(i);
         if (!word) continue;
         word.touched = true;
-        word.style.setProperty("--shade", (0.9 * shade(weight / (shown.most ?? 1))).toFixed(3));
+        word.style.setProperty("--shade", (0.9 * shade(weight / shown.most)).toFixed(3));
         word.dataset.weight = weight.toPrecision(6);
-        if (labelled.has(i) && weight >= 0.02) word.dataset.label = short(weight);
+        if (labelled.has(i) && weight / shown.most >= 0.02) word.dataset.label = brief(weight);
       }
       const focus = shown.focusHere && this.has(shown.focus) && this.element(shown.focus);
       if (focus) {

@@ -1,13 +1,16 @@
 // The page of `regard view`: what is chosen, what is under the pointer, and who draws it.
 
 import { tellAbout } from "./about.js";
-import { Tokens, ask, held } from "./api.js";
+import { Tokens, ask, held, known } from "./api.js";
 import { Along } from "./along.js";
 import { buildFind } from "./find.js";
+import { drawHeadline } from "./headline.js";
 import { Heads } from "./heads.js";
 import { drawList } from "./list.js";
 import { Maps } from "./maps.js";
-import { bold, byId, count, make, percent, three } from "./shared.js";
+import { added, measured } from "./measure.js";
+import { download } from "./save.js";
+import { byId, count, make, percent } from "./shared.js";
 import { Segments } from "./segments.js";
 import { changed, measures, onChange, read, state, write } from "./state.js";
 import { Pane } from "./text.js";
@@ -24,7 +27,6 @@ let cell = null; // a cell of the map under the pointer
 let fan = null; // the answer about one token
 let asking = null;
 const tokens = new Map();
-const touched = matchMedia("(pointer: coarse)").matches; // by fingers
 
 function failed(error) {
   if (error?.name === "AbortError") return;
@@ -48,7 +50,7 @@ function tokensOf(number, side, words = false) {
   return tokens.get(key);
 }
 
-const readers = () => tokensOf(state.recording, layer().q_side, byWords());
+const readers = () => tokensOf(state.recording, layer().q_side, byWords()).after(shift());
 const keys = () => tokensOf(state.recording, layer().k_side, byWords());
 const shift = () => (layer().kind === "self" ? layer().k_len - layer().q_len : 0);
 
@@ -60,7 +62,7 @@ function wonder() {
   const limit = state.way === "out" ? layer().q_len : layer().k_len;
   const where = { r: state.recording, layer: state.layer, head: state.head, batch: state.batch };
   if (state.measure !== "weight") where.measure = state.measure;
-  const question = index === null || index >= limit ? null : JSON.stringify([where, index, state.way, unit()]);
+  const question = index === null || index >= limit || lacks() ? null : JSON.stringify([where, index, state.way, unit()]);
   if (question === asking?.question) return;
   asking?.abort.abort();
   clearTimeout(asking?.timer);
@@ -73,10 +75,13 @@ function wonder() {
   const go = async () => {
     try {
       const side = state.way === "out" ? readers() : keys();
-      const moved = state.way === "out" ? shift() : 0;
-      await side.need(index + moved, index + moved + 1);
-      const first = Math.max(0, side.first(index + moved) - moved);
+      await side.need(index, index + 1);
+      const first = Math.max(0, side.first(index));
       const asked = { ...where, index: first, way: state.way, ...(byWords() ? { by: "words" } : {}) };
+      if (hover !== null && !known("fan", asked)) { // an exported page shows what was in view
+        [hover, asking] = [null, null];
+        return draw();
+      }
       const answer = await ask("fan", asked, abort.signal);
       fan = { ...answer, question };
       await Promise.all([readers().needEach(state.way === "out" ? [index] : fan.items.map(([i]) => i)),
@@ -90,14 +95,22 @@ function wonder() {
   asking = { question, abort, timer: setTimeout(go, hover === null ? 0 : PAUSE) };
 }
 
-/** Whether lengths are shown, of what each key adds, or effects, instead of weights. */
-const added = () => state.measure !== "weight";
+/** Why what is chosen cannot be shown of this layer; null where it can. */
+function lacks() {
+  if (measures(layer()).includes(state.measure)) return null;
+  const { q_len, name } = layer();
+  if (held) return "This file holds what was in view when it was written, and that was something else: choose weights, or open the recording with regard view.";
+  return state.measure === "value"
+    ? `What keys add needs values, and ${name} has none: record again with --values, or choose weights.`
+    : `No effects were measured of ${name}, ${count(q_len, "token")}: record again with --effect, or choose weights.`;
+}
 
 /** Offer what this layer's recording has of each edge; with effects, say what on. */
 function offerMeasures() {
   const label = byId("measure"), select = label.querySelector("select"), offered = measures(layer());
-  for (const option of select.options) option.hidden = option.disabled = !offered.includes(option.value);
-  label.hidden = offered.length < 2 || Boolean(held);
+  for (const option of select.options)
+    option.hidden = option.disabled = !offered.includes(option.value) && state.measure !== option.value;
+  label.hidden = offered.length < 2 && !lacks();
   select.value = state.measure;
   const { effect } = recording();
   label.title = !offered.includes("effect") || !effect ? ""
@@ -120,8 +133,11 @@ function chosenItems() {
 
 function draw() {
   document.body.dataset.view = state.view;
-  byId("map-view").hidden = state.view !== "map";
-  byId("text-view").hidden = state.view !== "text";
+  const missing = lacks();
+  byId("lacking").hidden = !missing;
+  byId("lacking").querySelector("p").textContent = missing ?? "";
+  byId("map-view").hidden = state.view !== "map" || Boolean(missing);
+  byId("text-view").hidden = state.view !== "text" || Boolean(missing);
   for (const button of byId("switch").children)
     button.setAttribute("aria-pressed", button.dataset.view === state.view);
   for (const button of byId("way").children)
@@ -129,7 +145,7 @@ function draw() {
   byId("share").value = state.share;
   for (const button of byId("units").children)
     button.setAttribute("aria-pressed", button.dataset.units === state.units);
-  byId("units").hidden = !recording().words || Boolean(held);
+  byId("units").hidden = !recording().words || Boolean(held && !held.whole);
   offerMeasures();
   segments.refresh();
   segments.draw();
@@ -137,12 +153,11 @@ function draw() {
   heads.refresh();
   heads.draw();
   along.refresh();
-  if (state.view === "map") maps.draw();
-  else drawText();
+  if (!missing) state.view === "map" ? maps.draw() : drawText();
   const kept = fan && chosenItems();
-  drawList({ fan, unit: unit(), state, readers: readers(), keys: keys(), keep: (i) => goTo(i), added: added() });
+  drawList({ fan, unit: unit(), state, readers: readers(), keys: keys(), keep: (i) => goTo(i), shift: layer().kind === "self" ? shift() : null });
   drawShown(kept);
-  drawHeadline();
+  tellHeadline();
 }
 
 function drawText() {
@@ -161,10 +176,13 @@ function drawText() {
     if (own !== other) {
       add(other, 0, tokensOf(state.recording, other).length, "the document");
       add(own, 0, tokensOf(state.recording, own).length, "the answer");
-    } else if (begun && begun < readers().length) {
-      add(own, 0, begun, "the document");
-      add(own, begun, readers().length, "the answer");
-    } else add(own, 0, readers().length, "");
+    } else {
+      const all = tokensOf(state.recording, own).length;
+      if (begun && begun < all) {
+        add(own, 0, begun, "the document");
+        add(own, begun, all, "the answer");
+      } else add(own, 0, all, "");
+    }
     for (const pane of panes) pane.mark(hits);
     if (state.top !== null) panes.find((one) => one.has(state.top))?.goTo(state.top, 0);
     byId("panes").classList.toggle("two", panes.length > 1);
@@ -203,7 +221,7 @@ function drawShown(kept) {
   }
   const lost = added() ? 0 : 1 - fan.total;
   const whole = Math.max(fan.total, fan.inward || added() ? 0 : 1);
-  const parts = [`shown ${percent(whole > 0 ? kept.sum / whole : 0)} of the ${state.measure === "effect" ? "effects kept" : added() ? "lengths added" : "mass"}`,
+  const parts = [`shown ${percent(whole > 0 ? kept.sum / whole : 0)} of the ${measured().whole}`,
     `${count(kept.items.length, unit())} of ${fan.visible.toLocaleString("en")}`];
   if (!fan.inward && lost > 0.005) parts.push(`${percent(lost)} goes to a learned sink`);
   if (kept.items.length === about.listed && kept.sum < (state.share / 100) * fan.total - 1e-6)
@@ -211,64 +229,15 @@ function drawShown(kept) {
   said.textContent = parts.join(" · ");
 }
 
-function drawHeadline() {
-  const line = byId("headline");
-  const where = make("span", "where", ` · head ${state.layer}.${state.head}`);
-  delete line.dataset.weight;
-  if (state.view === "map" && cell) {
-    const { row, col, size, zoom, value } = cell;
-    const span = (i) => (zoom === 0 ? null
-      : `${(i - (i % size)).toLocaleString("en")}–${(i - (i % size) + size - 1).toLocaleString("en")}`);
-    if (zoom === 0) line.replaceChildren(bold(readers().name(row)), " reads ", bold(keys().name(col)), " ");
-    else line.replaceChildren(bold(span(row)), " reads ", bold(span(col)), " ");
-    if (value !== null) {
-      line.dataset.weight = value;
-      line.append(bold(three(zoom && state.reduce === "sum" && maps.shows() !== "change" ? value / size : value), "weight"));
-    }
-    line.append(where);
-    byId("note").textContent = zoom === 0
-      ? `query ${row.toLocaleString("en")} → key ${col.toLocaleString("en")}${value === null ? "" : `: ${Number(value).toPrecision(6)}`}. Click keeps the query.`
-      : `${readers().name(row, 24)} … reads ${keys().name(col, 24)} …: ${state.reduce === "sum" ? "the share of its mass a token gives there, on average" : "the largest weight there"}`;
-    const names = [[readers(), row], [keys(), col]].filter(([side, i]) => side.piece(i) === null);
-    for (const [side, i] of names) side.need(i, i + 1).then(drawHeadline, failed);
-    return;
-  }
-  if (!fan || !fan.items.length) {
-    line.replaceChildren(!fan && asking && state.word !== null ? `Token ${state.word.toLocaleString("en")} is kept`
-      : state.view === "map" ? (state.at ? "A part of the map" : "The whole map") : "The text", where);
-    byId("note").textContent = !fan && asking && state.word !== null ? "Reading its weights…" : state.view === "map"
-      ? touched ? "Pinch to zoom, drag to move; touch a cell to name it."
-        : "Scroll to zoom, drag to move; the pointer names what it is on."
-      : touched ? `Touch a ${unit()} to see what it reads.`
-        : `Hover a ${unit()} to see what it reads; click to keep it.`;
-    return;
-  }
-  const other = fan.index + (fan.inward ? -shift() : shift());
-  const [best] = fan.items.filter(([i, weight]) => !aside(i) && i !== other && weight >= 0.02)
-    .concat(fan.items);
-  const names = fan.inward ? [readers().name(best[0]), keys().name(fan.index)]
-    : [readers().name(fan.index), keys().name(best[0])];
-  line.replaceChildren(bold(names[0]), " reads ", bold(names[1]), " ", bold(added() ? `${best[1].toPrecision(3)} ${state.measure === "effect" ? "effect" : "added"}` : three(best[1]), "weight"), where);
-  byId("note").replaceChildren(...(state.word === null ? ["Click to keep it."]
-    : ["Kept. ", looseButton()]));
-}
-
-/** What lets the kept token go, as Escape does. */
-function looseButton() {
-  const button = make("button", "at");
-  button.type = "button";
-  button.append("let go", ...(touched ? [] : [" ", make("kbd", "", "Esc")]));
-  button.addEventListener("click", letGo);
-  return button;
+function tellHeadline() {
+  drawHeadline({ missing: lacks() !== null, cell, fan, waits: asking !== null, maps, readers: readers(), keys: keys(), shift: shift(), unit: unit(),
+    special: new Set(recording().special), letGo, failed, again: tellHeadline });
 }
 
 function letGo() {
   [state.word, state.range, hover, fan] = [null, null, null, null];
   changed();
 }
-
-/** Whether a key is the first or a special token, where mass goes that says little. */
-const aside = (i) => i === 0 || new Set(recording().special).has(i);
 
 // ---------------------------------------------------------------- hands
 
@@ -335,15 +304,37 @@ function choose(id, key, then = () => {}) {
   });
 }
 
+/** Save what is in view as a file. */
+async function save(kind) {
+  if (lacks()) return failed(new Error(lacks()));
+  const { name } = recording();
+  const head = `head ${state.layer}.${state.head}`;
+  const kept = state.word === null || !fan?.items.length ? "" : `, ${byId("headline").textContent.replace(/ · head .*/, "")}`;
+  try {
+    await download(kind, state.view === "map" ? maps.maps : panes, {
+      name: [name, "head", `${state.layer}.${state.head}`, ...(state.measure === "weight" ? [] : [state.measure])].join("-"),
+      title: `${name}, ${head}${kept}`,
+      legend: `${measured().pictured}, ` +
+        `${state.reduce === "sum" ? "summed over a cell" : "the largest of a cell"}, ${state.scale} colour${state.sinks ? "" : ", without first and special tokens"}`,
+      foot: `${recording().model} · regard view: where a head reads, not why`,
+    });
+  } catch (error) {
+    failed(error);
+  }
+}
+
+/** Show the map or the text, what is kept in sight. */
+function turn(view) {
+  state.view = view;
+  cell = null;
+  changed();
+  if (view === "text" && state.word !== null)
+    requestAnimationFrame(() => requestAnimationFrame(() => goTo(state.word + (state.way === "out" ? shift() : 0))));
+}
+
 function build() {
   for (const button of byId("switch").children)
-    button.addEventListener("click", () => {
-      state.view = button.dataset.view;
-      cell = null;
-      changed();
-      if (state.view === "text" && state.word !== null)
-        requestAnimationFrame(() => requestAnimationFrame(() => goTo(state.word + shift())));
-    });
+    button.addEventListener("click", () => turn(button.dataset.view));
   for (const button of byId("units").children)
     button.addEventListener("click", () => {
       state.units = button.dataset.units;
@@ -355,14 +346,21 @@ function build() {
       changed();
     });
   choose("share", "share");
+  byId("lacking").querySelector("button").addEventListener("click", () => {
+    state.measure = "weight";
+    changed();
+    requestAnimationFrame(() => byId("measure").querySelector("select").focus());
+  });
   byId("measure").querySelector("select").addEventListener("change", (event) => {
     state.measure = event.target.value;
     changed();
   });
-  for (const id of held ? ["reduce", "sinks", "find", "reads", "segments", "which", "pair"] : []) {
+  for (const id of held ? ["reduce", "sinks", "find", "which", "pair", "html"] : []) {
     byId(id).hidden = true;
     byId(id).closest("label")?.setAttribute("hidden", "");
   }
+  for (const id of ["reads", "segments"]) byId(id).classList.toggle("held", Boolean(held)); // what they say stays
+  for (const kind of ["png", "svg", "html"]) byId(kind).addEventListener("click", () => save(kind));
   finder = buildFind({ layer, shift, failed, goTo, map: () => maps.first, hit: (found) => {
     hits = new Set(found);
     for (const pane of panes) pane.mark(hits);
@@ -397,10 +395,8 @@ function build() {
     if (event.key === "/") {
       byId("find").querySelector("input").focus();
       event.preventDefault();
-    } else if (event.key === "Escape") letGo(); else if (event.key === "m" || event.key === "t") {
-      state.view = event.key === "m" ? "map" : "text";
-      changed();
-    }
+    } else if (event.key === "Escape") letGo();
+    else if ((event.key === "m" || event.key === "t") && !event.ctrlKey && !event.metaKey) turn(event.key === "m" ? "map" : "text");
   });
 }
 
@@ -416,20 +412,19 @@ async function start() {
   }
   read(about);
   segments = new Segments(about, { byWords, goTo, failed,
-    wordName: () => readers().name((state.word ?? 0) + shift()) });
+    wordName: () => readers().name(state.word ?? 0) });
   heads = new Heads(about, segments, failed);
   along = new Along(about, { keep: keepAt,
-    name: (i, what) => (what === "entropy" ? readers().name(i + shift()) : keys().name(i)) });
+    name: (i, what) => (what === "entropy" ? readers().name(i) : keys().name(i)) });
   byId("loading").remove();
   document.documentElement.dataset.loaded = "";
   maps = new Maps(about, tokensOf, failed, (found) => {
     cell = found;
-    drawHeadline();
+    tellHeadline();
   });
   build();
   onChange(() => {
     byId("error").hidden = true; // it comes again where it still holds
-    if (!measures(layer()).includes(state.measure)) state.measure = "weight";
     tellAbout(recording(), layer());
     wonder();
     draw();
