@@ -44,16 +44,20 @@ class Ring:
 
         This rank's own comes first. The next travels while one is used.
         """
-        ranks, layout = self.whole.ranks, self.whole.keys
-        most = max(layout.sizes)
-        held = _packed(tensors, most)
+        ranks = self.whole.ranks
+        held = list(tensors)
         for step in range(ranks.size):
             owner = (ranks.rank - step) % ranks.size
             last = step == ranks.size - 1
-            wait = None if last else ranks.passing(held)
-            yield owner, _unpacked(held, tensors, layout.size(owner))
+            wait = None if last else ranks.passing(held, self._before(owner, held))
+            yield owner, held
             if wait is not None:
                 held = wait()
+
+    def _before(self, owner: int, held: Sequence[Tensor]) -> list[list[int]]:
+        """The shapes of the block of the rank before the one that holds this block."""
+        length = self.whole.keys.size((owner - 1) % self.whole.ranks.size)
+        return [[*t.shape[:2], length, t.shape[3]] for t in held]
 
     def spans(self, owner: int) -> Iterator[tuple[Span, slice, slice]]:
         """The pairs of this rank's ranges of queries with a block's ranges of keys, not all hidden.
@@ -147,16 +151,15 @@ class Ring:
     ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of query, key, value, sinks and the biases: of this rank's part."""
         whole, working = self.whole, self.whole.call.working
-        ranks, layout = whole.ranks, whole.keys
+        ranks = whole.ranks
         grad = grad_out.to(working)
         # Once, from the out of all keys: a block's own would be another number
         delta = (grad * out.to(working)).sum(-1) - grad_lse.to(working)
         sums = Gradients(whole, wanted)
         d_query = torch.zeros_like(query, dtype=working)
-        most = max(layout.sizes)
         effects = BlockEffects(whole, self.effects)
         own: list[Tensor] = []
-        home: Callable[[], Tensor] | None = None
+        home: Callable[[], list[Tensor]] | None = None
         for owner, (keys, values) in self.blocks(key, value):
             mine = [torch.zeros_like(t, dtype=working) for t in (keys, values)]
             for span, here, there in self.spans(owner):
@@ -171,31 +174,16 @@ class Ring:
                 own = mine
                 continue
             # What the ranks before gave to this block came while it was computed here
-            total = _packed(mine, most)
-            if home is not None:
-                total += home()
-            home = ranks.passing(total)
-        if home is not None:
-            for into, more_of in zip(own, _unpacked(home(), own, key.shape[2]), strict=True):
-                into += more_of
+            _add(mine, home)
+            home = ranks.passing(mine, self._before(owner, mine))
+        _add(own, home)
         sinks = whole.call.sinks
         d_sinks = None if sinks is None else of_sinks(sinks, lse, delta)
         three = [g.to(key.dtype) for g in (d_query, *own)]
         return [*three, d_sinks, *sums.finished()]
 
 
-def _packed(tensors: Sequence[Tensor], most: int) -> Tensor:
-    """One message: tensors (batch, n, own keys, dim) behind each other, room for `most` keys."""
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    room = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in tensors) * most
-    return torch.cat([flat, flat.new_zeros(room - len(flat))])
-
-
-def _unpacked(held: Tensor, like: Sequence[Tensor], length: int) -> list[Tensor]:
-    """The tensors of a message, of `length` keys; their other sizes are those of `like`."""
-    found, at = [], 0
-    for t in like:
-        size = t.shape[0] * t.shape[1] * t.shape[3] * length
-        found.append(held[at : at + size].view(t.shape[0], t.shape[1], length, t.shape[3]))
-        at += size
-    return found
+def _add(sums: Sequence[Tensor], coming: Callable[[], list[Tensor]] | None) -> None:
+    if coming is not None:
+        for into, more in zip(sums, coming(), strict=True):
+            into += more
