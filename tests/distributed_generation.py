@@ -83,6 +83,8 @@ def refused(mesh, what: str) -> str:
         with context_parallel(mesh):
             if what == "one token":
                 regard.huggingface.prefill(made, {"input_ids": given["input_ids"][:, :1]})
+            if what == "too short":
+                given = {name: t[:, :2] for name, t in given.items()}
             cache = regard.huggingface.prefill(made, given)
             if what == "other tokens" and mesh.get_local_rank():
                 given["input_ids"][:, -1] += 1

@@ -66,6 +66,12 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         raise RegardError(
             f"prefill: {type(model).__name__} takes no position_ids, so no part of a prompt"
         )
+    holds = any(stop > start for start, stop in parallel.ranges(length - 1))
+    if "nothing" in parallel.tell("some" if holds else "nothing"):
+        raise RegardError(
+            f"prefill: a prompt of {length} tokens leaves one of {parallel.place[1]} ranks "
+            "without any; read so short a one in one process"
+        )
     given = {
         name: t[:, :-1] if isinstance(t, Tensor) and t.shape[1:2] == (length,) else t
         for name, t in inputs.items()
