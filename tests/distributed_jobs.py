@@ -101,6 +101,20 @@ def together(mesh, name, how, dtype=torch.float64, order="zigzag", observe=OBSER
     return unshard(out, mesh, **cut), unshard(lse, mesh, **cut), grads, [s.gather() for s in seen]
 
 
+def by_engine(mesh, name, how, engine, dtype=torch.float64):
+    """out and gradients, unsharded; and what `explain` says of these."""
+    case, cut = BY_NAME[name], {"dim": 2}
+    q, k, v = (shard(t, mesh, **cut).clone().requires_grad_() for t in case.tensors(dtype=dtype))
+    with context_parallel(mesh, how):
+        said = regard.explain(q, k, v, **case.request(dtype))
+        out, lse = regard.attention(q, k, v, **case.request(dtype), return_lse=True, engine=engine)
+    shapes = (*q.shape[:2], case.sizes.q_len, v.shape[3])
+    full = torch.empty(shapes, dtype=dtype), torch.empty(shapes[:3], dtype=lse.dtype)
+    g, h = (shard(weights_of(t, n), mesh, **cut) for n, t in enumerate(full, 1))
+    loss_of(out, lse, g, h).backward()
+    return [unshard(t, mesh, **cut) for t in (out, q.grad, k.grad, v.grad)], said["gradients"]
+
+
 def plainly(case, dtype, working=None):
     """out and gradients of q, k, v by plain torch, in `working`, of numbers rounded to dtype."""
     tensors = [t.to(working or dtype).requires_grad_() for t in case.tensors(dtype=dtype)]
@@ -258,8 +272,6 @@ def refused(mesh, what):
         "effect of a norm": lambda: regard.attention(
             mine[0].requires_grad_(), *mine[1:], observe=[regard.Effect(2, norm=True)]),
         "effect of nothing": lambda: regard.attention(*mine, observe=[regard.Effect(2)]),
-        "named engine": lambda: regard.attention(
-            mine[0].requires_grad_(), *mine[1:], engine="reference"),
         "other masks": lambda: regard.attention(
             *mine, mask=regard.Causal() if rank else regard.Full()),
         "other lengths": lambda: regard.attention(*(t[:, :, rank:] for t in mine)),

@@ -51,6 +51,44 @@ def record(mesh, folder: Path, how="auto", most=2**30, length=LENGTH, more=None)
     return len(made.layers), shapes.found
 
 
+def kept(mesh, how="auto", most=2**30):
+    """What a watch that keeps q and k saw; its recording's readings, or why there are none here.
+
+    Beside them the shapes that held numbers, and the temporary files that are left.
+    """
+    import tempfile
+
+    folder = Path(tempfile.gettempdir())
+    before = set(folder.glob("regard-*"))
+    made, own = model(), shard(inputs(), mesh)
+    with Shapes() as shapes, context_parallel(mesh, how, most=most), torch.no_grad():
+        with regard.watch(made, observe=[regard.TopK(3)], keep_qk=True) as seen:
+            made(**own)
+        gathered = [layer[regard.TopK].gather().weights for layer in seen.layers]
+    try:
+        recording = seen.recording()
+        found = {n: recording.weights(n) for n in range(len(recording.layers))}
+    except regard.RegardError as error:
+        found = str(error)
+    left = [path for new in set(folder.glob("regard-*")) - before for path in new.iterdir()]
+    return found, gathered, shapes.found, left
+
+
+def kept_apart(mesh):
+    """The same where a rank sees no folder of the first's, as on another machine."""
+    from regard.capture import temporary_shards
+
+    class Elsewhere(type(Path())):
+        def is_dir(self) -> bool:
+            return mesh.get_local_rank() == 0
+
+    temporary_shards.Path, path = Elsewhere, temporary_shards.Path
+    try:
+        return kept(mesh)
+    finally:
+        temporary_shards.Path = path
+
+
 class Shapes(TorchDispatchMode):
     """The shapes of all tensors that operations make here, as far as they are stored whole."""
 

@@ -15,7 +15,7 @@ from regard.ops.distributed.block_observers import read_block
 
 OBSERVERS = (
     TopK(3), Received(), Distances(8), Entropy(), MaxScore(), Received(queries=(40, 90)), Map(9, 9),
-    Map(70, 70, "max"), Map(3, 40), Rows([-1]), LogSumExp(),
+    Map(70, 70, "max"), Map(3, 40), Rows([-1]), LogSumExp(), Received(heads="group_mean"),
 )  # fmt: skip
 NAMES = ("causal", "documents", "left padding", "sinks", "three biases", "softcap", "all at once")
 

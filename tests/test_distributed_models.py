@@ -48,12 +48,11 @@ REFUSED = {
     "dropout by heads": "dropout counts heads",
     "effect of a norm": "Effect of a norm reads the keys after the backward",
     "effect of nothing": "Effect needs gradients: nothing here asks for one",
-    "named engine": "engine reference has no backward for a part of a call",
     "other masks": "the ranks' calls of attention differ in mask",
     "other lengths": "cut the sequence by regard.distributed.shard",
     "torch's attention": "sees this rank's part of the sequence alone",
     "positions that jump": "give an attention_mask",
-    "decode steps": "context_parallel takes a whole sequence at once",
+    "decode steps": "to generate, the cache of regard.huggingface.prefill",
 }
 
 

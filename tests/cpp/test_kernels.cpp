@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "cases.h"
+#include "columns.h"
 #include "evict.h"
 #include "fail.h"
 #include "naive.h"
@@ -212,8 +213,10 @@ static void test(const Case& c, const std::vector<int>& levels, int rounder = 0)
         same("what is hidden, or a second thread,", one.observed(), odd.observed());
         if (backward) same("what is hidden, or a second thread,", one.gradients(), odd.gradients());
         Results unread(c, c.batch);
-        test_pooled(Prepared(problem, unread, truth, level, 1, false).call,
-                    Prepared(spoiled, unread, truth, level, 1, false).call, truth, close, fail);
+        const Prepared given(problem, unread, truth, level, 1, false);
+        const Prepared hidden(spoiled, unread, truth, level, 1, false);
+        test_pooled(given.call, hidden.call, truth, close, fail);
+        test_columns(given.call, hidden.call, truth, close, fail);
         for (int parts : {1, 2}) {
             if (level < 3 || parts == 3 - rounder) continue;
             Results rough(c, c.batch);

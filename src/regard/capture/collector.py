@@ -16,7 +16,9 @@ from ..call.masks import Mask
 from ..call.observers import Effect, NormTopK, Observer
 from ..engines.second_pass.weigh import weigh
 from ..errors import RegardError
+from ..ops import beside
 from ..ops.distributed.reading import Shard
+from ..ops.region import Region
 from ..ops.watches import WatchedCall
 from .layers import Cut, Layer, Watched
 from .module_stack import Tracker, module_of
@@ -24,8 +26,9 @@ from .module_tree import CROSS, Blocks, inside, kind_of
 from .options import WatchOptions
 from .projection import output_projection
 from .real_queries import real_queries, summed, without
-from .recorded_layer import streaming
+from .recorded_layer import recorded, streaming
 from .shard_layer import shard_maker
+from .temporary_shards import TemporaryShards
 
 
 class Collector:
@@ -50,6 +53,7 @@ class Collector:
         self._continuing = False
         self._real: dict[str, Tensor | None] = {}  # by block: bool (batch, q_len), or none padding
         self._leading: dict[str, bool] = {}
+        self._shards: TemporaryShards | None = None
         self._orders: dict[str, list[int] | None] = {}  # by block: of the last step's rows
         self.watched = Watched(
             type(model).__name__, self.observe, options.keep_qk, self.layers, self.forwards
@@ -151,11 +155,16 @@ class Collector:
 
     @property
     def keeps(self) -> bool:
-        """Whether queries and keys are kept: then a call over ranks comes together in the first."""
-        return self.options.keep_qk or self.options.keep_calls
+        """Whether queries and keys are kept."""
+        return self.options.keep_qk
 
     @property
-    def keeps_shards(self) -> bool:
+    def keeps_calls(self) -> bool:
+        """Whether whole calls are kept: one over ranks comes together in the first."""
+        return self.options.keep_calls
+
+    @property
+    def records_shards(self) -> bool:
         """Whether each rank writes its own part of a recording."""
         if self.options.keep_qk and shard_maker() is None and streaming():
             raise RegardError(
@@ -163,6 +172,28 @@ class Collector:
                 "each rank writes its part"
             )
         return self.options.keep_qk and shard_maker() is not None
+
+    def keep_parts(
+        self, name: str, kind: str, region: Region, call: Call, own: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Keep queries and keys of a call over ranks, for the first one to read.
+
+        Each rank keeps its part in temporary files. Ranks that share no folder for these bring
+        them together in the memory of the first.
+        """
+        layer = self._layers[name]
+        if not self._asked(layer):
+            return
+        if self._shards is None:
+            self._shards = TemporaryShards(region)
+        if self._shards.shared:
+            shard = region.shard(call, *own)
+            layer.qk = self._shards.take(layer.name, layer.index, layer.kind, shard)
+            return
+        call = region.together(call, *own)
+        if region.first:
+            layer.qk = recorded(layer.name, layer.index, layer.kind)
+            layer.qk.add(call, beside.gathered(call)[0])
 
     def record_shard(self, name: str, kind: str, shard: Shard) -> None:
         """Take in this rank's part of a call over several."""
@@ -185,6 +216,12 @@ class Collector:
             sums = tuple(o for o in self.observe if o.sums_queries)
             seen = self._among(seen, read(replace(without(call, real), observers=sums)))
         layer.add_sharded(call.place, seen)
+
+    def record_step(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
+        """Take in a step over keys on several ranks; its results are whole."""
+        layer = self._taking(name, kind, call)
+        if self._asked(layer):
+            layer.add_step(call.place, seen)
 
     def _taking(self, name: str, kind: str, call: Call | Shard) -> Layer:
         """The layer that takes in a call: where all are kept, a new one for each sequence.

@@ -29,6 +29,11 @@ class Named(Protocol):
         """The number of the layer."""
         ...
 
+    @property
+    def q_len(self) -> int:
+        """How many queries there were."""
+        ...
+
     def __getitem__(self, which: Which) -> Any:
         """A result."""
         ...
@@ -116,6 +121,8 @@ class LayerList(Generic[L]):
         """What was kept with `keep_qk=True`, as a Recording; `about` describes the input."""
         if not self._keeps_qk:
             raise RegardError("q and k were not kept; watch with keep_qk=True to make a recording")
+        if any(layer.pattern and layer.q_len and layer.qk is None for layer in self.layers):
+            raise RegardError("what ranks kept is read in the first of them; make it there")
         layers = [
             layer.qk or RecordedLayer(layer.name, layer.index, layer.kind, False, layer.reason)
             for layer in self.layers

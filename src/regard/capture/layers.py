@@ -126,6 +126,13 @@ class Layer:
         elif place.query_start + place.q_len - place.key_start <= place.k_len:
             self._trail = Trail(call)
 
+    def add_step(self, place: Place, results: tuple[Any, ...]) -> None:
+        """Take in a step over keys on several ranks: it continues the last one, or begins anew."""
+        before = self._results if self.q_len and place.query_start == self._end else []
+        rows = self.q_len if before else 0
+        self.add_sharded(place, results)
+        self._results, self.q_len = [*before, results], rows + place.q_len
+
     def add_sharded(self, place: Place, results: tuple[Any, ...]) -> None:
         """Take in a call over several ranks, the whole of which stands at `place`."""
         self._results, self.qk, self._trail = [results], None, None

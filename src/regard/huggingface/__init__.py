@@ -2,7 +2,7 @@
 
 from .attention import CompactMask, attend, mask
 from .config import NAME
-from .generation import generation_cache
+from .generation import generation_cache, prefill
 from .own_models import RegardConfig
 from .swapped_configs import using_regard
 
@@ -13,5 +13,6 @@ __all__ = [
     "attend",
     "generation_cache",
     "mask",
+    "prefill",
     "using_regard",
 ]

@@ -32,6 +32,7 @@ from ..engines.second_pass.weigh import whole_rows
 from ..errors import RegardError
 from ..ops import beside, region
 from ..ops.cache import owner_of
+from ..ops.distributed.steps import Held
 from ..ops.watches import WatchedCall, meet
 from .config import NAME
 from .swapped_configs import SKIPPED, Watching, watched_name
@@ -243,12 +244,15 @@ def _over_ranks(
     **given: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the ranks of `context_parallel`, of which this one has its own tokens."""
+    held = owner_of(key)
+    if isinstance(held, Held):
+        return _step(parallel, met, module, query, held, attention_mask, dropout, **given), None
     request, starts = _request(met, module, query, key.shape[2], attention_mask, **given)
-    if owner_of(key) is not None or starts != (0, 0) or query.shape[2] != key.shape[2]:
+    if held is not None or starts != (0, 0) or query.shape[2] != key.shape[2]:
         raise RegardError(
             f"{type(module).__name__}: context_parallel takes a whole sequence at once; here "
-            f"{query.shape[2]} queries follow {key.shape[2]} keys in a cache: use_cache=False; a "
-            "decode step over keys on several ranks is regard.distributed.decode"
+            f"{query.shape[2]} queries follow {key.shape[2]} keys in a cache of one rank: "
+            "use_cache=False, or, to generate, the cache of regard.huggingface.prefill"
         )
     if _asked_for_weights(given):
         raise RegardError("context_parallel: whole weights lie on no rank; give observers")
@@ -266,6 +270,31 @@ def _over_ranks(
     else:
         out, _ = met.over_ranks(parallel, query, key, value, request)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _step(
+    parallel: region.Region,
+    met: WatchedCall | None,
+    module: nn.Module,
+    query: Tensor,
+    held: Held,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **given: Any,
+) -> Tensor:
+    """A decode step: new tokens, the same in every rank, on the keys that each rank holds."""
+    request, starts = _request(met, module, query, held.length, attention_mask, **given)
+    if dropout or _asked_for_weights(given):
+        raise RegardError(
+            "generate() over ranks takes no dropout, and no rank has whole weights: model.eval(), "
+            "and give observers"
+        )
+    request |= {"query_start": starts[0], "key_start": starts[1]}
+    if met is None:
+        out, *_ = parallel.step(query, held, **request)
+    else:
+        out = met.step(parallel, query, held, request)
+    return out.transpose(1, 2).contiguous()
 
 
 def _holds(mask: Mask, kind: type[Mask]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -56,6 +56,21 @@ class Region(Protocol):
 
     def together(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The whole call with its numbers, gathered in every rank; without gradients."""
+
+    def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of a model's arguments, as `shard` cuts them."""
+
+    def ranges(self, length: int) -> list[tuple[int, int]]:
+        """The ranges (start, stop) of a sequence's positions that this rank holds."""
+
+    def step(
+        self, query: Tensor, held: Any, *, asking: Callable[[Call], Call] | None = None,
+        **request: Any,
+    ) -> tuple[Tensor, Call, tuple[Any, ...]]:  # fmt: skip
+        """(out, the whole call without its keys, results) of queries that all ranks have.
+
+        held: the keys of this rank (`distributed.Held`).
+        """
 
     def positions(self, length: int, start: int, device: torch.device) -> Tensor:
         """The positions of this rank's tokens, of which there are `length`."""

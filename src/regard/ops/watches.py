@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..call.checked import Call
 from ..call.masks import Mask
 from ..engines import run
+from ..errors import RegardError
 from . import beside
 from .region import Region
 
@@ -51,11 +52,23 @@ class Watch(Protocol):
         """Whether queries and keys are kept."""
 
     @property
-    def keeps_shards(self) -> bool:
-        """Whether each rank keeps its own part of them, and not the first one all."""
+    def keeps_calls(self) -> bool:
+        """Whether whole calls are kept: one over ranks comes together in the first."""
+
+    @property
+    def records_shards(self) -> bool:
+        """Whether each rank writes its own part of a recording."""
+
+    def keep_parts(
+        self, name: str, kind: str, region: Region, call: Call, own: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Keep this rank's own query, key and value of a whole call for the first rank to read."""
 
     def record_shard(self, name: str, kind: str, shard: Any) -> None:
         """Take in this rank's part of a call over several (`distributed.Shard`)."""
+
+    def record_step(self, name: str, kind: str, call: Call, seen: tuple[Any, ...]) -> None:
+        """Take in a step over keys on several ranks; its results are whole."""
 
     def record_sharded(
         self, name: str, kind: str, call: Call, seen: tuple[Any, ...],
@@ -113,31 +126,61 @@ class WatchedCall:
         wholes: list[Call] = []
 
         def asking(call: Call) -> Call:
-            # What is kept with queries and keys is read where they come together
-            watched = self.wanted and not self.watch.keeps
+            # A recording's is read of the numbers as they are kept, in a pass of its own
+            apart = self.watch.records_shards or self.watch.keeps_calls
+            watched = self.wanted and not apart
             asked = self.watch.asking(self.name, self.kind, call) if watched else call
             wholes.append(asked)
             return asked
 
         with self.watch.computing():
             out, lse, seen = parallel.run(query, key, value, asking=asking, **request)
-        if self.wanted and self.watch.keeps_shards:
-            call = self.watch.asking(self.name, self.kind, wholes[0])
+        if self.wanted:
+            self._record_over(parallel, wholes[0], query, key, value, seen)
+        return out, lse
+
+    def step(self, parallel: Region, query: Tensor, held: Any, request: dict[str, Any]) -> Tensor:
+        """out of a few queries on keys that lie on several ranks; results are whole in each."""
+        if self.wanted and (self.watch.keeps or self.watch.keeps_calls):
+            raise RegardError(
+                f"{self.name}: queries and keys are not kept in generate() over ranks; watch it "
+                "without keep_qk"
+            )
+
+        def asking(call: Call) -> Call:
+            return self.watch.asking(self.name, self.kind, call) if self.wanted else call
+
+        with self.watch.computing():
+            out, call, seen = parallel.step(query, held, asking=asking, **request)
+        if self.wanted:
+            self.watch.record_step(self.name, self.kind, call, seen)
+        return out
+
+    def _record_over(
+        self, parallel: Region, whole: Call, query: Tensor, key: Tensor, value: Tensor,
+        seen: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        """Record a call over ranks, of which this one has its own query, key and value."""
+        if self.watch.records_shards:
+            call = self.watch.asking(self.name, self.kind, whole)
             shard = parallel.shard(call, *beside.rounded(query, key, value))
             self.watch.record_shard(self.name, self.kind, shard)
-        elif self.wanted and self.watch.keeps:
-            call = parallel.together(wholes[0], query, key, value)
+            return
+        if self.watch.keeps_calls:
+            call = parallel.together(whole, query, key, value)
             if parallel.first:
                 asked = self.watch.asking(self.name, self.kind, call)
                 own, found = beside.gathered(asked)
                 self.record(call, own, None, found)
-        elif self.wanted:
+            return
 
-            def read(call: Call) -> tuple[Any, ...]:
-                return parallel.read(call, query, key)
+        def read(call: Call) -> tuple[Any, ...]:
+            return parallel.read(call, query, key)
 
-            self.watch.record_sharded(self.name, self.kind, wholes[0], seen, read)
-        return out, lse
+        self.watch.record_sharded(self.name, self.kind, whole, seen, read)
+        if self.watch.keeps:
+            still = replace(whole, observers=())
+            self.watch.keep_parts(self.name, self.kind, parallel, still, (query, key, value))
 
     def beside(
         self,

@@ -1,4 +1,4 @@
-"""The calls of the compiled kernels: forward, backward, effect, pooled, evict."""
+"""The calls of the compiled kernels: forward, backward, effect, pooled, columns, evict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ from .. import hidden
 from ..second_pass.pooled import SIDE, Rectangle
 from . import native
 from .call_struct import TYPES, Buffers, Watching, offsets, parts_of, words_of
-from .structs import BACKWARD, CALL, EFFECT, EVICT, POOLED, ROWS, TILE, VIEW
+from .structs import (
+    BACKWARD,
+    CALL,
+    COLUMNS,
+    EFFECT,
+    EVICT,
+    POOLED,
+    RECEIVED,
+    ROWS,
+    TILE,
+    VIEW,
+)
 
 NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 Ranked = tuple[Tensor, Tensor, Tensor]  # indices, effect, weights
@@ -218,6 +229,36 @@ def pooled(call: Call, lse: Tensor, tiles: Sequence[Rectangle], largest: bool) -
     given = words_of(still, call.query, lse, None, kept)
     _check(library().regard_pooled(given, POOLED.pack(*wanted)))
     return out
+
+
+def columns(call: Call, lse: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What the queries start … stop − 1 give each key, and how many of them see it.
+
+    (batch, heads, k_len) float32 and int32. The call's keys may be some of many; lse is that of
+    all.
+    """
+    total, count = _columns(_apart(call), lse, rows)
+    if hidden.beside_biases(call):  # who sees a key is said by the mask as it was given
+        count = _columns(call, lse, rows)[1]
+    return total, count
+
+
+def _columns(call: Call, lse: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    place = call.place
+    shape = (place.batch, place.heads, place.k_len)
+    total = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    count = torch.zeros(shape, dtype=torch.int32, device="cpu")
+    start, stop = max(rows[0], 0), min(rows[1], place.q_len)
+    if total.numel() and start < stop:
+        kept = Buffers()
+        received = RECEIVED.flat(
+            first=start, last=stop, sum=total.data_ptr(), count=count.data_ptr()
+        )
+        wanted = COLUMNS.flat(lse=kept.tensor(lse.float().contiguous()), received=received)
+        still = replace(call, value=call.key, sinks=None, dropout=None)  # none is read
+        given = words_of(still, call.query, lse, None, kept)
+        _check(library().regard_columns(given, COLUMNS.pack(*wanted)))
+    return total, count
 
 
 def step_of(

@@ -104,26 +104,6 @@ def part_backward(
     return grads[0], grads[1], grads[2], biases
 
 
-def column_sums(call: Call, lse: Tensor, rows: tuple[int, int]) -> Tensor:
-    """What the queries start … stop − 1 give each key: (batch, heads, k_len) float32.
-
-    The call's keys are some of many; lse is that of all. It is the gradient of values where each
-    query's gradient is 1.
-    """
-    place = call.place
-    alone = replace(place, kv_heads=place.heads)  # a group would add up
-    group = place.heads // place.kv_heads
-    key = call.key.float()[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)  # 1: no copy
-    grad = torch.zeros(*lse.shape, 1, dtype=torch.float32, device="cpu")
-    grad[:, :, slice(*rows)] = 1
-    value = torch.zeros(*key.shape[:3], 1, dtype=torch.float32, device="cpu")
-    sums = replace(
-        call, query=call.query.float(), key=key, value=value, place=alone, sinks=None, dropout=None
-    )
-    nothing = torch.zeros(lse.shape, dtype=torch.float32, device="cpu")
-    return part_backward(sums, lse, grad, nothing, [False] * len(call.biases))[2][..., 0]
-
-
 def direct(call: Call) -> bool:
     """Whether nobody but autograd looks at the ops of this call: no compiler, mode or transform."""
     return transforms.unwatched(call.query, call.key, call.value)

@@ -77,6 +77,7 @@ BACKWARD = Struct(
 EFFECT = Struct("Effect", "grad_out:View stats delta k index effect weight")
 TILE = Struct("Tile", "batch head zoom row col")
 POOLED = Struct("Pooled", "count is_max tile lse out")
+COLUMNS = Struct("Columns", "lse received:Received")
 ROWS = Struct("Rows", "data stride:3 bytes")
 EVICT = Struct(
     "Evict",

@@ -372,15 +372,14 @@ def tell(call: Call, lse: Tensor, out: Tensor) -> None:
         handle_torch_function(tell, (lse, out), call, lse, out)
 
 
-def mark(key: Tensor, owner: Cache) -> None:
+def mark(key: Tensor, owner: Any) -> None:
     """Note on a tensor of keys whose slots they are; for an attention that is handed them alone."""
     setattr(key, _OWNER, owner)
 
 
-def owner_of(key: Tensor) -> Cache | None:
-    """The cache whose slots these keys are, if they are marked."""
-    owner: Cache | None = getattr(key, _OWNER, None)
-    return owner
+def owner_of(key: Tensor) -> Any:
+    """The cache whose slots these keys are, if they are marked; `Held` of keys over ranks."""
+    return getattr(key, _OWNER, None)
 
 
 def _check_query(query: Tensor, key: Tensor) -> None:

@@ -1,9 +1,9 @@
 """What observers see of a block of keys under the log-sum-exp of all keys.
 
 The compiled engine reads rows in its forward, under the block's own log-sum-exp; each row's share
-of the whole, exp(own − lse), makes them those of all keys. What keys receive is the gradient of
-values under a gradient of 1, by its backward; a map's cells are its pooled tiles; mass by distance
-is the log-sum-exp of the keys at that distance. The rest is the second pass in torch.
+of the whole, exp(own − lse), makes them those of all keys. What keys receive has a pass of its own,
+which holds nothing but its sums; a map's cells are pooled tiles; mass by distance is the
+log-sum-exp of the keys at that distance. The rest is the second pass in torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ...call.observers import Distances, Entropy, Map, MaxScore, Observer, Recei
 from ...call.opcodes import Op
 from ...call.results import DistancesSeen, EntropySeen, MapSeen, ReceivedSeen
 from ...engines.cpu import engine as cpu
+from ...engines.cpu.calls import columns
 from ...engines.second_pass.pooled import SIDE
 from ...engines.second_pass.weigh import weigh
 from ..pooled import pooled_tiles
@@ -39,21 +40,20 @@ def read_block(call: Call, lse: Tensor) -> tuple[Any, ...]:
 
 
 def _compiled(observer: Observer, call: Call) -> bool:
-    """Whether it is read here; of keys what they receive by head, of maps those of square cells."""
+    """Whether it is read here; of maps those of square cells."""
     if isinstance(observer, Map):
         rows, cols = observer.cells(call.place)
         return rows.size == cols.size and rows.count > 0 and cols.count > 0
-    if isinstance(observer, Received):
-        return observer.heads == "each"
-    return isinstance(observer, TopK | Entropy | MaxScore | Distances)
+    return isinstance(observer, TopK | Entropy | MaxScore | Received | Distances)
 
 
 def _read(call: Call, lse: Tensor) -> list[Any]:
     """Of observers that are all compiled."""
-    fused = tuple(o for o in call.observers if not isinstance(o, Map | Distances))
+    fused = tuple(o for o in call.observers if not isinstance(o, Map | Received | Distances))
     found = iter(_in_forward(replace(call, observers=fused), lse) if fused else ())
     return [
         _map(call, lse, o) if isinstance(o, Map)
+        else _received(call, lse, o) if isinstance(o, Received)
         else _distances(call, lse, o) if isinstance(o, Distances)
         else next(found)
         for o in call.observers
@@ -69,15 +69,10 @@ def _in_forward(call: Call, lse: Tensor) -> list[Any]:
     sink = torch.zeros_like(share)
     if call.sinks is not None:
         sink = (call.sinks.to(lse.dtype)[:, None] - lse).exp()
-    return [
-        _of_all(call, seen[i], share, sink, lse, observer)
-        for i, observer in enumerate(call.observers)
-    ]
+    return [_of_all(seen[i], share, sink) for i in range(len(call.observers))]
 
 
-def _of_all(
-    call: Call, result: Any, share: Tensor, sink: Tensor, lse: Tensor, observer: Observer
-) -> Any:
+def _of_all(result: Any, share: Tensor, sink: Tensor) -> Any:
     """A result of a block's rows, whose weights are a share of the whole row's."""
     if isinstance(result, TopKSeen):
         weights = result.weights * share[..., None]
@@ -85,11 +80,12 @@ def _of_all(
     if isinstance(result, EntropySeen):
         # −Σ cp ln cp = c (−Σ p ln p) − c ln c, as the block's weights p add up to 1
         return replace(result, values=result.values * share - torch.special.xlogy(share, share))
-    if isinstance(result, ReceivedSeen):
-        assert isinstance(observer, Received)
-        total = cpu.column_sums(call, lse, observer.span(call.place))
-        return replace(result, sum=total)  # the queries that see a key are counted already
     return result
+
+
+def _received(call: Call, lse: Tensor, observer: Received) -> ReceivedSeen:
+    total, count = columns(call, lse, observer.span(call.place))
+    return observer.result(observer.pool(total, count, call.place), call.place)
 
 
 def _share(part: Tensor, lse: Tensor) -> Tensor:

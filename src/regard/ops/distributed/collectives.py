@@ -125,19 +125,30 @@ class Ranks:
         came = self.all_to_all(parts, [parts[self.rank].shape] * self.size)
         return self.gather(torch.stack(came).amax(0), slices, 0).view_as(tensor)
 
-    def passing(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Hand a tensor on to the next rank; what is returned waits for that of the one before."""
-        if self.size == 1:
-            return lambda: tensor
-        sent = tensor.contiguous()
-        found = torch.empty_like(sent)
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        works = dist.batch_isend_irecv([
-            dist.P2POp(dist.isend, sent, group=self.group, group_peer=after),
-            dist.P2POp(dist.irecv, found, group=self.group, group_peer=before),
-        ])  # fmt: skip
+    def passing(
+        self, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+    ) -> Callable[[], list[Tensor]]:
+        """Hand tensors on to the next rank; what is returned waits for those of the one before.
 
-        def wait() -> Tensor:
+        shapes: of these, each of the dtype of the tensor in its place.
+        """
+        if self.size == 1:
+            return lambda: list(tensors)
+        sent = [t.contiguous() for t in tensors]
+        found = [
+            torch.empty(torch.Size(shape), dtype=t.dtype, device=t.device)
+            for t, shape in zip(tensors, shapes, strict=True)
+        ]
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        ops = [
+            dist.P2POp(way, t, group=self.group, group_peer=peer, tag=tag)
+            for way, each, peer in ((dist.isend, sent, after), (dist.irecv, found, before))
+            for tag, t in enumerate(each)
+            if t.numel()
+        ]
+        works = dist.batch_isend_irecv(ops) if ops else []
+
+        def wait() -> list[Tensor]:
             for work in works:
                 work.wait()
             return found

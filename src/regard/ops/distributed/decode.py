@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ...errors import RegardError
 from ..merging import merge
 from .block_observers import read_block
 from .collectives import Ranks
-from .results import made, tensors_of
+from .results import rows_merged
 
 
 @torch.no_grad()
@@ -66,29 +65,8 @@ def decode(
     if observe is None:
         return out
     seen = read_block(call, lse)
-    pairs = zip(call.observers, seen, strict=True)
-    return out, tuple(r if o.sums_queries else _merged(ranks, o, r) for o, r in pairs)
-
-
-def _merged(ranks: Ranks, observer: Observer, mine: Any) -> Any:
-    """A result of rows over the keys of all ranks."""
-    if isinstance(observer, LogSumExp):  # that of all keys already
-        return mine
-    starts = {}
-    if hasattr(mine, "key_start"):
-        own = torch.tensor(
-            [mine.key_start, mine.weights.shape[-1]], dtype=torch.int64, device=mine.weights.device
-        )
-        starts = dict(enumerate(t.tolist() for t in ranks.all_gather(own)))
-        most = max(n for _, n in starts.values())
-        short = most - mine.weights.shape[-1]
-        mine = replace(mine, weights=torch.nn.functional.pad(mine.weights, (0, short)))
-    came = zip(*(ranks.all_gather(t) for t in tensors_of(mine)), strict=True)
-    parts = []
-    for rank, tensors in enumerate(came):
-        part = made(mine, list(tensors))
-        if starts:
-            start, length = starts[rank]
-            part = replace(part, key_start=start, weights=part.weights[..., :length])
-        parts.append(part)
-    return reduce(lambda a, b: a.beside(b), parts)
+    return out, tuple(
+        # The log-sum-exp is that of all keys already
+        result if o.sums_queries or isinstance(o, LogSumExp) else rows_merged(ranks, result)
+        for o, result in zip(call.observers, seen, strict=True)
+    )

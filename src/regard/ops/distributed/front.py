@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,13 +19,14 @@ from ...call.observers import Effect
 from ...engines import functorch, refusals
 from ...errors import RegardError
 from ..region import inside
-from . import formulas, heads
+from . import formulas, heads, shards
 from .collectives import Ranks
 from .gather import Gather
 from .layout import Layout, Order, named
-from .parts import NAMES
+from .parts import engine_of
 from .reading import Shard, Way, read, results_of
 from .ring import Ring
+from .steps import Held, Step, step
 from .whole import Whole, agreed, hollow
 
 How = Literal["auto", "heads", "gather", "ring"]
@@ -117,7 +118,7 @@ class Parallel:
         whole = self.whole(query, key, value, engine=engine, **request)
         if asking is not None:
             whole = replace(whole, call=asking(whole.call))
-        how = self.chosen(whole, engine, query, key, value)
+        how = self.chosen(whole, query, key, value)
         if how == "heads":
             lse = bool(request.get("return_lse"))
             return heads.attend(whole, query, key, value, engine, lse)
@@ -171,6 +172,22 @@ class Parallel:
         )
         return replace(call, query=q, key=k, value=v, dropout=None)
 
+    def cut(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of a model's arguments, as `shard` cuts them."""
+        own: dict[str, Any] = shards.cut(inputs, self.ranks, self.order)
+        return own
+
+    def ranges(self, length: int) -> list[tuple[int, int]]:
+        """The ranges (start, stop) of a sequence's positions that this rank holds."""
+        return Layout(length, self.order).spans(self.ranks.rank)
+
+    def step(
+        self, query: Tensor, held: Held, *, asking: Callable[[Call], Call] | None = None,
+        **request: Any,
+    ) -> Step:  # fmt: skip
+        """A few queries, the same in every rank, on the keys that the ranks hold."""
+        return step(self.ranks, query, held, asking, **request)
+
     def positions(self, length: int, start: int, device: torch.device) -> Tensor:
         """The positions of this rank's tokens, of which there are `length`: int64 (length,)."""
         own = torch.tensor([length], dtype=torch.int64, device=device)
@@ -196,13 +213,16 @@ class Parallel:
             )
         return agreed(self.ranks, self.order, self.how, query, key, value, request, engine)
 
-    def chosen(self, whole: Whole, engine: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+    def chosen(self, whole: Whole, query: Tensor, key: Tensor, value: Tensor) -> str:
         """The way that the call goes; RegardError where the one asked for cannot."""
-        refused = self.refused(whole, engine, wants=_wants(whole, query, key, value))
+        refused = self.refused(whole, wants=_wants(whole, query, key, value))
         if self.how != "auto":
             if refused[self.how]:
                 said = "; ".join(refused[self.how])
-                raise RegardError(f'context_parallel: how="{self.how}" cannot run this: {said}')
+                raise RegardError(
+                    f'context_parallel: how="{self.how}" cannot run this: {said}; "auto" takes a '
+                    "way that can, if there is one"
+                )
             return self.how
         able = [how for how in WAYS if not refused[how]]
         if not able:
@@ -215,7 +235,7 @@ class Parallel:
             del cost["gather" if one > self.most else "ring"]
         return min(cost, key=lambda how: cost[how])
 
-    def refused(self, whole: Whole, engine: str, wants: bool) -> dict[str, list[str]]:
+    def refused(self, whole: Whole, wants: bool) -> dict[str, list[str]]:
         """Each way's reasons against a call; [] if it can."""
         call, size = whole.call, self.ranks.size
         by_heads, by_gather, by_ring = list[str](), list[str](), list[str]()
@@ -223,13 +243,6 @@ class Parallel:
             by_heads.append(f"{size} ranks do not divide kv_heads {call.place.kv_heads}")
         if call.dropout is not None:
             by_heads.append("dropout counts heads, and a rank has some of them alone")
-        if wants and engine not in ("auto", *NAMES):
-            said = (
-                f"engine {engine} has no backward for a part of a call, under the log-sum-exp of "
-                f'all keys; name one of {NAMES}, or give how="heads", by which any engine runs'
-            )
-            by_gather.append(said)
-            by_ring.append(said)
         if any(isinstance(o, Effect) and o.norm for o in call.observers):
             said = 'Effect of a norm reads the keys after the backward; they are gone: how="heads"'
             by_gather.append(said)
@@ -254,8 +267,8 @@ class Parallel:
         """How the call would go, what would travel, and the engines' reasons on a rank's part."""
         whole = self.whole(query, key, value, **request)
         wants = _wants(whole, query, key, value)
-        refused = self.refused(whole, "auto", wants)
-        how = self.chosen(whole, "auto", query, key, value)
+        refused = self.refused(whole, wants)
+        how = self.chosen(whole, query, key, value)
         sizes = self.sizes(whole, query, value)
         said: dict[str, list[str]] = {f"by {way}": refused[way] for way in WAYS}
         sent = formulas.forward(how, sizes, bool(request.get("return_lse")))
@@ -263,7 +276,13 @@ class Parallel:
         if wants:
             back = formulas.backward(how, sizes, bool(request.get("return_lse")))
             said["travels"].append(f"and {back / 2**20:.3f} MiB in the backward")
-        return said | refusals(self._local(whole, how, query, key, value))
+        local = self._local(whole, how, query, key, value)
+        if wants and how != "heads":
+            said["gradients"] = [
+                f"by engine {engine_of(local).name}, whichever computes the forward: those of a "
+                "part take the log-sum-exp and D of all keys"
+            ]
+        return said | refusals(local)
 
     def _local(self, whole: Whole, how: str, query: Tensor, key: Tensor, value: Tensor) -> Any:
         """A call as a rank computes it, in form alone."""

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...call.checked import Call
 from ...call.geometry import Span
-from ...engines import tiled
+from ...engines import hidden, tiled
 from ...engines.cpu import engine as cpu
+from ...engines.second_pass.triton import gradients as triton
 from .whole import Whole
 
 Compute = Callable[[Call, str], tuple[Tensor, Tensor, dict[int, Any]]]  # as `engines.run`
-NAMES = (cpu.name, tiled.name)  # the engines that compute it
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,6 @@ class Gradients:
 
     def of(self, call: Call, rows: Rows, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value in the working dtype; those of biases are added."""
-        call = _widened(call)
         *three, biases = _computed(call, rows, self.wanted)
         for total, gradient in zip(self.biases, biases, strict=True):
             if total is not None and gradient is not None:
@@ -68,17 +67,37 @@ def of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(taken * delta).sum((0, 2)).to(sinks.dtype)
 
 
-def _widened(call: Call) -> Call:
-    """In the working dtype, so that what the keys of several parts get is rounded once."""
-    assert call.value is not None
-    tensors = (t.to(call.working) for t in (call.query, call.key, call.value))
-    query, key, value = tensors
-    return replace(call, query=query, key=key, value=value, sinks=None)
+def engine_of(call: Call) -> Any:
+    """What computes a part's gradients, whichever engine computed its forward.
+
+    They take the log-sum-exp and D of all keys: the compiled kernels, on CUDA those of Triton,
+    where they can run; elsewhere plain torch.
+    """
+    if not cpu.why_not(call):
+        return cpu
+    return triton if call.place.device.type == "cuda" and not triton.why_not(call) else tiled
 
 
 def _computed(
     call: Call, rows: Rows, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    if not cpu.why_not(call):
-        return cpu.part_backward(call, rows.lse, rows.grad_out, rows.delta, wanted)
-    return tiled.part_backward(call, rows.lse, rows.grad_out, rows.delta, wanted)
+    still = replace(call, sinks=None)
+    given = (rows.lse, rows.grad_out, rows.delta, wanted)
+    if engine_of(still) is triton:
+        four = triton.part_backward(still, *given)
+        if hidden.finite(*four[:3]):
+            return four
+        return tiled.part_backward(_widened(still), *given)  # it keeps what is hidden apart
+    chosen: Any = engine_of(still)
+    found: tuple[Tensor, Tensor, Tensor, list[Tensor | None]] = chosen.part_backward(
+        _widened(still), *given
+    )
+    return found
+
+
+def _widened(call: Call) -> Call:
+    """In the working dtype, so that what the keys of several parts get is rounded once."""
+    assert call.value is not None
+    tensors = (t.to(call.working) for t in (call.query, call.key, call.value))
+    query, key, value = tensors
+    return replace(call, query=query, key=key, value=value)

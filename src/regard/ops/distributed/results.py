@@ -14,6 +14,7 @@ from ...call.edge_results import EffectSeen
 from ...call.observers import Distances, Map, NormTopK, Observer, Received, Rows
 from ...call.results import MapSeen, ReceivedSeen, RowsSeen
 from ...errors import RegardError
+from .collectives import Ranks
 from .whole import Whole
 
 By = Literal["queries", "keys", "heads", "nothing"]
@@ -96,6 +97,27 @@ def made(like: Any, tensors: list[Tensor], **changed: Any) -> Any:
         return effects
     names = [f.name for f in fields(like) if isinstance(getattr(like, f.name), Tensor)]
     return replace(like, **dict(zip(names, tensors, strict=True)), **changed)
+
+
+def rows_merged(ranks: Ranks, mine: Any) -> Any:
+    """A result of rows over the keys of all ranks, each under the log-sum-exp of all."""
+    starts = {}
+    if hasattr(mine, "key_start"):
+        own = torch.tensor(
+            [mine.key_start, mine.weights.shape[-1]], dtype=torch.int64, device=mine.weights.device
+        )
+        starts = dict(enumerate(t.tolist() for t in ranks.all_gather(own)))
+        short = max(n for _, n in starts.values()) - mine.weights.shape[-1]
+        mine = replace(mine, weights=torch.nn.functional.pad(mine.weights, (0, short)))
+    came = zip(*(ranks.all_gather(t) for t in tensors_of(mine)), strict=True)
+    parts = []
+    for rank, tensors in enumerate(came):
+        part = made(mine, list(tensors))
+        if starts:
+            start, length = starts[rank]
+            part = replace(part, key_start=start, weights=part.weights[..., :length])
+        parts.append(part)
+    return reduce(lambda a, b: a.beside(b), parts)
 
 
 def of_heads(observer: Observer, heads: slice, total: int) -> Observer:

@@ -42,18 +42,25 @@ class Ring:
     def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
         """(rank that holds it, block) of every rank's tensors (batch, n, own keys, dim).
 
-        This rank's own comes first. The next travels while one is used.
+        This rank's own comes first. The next travels while one is used, and then takes its place:
+        the list is empty once the loop goes on.
         """
-        ranks, layout = self.whole.ranks, self.whole.keys
-        most = max(layout.sizes)
-        held = _packed(tensors, most)
+        ranks = self.whole.ranks
+        held = list(tensors)
         for step in range(ranks.size):
             owner = (ranks.rank - step) % ranks.size
             last = step == ranks.size - 1
-            wait = None if last else ranks.passing(held)
-            yield owner, _unpacked(held, tensors, layout.size(owner))
+            wait = None if last else ranks.passing(held, self._before(owner, held))
+            block = list(held)
+            yield owner, block
+            block.clear()
             if wait is not None:
                 held = wait()
+
+    def _before(self, owner: int, held: Sequence[Tensor]) -> list[list[int]]:
+        """The shapes of the block of the rank before the one that holds this block."""
+        length = self.whole.keys.size((owner - 1) % self.whole.ranks.size)
+        return [[*t.shape[:2], length, t.shape[3]] for t in held]
 
     def spans(self, owner: int) -> Iterator[tuple[Span, slice, slice]]:
         """The pairs of this rank's ranges of queries with a block's ranges of keys, not all hidden.
@@ -81,18 +88,25 @@ class Ring:
         rows = query.shape[:3]
         out = torch.zeros(*rows, value.shape[3], dtype=working, device=query.device)
         lse = torch.full(rows, -torch.inf, dtype=working, device=query.device)
-        for owner, (keys, values) in self.blocks(key, value):
-            for span, here, there in self.spans(owner):
-                call = self._call(query, keys, values, span, here, there)
-                part, part_lse, _ = self.compute(call, self.engine)
-                both = [out[:, :, here], part.to(working)], [lse[:, :, here], part_lse]
-                out[:, :, here], lse[:, :, here] = merge(*both)
+        for owner, block in self.blocks(key, value):
+            self._merge_block(owner, block, query, out, lse)
         if (sinks := self.whole.call.sinks) is not None:  # they belong to no block
             nothing = torch.zeros_like(out)
             out, lse = merge([out, nothing], [lse, sinks.to(working)[:, None].expand_as(lse)])
         self.effects = effects_of(self.whole)
         self.results = self._results(query, key, value, lse)
         return out.to(query.dtype), lse
+
+    def _merge_block(
+        self, owner: int, block: list[Tensor], query: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """What this rank's rows get of a block; nothing of it is held afterwards."""
+        keys, values = block
+        for span, here, there in self.spans(owner):
+            call = self._call(query, keys, values, span, here, there)
+            part, part_lse, _ = self.compute(call, self.engine)
+            both = [out[:, :, here], part.to(out.dtype)], [lse[:, :, here], part_lse]
+            out[:, :, here], lse[:, :, here] = merge(*both)
 
     def _call(
         self, query: Tensor, keys: Tensor, values: Tensor, span: Span, here: slice, there: slice,
@@ -117,29 +131,36 @@ class Ring:
         """What these see: a second ring of keys, and of values where norms are needed."""
         whole = self.whole
         norms = any(isinstance(o, NormTopK) for o in observers)
-        local = whole.queries.local(whole.ranks.rank)
         seen: list[dict[int, Any]] = [{} for _ in observers]  # by the start of the rows
         for owner, block in self.blocks(key, *([value] if norms else [])):
-            keys = block[0]
-            values = block[1] if norms else keys[..., :0]
-            for at, q0, q1 in local:
-                asked = [of_span(o, whole, q1) for o in observers]
-                for begin, k0, k1 in whole.keys.local(owner):
-                    # An empty answer, too, says which keys there are
-                    span, here = Span(q0, q1, k0, k1), slice(at, at + q1 - q0)
-                    there = slice(begin, begin + k1 - k0)
-                    call = self._call(query, keys, values, span, here, there, asked, True)
-                    results = read_block(call, lse[:, :, here])
-                    for into, result in zip(seen, results, strict=True):
-                        # The log-sum-exp given is that of all keys already
-                        if q0 not in into or isinstance(result, LogSumExpSeen):
-                            into[q0] = result
-                        else:
-                            into[q0] = into[q0].beside(result)
+            self._read(owner, block, observers, query, lse, seen)
+        local = whole.queries.local(whole.ranks.rank)
         return [
             self.keep(whole, o, [into[q0] for _, q0, _ in local])
             for o, into in zip(observers, seen, strict=True)
         ]
+
+    def _read(
+        self, owner: int, block: list[Tensor], observers: Sequence[Observer], query: Tensor,
+        lse: Tensor, seen: list[dict[int, Any]],
+    ) -> None:  # fmt: skip
+        """Add to `seen` what is read of a block; nothing of it is held afterwards."""
+        whole, keys = self.whole, block[0]
+        values = block[1] if len(block) > 1 else keys[..., :0]
+        for at, q0, q1 in whole.queries.local(whole.ranks.rank):
+            asked = [of_span(o, whole, q1) for o in observers]
+            for begin, k0, k1 in whole.keys.local(owner):
+                # An empty answer, too, says which keys there are
+                span, here = Span(q0, q1, k0, k1), slice(at, at + q1 - q0)
+                there = slice(begin, begin + k1 - k0)
+                call = self._call(query, keys, values, span, here, there, asked, True)
+                results = read_block(call, lse[:, :, here])
+                for into, result in zip(seen, results, strict=True):
+                    # The log-sum-exp given is that of all keys already
+                    if q0 not in into or isinstance(result, LogSumExpSeen):
+                        into[q0] = result
+                    else:
+                        into[q0] = into[q0].beside(result)
 
     def backward(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
@@ -147,16 +168,15 @@ class Ring:
     ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of query, key, value, sinks and the biases: of this rank's part."""
         whole, working = self.whole, self.whole.call.working
-        ranks, layout = whole.ranks, whole.keys
+        ranks = whole.ranks
         grad = grad_out.to(working)
         # Once, from the out of all keys: a block's own would be another number
         delta = (grad * out.to(working)).sum(-1) - grad_lse.to(working)
         sums = Gradients(whole, wanted)
         d_query = torch.zeros_like(query, dtype=working)
-        most = max(layout.sizes)
         effects = BlockEffects(whole, self.effects)
         own: list[Tensor] = []
-        home: Callable[[], Tensor] | None = None
+        home: Callable[[], list[Tensor]] | None = None
         for owner, (keys, values) in self.blocks(key, value):
             mine = [torch.zeros_like(t, dtype=working) for t in (keys, values)]
             for span, here, there in self.spans(owner):
@@ -171,31 +191,16 @@ class Ring:
                 own = mine
                 continue
             # What the ranks before gave to this block came while it was computed here
-            total = _packed(mine, most)
-            if home is not None:
-                total += home()
-            home = ranks.passing(total)
-        if home is not None:
-            for into, more_of in zip(own, _unpacked(home(), own, key.shape[2]), strict=True):
-                into += more_of
+            _add(mine, home)
+            home = ranks.passing(mine, self._before(owner, mine))
+        _add(own, home)
         sinks = whole.call.sinks
         d_sinks = None if sinks is None else of_sinks(sinks, lse, delta)
         three = [g.to(key.dtype) for g in (d_query, *own)]
         return [*three, d_sinks, *sums.finished()]
 
 
-def _packed(tensors: Sequence[Tensor], most: int) -> Tensor:
-    """One message: tensors (batch, n, own keys, dim) behind each other, room for `most` keys."""
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    room = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in tensors) * most
-    return torch.cat([flat, flat.new_zeros(room - len(flat))])
-
-
-def _unpacked(held: Tensor, like: Sequence[Tensor], length: int) -> list[Tensor]:
-    """The tensors of a message, of `length` keys; their other sizes are those of `like`."""
-    found, at = [], 0
-    for t in like:
-        size = t.shape[0] * t.shape[1] * t.shape[3] * length
-        found.append(held[at : at + size].view(t.shape[0], t.shape[1], length, t.shape[3]))
-        at += size
-    return found
+def _add(sums: Sequence[Tensor], coming: Callable[[], list[Tensor]] | None) -> None:
+    if coming is not None:
+        for into, more in zip(sums, coming(), strict=True):
+            into += more

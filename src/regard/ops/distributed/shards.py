@@ -43,7 +43,11 @@ def shard(
     "plain" (consecutive parts), or what `balanced` returns.
     """
     ranks = Ranks(mesh)
-    chunks = named(order, ranks.size)
+    return cut(inputs, ranks, named(order, ranks.size), dim)
+
+
+def cut(inputs: Tensor | Mapping[str, Any], ranks: Ranks, chunks: Order, dim: int = 1) -> Any:
+    """As `shard`, for ranks and an order that are known."""
     if isinstance(inputs, Tensor):
         if not -inputs.dim() <= dim < inputs.dim():
             raise RegardError(f"shard: inputs is {tuple(inputs.shape)}; it has no dim {dim}")

@@ -114,6 +114,13 @@ struct RegardPooled {
     float* out;        // (count, 128, 128)
 };
 
+// What keys receive where the lse is given, of some keys under that of all. The call's value, out, lse,
+// sinks and dropout are not read.
+struct RegardColumns {
+    const float* lse;  // (batch, heads, q_len)
+    RegardReceived received;
+};
+
 // Rows of numbers of any type, (batch, kv_heads, slots): strides and the size of a row in bytes.
 struct RegardRows {
     char* data;
@@ -144,6 +151,7 @@ int regard_forward(const RegardCall*);                     // 0, or an error of 
 int regard_backward(const RegardCall*, const RegardBackward*);
 int regard_effect(const RegardCall*, const RegardEffect*);
 int regard_pooled(const RegardCall*, const RegardPooled*);
+int regard_columns(const RegardCall*, const RegardColumns*);
 int regard_evict(const RegardEvict*);
 // Since the last call: the tiles that forwards went over, and the cycles of packing, scores, softmax, mix,
 // observers, and the rest, of all threads. 0: the library was not built to count them (timed.h).

@@ -122,12 +122,16 @@ int regard_pooled(const RegardCall* call, const RegardPooled* wanted) {
     return regard::at(call->level).pooled(*call, *wanted);
 }
 
+int regard_columns(const RegardCall* call, const RegardColumns* wanted) {
+    return regard::at(call->level).columns(*call, *wanted);
+}
+
 int regard_sizes(int64_t* bytes, int room) {
     const int64_t sizes[] = {
         sizeof(RegardView), sizeof(RegardPages), sizeof(RegardMap), sizeof(RegardReceived),
         sizeof(RegardDistances), sizeof(RegardObserve), sizeof(RegardCall), sizeof(RegardBackward),
-        sizeof(RegardEffect), sizeof(RegardTile), sizeof(RegardPooled), sizeof(RegardRows),
-        sizeof(RegardEvict),
+        sizeof(RegardEffect), sizeof(RegardTile), sizeof(RegardPooled), sizeof(RegardColumns),
+        sizeof(RegardRows), sizeof(RegardEvict),
     };
     const int count = sizeof sizes / sizeof *sizes;
     for (int i = 0; i < count && i < room; i++) bytes[i] = sizes[i];

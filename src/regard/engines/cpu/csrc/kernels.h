@@ -9,6 +9,7 @@ struct Kernels {
     int (*backward)(const RegardCall&, const RegardBackward&);
     int (*effect)(const RegardCall&, const RegardEffect&);
     int (*pooled)(const RegardCall&, const RegardPooled&);
+    int (*columns)(const RegardCall&, const RegardColumns&);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16,

@@ -124,6 +124,22 @@ struct Plan {
     }
 };
 
+// shift[lane]: what is taken from UNIT times the scores of the rows of a block of one head, whose lse are
+// given. A row that sees nothing has none of them; one whose lse is infinite has no weights that are
+// numbers. Whether there is one whose shift is no number: hidden pairs still weigh 0.
+static bool find_shift(const RegardCall& c, const float* lse, const Block& block, float* shift) {
+    const Segment& s = block.segment[0];
+    const float* mine = lse + (s.b * c.heads + s.h) * c.q_len + s.q0;
+    bool careful = false;
+    for (int l = 0; l < LANES; l++) {
+        float x = l < s.lane || l >= block.count ? 0 : mine[l - s.lane];
+        if (x == -INFINITY) x = 0;
+        careful |= x - x != 0;
+        shift[l] = x == INFINITY ? NAN : (float)((double)x * UNIT);
+    }
+    return careful;
+}
+
 // Rows of queries (or of gradients) as lanes: to[panel][dim][PW], multiplied by `scale`; lanes without
 // a row are 0. line: W · dim floats of scratch.
 static void turn_rows(const RegardView& view, const Block& block, long dim, float scale, float* line,

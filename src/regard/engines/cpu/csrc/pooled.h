@@ -15,15 +15,6 @@ constexpr long CELLS = 128;        // of a rectangle, each way
 constexpr long MOST_BLOCKS = 8;    // of 64 queries, that share a tile of keys
 constexpr long FAR_KEYS = 16 * KEYS;  // of which the mask is asked first whether it shows any
 
-// Scores come to be powers of 2 where the processor has an instruction for these, else of e.
-#if defined(__AVX512DQ__) && WIDTH == 16
-constexpr float UNIT = LOG2E;
-INLINE V power(V y) { return exp2<6>(y); }
-#else
-constexpr float UNIT = 1;
-INLINE V power(V y) { return exp(y); }
-#endif
-
 struct SharedPooled {
     RegardCall call;
     RegardPooled pooled;
@@ -147,7 +138,8 @@ class Pooling {
             b.panels = (b.count + PW - 1) / PW;
             turn_rows(c.query, b, c.dim, scaled ? shaping.query_scale() : 1.f, line, query_of(blocks, 0));
             fits[blocks] = sh.tiles.parts && as_parts(blocks);
-            find_shift(blocks++);
+            careful[blocks] = find_shift(c, o.lse, b, shift + blocks * LANES);
+            blocks++;
         }
     }
     bool as_parts(long i) {
@@ -179,19 +171,6 @@ class Pooling {
             odd_keys.find(rows, n, c.dim);
             return odd_keys.count > 0 && pack(odd_keys.filled(n, c.dim, clean));
         });
-    }
-    // What is taken from a row's scores. A row that sees nothing has none of them; one whose lse is
-    // infinite has no weights that are numbers.
-    void find_shift(long i) {
-        const Segment& s = block[i].segment[0];
-        const float* lse = o.lse + (s.b * c.heads + s.h) * c.q_len + s.q0;
-        careful[i] = false;
-        for (int l = 0; l < LANES; l++) {
-            float x = l < s.lane || l >= block[i].count ? 0 : lse[l - s.lane];
-            if (x == -INFINITY) x = 0;
-            careful[i] |= x - x != 0;
-            shift[i * LANES + l] = x == INFINITY ? NAN : (float)((double)x * UNIT);
-        }
     }
 
     // All keys of the rectangle, for the blocks at hand: the queries q0 … q1 − 1.

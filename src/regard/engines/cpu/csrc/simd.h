@@ -151,6 +151,15 @@ INLINE V exp2(V y) {
 #endif
 }
 
+// Scores times UNIT come to be powers of 2 where the processor has an instruction for these, else of e.
+#if defined(__AVX512DQ__) && WIDTH == 16
+constexpr float UNIT = LOG2E;
+INLINE V power(V y) { return exp2<6>(y); }
+#else
+constexpr float UNIT = 1;
+INLINE V power(V y) { return exp(y); }
+#endif
+
 // While this lives, what would be a denormal is 0: it would weigh nothing, and take 150 cycles.
 struct NoDenormals {
 #if defined(__SSE2__)

@@ -41,7 +41,7 @@ def _insert(best, names, effects, weights, new, effect, p, cols, K: tl.constexpr
 
 
 @triton.jit
-def _factors(seed, query, first, row, keep, N: tl.constexpr):
+def factors(seed, query, first, row, keep, N: tl.constexpr):
     """Dropout's factors of a tile, 0 or `keep`. Philox 4×32-10, Salmon et al. 2011.
 
     seed: the seed, and below what a word drops. query (M,): positions; first: that of the first
@@ -140,7 +140,7 @@ def remove(
             given_to = given_to.to(tl.float32)
         dp = tl.dot(g, given_to, input_precision="ieee")
         if DROPOUT:
-            dp = dp * _factors(
+            dp = dp * factors(
                 values.seed, rows + call.query_start, start + call.key_start, bh, values.keep, N
             )
         hidden = s == float("-inf")
