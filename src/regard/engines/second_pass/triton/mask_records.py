@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ....call.mask_program import Program
 from ....call.opcodes import Op
+from .forms import by_form
 
 WORDS = 8  # of a record
 DEEPEST = 31  # answers on the stack: the bits of an int32
@@ -42,6 +43,18 @@ def depth(program: Program) -> int:
 
 def instructions(program: Program) -> Instructions:
     """The records and pools of a program."""
+    if program.tensors:
+        return _instructions(program)
+    return _of_code(program.device, program.code)
+
+
+@by_form(256)
+def _of_code(device: torch.device, code: tuple[int, ...]) -> Instructions:
+    """Those of a program that holds no tensor: its code says all of it."""
+    return _instructions(Program(code, (), 0, 0, 0, 0, device))
+
+
+def _instructions(program: Program) -> Instructions:
     integers, octets = _Pool(torch.int64, program.device), _Pool(torch.uint8, program.device)
     records, kinds = [], 0
     for op, args in program.instructions():
