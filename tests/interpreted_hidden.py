@@ -115,7 +115,7 @@ def seen(call: Call) -> Tensor:
 
 
 def gradients(tensors: list[Tensor], request: dict[str, Any], engine: str) -> list[Tensor]:
-    """out, and gradients of query, key and value; a gradient arrives that no row sees nothing of."""
+    """out, and gradients of query, key and value."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = attention(*leaves, **request, engine=engine)
     weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
@@ -150,7 +150,7 @@ def unseen(name: str, dtype: torch.dtype, part: int) -> None:
 
 
 def reached(call: Call) -> list[Tensor]:
-    """Which rows, queries, keys and values a number that is not finite may reach, by what sees it."""
+    """Which rows, queries, keys and values a bad number may reach, by what sees it."""
     shown = seen(call)
     query, key, value = (~t.isfinite().all(-1) for t in (call.query, call.key, call.value))
     bad = (key | value).repeat_interleave(HEADS // KV_HEADS, 1)
@@ -182,7 +182,7 @@ def partly(name: str, part: int) -> None:
 
 
 def clean() -> None:
-    """Where all is finite nothing is computed anew: what PyTorch's kernel left stays, to the bit."""
+    """Where all is finite, what PyTorch's kernel left stays, to the bit."""
     for name in ("square causal", "padding"):
         q_len, request = REQUESTS_OF[name]
         tensors = drawn(q_len, torch.float32)
@@ -196,9 +196,35 @@ def clean() -> None:
         assert all(torch.equal(a, b) for a, b in zip(mended, left, strict=True))
 
 
+def compiled() -> None:
+    """An op of ours under a compiler, and under torch.func: what eager calls give, to the bit."""
+    for name in ("square causal", "padding"):
+        q_len, request = REQUESTS_OF[name]
+        dirty = drawn(q_len, torch.float32)
+        dirty[2][0, 1, 27, 5] = torch.nan
+        weights = torch.linspace(-1, 1, dirty[0].numel()).view(dirty[0].shape)
+
+        def call(*qkv: Tensor, request: dict[str, Any] = request) -> Tensor:
+            return attention(*qkv, **request, engine="sdpa")
+
+        def loss(*qkv: Tensor, weights: Tensor = weights) -> Tensor:
+            return (call(*qkv) * weights).sum()
+
+        with on_gpu():
+            eager = gradients(dirty, request, "sdpa")
+            leaves = [t.clone().requires_grad_() for t in dirty]
+            out = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+            found = [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+            mapped = torch.func.grad(loss, argnums=(0, 1, 2))(*dirty)
+        assert eager[0].isnan().any()
+        assert eager[0].isfinite().any()
+        for pair in (*zip(found, eager, strict=True), *zip(mapped, eager[1:], strict=True)):
+            torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
+
+
 def forward(name: str, dtype: torch.dtype, tile: tuple[int, int]) -> None:
     """All of a shared case by the kernel of blocks, against float64."""
-    build = REQUESTS.get(name) or (lambda s, g: {"mask": MASKS[name](s, g)} if name in MASKS else {})
+    build = REQUESTS.get(name) or (lambda s, g: {"mask": MASKS[name](s, g)})
     known = name in REQUESTS or name in MASKS
     case = Case(name, at(50, 90), build) if known else case_of(name)
     tensors, request = case.tensors(dtype=dtype), case.request(dtype)

@@ -32,6 +32,7 @@ def jobs() -> dict[str, tuple]:
         for part in (2, n % 2):
             found[f"partly: {name}, {part}"] = (where, "partly", name, part)
     found["clean"] = (where, "clean")
+    found["compiled"] = (where, "compiled")
     forwards = ("full", "documents", "longformer", "softcap and bias", "sinks and window", "alibi")
     for n, name in enumerate((*forwards, "dim 80, v_dim 80", "transposed")):
         tile = ((16, 32), (32, 16), (64, 64))[n % 3]

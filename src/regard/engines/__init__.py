@@ -83,8 +83,8 @@ def _then(engine: Any, call: Call) -> str:
     if reasons := blocks.refusals(call):
         return f"{spoils}; the kernel that would mend them cannot: {'; '.join(reasons)}"
     return (
-        "blocks of rows, or of gradients, that a NaN or ∞ there has spoiled are computed again by a "
-        "Triton kernel, which looks at what comes out; in an exported program nobody looks"
+        "blocks of rows, or of gradients, that a NaN or ∞ there has spoiled are computed again by "
+        "Triton kernels, which look at what comes out; in an exported program nobody looks"
     )
 
 

@@ -1,9 +1,9 @@
 """PyTorch's kernels as an op of ours, for compilers and torch.func's gradients.
 
 What a graph holds of a kernel itself multiplies by 0 what is hidden, with nobody to look at what
-comes out. An opaque op looks inside, as eager calls do. On the CPU, where a number is not finite, it
-computes again with 0 there, and engine `tiled` the rows that see it. On CUDA nothing waits for an
-answer: kernels look at each block of what comes out and mend it; for gradients so do eager calls.
+comes out. An opaque op looks inside, as eager calls do. On the CPU, where a number is not finite,
+it computes again with 0 there, and engine `tiled` the rows that see it. On CUDA nothing waits for
+an answer: kernels look at each block of what comes out and mend it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .op_with_backward import op_with_backward
 
 
 def wanted(call: Call) -> bool:
-    """Whether somebody looks at the ops of a call that hides something, or at its gradients on CUDA.
+    """Whether somebody looks at the ops of a call that hides something; on CUDA, at gradients.
 
     A program that is exported holds PyTorch's own op, which it runs anywhere.
     """

@@ -2,7 +2,7 @@
 finite.
 
 As in engine `tiled`: of a hidden pair the slope is 0, whatever stands there; what is not finite and
-seen reaches all that it belongs to. Weights come from the log-sum-exp (Dao et al. 2022, appendix B).
+seen reaches all that it belongs to. Weights come from the log-sum-exp (Dao et al. 2022, app. B).
 """
 # No `from __future__ import annotations`: Triton reads the annotations themselves.
 
@@ -154,12 +154,8 @@ def mend_keys(call, mask, biases, tiles, values, slopes, form, asked):
             if (block >= begin) & (block < begin + count):
                 rows = q_block * M + tl.arange(0, M)
                 row_in = rows < call.q_len
-                query, g, delta, safe = _of_rows(
-                    call, values, slopes, b, h, rows, row_in, form, DV
-                )
-                entry = entry_of(
-                    block - begin, begin, line, low, high, tiles, call, form, False
-                )
+                query, g, delta, safe = _of_rows(call, values, slopes, b, h, rows, row_in, form, DV)
+                entry = entry_of(block - begin, begin, line, low, high, tiles, call, form, False)
                 p, ds, seen = _slopes(
                     query, g, delta, safe, k, v, table, call, mask, biases, tiles, values,
                     rows, cols, row_in, col_in, b, h, entry & 1, form, DV,

@@ -30,9 +30,7 @@ def attend_rows(call, mask, biases, tiles, values, written, form, asked):
     dims = tl.arange(0, DV)
     dim_in = (dims < values.dim)[None, :]
     here = row_in[:, None] & dim_in
-    to = lines_at(
-        written.out, written.o_b, written.o_h, written.o_n, written.o_d, b, h, rows, dims
-    )
+    to = lines_at(written.out, written.o_b, written.o_h, written.o_n, written.o_d, b, h, rows, dims)
     wanted = 1
     kept = row_in
     if asked.MEND:
@@ -52,9 +50,7 @@ def attend_rows(call, mask, biases, tiles, values, written, form, asked):
         if not form.PAGED:
             v = v + b * values.v_b
         query = queries(call.query + b * call.q_b + h * call.q_h, rows, row_in, call, form)
-        begin, count, line, low, high = tiles_of(
-            block, b, h, end, tiles, call, form, asked.LISTED
-        )
+        begin, count, line, low, high = tiles_of(block, b, h, end, tiles, call, form, asked.LISTED)
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, DV], tl.float32)

@@ -215,22 +215,24 @@ def _tiles(
 
 
 def forward_blocks(call: Call) -> tuple[int, int]:
-    """Queries and keys of a tile: at most 64 keys, as `mix` counts them."""
-    narrow, half = _narrow(call), call.query.element_size() == 2
-    rows = 128 if narrow and half else 64 if narrow or half else 32
+    """Queries and keys of a tile: what registers hold, at most 64 keys, as `mix` counts them."""
+    dim, half = _dim(call), call.query.element_size() == 2
+    rows = 128 if dim <= 64 and half else 64 if dim <= 128 and half else 32
     while rows > 16 and rows >= 2 * call.place.q_len:
         rows //= 2
-    return rows, 64 if narrow and half else 32
+    return rows, 64 if dim <= 128 and half else 32
 
 
 def backward_blocks(call: Call) -> tuple[int, int]:
     """Queries and keys of a tile: at most 64 queries, as `mix` counts them."""
-    return (64, 64) if _narrow(call) and call.query.element_size() == 2 else (32, 32)
+    if _dim(call) > 128 or call.query.element_size() > 2:
+        return 32, 32
+    return 64, 64 if _dim(call) <= 64 else 32
 
 
-def _narrow(call: Call) -> bool:
+def _dim(call: Call) -> int:
     assert call.value is not None
-    return max(call.query.shape[-1], call.value.shape[-1]) <= 128
+    return max(call.query.shape[-1], call.value.shape[-1])
 
 
 def _warps(call: Call) -> int:

@@ -104,9 +104,7 @@ def gather(plan: Launch, shared: Shared, shard: bool, block_k: int | None) -> No
         if shared.paged:  # an item sees its own keys
             spread = (place.batch, spread[1])
         held.ask("counts", *spread, place.k_len, dtype=torch.int32, zero=True)
-        found["columns"] = torch.zeros(
-            *rows[:2], place.k_len, dtype=torch.float32, device=device
-        )
+        found["columns"] = torch.zeros(*rows[:2], place.k_len, dtype=torch.float32, device=device)
     if plan.map is not None:
         held.ask("cells", *rows, few.k_blocks * few.cells_of_a_tile(plan.map), zero=True)
     if plan.distances is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import wraps
@@ -25,6 +26,7 @@ def by_form(most: int, size: Callable[[Any], int] = lambda made: 0) -> Any:
 
     def remembering(make: Callable[..., Made]) -> Callable[..., Made]:
         kept: OrderedDict[Hashable, Made] = OrderedDict()
+        lock = threading.Lock()
 
         @wraps(make)
         def of(device: torch.device, *form: Any) -> Made:
@@ -33,14 +35,16 @@ def by_form(most: int, size: Callable[[Any], int] = lambda made: 0) -> Any:
                 stream = torch.cuda.current_stream(device).cuda_stream
                 capturing = torch.cuda.is_current_stream_capturing()
             name = (device, stream, form)
-            if name in kept:
-                kept.move_to_end(name)
-                return kept[name]
+            with lock:
+                if name in kept:
+                    kept.move_to_end(name)
+                    return kept[name]
             made = make(device, *form)
             if not capturing and size(made) <= MOST_KEPT:
-                kept[name] = made
-                while len(kept) > most:
-                    kept.popitem(last=False)
+                with lock:
+                    kept[name] = made
+                    while len(kept) > most:
+                        kept.popitem(last=False)
             return made
 
         return of

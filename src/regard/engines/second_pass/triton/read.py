@@ -29,8 +29,8 @@ from ....call.observers import (
 from ....errors import RegardError
 from . import few_queries as few
 from .arguments import MOST_DENSE, Launch, Shared, ends, launches, on_device, power, wide
-from .kernel_tuples import BinArgs, CellArgs, ColumnArgs, Gathered, ListArgs, TileArgs, fixed
 from .forms import Buffers
+from .kernel_tuples import BinArgs, CellArgs, ColumnArgs, Gathered, ListArgs, TileArgs, fixed
 from .mask_records import DEEPEST, LONGEST, depth
 from .tile_grid import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
 
@@ -44,9 +44,13 @@ CHOSEN_AT_ONCE = 4096  # maxima in registers, of a few rows
 PRODUCTS_AT_ONCE = 2048  # in a warp's registers
 
 
+# Once, as no compiler can trace the question
+_FOUND = importlib.util.find_spec("triton") is not None
+
+
 def installed() -> bool:
     """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND
 
 
 def why_not(call: Call) -> list[str]:
