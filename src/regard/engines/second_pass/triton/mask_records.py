@@ -22,6 +22,12 @@ DEEPEST = 31  # answers on the stack: the bits of an int32
 LONGEST = 2**30  # numbers and positions stay below it, so that int32 holds their sums
 
 
+@by_form(16)
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """In the place of a pool that no record reads."""
+    return torch.empty(1, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class Instructions:
     """records (n, 8) int64; integers (…,) int64; octets (…,) uint8; kinds: the ops as bits."""
@@ -43,18 +49,6 @@ def depth(program: Program) -> int:
 
 def instructions(program: Program) -> Instructions:
     """The records and pools of a program."""
-    if program.tensors:
-        return _instructions(program)
-    return _of_code(program.device, program.code)
-
-
-@by_form(256)
-def _of_code(device: torch.device, code: tuple[int, ...]) -> Instructions:
-    """Those of a program that holds no tensor: its code says all of it."""
-    return _instructions(Program(code, (), 0, 0, 0, 0, device))
-
-
-def _instructions(program: Program) -> Instructions:
     integers, octets = _Pool(torch.int64, program.device), _Pool(torch.uint8, program.device)
     records, kinds = [], 0
     for op, args in program.instructions():
@@ -79,10 +73,15 @@ def _instructions(program: Program) -> Instructions:
         record += [min(max(n, -LONGEST), LONGEST) for n in args[count:]]
         records.append([*record, *[0] * (WORDS - len(record))])
         kinds |= 1 << op
-    table = torch.tensor(records, dtype=torch.int64, device="cpu").to(
-        program.device, non_blocking=True
-    )
+    table = _table(program.device, tuple(map(tuple, records)))
     return Instructions(table, integers.joined(), octets.joined(), kinds)
+
+
+@by_form(256)
+def _table(device: torch.device, records: tuple[tuple[int, ...], ...]) -> Tensor:
+    """On the device, where a kernel reads them."""
+    table = torch.tensor(records, dtype=torch.int64, device="cpu")
+    return table.to(device, non_blocking=True)
 
 
 class _Pool:
@@ -110,6 +109,8 @@ class _Pool:
         return [offset, *(0 if shape[d] == 1 else tensor.stride(d) for d in range(tensor.dim()))]
 
     def joined(self) -> Tensor:
+        if not self.parts:
+            return _nothing(self.device, self.dtype)
         if len(self.parts) == 1 and self.length:
             return self.parts[0]
         # Never without an address, though nothing may read it
