@@ -53,8 +53,7 @@ def refusals(call: Call) -> list[str]:
     reasons = blocks.refusals(call)
     if call.place.q_len > MOST_QUERIES and call.pages is None:
         reasons.append(
-            f"q_len is {call.place.q_len}; it takes at most {MOST_QUERIES} queries, but of keys in "
-            "pages"
+            f"q_len is {call.place.q_len}; beyond {MOST_QUERIES} it takes keys in pages alone"
         )
     if call.dropout is not None:
         reasons.append("dropout is given; this engine has none")
