@@ -17,7 +17,9 @@ LINE = 32  # numbers: a part of a buffer begins at a multiple of 128 bytes
 MOST_KEPT = 2**22  # bytes of one form
 
 
-def by_form(most: int, size: Callable[[Any], int] = lambda made: 0) -> Any:
+def by_form(
+    most: int, size: Callable[[Any], int] = lambda made: 0
+) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
     """Remember the last `most` answers of a function of a device and of what says a call's form.
 
     By stream, as another one would not wait for what fills them. A CUDA graph's capture adds none:
