@@ -188,8 +188,11 @@ def mend_gradients(
     band = band_of(shared)
     tiles = _tiles(shared, blocks, band, listed=False)
     v_dim = call.value.shape[-1]
-    given = (grad_out, out, *grads)
-    slopes = SlopeArgs(*(part for t in given for part in (t, *strides(t))))
+    d_query, d_key, d_value = grads
+    slopes = SlopeArgs(
+        grad_out, *strides(grad_out), out, *strides(out), d_query, *strides(d_query), d_key,
+        *strides(d_key), d_value, *strides(d_value),
+    )  # fmt: skip
     asked = Asked(MEND=True, TELLS=tells(call), LISTED=False, DV=wide(v_dim))
     common = (
         shared.args, shared.mask_args(band is None), shared.biases, tiles,

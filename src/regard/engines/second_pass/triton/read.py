@@ -32,7 +32,16 @@ from .arguments import MOST_DENSE, Launch, Shared, ends, launches, on_device, po
 from .forms import Buffers
 from .kernel_tuples import BinArgs, CellArgs, ColumnArgs, Gathered, ListArgs, TileArgs, fixed
 from .mask_records import DEEPEST, LONGEST, depth
-from .tile_grid import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
+from .tile_grid import (
+    FAN,
+    Grid,
+    Leaves,
+    Listed,
+    aligned,
+    band_of,
+    counts_of,
+    listed_tiles,
+)
 
 READS = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 MOST_LISTED = 64  # a row's list stands in registers
@@ -249,8 +258,9 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     even = not shared.paged and not lead[1] and place.k_len % block_k == 0
     options = _options(call, plan)
     form = shared.form(block_q, block_k, band is not None)
-    none = shared.none
-    listed = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
+    listed: Listed = (shared.none, shared.none, 0, 0)
+    if band is None:
+        listed = listed_tiles(shared, blocks, lead)
     tiles = TileArgs(*listed, *(band or (0, 0)), *lead, q_blocks, k_blocks)
     common = (shared.args, shared.mask_args(band is None), shared.biases, tiles)
     gathered = fixed(

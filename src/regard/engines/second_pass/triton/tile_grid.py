@@ -93,9 +93,10 @@ def aligned(
     return lead, (-(-lengths[0] // blocks[0]), -(-lengths[1] // blocks[1]))
 
 
-def listed_tiles(
-    shared: Shared, blocks: tuple[int, int], lead: tuple[int, int]
-) -> tuple[Tensor, Tensor, int, int]:
+Listed = tuple[Tensor, Tensor, int, int]
+
+
+def listed_tiles(shared: Shared, blocks: tuple[int, int], lead: tuple[int, int]) -> Listed:
     """Each block's tiles that are not empty, ascending, and how many: (…, q blocks, k blocks).
 
     An entry is 2 · the tile's number, + 1 where the mask shows it whole. Then how many blocks of
@@ -109,9 +110,6 @@ def listed_tiles(
         return _listed(program, blocks, lead)
     place = (program.q_len, program.k_len, program.query_start, program.key_start)
     return _listed_by_code(program.device, program.code, place, blocks, lead)
-
-
-Listed = tuple[Tensor, Tensor, int, int]
 
 
 @by_form(16, lambda made: made[0].nbytes)
