@@ -215,7 +215,7 @@ def compiled() -> None:
             out = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
             found = [out.detach(), *torch.autograd.grad(out, leaves, weights)]
             mapped = torch.func.grad(loss, argnums=(0, 1, 2))(*dirty)
-        assert eager[0].isnan().any()
+        assert eager[0].isnan().any() == (name == "square causal")  # padding is seen by no row
         assert eager[0].isfinite().any()
         for pair in (*zip(found, eager, strict=True), *zip(mapped, eager[1:], strict=True)):
             torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
