@@ -228,9 +228,7 @@ def forward_blocks(call: Call) -> tuple[int, int]:
 
 def backward_blocks(call: Call) -> tuple[int, int]:
     """Queries and keys of a tile: at most 64 queries, as `mix` counts them."""
-    if _dim(call) > 128 or call.query.element_size() > 2:
-        return 32, 32
-    return 64, 64 if _dim(call) <= 64 else 32
+    return (64, 64) if _dim(call) <= 64 and call.query.element_size() == 2 else (32, 32)
 
 
 def _dim(call: Call) -> int:
