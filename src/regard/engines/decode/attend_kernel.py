@@ -46,7 +46,7 @@ def attend_chunk(call, mask, biases, chunked, values, parts, form, decoded):
             whole = tl.load(line + tile).to(tl.int32) >> 1
         cols = tile * N - chunked.k_lead + tl.arange(0, N)
         col_in = (cols >= 0) & (cols < end)
-        s, shown = scores(
+        s, _shown = scores(
             query, k, table, call, mask, biases, rows, cols, row_in, col_in, b, h, whole, form
         )
         higher = tl.maximum(top, tl.max(s, 1))
