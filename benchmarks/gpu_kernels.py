@@ -22,9 +22,11 @@ import torch
 import triton
 from hopper import compiling
 
-from regard import Causal, Entropy, Full, Map, Received, TopK
+from regard import Causal, Entropy, Full, Map, Padding, Received, TopK
 from regard.cache import Pages
 from regard.call.checked import Call
+from regard.engines.blocks import backward_kernel, forward_kernel
+from regard.engines.blocks import launch as blocks
 from regard.engines.decode import attend_kernel as attending
 from regard.engines.decode import engine as decode
 from regard.engines.second_pass.triton import few_queries_kernel as few
@@ -100,6 +102,13 @@ def _one_query(tokens: int, dim: int, group: int, mask: Any) -> Call:
     return Call.checked(query, pool, pool, mask=mask, pages=pages)
 
 
+def _prompt(tokens: int, dim: int, mask: Any) -> Call:
+    """A prompt of 512 queries over keys in pages of 64."""
+    one = _one_query(tokens, dim, 1, mask)
+    query = torch.zeros(1, 1, 512, dim, dtype=torch.bfloat16)
+    return Call.checked(query, one.key, one.value, mask=mask, pages=one.pages)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=16384)
@@ -130,6 +139,19 @@ def main() -> int:
             where = f"all four, {where}"
             with compiling({few: "weigh_few join_few"}, report):
                 reading.read(one, ASKED["all four"], lse[..., :1].expand(1, group, 1), False)
+        for mask in (Full(), Causal()):
+            where = f"512 queries over pages | {dim} | {mask}"
+            with compiling({forward_kernel: "attend_rows"}, report):
+                blocks.attend(_prompt(asked.tokens, dim, mask))
+        whole = torch.zeros(1, 1, asked.tokens, dim, dtype=torch.bfloat16)
+        keep = Padding(torch.ones(1, asked.tokens, dtype=torch.bool))
+        for mask in (Causal(), keep):
+            where = f"mends | {dim} | {type(mask).__name__}()"
+            call = Call.checked(whole, whole, whole, mask=mask)
+            kernels = {forward_kernel: "attend_rows", backward_kernel: "mend_queries mend_keys"}
+            with compiling(kernels, report):
+                blocks.mend(call, whole, lse)
+                blocks.mend_gradients(call, whole, lse, whole, (whole, whole, whole))
     if asked.write:
         head = f"Triton {triton.__version__}, sm_90, bfloat16, {asked.tokens} tokens\n\n"
         asked.write.write_text(head + "\n".join(lines) + "\n", "utf-8")

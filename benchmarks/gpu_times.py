@@ -51,7 +51,11 @@ def peers(mask: Any) -> dict[str, Callable[..., Any]]:
     """The unobserved kernels: PyTorch's flash and cuDNN ones, and compiled FlexAttention."""
 
     def by(kernel: sdpa_cuda.Kernel) -> Callable[..., Any]:
-        return lambda q, k, v: kernel.forward(Call.checked(q, k, v, mask=mask))
+        def forward(q: Any, k: Any, v: Any) -> Any:
+            call = Call.checked(q, k, v, mask=mask)
+            return kernel.forward(call, kernel.mask(call))
+
+        return forward
 
     return {
         "flash": by(sdpa_cuda.FLASH),

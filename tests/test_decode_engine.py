@@ -49,7 +49,7 @@ def test_says_what_it_cannot_do():
     here = "query is on cpu; this engine runs on cuda"
     assert refused() == [here]
     for request, reason in (
-        ({"q_len": 17}, "q_len is 17; it takes at most 16 queries"),
+        ({"q_len": 17}, "q_len is 17; beyond 16 it takes keys in pages alone"),
         ({"v_dim": 300}, "v_dim is 300; it takes 1 to 256"),
         ({"dropout": Dropout(0.1, 1)}, "dropout is given; this engine has none"),
         (
@@ -67,6 +67,10 @@ def test_auto_tries_it_first_where_keys_lie_in_pages():
     assert [e.name for e in preference(call)] == ["cpu", "decode", "sdpa", "tiled"]
     assert preference(call) is IN_PAGES
     assert copying(call) == ["tiled", "reference"]
+    prompt = torch.zeros(1, 2, 50, 16)
+    whole = Call.checked(prompt, pool, pool, pages=pages)
+    assert [e.name for e in preference(whole)] == ["cpu", "sdpa", "decode", "tiled"]
+    assert not decode.refusals(whole) or "triton" in decode.refusals(whole)[0]
     order = [e.name for e in preference(Call.checked(query, query, query))]
     assert order == ["cpu", "sdpa", "decode", "tiled"]
     assert list(explain(query, pool, pool, pages=pages, observe=[TopK(1)]))[:2] == ["cpu", "decode"]

@@ -8,12 +8,16 @@ import pytest
 
 import regard
 from regard.call.opcodes import Op
+from regard.engines.blocks import launch as blocks
 from regard.engines.second_pass.triton import effect, few_queries, kernel_tuples
 from regard.ops.linear.triton import launch
 
+FOLDERS = (
+    "engines/second_pass/triton", "engines/blocks", "engines/decode", "ops/linear/triton"
+)  # fmt: skip
 SOURCES = [
     path
-    for folder in ("engines/second_pass/triton", "ops/linear/triton")
+    for folder in FOLDERS
     for path in sorted((Path(regard.__file__).parent / folder).glob("*.py"))
 ]
 MOST = 25
@@ -33,13 +37,14 @@ def test_no_kernel_has_more_parameters_than_can_be_read():
     found = {f"{p.stem}.{f.name}": f.args for p in SOURCES for f in jitted(p)}
     kernels = {"weigh", "sum_rows", "weigh_rows", "list_keys", "remove", "weigh_few", "join_few"}
     kernels |= {"pairs", "inverse", "walk", "read", "give", "walk_back", "products", "gradients"}
+    kernels |= {"attend_chunk", "join_chunks", "attend_rows", "mend_queries", "mend_keys"}
     assert kernels <= {name.split(".")[1] for name in found}
     counts = {n: len(a.posonlyargs + a.args + a.kwonlyargs) for n, a in found.items()}
     assert not {name: n for name, n in counts.items() if n > MOST}
     assert not [name for name, a in found.items() if a.vararg or a.kwarg]
 
 
-@pytest.mark.parametrize("module", [kernel_tuples, few_queries, effect, launch])
+@pytest.mark.parametrize("module", [kernel_tuples, few_queries, effect, blocks, launch])
 def test_what_kernels_take_is_flat(module):
     """Triton 3.6 loses what stands behind a tuple within a tuple."""
     tree = ast.parse(Path(module.__file__).read_text("utf-8"))

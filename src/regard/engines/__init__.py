@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..call.checked import Call
 from ..errors import NoEngine, RegardError
-from . import flex, hidden, reference, sdpa, sdpa_op, tiled
+from . import flex, hidden, reference, sdpa, sdpa_cuda, sdpa_op, tiled
+from .blocks import launch as blocks
 from .cpu import engine as cpu
 from .cpu import measured
 from .decode import engine as decode
@@ -34,6 +35,7 @@ class Engine(Protocol):
 PREFERENCE: tuple[Any, ...] = (cpu, sdpa, decode, tiled)
 YIELDING: tuple[Any, ...] = (sdpa, cpu, decode, tiled)  # PyTorch's kernel is measured to be faster
 IN_PAGES: tuple[Any, ...] = (cpu, decode, sdpa, tiled)
+ALL_OF_IT: tuple[Any, ...] = PREFERENCE  # in pages, as many queries as keys: then a copy is little
 READING_PAGES: tuple[Any, ...] = (cpu, decode)  # where they lie; others have a copy, in order
 BY_NAME: tuple[Any, ...] = (flex, reference)
 SPREADING: tuple[Any, ...] = (sdpa, flex)  # PyTorch's own, which multiply what is hidden by 0
@@ -43,7 +45,7 @@ ENGINES: Mapping[str, Any] = {e.name: e for e in (*PREFERENCE, *BY_NAME)}
 def preference(call: Call) -> tuple[Any, ...]:
     """The engines that `auto` tries for a call, in their order."""
     if call.pages is not None:
-        return IN_PAGES
+        return ALL_OF_IT if call.place.q_len == call.place.k_len else IN_PAGES
     return PREFERENCE if measured.faster(call) is None else YIELDING
 
 
@@ -55,19 +57,35 @@ def order(call: Call) -> str:
 
 def spreading(call: Call) -> list[str]:
     """What becomes of numbers that are hidden and not finite, by each engine that spreads them."""
-    if call.program.full and not call.biases:
+    if blocks.sees_all(call):
         return []
-    then = "a NaN or ∞ there spoils rows that do not see it; engine tiled keeps them apart"
-    if call.place.device.type == "cpu":
-        then = (
-            "where a NaN or ∞ is among it, it computes again with 0 there, and tiled the rows that "
-            "see one; in an exported program it does not look"
-        )
     return [
-        f"{engine.name} multiplies what is hidden by 0: {then}"
+        f"{engine.name} multiplies what is hidden by 0: {_then(engine, call)}"
         for engine in SPREADING
         if not engine.why_not(call)
     ]
+
+
+def _device(call: Call) -> str:
+    return call.place.device.type
+
+
+def _then(engine: Any, call: Call) -> str:
+    """What becomes of it."""
+    if _device(call) == "cpu":
+        return (
+            "where a NaN or ∞ is among it, it computes again with 0 there, and tiled the rows that "
+            "see one; in an exported program it does not look"
+        )
+    spoils = "a NaN or ∞ there spoils rows that do not see it; engine tiled keeps them apart"
+    if engine is not sdpa or not sdpa_cuda.serves(call):
+        return spoils
+    if reasons := blocks.refusals(call):
+        return f"{spoils}; the kernel that would mend them cannot: {'; '.join(reasons)}"
+    return (
+        "blocks of rows, or of gradients, that a NaN or ∞ there has spoiled are computed again by "
+        "Triton kernels, which look at what comes out; in an exported program nobody looks"
+    )
 
 
 def copying(call: Call) -> list[str]:

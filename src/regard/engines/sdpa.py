@@ -15,6 +15,7 @@ from ..call.mask_program import Program
 from ..call.opcodes import Op
 from . import functorch as transforms
 from . import sdpa_cuda
+from .blocks import launch as blocks
 from .sdpa_cuda import MASK_LIMIT, items, laid_out
 
 name = "sdpa"
@@ -24,7 +25,7 @@ def why_not(call: Call) -> list[str]:
     """PyTorch's kernel takes a mask but no cap, no sinks, and gives no gradient through lse."""
     reasons = []
     place = call.place
-    on_gpu = place.device.type == "cuda"
+    on_gpu = sdpa_cuda.serves(call)
     if place.device.type not in ("cpu", "cuda"):
         reasons.append(f"query is on {place.device}; this engine runs on cpu and cuda")
     if not on_gpu and call.value is not None and call.value.shape[-1] != call.query.shape[-1]:
@@ -48,7 +49,7 @@ def why_not(call: Call) -> list[str]:
         reasons.append("a bias needs gradients; its kernel gives none through its mask")
     if on_gpu:
         described = replace(call, program=_in_order(call))
-        return reasons + sdpa_cuda.why_not(described, _capability(call))
+        return reasons + sdpa_cuda.why_not(described, capability(call))
     if not _plain(call) and place.q_len * place.k_len * items(call) > MASK_LIMIT:
         reasons.append(
             f"the mask would be materialised: {place.q_len} × {place.k_len}; beyond 2²⁶ elements "
@@ -60,14 +61,23 @@ def why_not(call: Call) -> list[str]:
 def _in_order(call: Call) -> Program:
     """The mask once the keys are copied out of their pages: as it is where all items are as long.
 
-    So that PyTorch's kernels that know of no padding can serve those.
+    So that PyTorch's kernels that know of no padding can serve those; nor do they know of a causal
+    mask whose first query sees every key, as that of one query does.
     """
-    if call.pages is None or bool((call.pages.lengths == call.place.k_len).all()):
-        return call.program
-    return call.kept()
+    if call.pages is not None and not bool((call.pages.lengths == call.place.k_len).all()):
+        return call.kept()
+    if blocks.sees_all(replace(call, pages=None)):
+        return replace(call.program, code=(Op.FULL,), tensors=())
+    return call.program
 
 
-def _capability(call: Call) -> tuple[int, int]:
+def in_order(call: Call) -> Call:
+    """A call as PyTorch's kernels on CUDA take it."""
+    return replace(call.gathered(), program=_in_order(call))
+
+
+def capability(call: Call) -> tuple[int, int]:
+    """That of the call's GPU."""
     return torch.cuda.get_device_capability(call.place.device)
 
 
@@ -83,12 +93,16 @@ def _causal(call: Call) -> bool:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse); out is differentiable, lse is not."""
-    place = call.place
-    if place.device.type == "cuda":
-        if call.pages is not None:
-            call = replace(call.gathered(), program=_in_order(call))
-        return sdpa_cuda.forward(call, _capability(call))
+    """(out, lse); out is differentiable, lse is not.
+
+    On CUDA, what a hidden number has spoiled is mended, where nobody looks on (`sdpa_op`).
+    """
+    if sdpa_cuda.serves(call):
+        call = in_order(call)
+        out, lse = sdpa_cuda.forward(call, capability(call))
+        if blocks.launchable(call) and blocks.mendable(call):
+            blocks.mend(call, out.detach(), lse)
+        return out, lse
     mask, blind = _mask(call)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_tensors(call), 0.0, mask is None and not call.program.full, attn_mask=mask,

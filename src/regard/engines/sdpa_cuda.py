@@ -17,17 +17,30 @@ from ..call.checked import Call
 from ..call.geometry import Span
 from ..call.opcodes import Op
 
+ROWS = 32  # the memory-efficient kernel's log-sum-exp is that of whole blocks of them
 MASK_LIMIT = 2**26  # elements of a materialised mask: beyond it this would not be O(N)
 HALF = (torch.float16, torch.bfloat16)
+Laid = tuple[Tensor | None, Tensor | None]  # what is added to the scores; the rows that see nothing
+Gradients = tuple[Tensor, Tensor, Tensor]  # of query, key, value
+
+
+def serves(call: Call) -> bool:
+    """Whether a call is computed by these kernels, if any can."""
+    return call.place.device.type == "cuda"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One of PyTorch's kernels: why it cannot run a call on a GPU, and how it runs."""
+    """One of PyTorch's kernels: why it cannot run a call on a GPU, and how it runs.
+
+    forward, backward: of a call, and the mask as this kernel takes it, which `mask` lays out.
+    """
 
     name: str
     why_not: Callable[[Call, tuple[int, int]], list[str]]
-    forward: Callable[[Call], tuple[Tensor, Tensor]]
+    forward: Callable[[Call, Laid], tuple[Tensor, Tensor]]
+    backward: Callable[[Call, Laid, Tensor, Tensor, Tensor], Gradients]
+    mask: Callable[[Call], Laid] = lambda call: (None, None)
 
 
 def plain(call: Call) -> bool:
@@ -58,12 +71,20 @@ def _flash_why_not(call: Call, capability: tuple[int, int]) -> list[str]:
     return _fused(call, (8, 0), capability, 256)
 
 
-def _flash(call: Call) -> tuple[Tensor, Tensor]:
+def _flash(call: Call, laid: Laid) -> tuple[Tensor, Tensor]:
     assert call.value is not None
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         *_whole(call), 0.0, not call.program.full, False, scale=call.scale
     )
     return out, lse
+
+
+def _flash_back(call: Call, laid: Laid, out: Tensor, lse: Tensor, grad: Tensor) -> Gradients:
+    grads: Gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        _dense(grad), *_whole(call), out, lse, None, None, call.place.q_len, call.place.k_len, 0.0,
+        not call.program.full, *_undrawn(call, torch.uint64, (2,)), scale=call.scale,
+    )  # fmt: skip
+    return grads
 
 
 def _cudnn_why_not(call: Call, capability: tuple[int, int]) -> list[str]:
@@ -75,11 +96,19 @@ def _cudnn_why_not(call: Call, capability: tuple[int, int]) -> list[str]:
     return reasons
 
 
-def _cudnn(call: Call) -> tuple[Tensor, Tensor]:
+def _cudnn(call: Call, laid: Laid) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *_whole(call), None, True, 0.0, not call.program.full, False, scale=call.scale
     )
     return out, lse.reshape(call.query.shape[:3])
+
+
+def _cudnn_back(call: Call, laid: Laid, out: Tensor, lse: Tensor, grad: Tensor) -> Gradients:
+    grads: Gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        _dense(grad), *_whole(call), out, lse[..., None], *_undrawn(call, torch.int64), None, None,
+        None, call.place.q_len, call.place.k_len, 0.0, not call.program.full, scale=call.scale,
+    )  # fmt: skip
+    return grads
 
 
 def _efficient_why_not(call: Call, capability: tuple[int, int]) -> list[str]:
@@ -100,31 +129,68 @@ def _efficient_why_not(call: Call, capability: tuple[int, int]) -> list[str]:
     return reasons
 
 
-def _efficient(call: Call) -> tuple[Tensor, Tensor]:
+def _efficient_mask(call: Call) -> Laid:
+    if plain(call):
+        return None, None
     place = call.place
-    added = blind = None
-    if not plain(call):
-        added, blind = laid_out(call)
-        # Its rows must begin at multiples of 16 elements
-        added = torch.nn.functional.pad(added, (0, -place.k_len % 16))[..., : place.k_len]
-        added = added.expand(place.batch, place.heads, -1, -1)
-    query, key, value = _whole(call)
-    group = place.heads // place.kv_heads
-    if group > 1:
-        key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    added, blind = laid_out(call)
+    # Its rows must begin at multiples of 16 elements
+    added = torch.nn.functional.pad(added, (0, -place.k_len % 16))[..., : place.k_len]
+    return added.expand(place.batch, place.heads, -1, -1), blind
+
+
+def _efficient(call: Call, laid: Laid) -> tuple[Tensor, Tensor]:
+    added, blind = laid
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, added, True, 0.0, added is None and not call.program.full,
+        *_a_head_each(call), added, True, 0.0, added is None and not call.program.full,
         scale=call.scale,
     )  # fmt: skip
-    lse = lse[:, :, : place.q_len]  # it pads the rows
+    lse = lse[:, :, : call.place.q_len]  # it pads the rows
     if blind is None:
         return out, lse
     return out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
 
 
-FLASH = Kernel("flash", _flash_why_not, _flash)
-CUDNN = Kernel("cudnn", _cudnn_why_not, _cudnn)
-EFFICIENT = Kernel("efficient", _efficient_why_not, _efficient)
+def _efficient_back(call: Call, laid: Laid, out: Tensor, lse: Tensor, grad: Tensor) -> Gradients:
+    added, blind = laid
+    if blind is not None:
+        lse = lse.masked_fill(blind, 0)  # e to the power of −∞ − 0 is a weight of 0
+    lse = torch.nn.functional.pad(lse, (0, -call.place.q_len % ROWS), value=torch.inf)
+    d_query, *others, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        _dense(grad), *_a_head_each(call), added, out, lse, *_undrawn(call, torch.int64), 0.0,
+        [True, True, True, False], added is None and not call.program.full, scale=call.scale,
+    )  # fmt: skip
+    if call.place.heads > call.place.kv_heads:
+        others = [g.unflatten(1, (call.place.kv_heads, -1)).sum(2) for g in others]
+    return d_query, others[0], others[1]
+
+
+def _a_head_each(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_whole`, keys and values repeated for the heads that share them."""
+    query, key, value = _whole(call)
+    group = call.place.heads // call.place.kv_heads
+    if group > 1:
+        key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    return query, key, value
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """A gradient as the kernels take it: a sum's is one number, expanded."""
+    return grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
+
+
+def _undrawn(call: Call, dtype: torch.dtype, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """In the place of a seed and an offset of dropout, which nothing reads."""
+    device = call.place.device
+    return (
+        torch.empty(shape, dtype=dtype, device=device),
+        torch.empty((), dtype=dtype, device=device),
+    )
+
+
+FLASH = Kernel("flash", _flash_why_not, _flash, _flash_back)
+CUDNN = Kernel("cudnn", _cudnn_why_not, _cudnn, _cudnn_back)
+EFFICIENT = Kernel("efficient", _efficient_why_not, _efficient, _efficient_back, _efficient_mask)
 
 
 def preference(capability: tuple[int, int]) -> tuple[Kernel, ...]:
@@ -143,16 +209,24 @@ def preference(capability: tuple[int, int]) -> tuple[Kernel, ...]:
 
 def why_not(call: Call, capability: tuple[int, int]) -> list[str]:
     """Every kernel's reasons against a call, if none of them can run it."""
-    reasons = {k.name: k.why_not(call, capability) for k in preference(capability)}
-    if not all(reasons.values()):
-        return []
-    return [f"{name}: {', '.join(why)}" for name, why in reasons.items()]
+    reasons = []
+    for kernel in preference(capability):
+        why = kernel.why_not(call, capability)
+        if not why:
+            return []
+        reasons.append(f"{kernel.name}: {', '.join(why)}")
+    return reasons
+
+
+def kernel_of(call: Call, capability: tuple[int, int]) -> Kernel:
+    """The first kernel that can run a call."""
+    return next(k for k in preference(capability) if not k.why_not(call, capability))
 
 
 def forward(call: Call, capability: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the first kernel that can."""
-    kernel = next(k for k in preference(capability) if not k.why_not(call, capability))
-    return kernel.forward(call)
+    """(out, lse) by the first kernel that can; out is differentiable, lse is not."""
+    kernel = kernel_of(call, capability)
+    return kernel.forward(call, kernel.mask(call))
 
 
 def _whole(call: Call) -> tuple[Tensor, Tensor, Tensor]:

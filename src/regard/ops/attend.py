@@ -172,8 +172,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **request: Any) -> dict[s
 
     With `observe`, last, as "second pass by triton": what of it the Triton kernel does not read; it
     is read in plain torch then. With `pages`, as "pages": who copies keys and values out of them,
-    and how much. As "hidden", who multiplies what the mask hides by 0, and so lets a NaN there
-    spoil rows. As "order", where PyTorch's kernel is tried before ours: what was measured. Takes
+    and how much. As "hidden", who multiplies what the mask hides by 0, and what becomes of a NaN
+    there. As "order", where PyTorch's kernel is tried before ours: what was measured. Takes
     what `attention` takes, but `engine`. Inside `context_parallel`, first, as "by heads" and so on,
     each way's reasons, and as "travels" what the call would send; all ranks must ask.
     """

@@ -11,11 +11,11 @@ neighbours'.
 import triton
 import triton.language as tl
 
+from ..blocks.mix_kernel import mix
 from ..second_pass.triton.few_queries_kernel import rows_of_tile, tiles_of_chunk
-from ..second_pass.triton.scores_kernel import WIDEN, keys_of, places, queries, scores
+from ..second_pass.triton.scores_kernel import keys_of, places, queries, scores
 
 _PART = tl.constexpr(16)  # chunks that are joined at once
-_LOST = tl.constexpr(16384.0)  # 128², within float16
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def attend_chunk(call, mask, biases, chunked, values, parts, form, decoded):
             whole = tl.load(line + tile).to(tl.int32) >> 1
         cols = tile * N - chunked.k_lead + tl.arange(0, N)
         col_in = (cols >= 0) & (cols < end)
-        s, shown = scores(
+        s, _shown = scores(
             query, k, table, call, mask, biases, rows, cols, row_in, col_in, b, h, whole, form
         )
         higher = tl.maximum(top, tl.max(s, 1))
@@ -57,41 +57,14 @@ def attend_chunk(call, mask, biases, chunked, values, parts, form, decoded):
         own = v + places(cols, col_in, table, call, values.v_b, values.v_n, form)[:, None]
         own = own + dims[None, :] * values.v_d
         value = tl.load(own, mask=col_in[:, None] & dim_in[None, :], other=0)
-        mixed = mixed * fade[:, None] + _mix(p, value, shown)
+        # What a bias of −∞ hides is not seen, whatever the mask says
+        mixed = mixed * fade[:, None] + mix(p, value, s != float("-inf"))
         top = higher
     to = at * chunked.chunks + chunk
     tl.store(parts.top + to, top, row_in)
     tl.store(parts.total + to, total, row_in)
     to = to[:, None] * values.dim + dims[None, :]
     tl.store(parts.mixed + to, mixed, row_in[:, None] & dim_in[None, :])
-
-
-@triton.jit
-def _mix(p, value, shown):
-    """p · value, of pairs that are shown: 0 · NaN of a hidden one would be NaN."""
-    odd = (tl.abs(value.to(tl.float32)) < float("inf")) == 0
-    mixed = _product(p, tl.where(odd, 0, value), value)
-    if tl.max(odd.to(tl.int32)) > 0:  # beside it what rows see of the odd ones, as in `hidden.py`
-        # One product counts all kinds in digits of base 128, which up to 64 keys do not fill; what
-        # is above the second is NaN: a NaN, and infinities that a vanished weight multiplies
-        kind = tl.where(value == float("inf"), 1.0, tl.where(value == float("-inf"), 128.0, 0.0))
-        kind = tl.where(value != value, _LOST, kind)
-        found = _product(tl.where(shown, tl.where(p == 0, _LOST, 1.0), 0.0), kind, value)
-        lost = found >= _LOST
-        count = tl.where(lost, 0.0, found).to(tl.int32)
-        mixed = tl.where((count & 127) > 0, mixed + float("inf"), mixed)
-        mixed = tl.where((count >> 7) > 0, mixed - float("inf"), mixed)
-        mixed = tl.where(lost, float("nan"), mixed)
-    return mixed
-
-
-@triton.jit
-def _product(a, b, like):
-    """a · b in the type of `like`, summed in float32."""
-    if WIDEN:
-        return tl.dot(a, b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a.to(like.dtype), b.to(like.dtype), input_precision="ieee")
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Attention of one or a few queries on CUDA, forward alone, with keys and values read in place.
+"""Attention on CUDA, forward alone, with keys and values read in place.
 
-`auto` takes it where keys lie in pages: PyTorch's kernels would have them copied out first.
+Of one or a few queries, or of any number where keys lie in pages. There `auto` takes it: PyTorch's
+kernels would have them copied out first.
 """
 
 from __future__ import annotations
@@ -12,25 +13,15 @@ from torch import Tensor
 
 from ...call.checked import Call
 from .. import functorch as transforms
-from ..second_pass.triton import read as reading
+from ..blocks import launch as blocks
+from ..blocks.launch import ValueArgs
 from ..second_pass.triton.arguments import Shared, on_device, wide
 from ..second_pass.triton.few_queries import MOST_QUERIES, Chunks
+from ..second_pass.triton.forms import Buffers
 from ..second_pass.triton.kernel_tuples import fixed, strides
 
 name = "decode"
-MOST_DIM = 256  # of values
 WIDE = 8192  # numbers that a tile mixes, beyond which four warps would hold too many each
-
-
-class ValueArgs(NamedTuple):
-    """Values. Strides: v_b of a batch item, or a page; _h of a head, _n of a token, _d of a dim."""
-
-    value: Tensor
-    v_b: int
-    v_h: int
-    v_n: int
-    v_d: int
-    dim: int
 
 
 class PartArgs(NamedTuple):
@@ -50,7 +41,7 @@ class Decoded(NamedTuple):
 
 
 def why_not(call: Call) -> list[str]:
-    """It takes what the second pass takes, of few queries, and gives no gradients."""
+    """It takes what the second pass takes, and gives no gradients."""
     place, reasons = call.place, []
     if place.device.type != "cuda":
         reasons.append(f"query is on {place.device}; this engine runs on cuda")
@@ -59,11 +50,11 @@ def why_not(call: Call) -> list[str]:
 
 def refusals(call: Call) -> list[str]:
     """The reasons why its kernels cannot compute this call, wherever it is."""
-    reasons = reading.why_not(call)
-    if call.place.q_len > MOST_QUERIES:
-        reasons.append(f"q_len is {call.place.q_len}; it takes at most {MOST_QUERIES} queries")
-    if call.value is not None and not 0 < call.value.shape[-1] <= MOST_DIM:
-        reasons.append(f"v_dim is {call.value.shape[-1]}; it takes 1 to {MOST_DIM}")
+    reasons = blocks.refusals(call)
+    if call.place.q_len > MOST_QUERIES and call.pages is None:
+        reasons.append(
+            f"q_len is {call.place.q_len}; beyond {MOST_QUERIES} it takes keys in pages alone"
+        )
     if call.dropout is not None:
         reasons.append("dropout is given; this engine has none")
     if call.needs_grad:
@@ -75,11 +66,11 @@ def refusals(call: Call) -> list[str]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call that it can run."""
-    return attend(call)
+    return blocks.attend(call) if call.place.q_len > MOST_QUERIES else attend(call)
 
 
 def attend(call: Call, block_k: int | None = None) -> tuple[Tensor, Tensor]:
-    """out (batch, heads, q_len, v_dim) in the query's type, lse (batch, heads, q_len) float32.
+    """Of few queries: out (batch, heads, q_len, v_dim) in the query's type, lse float32.
 
     block_k: keys of a tile, a power of two from 16; by default chosen for the call.
     Memory beside them: v_dim + 2 numbers for each row and chunk of 512 keys.
@@ -97,8 +88,12 @@ def attend(call: Call, block_k: int | None = None) -> tuple[Tensor, Tensor]:
     lse, out = new(*rows), new(*rows, v_dim, dtype=call.query.dtype)
     shared = Shared(call, lse)
     cut = Chunks(shared, block_k)
-    lines = (*rows, cut.chunks)
-    parts = PartArgs(new(*lines), new(*lines), new(*lines, v_dim))
+    held, lines = Buffers(place.device), (*rows, cut.chunks)
+    held.ask("top", *lines)
+    held.ask("total", *lines)
+    held.ask("mixed", *lines, v_dim)
+    held.make()
+    parts = PartArgs(held["top"], held["total"], held["mixed"])
     decoded = fixed(Decoded(CHUNK=cut.per_chunk, Q=cut.padded, DV=wide(v_dim)))
     warps = 4 if cut.block_q * wide(v_dim) <= WIDE else 8
     with on_device(place.device):

@@ -87,8 +87,8 @@ def _measure(call: Call, lse: Tensor, out: Tensor, effect: Effect) -> Measure | 
 
 def _read(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> list[Any]:
     """The results of one pass."""
-    if call.pages is not None:
-        return _read_pages(call, observers, lse, shard)
+    if call.pages is not None or _at_once(call, observers, lse):
+        return _by_kernel(call, observers, lse, shard)
     norms = [_norms(o, call) for o in observers if isinstance(o, NormTopK)]
     packed = tuple(_detached(argument) for argument in pack(call))
     tensors = torch.ops.regard.weigh(
@@ -103,8 +103,18 @@ def _read(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> li
     return results
 
 
-def _read_pages(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> list[Any]:
-    """The results of one pass by the kernel, which reads keys in their pages.
+def _at_once(call: Call, observers: list[Observer], lse: Tensor) -> bool:
+    """Whether the kernel gathers some, and nobody looks on who would have to see an op of torch."""
+    return (
+        transforms.unwatched(call.query, call.key, lse)
+        and not kernel_refuses(call)
+        and any(not reading.refuses(o) for o in observers)
+    )
+
+
+@torch.no_grad()
+def _by_kernel(call: Call, observers: list[Observer], lse: Tensor, shard: bool) -> list[Any]:
+    """The results of one pass by the kernel, which reads keys in pages where they lie.
 
     What it does not gather is read in torch, from a copy of the keys in order.
     """

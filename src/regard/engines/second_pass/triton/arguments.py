@@ -13,6 +13,7 @@ from torch import Tensor
 from ....call.biases import Kind
 from ....call.checked import Call
 from ....call.observers import Distances, Entropy, Map, MaxScore, Observer, Received, TopK
+from .forms import by_form, unread
 from .kernel_tuples import BiasArgs, CallArgs, Form, MaskArgs, fixed, strides
 from .mask_records import Instructions, instructions
 
@@ -72,9 +73,7 @@ class Shared:
         place = call.place
         self.masked = not call.program.full
         device = place.device
-        # In the place of what a kernel is compiled not to read
-        nothing = torch.empty(1, dtype=torch.float32, device=device)
-        self.none = torch.empty(1, dtype=torch.int64, device=device)
+        nothing, self.none, self.table, no_bias = unread(device)
         self.sinks = nothing if call.sinks is None else call.sinks.to(torch.float32)
         self.slopes = self.relative = nothing
         self.alibi = self.has_relative = False
@@ -96,11 +95,11 @@ class Shared:
         self.dense = len(dense)
         added: list[Any] = []
         for n in range(MOST_DENSE):
-            tensor = dense[n] if n < len(dense) else nothing.view(1, 1, 1, 1)
+            tensor = dense[n] if n < len(dense) else no_bias
             steps = (0 if tensor.shape[d] == 1 else tensor.stride(d) for d in range(4))
             added += [tensor, *steps]
         self.biases = BiasArgs(self.slopes, self.relative, self.width, -least, *added)
-        self.table = self.lengths = torch.empty(1, dtype=torch.int32, device=device)
+        self.lengths = self.table
         self.paged, self.page_size = call.pages is not None, 1
         if call.pages is not None:
             self.table = call.pages.table.to(torch.int32).contiguous()
@@ -144,7 +143,8 @@ class Shared:
         )  # fmt: skip
 
 
-def ends(edges: Sequence[int], device: torch.device) -> Tensor:
+@by_form(64)
+def ends(device: torch.device, edges: tuple[int, ...]) -> Tensor:
     """Where each bin of distances begins, and the last one ends: int32."""
     most = 2**31 - 1
     given = [min(e, most) for e in (*edges, most)]

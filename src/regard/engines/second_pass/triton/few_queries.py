@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....call.mask_program import Program
 from ....call.observers import Map
 from .arguments import Launch, Shared, ends, on_device, power
+from .forms import Buffers, by_form, unread
 from .kernel_tuples import BinArgs, ColumnArgs, fixed
 
 MOST_QUERIES = 16
@@ -73,51 +75,55 @@ def gather(plan: Launch, shared: Shared, shard: bool, block_k: int | None) -> No
     Memory beside the results: what rows gather, once a chunk of 512 keys.
     """
     call, place, device = shared.call, shared.call.place, shared.call.place.device
-    few = _Few(shared, block_k)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
-        made = torch.zeros if zero else torch.empty
-        return made(shape, dtype=dtype, device=device)
-
+    few, held, found = _Few(shared, block_k), Buffers(device), plan.found
     rows = (place.batch, place.heads, place.q_len)
-    unused, found = new(1), plan.found
-    before = unused
-    if plan.columns:
-        before = new(*rows)
-        if shard:
-            before.fill_(1)
-        else:
-            sums = {"mass": new(*rows, few.chunks)}
-            few.weigh(sums, before, Launch(), SUMS=True)
-            few.join(sums, {"mass": before}, Launch(), shard, SUMS=True)
+    each = (*rows, few.chunks)
 
-    given: dict[str, Tensor] = {"mass": new(*rows, few.chunks)}
-    found["mass"] = new(*rows)
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    # What the observers keep has memory of its own; all else goes together
+    held.ask("sum", *rows)
+    held.ask("mass", *each)
+    if plan.columns:
+        held.ask("before", *rows)
+        held.ask("sums", *each)
     if plan.entropy:
-        given["spread"], found["entropy"] = new(*rows, few.chunks), new(*rows)
+        held.ask("spread", *each)
+        found["entropy"] = new(*rows)
     if plan.score:
-        given["highest"] = new(*rows, few.chunks, dtype=torch.int32)
+        held.ask("highest", *each, dtype=torch.int32)
         found["score"] = new(*rows)
     if plan.listed:
-        listed = (*rows, few.chunks, plan.listed)
-        given["best"], given["names"] = new(2, *listed, dtype=torch.int32)
+        for name in ("best", "names"):
+            held.ask(name, *each, plan.listed, dtype=torch.int32)
         found["names"] = new(*rows, plan.listed, dtype=torch.int32)
         found["listed"] = new(*rows, plan.listed)
     if plan.received is not None:
         spread = call.program.spread()
         if shared.paged:  # an item sees its own keys
             spread = (place.batch, spread[1])
-        found["columns"] = new(*rows[:2], place.k_len, zero=True)
-        given["columns"] = found["columns"]
-        given["counts"] = new(*spread, place.k_len, dtype=torch.int32, zero=True)
-        found["counts"] = given["counts"].expand(found["columns"].shape)
+        held.ask("counts", *spread, place.k_len, dtype=torch.int32, zero=True)
+        found["columns"] = torch.zeros(*rows[:2], place.k_len, dtype=torch.float32, device=device)
     if plan.map is not None:
-        width = few.k_blocks * few.cells_of_a_tile(plan.map)
-        given["cells"] = new(*rows, width, zero=True)
+        held.ask("cells", *rows, few.k_blocks * few.cells_of_a_tile(plan.map), zero=True)
     if plan.distances is not None:
         bins = power(len(plan.distances))
-        given["past"], given["future"] = new(2, *rows[:2], few.chunks, bins)
-        found["past"], found["future"] = new(2, *rows[:2], bins)
+        for name in ("past", "future"):
+            held.ask(name, *rows[:2], few.chunks, bins)
+            found[name] = new(*rows[:2], bins)
+    held.make()
+    found["mass"], given = held["sum"], dict(held.made)
+    if plan.received is not None:
+        given["columns"] = found["columns"]
+        found["counts"] = given["counts"].expand(found["columns"].shape)
+    before = held["before"]
+    if plan.columns and shard:
+        before.fill_(1)
+    elif plan.columns:
+        sums = {"mass": held["sums"]}
+        few.weigh(sums, before, Launch(), SUMS=True)
+        few.join(sums, {"mass": before}, Launch(), shard, SUMS=True)
     few.weigh(given, before, plan)
     few.join(given, found, plan, shard)
     if plan.map is not None:
@@ -152,14 +158,33 @@ class Chunks:
         shared, place = self.shared, self.call.place
         if not shared.masked:
             return shared.none, 0, 0
-        table = self.call.program.tiles(MOST_QUERIES, self.block_k, (0, self.lead))
-        some, every = table.some[:, :, 0], table.every[:, :, 0]
-        if some.shape[1] > 1:
-            some = some.unflatten(1, (place.kv_heads, -1)).any(2)
-            every = every.unflatten(1, (place.kv_heads, -1)).all(2)
-        classes = (some.to(torch.uint8) + 2 * every.to(torch.uint8)).contiguous()
+        program = self.call.program
+        cut = (place.kv_heads, self.block_k, self.lead)
+        if program.tensors:
+            classes = _classes(program, *cut)
+        else:
+            at = (place.q_len, place.k_len, place.query_start, place.key_start)
+            classes = _classes_by_code(place.device, program.code, at, cut)
         batch, heads, _ = classes.shape
         return classes, classes.stride(0) * (batch > 1), classes.stride(1) * (heads > 1)
+
+
+@by_form(64, lambda made: made.nbytes)
+def _classes_by_code(
+    device: torch.device, code: tuple[int, ...], place: tuple[int, int, int, int],
+    cut: tuple[int, int, int],
+) -> Tensor:  # fmt: skip
+    """Of a program that holds no tensor."""
+    return _classes(Program(code, (), *place, device), *cut)
+
+
+def _classes(program: Program, kv_heads: int, block_k: int, lead: int) -> Tensor:
+    table = program.tiles(MOST_QUERIES, block_k, (0, lead))
+    some, every = table.some[:, :, 0], table.every[:, :, 0]
+    if some.shape[1] > 1:
+        some = some.unflatten(1, (kv_heads, -1)).any(2)
+        every = every.unflatten(1, (kv_heads, -1)).all(2)
+    return (some.to(torch.uint8) + 2 * every.to(torch.uint8)).contiguous()
 
 
 class _Few(Chunks):
@@ -167,7 +192,7 @@ class _Few(Chunks):
 
     def __init__(self, shared: Shared, block_k: int | None) -> None:
         super().__init__(shared, block_k)
-        self.unused = torch.empty(1, dtype=torch.float32, device=self.call.place.device)
+        self.unused = unread(self.call.place.device)[0]
 
     def cells_of_a_tile(self, wanted: Map) -> int:
         return max(self.block_k // wanted.cells(self.call.place)[1].size, 1)
@@ -181,7 +206,7 @@ class _Few(Chunks):
         place, shared = self.call.place, self.shared
         edges = self.unused
         if plan.distances is not None:
-            edges = ends(plan.distances, place.device)
+            edges = ends(place.device, plan.distances)
         items, heads = given["counts"].shape[:2] if "counts" in given else (0, 0)
         at = self.named(given)
         first, last = plan.received or (0, 0)
@@ -255,6 +280,8 @@ def _pool(
     cells: Tensor, dim: int, begin: int, size: int, first: int, count: int, wanted: Map
 ) -> Tensor:
     """Cells along dim, the first of them number `begin`, pooled by `size`: `first` and so on."""
+    if size == 1:
+        return cells.narrow(dim, first - begin, count).contiguous()
     ahead = begin % size
     back = -(cells.shape[dim] + ahead) % size
     pad = [0, 0] * (cells.dim() - 1 - dim) + [ahead, back]

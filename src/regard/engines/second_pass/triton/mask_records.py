@@ -15,10 +15,17 @@ from torch import Tensor
 
 from ....call.mask_program import Program
 from ....call.opcodes import Op
+from .forms import by_form
 
 WORDS = 8  # of a record
 DEEPEST = 31  # answers on the stack: the bits of an int32
 LONGEST = 2**30  # numbers and positions stay below it, so that int32 holds their sums
+
+
+@by_form(16)
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """In the place of a pool that no record reads."""
+    return torch.empty(1, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +73,15 @@ def instructions(program: Program) -> Instructions:
         record += [min(max(n, -LONGEST), LONGEST) for n in args[count:]]
         records.append([*record, *[0] * (WORDS - len(record))])
         kinds |= 1 << op
-    table = torch.tensor(records, dtype=torch.int64, device="cpu").to(
-        program.device, non_blocking=True
-    )
+    table = _table(program.device, tuple(map(tuple, records)))
     return Instructions(table, integers.joined(), octets.joined(), kinds)
+
+
+@by_form(256)
+def _table(device: torch.device, records: tuple[tuple[int, ...], ...]) -> Tensor:
+    """On the device, where a kernel reads them."""
+    table = torch.tensor(records, dtype=torch.int64, device="cpu")
+    return table.to(device, non_blocking=True)
 
 
 class _Pool:
@@ -97,6 +109,8 @@ class _Pool:
         return [offset, *(0 if shape[d] == 1 else tensor.stride(d) for d in range(tensor.dim()))]
 
     def joined(self) -> Tensor:
+        if not self.parts:
+            return _nothing(self.device, self.dtype)
         if len(self.parts) == 1 and self.length:
             return self.parts[0]
         # Never without an address, though nothing may read it

@@ -29,9 +29,19 @@ from ....call.observers import (
 from ....errors import RegardError
 from . import few_queries as few
 from .arguments import MOST_DENSE, Launch, Shared, ends, launches, on_device, power, wide
+from .forms import Buffers
 from .kernel_tuples import BinArgs, CellArgs, ColumnArgs, Gathered, ListArgs, TileArgs, fixed
 from .mask_records import DEEPEST, LONGEST, depth
-from .tile_grid import FAN, Grid, Leaves, aligned, band_of, counts_of, listed_tiles
+from .tile_grid import (
+    FAN,
+    Grid,
+    Leaves,
+    Listed,
+    aligned,
+    band_of,
+    counts_of,
+    listed_tiles,
+)
 
 READS = (TopK, Received, Entropy, MaxScore, LogSumExp, Map, Distances, Rows)
 MOST_LISTED = 64  # a row's list stands in registers
@@ -43,9 +53,13 @@ CHOSEN_AT_ONCE = 4096  # maxima in registers, of a few rows
 PRODUCTS_AT_ONCE = 2048  # in a warp's registers
 
 
+# Once, as no compiler can trace the question
+_FOUND = importlib.util.find_spec("triton") is not None
+
+
 def installed() -> bool:
     """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND
 
 
 def why_not(call: Call) -> list[str]:
@@ -118,6 +132,8 @@ def _result(observer: Observer, plans: list[Launch], shared: Shared, shard: bool
         return [_rows(observer, shared, shard)]
     if isinstance(observer, TopK):
         found, k = plans[0].found, observer.k
+        if k == plans[0].listed and "rest" in found:
+            return [found[name] for name in ("names", "listed", "rest", "sink")]
         listed = found["listed"][..., :k].contiguous()
         rest = (found["mass"] - listed.sum(-1)).clamp(min=0)
         sink = torch.zeros_like(rest)
@@ -131,7 +147,11 @@ def _result(observer: Observer, plans: list[Launch], shared: Shared, shard: bool
     if isinstance(observer, Received):
         span = observer.span(place)
         found = next(p.found for p in plans if p.received == span)
-        return [t.clone() for t in observer.pool(found["columns"], found["counts"], place)]
+        total, count = observer.pool(found["columns"], found["counts"], place)
+        if total is found.get("handed"):  # to another observer of these rows
+            total = total.clone()
+        found["handed"] = total
+        return [total, count.clone(memory_format=torch.contiguous_format)]  # those may be kept
     if isinstance(observer, Map):
         return [next(p.found for p in plans if p.map == observer)["cells"]]
     assert isinstance(observer, Distances)
@@ -186,56 +206,61 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     programs = max(PROGRAMS, MOST_SUMS // place.k_len) if plan.columns else q_blocks * place.heads
     splits = min(q_blocks, -(-programs // place.heads))
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
-        made = torch.zeros if zero else torch.empty
-        return made(shape, dtype=dtype, device=device)
-
     rows = (place.batch, place.heads, place.q_len)
-    found = plan.found
-    unused = new(1)
-    found["mass"] = new(*rows)
-    found["entropy"] = new(*rows) if plan.entropy else unused
-    found["score"] = new(*rows) if plan.score else unused
-    columns, seen, spread, counts = unused, unused, (0, 0), None
+    found, held = plan.found, Buffers(device)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    # What the observers keep has memory of its own; all else goes together
+    held.ask("queue", 1, dtype=torch.int32, zero=True)
+    held.ask("mass", *rows)
+    found["entropy"] = new(*rows) if plan.entropy else held.unread
+    found["score"] = new(*rows) if plan.score else held.unread
+    spread, counts = (0, 0), None
+    if plan.columns and not shard:
+        held.ask("before", *rows)
     if plan.received is not None:
-        lines = (place.batch, place.heads, splits, place.k_len)
-        columns = new(*lines, zero=True)
+        lines = (splits, place.k_len)
+        held.ask("columns", *rows[:2], *lines, zero=True)
         counts = counts_of(shared, plan.received, band)
         if counts is None:
             spread = call.program.spread()
             if shared.paged:  # an item sees its own keys
                 spread = (place.batch, spread[1])
-            seen = new(*spread, *lines[2:], dtype=torch.int32, zero=True)
-    cells, grid = unused, Grid(1, 1, 1, 0, 1)
+            held.ask("seen", *spread, *lines, dtype=torch.int32, zero=True)
+    cells, grid = held.unread, Grid(1, 1, 1, 0, 1)
     if plan.map is not None:
         grid = Grid.of(plan.map, call, blocks)
-        lines = (place.batch, place.heads, q_blocks * grid.rows, grid.width)
-        cells = new(*lines, zero=True)
-    past, future, edges, bins = unused, unused, unused, 0
+        lines = (q_blocks * grid.rows, grid.width)
+        cells = torch.zeros(*rows[:2], *lines, dtype=torch.float32, device=device)
+    edges, bins = held.unread, 0
     if plan.distances is not None:
         bins = power(len(plan.distances))
-        past, future = (new(place.batch, place.heads, splits, bins) for _ in range(2))
-        edges = ends(plan.distances, device)
+        for name in ("past", "future"):
+            held.ask(name, *rows[:2], splits, bins)
+        edges = ends(device, plan.distances)
     items = splits * place.heads * place.batch
-    queue = new(1, dtype=torch.int32, zero=True)
     grid_size, kept, top = items, 0, 0
     leaves = Leaves(4, 1, 1, 4, 0)
-    maxima = fans = chosen = totals = unused
     if plan.listed:
         grid_size = _programs(call, items)
         leaves = Leaves.of(plan.listed, k_blocks, block_k)
         kept, top = leaves.kept, power(leaves.kept)
         line = block_q * leaves.width
-        maxima = new(grid_size, leaves.lines, line)
-        fans = new(grid_size, -(-leaves.lines // FAN), line)
-        chosen = new(*rows, kept, dtype=torch.int32)
-        totals = new(*rows)
+        held.ask("maxima", grid_size, leaves.lines, line)
+        held.ask("fans", grid_size, -(-leaves.lines // FAN), line)
+        held.ask("chosen", *rows, kept, dtype=torch.int32)
+        held.ask("totals", *rows)
+    held.make()
+    found["mass"] = held["mass"]
     first, last = plan.received or (0, 0)
     even = not shared.paged and not lead[1] and place.k_len % block_k == 0
     options = _options(call, plan)
     form = shared.form(block_q, block_k, band is not None)
-    none = shared.none
-    listed = (none, none, 0, 0) if band else listed_tiles(shared, blocks, lead)
+    listed: Listed = (shared.none, shared.none, 0, 0)
+    if band is None:
+        listed = listed_tiles(shared, blocks, lead)
     tiles = TileArgs(*listed, *(band or (0, 0)), *lead, q_blocks, k_blocks)
     common = (shared.args, shared.mask_args(band is None), shared.biases, tiles)
     gathered = fixed(
@@ -249,41 +274,46 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
             BINS=bins,
         )
     )  # fmt: skip
-    before = unused
+    before = held["before"]
     with on_device(device):
         if plan.columns and not shard:
-            before = new(*rows)
             sum_rows[(q_blocks * place.heads * place.batch,)](*common, before, form, **options)
         weigh[(grid_size,)](
-            *common, before, splits, items, queue,
-            found["mass"], found["entropy"], found["score"],
-            ListArgs(maxima, fans, chosen, totals, plan.listed, kept),
-            ColumnArgs(columns, seen, *spread, first, last),
+            *common, before, splits, items, held["queue"],
+            held["mass"], found["entropy"], found["score"],
+            ListArgs(
+                held["maxima"], held["fans"], held["chosen"], held["totals"], plan.listed, kept
+            ),
+            ColumnArgs(held["columns"], held["seen"], *spread, first, last),
             CellArgs(cells, grid.size, grid.first, grid.width),
-            BinArgs(past, future, edges, len(plan.distances or ())), form, gathered, **options,
+            BinArgs(held["past"], held["future"], edges, len(plan.distances or ())),
+            form, gathered, **options,
         )  # fmt: skip
         if plan.listed:
             found["names"] = new(*rows, plan.listed, dtype=torch.int32)
             found["listed"] = new(*rows, plan.listed)
+            found["rest"], found["sink"] = new(*rows), new(*rows)
             at_once = power(plan.listed)  # leaves
             warps, depth = _warps(at_once * leaves.size(block_k), wide(call.query.shape[-1]))
             turn_rows = 32 if WIDEN.value else 1  # the interpreter takes many at once
             parts = -(-place.q_len // turn_rows)
             list_keys[(parts * place.heads * place.batch,)](
-                *common, totals, chosen, kept, parts, found["names"], found["listed"],
-                plan.listed, form, TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles,
-                R=turn_rows, DEPTH=depth, num_warps=warps, enable_fp_fusion=True,
+                *common, held["totals"], held["mass"], held["chosen"], kept, parts,
+                found["names"], found["listed"], found["rest"], found["sink"], plan.listed, form,
+                TOP=at_once, WIDTH=leaves.width, TILES=leaves.tiles, R=turn_rows,
+                DEPTH=depth, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     if plan.received is not None:
-        found["columns"] = columns.sum(2)
+        found["columns"] = held["columns"].sum(2)
         if counts is None:
-            counts = seen.sum(2, dtype=torch.int32)
+            counts = held["seen"].sum(2, dtype=torch.int32)
         found["counts"] = counts.expand(found["columns"].shape)
     if plan.map is not None:
         found["cells"] = grid.whole(cells, plan.map, call, block_q)
     if plan.distances is not None:
         found["past"], found["future"] = (
-            t.sum(2)[..., : len(plan.distances)].contiguous() for t in (past, future)
+            held[name].sum(2)[..., : len(plan.distances)].contiguous()
+            for name in ("past", "future")
         )
 
 

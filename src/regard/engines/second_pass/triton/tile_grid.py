@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ....call.checked import Call
+from ....call.mask_program import Program
 from ....call.observers import Map
 from ....call.opcodes import Op
 from .arguments import Shared, power
+from .forms import by_form
 
 MOST_LEAVES = 2048  # of a row: what the pass keeps of it for its list, see `listing`
 LEAST_LEAF = 8  # keys
@@ -69,11 +71,12 @@ class Grid:
         begin = (place.query_start - place.query_start % block_q) // height
         per = rows.size // height  # of them in a cell
         ahead = begin % per
-        cells = torch.nn.functional.pad(cells, (0, 0, ahead, -(cells.shape[2] + ahead) % per))
-        cells = cells.unflatten(2, (-1, per))
-        pooled = cells.amax(3) if wanted.reduce == "max" else cells.sum(3)
         skip = rows.first - (begin - ahead) // per
-        return pooled[:, :, skip : skip + rows.count].contiguous()
+        if per > 1:
+            cells = torch.nn.functional.pad(cells, (0, 0, ahead, -(cells.shape[2] + ahead) % per))
+            cells = cells.unflatten(2, (-1, per))
+            cells = cells.amax(3) if wanted.reduce == "max" else cells.sum(3)
+        return cells.narrow(2, skip, rows.count).contiguous()
 
 
 def aligned(
@@ -90,9 +93,10 @@ def aligned(
     return lead, (-(-lengths[0] // blocks[0]), -(-lengths[1] // blocks[1]))
 
 
-def listed_tiles(
-    shared: Shared, blocks: tuple[int, int], lead: tuple[int, int]
-) -> tuple[Tensor, Tensor, int, int]:
+Listed = tuple[Tensor, Tensor, int, int]
+
+
+def listed_tiles(shared: Shared, blocks: tuple[int, int], lead: tuple[int, int]) -> Listed:
     """Each block's tiles that are not empty, ascending, and how many: (…, q blocks, k blocks).
 
     An entry is 2 · the tile's number, + 1 where the mask shows it whole. Then how many blocks of
@@ -101,7 +105,24 @@ def listed_tiles(
     """
     if not shared.masked:
         return shared.none, shared.none, 0, 0
-    table = shared.call.program.tiles(*blocks, lead)
+    program = shared.call.program
+    if program.tensors:
+        return _listed(program, blocks, lead)
+    place = (program.q_len, program.k_len, program.query_start, program.key_start)
+    return _listed_by_code(program.device, program.code, place, blocks, lead)
+
+
+@by_form(16, lambda made: made[0].nbytes)
+def _listed_by_code(
+    device: torch.device, code: tuple[int, ...], place: tuple[int, int, int, int],
+    blocks: tuple[int, int], lead: tuple[int, int],
+) -> Listed:  # fmt: skip
+    """Of a program that holds no tensor."""
+    return _listed(Program(code, (), *place, device), blocks, lead)
+
+
+def _listed(program: Program, blocks: tuple[int, int], lead: tuple[int, int]) -> Listed:
+    table = program.tiles(*blocks, lead)
     number = torch.arange(table.some.shape[-1], dtype=torch.int32, device=table.some.device)
     entry = torch.where(table.some, 2 * number + table.every.to(torch.int32), _MOST_INT)
     batch, heads, q_blocks, _ = entry.shape
@@ -142,10 +163,19 @@ def counts_of(
     place = shared.call.place
     if shared.paged or (shared.masked and band is None):
         return None
-    first, last = max(span[0], 0), min(span[1], place.q_len)
-    behind, ahead = band or (2 * FAR, 2 * FAR)
+    rows = (max(span[0], 0), min(span[1], place.q_len))
+    start = place.key_start - place.query_start
+    return _counts(place.device, place.k_len, start, rows, band or (2 * FAR, 2 * FAR))
+
+
+@by_form(64, lambda made: made.nbytes)
+def _counts(
+    device: torch.device, k_len: int, start: int, rows: tuple[int, int], band: tuple[int, int]
+) -> Tensor:  # fmt: skip
+    """Not to be written to. start: of the keys, from the first query's position."""
+    (first, last), (behind, ahead) = rows, band
     # of a key, the first query that sees it, and the last one
-    keys = torch.arange(place.k_len, dtype=torch.int32, device=place.device)
-    keys += place.key_start - place.query_start
+    keys = torch.arange(k_len, dtype=torch.int32, device=device)
+    keys += start
     seen = (keys + (behind + 1)).clamp_(max=last) - (keys - ahead).clamp_(min=first)
     return seen.clamp_(min=0).view(1, 1, -1)

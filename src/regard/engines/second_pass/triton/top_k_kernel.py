@@ -105,14 +105,16 @@ def choose(
 
 @triton.jit
 def list_keys(
-    call, mask, biases, tiles, totals, chosen, kept, parts, names_out, listed_out, listed, form,
+    call, mask, biases, tiles, totals, mass, chosen, kept, parts, names_out, listed_out, rest_out,
+    sink_out, listed, form,
     TOP: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The largest weights of R rows from the keys of their chosen leaves, TOP leaves at a time.
 
     totals (batch, heads, q_len): the rows' sums of exp(score − lse). M, N, tiles: as `weigh` had
-    them. TILES: of a leaf. DEPTH: dims at a time.
+    them; mass: what each row's weights sum to. TILES: of a leaf. DEPTH: dims at a time. Of the rows
+    also what is not listed, and what the sink takes.
     """
     M: tl.constexpr = form.M
     N: tl.constexpr = form.N
@@ -209,4 +211,12 @@ def list_keys(
     to = at[:, None] * listed + slots
     mine = row_in[:, None] & (slots < listed)
     tl.store(names_out + to, tl.where(absent, -1, names + call.key_start), mine)
-    tl.store(listed_out + to, tl.where(lost, 0.0, weight), mine)
+    weight = tl.where(lost, 0.0, weight)
+    tl.store(listed_out + to, weight, mine)
+    rest = tl.load(mass + at, mask=row_in, other=0.0)
+    rest -= tl.sum(tl.where(slots < listed, weight, 0.0), 1)
+    tl.store(rest_out + at, tl.where(rest < 0.0, 0.0, rest), row_in)  # NaN stays
+    sink = tl.zeros([R], tl.float32)
+    if form.SINKS:
+        sink = tl.exp(tl.load(call.sinks + h) - given)
+    tl.store(sink_out + at, sink, row_in)
