@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from ..call.masks import Full, Mask, Padding
 from ..errors import RegardError
-from ..models import LanguageModel, ModelConfig, TextEncoder, Translator
+from ..models import LanguageModel, ModelConfig, RecurrentTranslator, TextEncoder, Translator
 
 _NAMES = {
     "vocab_size": "vocab",
@@ -77,6 +77,12 @@ class RegardTranslatorConfig(RegardConfig):
     model_type = "regard-translator"
 
 
+class RegardRecurrentTranslatorConfig(RegardConfig):
+    """Of a `RecurrentTranslator`."""
+
+    model_type = "regard-recurrent-translator"
+
+
 @dataclass
 class WrittenOutput(ModelOutput):
     """logits (batch, length, vocab), and the vectors that they are made of."""
@@ -87,8 +93,16 @@ class WrittenOutput(ModelOutput):
     encoder_last_hidden_state: Tensor | None = None
 
 
+@dataclass
+class ReadOutput(ModelOutput):
+    """What a recurrent encoder made of its source: a vector a token, and what it ends with."""
+
+    last_hidden_state: Tensor | None = None
+    final: Tensor | None = None  # (batch, dim)
+
+
 class _Wrapped(PreTrainedModel):
-    """What the three share: the model of ours inside."""
+    """What all share: the model of ours inside."""
 
     made: type[nn.Module]
     _supports_sdpa = False
@@ -178,6 +192,23 @@ class _EncoderPart(nn.Module):
         return BaseModelOutput(last_hidden_state=vectors)
 
 
+class _RecurrentEncoderPart(nn.Module):
+    """The same of a recurrent one."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: Any, model: RecurrentTranslator) -> None:
+        super().__init__()
+        self.config, self.model = config, model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **rest: Any
+    ) -> ReadOutput:
+        keep = input_ids != self.config.pad if attention_mask is None else attention_mask
+        vectors, final = self.model.read(input_ids, keep.bool())
+        return ReadOutput(last_hidden_state=vectors, final=final)
+
+
 class RegardForConditionalGeneration(_Wrapped, GenerationMixin):
     """`regard.models.Translator`."""
 
@@ -207,22 +238,44 @@ class RegardForConditionalGeneration(_Wrapped, GenerationMixin):
             attention_mask = input_ids != self.config.pad
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
-        memory = encoder_outputs[0]
-        hidden, _ = self.model.decoder(
-            decoder_input_ids, self.model.embedding, memory, memory_mask=_padding(attention_mask)
-        )
+        hidden = self._decoded(decoder_input_ids, encoder_outputs, attention_mask)
         logits = self.model.head(hidden)
         return WrittenOutput(
             loss=None if labels is None else _loss(logits, labels),
             logits=logits,
             last_hidden_state=hidden,
-            encoder_last_hidden_state=memory,
+            encoder_last_hidden_state=encoder_outputs[0],
         )
+
+    def _decoded(self, target: Tensor, read: Any, keep: Tensor | None) -> Tensor:
+        """The vectors of target tokens, of what the encoder made; keep: of the source."""
+        hidden: Tensor = self.model.decoder(
+            target, self.model.embedding, read[0], memory_mask=_padding(keep)
+        )[0]
+        return hidden
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """All tokens anew each time; `regard.models.beam_search` has the caches."""
         kept = ("attention_mask", "encoder_outputs")
         return {"decoder_input_ids": input_ids} | {name: kwargs.get(name) for name in kept}
+
+
+class RegardRecurrentForConditionalGeneration(RegardForConditionalGeneration):
+    """`regard.models.RecurrentTranslator`."""
+
+    config_class = RegardRecurrentTranslatorConfig
+    made = RecurrentTranslator
+
+    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
+        return _RecurrentEncoderPart(self.config, self.model)
+
+    def _decoded(self, target: Tensor, read: Any, keep: Tensor | None) -> Tensor:
+        values, final = read[0], read[1]
+        if keep is None:
+            keep = values.new_ones(values.shape[:2])
+        state = self.model.state_of(values, final, keep.bool())
+        hidden: Tensor = self.model.vectors(target, state)[0]
+        return hidden
 
 
 def _padding(keep: Tensor | None) -> Mask:
@@ -240,6 +293,7 @@ def _register() -> None:
         (RegardForCausalLM, (AutoModel, AutoModelForCausalLM)),
         (RegardEncoder, (AutoModel,)),
         (RegardForConditionalGeneration, (AutoModel, AutoModelForSeq2SeqLM)),
+        (RegardRecurrentForConditionalGeneration, (AutoModel, AutoModelForSeq2SeqLM)),
     ):
         config: Any = made.config_class
         AutoConfig.register(config.model_type, config)

@@ -26,7 +26,7 @@ ARCHITECTURES = {
     "lm": "RegardForCausalLM",
     "encoder": "RegardEncoder",
     "translator": "RegardForConditionalGeneration",
-    "recurrent-translator": "RecurrentTranslator",
+    "recurrent-translator": "RegardRecurrentForConditionalGeneration",
 }
 PREFIX = "model."  # of every weight's name, as the wrappers of `regard.huggingface` name them
 
