@@ -95,9 +95,11 @@ class WrittenOutput(ModelOutput):
 
 @dataclass
 class ReadOutput(ModelOutput):
-    """What a recurrent encoder made of its source: a vector a token, and what it ends with."""
+    """What a translator's encoder made of its source: a vector a token; which tokens are real, as
+    generate() hands on no mask that it was not given; what a recurrent one ends with."""
 
     last_hidden_state: Tensor | None = None
+    keep: Tensor | None = None  # bool (batch, length)
     final: Tensor | None = None  # (batch, dim)
 
 
@@ -186,10 +188,10 @@ class _EncoderPart(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **rest: Any
-    ) -> BaseModelOutput:
-        keep = input_ids != self.config.pad if attention_mask is None else attention_mask
+    ) -> ReadOutput:
+        keep = (input_ids != self.config.pad if attention_mask is None else attention_mask).bool()
         vectors, _ = self.stack(input_ids, self.embedding, mask=_padding(keep))
-        return BaseModelOutput(last_hidden_state=vectors)
+        return ReadOutput(last_hidden_state=vectors, keep=keep)
 
 
 class _RecurrentEncoderPart(nn.Module):
@@ -204,9 +206,9 @@ class _RecurrentEncoderPart(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **rest: Any
     ) -> ReadOutput:
-        keep = input_ids != self.config.pad if attention_mask is None else attention_mask
-        vectors, final = self.model.read(input_ids, keep.bool())
-        return ReadOutput(last_hidden_state=vectors, final=final)
+        keep = (input_ids != self.config.pad if attention_mask is None else attention_mask).bool()
+        vectors, final = self.model.read(input_ids, keep)
+        return ReadOutput(last_hidden_state=vectors, keep=keep, final=final)
 
 
 class RegardForConditionalGeneration(_Wrapped, GenerationMixin):
@@ -234,10 +236,10 @@ class RegardForConditionalGeneration(_Wrapped, GenerationMixin):
             decoder_input_ids = F.pad(before, (1, 0), value=self.config.bos)
         if decoder_input_ids is None:
             raise RegardError("a translator needs decoder_input_ids, or labels")
-        if attention_mask is None and input_ids is not None:
-            attention_mask = input_ids != self.config.pad
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
+        if attention_mask is None:
+            attention_mask = getattr(encoder_outputs, "keep", None)
         hidden = self._decoded(decoder_input_ids, encoder_outputs, attention_mask)
         logits = self.model.head(hidden)
         return WrittenOutput(
@@ -270,10 +272,9 @@ class RegardRecurrentForConditionalGeneration(RegardForConditionalGeneration):
         return _RecurrentEncoderPart(self.config, self.model)
 
     def _decoded(self, target: Tensor, read: Any, keep: Tensor | None) -> Tensor:
-        values, final = read[0], read[1]
-        if keep is None:
-            keep = values.new_ones(values.shape[:2])
-        state = self.model.state_of(values, final, keep.bool())
+        if not isinstance(read, ReadOutput) or keep is None:
+            raise RegardError("encoder_outputs are none of this model's get_encoder()")
+        state = self.model.state_of(read.last_hidden_state, read.final, keep.bool())
         hidden: Tensor = self.model.vectors(target, state)[0]
         return hidden
 
