@@ -81,7 +81,7 @@ class RecurrentTranslator(nn.Module):
         if kind not in RECURRENT or config.cross == "attention":
             raise RegardError(
                 f"mixer {config.mixer!r}, cross {config.cross!r}: a recurrent translator takes "
-                "lstm, gru or rnn, and bahdanau or none"
+                "one of lstm, gru and rnn, and cross bahdanau or none"
             )
         if config.dim % 2:
             raise RegardError(f"dim {config.dim} is odd; half of it reads each way")
