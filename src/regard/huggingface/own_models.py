@@ -215,7 +215,7 @@ class RegardForConditionalGeneration(_Wrapped, GenerationMixin):
     """`regard.models.Translator`."""
 
     config_class = RegardTranslatorConfig
-    made = Translator
+    made: type[nn.Module] = Translator
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:

@@ -128,7 +128,7 @@ class RecurrentTranslator(nn.Module):
         places = torch.arange(keep.shape[1], dtype=torch.int64, device=keep.device)
         if not bool(lengths.all()) or not torch.equal(keep, places < lengths[:, None]):
             raise RegardError(
-                "a recurrent translator reads its source in order, so it needs a token at least, and "
+                "a recurrent translator reads its source in order, so it needs a token, and "
                 "padding behind the tokens: pad on the right"
             )
         packed = nn.utils.rnn.pack_padded_sequence(
