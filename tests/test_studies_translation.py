@@ -92,7 +92,23 @@ def test_several_translators_stand_side_by_side(folder, small):
     assert any(
         claim.startswith("without attention a recurrent translator loses") for claim in claims
     )
-    assert any(claim.startswith("the transformer translates better") for claim in claims)
+    assert any(claim.startswith("a transformer translates better") for claim in claims)
+
+
+def test_only_runs_of_the_same_budget_are_compared(folder, small):
+    try:
+        for name, steps in (("softmax", 7), ("seeing", 5), ("blind", 5)):
+            run = {"asked": {"batch": 9, "data": ["a"]}, "decided": {"steps": steps}}
+            (folder / name / "run.json").write_text(json.dumps(run))
+        found = json.loads(invoke(folder, *KINDS).stdout)
+        rows = {row[0]: row[1:] for row in found["rows"]}
+        assert rows["steps of training"] == [7, 5, 5]
+        claims = " ".join(one["claim"] for one in found["verdicts"])
+        assert "a transformer translates better" not in claims
+        assert "translates better with attention than without" in claims
+    finally:
+        for name in KINDS:
+            (folder / name / "run.json").unlink()
 
 
 def test_one_translator_alone(folder, small):

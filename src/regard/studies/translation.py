@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,13 +66,16 @@ class Alignment:
 
 @dataclass
 class Translated:
-    """What one translator does. by_length: BLEU of each of LENGTHS, and of longer ones."""
+    """What one translator does. by_length: BLEU of each of LENGTHS, and of longer ones.
+
+    budget: what it was trained by, as far as its folder says."""
 
     name: str
     kind: str
     parameters: int
     bleu: float
     by_length: list[float | None]
+    budget: dict[str, Any] = field(default_factory=dict)
     read: dict[str, Alignment] = field(default_factory=dict)
     cat: dict[str, float] = field(default_factory=dict)
 
@@ -95,11 +99,23 @@ def run(at: Setting) -> Result:
         for name, folder in zip(names, folders, strict=True):
             both = load_translator(folder)
             one, signature = _translated(at, name, both, tested)
+            one.budget = _budget(folder)
             if has_weights(both[0]):
                 _aligned(at, one, both, pairs)
             found.append(one)
     base = error_rate([counts(diagonal(pair), pair) for pair in pairs[1::2]])
     return _result(at, found, base, signature, (len(tested), len(pairs)))
+
+
+def _budget(folder: Path) -> dict[str, Any]:
+    """Steps, tokens a batch, data and how often the first is read: {} where no run.json tells."""
+    try:
+        run = json.loads((folder / "run.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    asked = {name: run["asked"].get(name) for name in ("batch", "repeat", "processes")}
+    data = [Path(path).name for path in run["asked"]["data"]]
+    return {"steps": run["decided"]["steps"], "data": data} | asked
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -196,6 +212,7 @@ def _result(
 ) -> Result:
     rows: list[tuple[Cell, ...]] = [
         ("parameters", *(one.parameters for one in found)),
+        ("steps of training", *(one.budget.get("steps") for one in found)),
         ("BLEU", *(one.bleu for one in found)),
     ]
     spans = [*(f"{low + 1} to {high}" for low, high in zip((0, *LENGTHS), LENGTHS, strict=False)),
@@ -250,19 +267,35 @@ def _verdicts(found: list[Translated], base: float) -> list[Verdict]:
     ]  # fmt: skip
     if first.read:
         verdicts += _of_alignment(first, base)
+    return verdicts + _of_recurrence(found)
+
+
+def _of_recurrence(found: list[Translated]) -> list[Verdict]:
+    """Of translators with a budget in common: attention or not, recurrence or not."""
     older = [one for one in found if one.kind != "transformer"]
-    blind = [one for one in older if not one.read]
-    seeing = [one for one in older if one.read]
-    if older and first.kind == "transformer":
-        verdicts.append(Verdict("the transformer translates better than recurrent translators",
-                                first.bleu > max(one.bleu for one in older), said))  # fmt: skip
-    if blind and seeing:
+    alike = [one for one in found if older and one.budget == older[0].budget]
+    older = [one for one in alike if one in older]
+    newer = [one for one in alike if one not in older]
+    verdicts = []
+    if newer:
+        verdicts.append(Verdict(
+            "a transformer translates better than recurrent translators of the same steps and data",
+            max(one.bleu for one in newer) > max(one.bleu for one in older),
+            "BLEU " + ", ".join(f"{one.name} {one.bleu:.1f}" for one in alike),
+        ))  # fmt: skip
+    seeing, blind = ([one for one in older if bool(one.read) is reads] for reads in (True, False))
+    if seeing and blind:
         falls = {one.name: _fall(one) for one in (seeing[0], blind[0])}
         verdicts.append(Verdict(
             "without attention a recurrent translator loses more on long sentences than with it",
             falls[blind[0].name] > falls[seeing[0].name],
             "BLEU of the shortest less that of the longest: "
             + ", ".join(f"{name} {fall:.1f}" for name, fall in falls.items()),
+        ))  # fmt: skip
+        verdicts.append(Verdict(
+            "a recurrent translator translates better with attention than without",
+            seeing[0].bleu > blind[0].bleu,
+            f"BLEU {seeing[0].bleu:.1f} against {blind[0].bleu:.1f}",
         ))  # fmt: skip
     return verdicts
 
@@ -332,7 +365,7 @@ def _notes(
 def _more(one: Translated) -> Mapping[str, Any]:
     return {
         "name": one.name, "kind": one.kind, "parameters": one.parameters, "bleu": one.bleu,
-        "bleu_by_length": one.by_length, "cat": one.cat,
+        "bleu_by_length": one.by_length, "budget": one.budget, "cat": one.cat,
         "alignment": {
             key: {"chosen": list(way.ways[way.best]), "aer": list(way.error), "ways": way.ways,
                   "chosen_on": way.chosen_on, "reported_on": way.reported_on}
