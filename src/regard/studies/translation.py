@@ -51,6 +51,7 @@ class Alignment:
     chosen_on: list[float]
     reported_on: list[float]
     best: int
+    counted: list[Counts]  # of each pair that reports, by the best
     error: Interval
 
     def by_linking(self, linking: str) -> float:
@@ -204,7 +205,7 @@ def _chosen(
     best = first.index(min(first))
     reported = [*each.values()][best][1::2]
     error = bootstrap(reported, error_rate, at.random(key))
-    return Alignment([*each], first, second, best, error)
+    return Alignment([*each], first, second, best, reported, error)
 
 
 def _result(
@@ -236,7 +237,7 @@ def _result(
             for one in found if one.read}, bars=True),
     ]  # fmt: skip
     return Result(
-        ("measure", *(one.name for one in found)), rows, _verdicts(found, base), panels,
+        ("measure", *(one.name for one in found)), rows, _verdicts(at, found, base), panels,
         notes=_notes(at, found, signature, many),
         more={"translators": [_more(one) for one in found], "signature": signature},
     )  # fmt: skip
@@ -258,7 +259,7 @@ def _parts(found: list[Translated]) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _verdicts(found: list[Translated], base: float) -> list[Verdict]:
+def _verdicts(at: Setting, found: list[Translated], base: float) -> list[Verdict]:
     first = found[0]
     said = ", ".join(f"{one.name} {one.bleu:.1f}" for one in found)
     verdicts = [
@@ -266,7 +267,7 @@ def _verdicts(found: list[Translated], base: float) -> list[Verdict]:
                 max(one.bleu for one in found) >= WANTED, said),
     ]  # fmt: skip
     if first.read:
-        verdicts += _of_alignment(first, base)
+        verdicts += _of_alignment(at, first, base)
     return verdicts + _of_recurrence(found)
 
 
@@ -305,11 +306,13 @@ def _fall(one: Translated) -> float:
     return known[0] - known[-1]
 
 
-def _of_alignment(one: Translated, base: float) -> list[Verdict]:
+def _of_alignment(at: Setting, one: Translated, base: float) -> list[Verdict]:
     errors = {key: found.error for key, found in one.read.items()}
     told = {key: f"{100 * error.value:.1f}" for key, error in errors.items()}
     way = one.read[one.key]
     best = way.error
+    pairs = [*zip(one.read["output norm"].counted, one.read["output weight"].counted, strict=True)]
+    gain = bootstrap(pairs, _difference, at.random("norm"))
     figure = (
         f"alignment error rate {100 * best.value:.1f} [{100 * best.low:.1f}, {100 * best.high:.1f}]"
         f" ({one.key}, {' '.join(way.ways[way.best])})"
@@ -323,14 +326,19 @@ def _of_alignment(one: Translated, base: float) -> list[Verdict]:
                 < min(errors[f"output {by}"].value for by in WEIGHINGS),
                 ", ".join(f"{key} {value}" for key, value in told.items())),
         Verdict("weights times norms align better than weights (Kobayashi et al. 2020)",
-                min(errors["input norm"].value, errors["output norm"].value)
-                < min(errors["input weight"].value, errors["output weight"].value),
-                f"read at the output {told['output norm']} against {told['output weight']}, at the "
-                f"input {told['input norm']} against {told['input weight']}"),
+                gain.high < 0,
+                f"read at the output {told['output norm']} against {told['output weight']}: "
+                f"{100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"),
         Verdict("“The cat sat on the mat.” links chat to cat, more than to on",
                 one.cat["cat"] > one.cat["on"],
                 f"weights {one.cat['cat']:.2f} and {one.cat['on']:.2f}"),
     ]  # fmt: skip
+
+
+def _difference(pairs: Sequence[tuple[Counts, Counts]]) -> float:
+    """Of two ways, pair by pair: the first's error rate less the second's."""
+    first, second = zip(*pairs, strict=True)
+    return error_rate(first) - error_rate(second)
 
 
 def _notes(
@@ -367,7 +375,8 @@ def _more(one: Translated) -> Mapping[str, Any]:
         "name": one.name, "kind": one.kind, "parameters": one.parameters, "bleu": one.bleu,
         "bleu_by_length": one.by_length, "budget": one.budget, "cat": one.cat,
         "alignment": {
-            key: {"chosen": list(way.ways[way.best]), "aer": list(way.error), "ways": way.ways,
+            key: {"chosen": " ".join(way.ways[way.best]), "aer": list(way.error),
+                  "ways": [" ".join(one) for one in way.ways],
                   "chosen_on": way.chosen_on, "reported_on": way.reported_on}
             for key, way in one.read.items()
         },
