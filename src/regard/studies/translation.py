@@ -115,7 +115,7 @@ def _budget(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     asked = {name: run["asked"].get(name) for name in ("batch", "repeat", "processes")}
-    data = [Path(path).name for path in run["asked"]["data"]]
+    data = [Path(path).name for path in run["asked"].get("data", [])]
     return {"steps": run["decided"]["steps"], "data": data} | asked
 
 
