@@ -70,7 +70,7 @@ def test_transformers_writes_the_same_tokens(tmp_path, mixer):
     expected = generate(load_model(tmp_path / "lm"), ids, 9)[0].tolist()
     assert theirs.generate(ids, **how)[0].tolist() == upto(expected, 2)
     assert len(set(expected)) > 5
-    if mixer == "gru":  # its translators are RecurrentTranslator, which transformers has no kind of
+    if mixer == "gru":  # its translators: test_own_recurrent_translators.py
         return
     save_model(Translator(config).eval(), tmp_path / "tr")
     theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "tr").eval()

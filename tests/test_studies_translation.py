@@ -16,6 +16,7 @@ from regard.cli import main
 from regard.models import ModelConfig, RecurrentTranslator, Translator
 from regard.models.saved import save_model
 from regard.studies import translation
+from regard.studies.alignment import LINKINGS, linked
 from regard.studies.cross_attention import KEYS, heads_of, joined, word_tables
 from regard.training import train_tokenizer
 from regard.training.tokenizer import save_tokenizer
@@ -78,7 +79,8 @@ def test_several_translators_stand_side_by_side(folder, small):
     rows = {row[0]: row[1:] for row in found["rows"]}
     assert rows["parameters"][0] > 0
     assert [x is None for x in rows["BLEU, 13 to 15 words"]] == [True] * 3  # there are none
-    for key in (*(f"AER, {key}" for key in KEYS), "AER, layer 0's mean"):
+    parts = (*KEYS, *LINKINGS, "layer 0's mean", "mean of all layers")
+    for key in (f"AER, {key}" for key in parts):
         seen = rows[key]
         assert all(0 <= x <= 100 for x in seen[:2])
         assert seen[2] is None  # it has no attention
@@ -90,7 +92,23 @@ def test_several_translators_stand_side_by_side(folder, small):
     assert any(
         claim.startswith("without attention a recurrent translator loses") for claim in claims
     )
-    assert any(claim.startswith("the transformer translates better") for claim in claims)
+    assert any(claim.startswith("a transformer translates better") for claim in claims)
+
+
+def test_only_runs_of_the_same_budget_are_compared(folder, small):
+    try:
+        for name, steps in (("softmax", 7), ("seeing", 5), ("blind", 5)):
+            run = {"asked": {"batch": 9, "data": ["a"]}, "decided": {"steps": steps}}
+            (folder / name / "run.json").write_text(json.dumps(run))
+        found = json.loads(invoke(folder, *KINDS).stdout)
+        rows = {row[0]: row[1:] for row in found["rows"]}
+        assert rows["steps of training"] == [7, 5, 5]
+        claims = " ".join(one["claim"] for one in found["verdicts"])
+        assert "a transformer translates better" not in claims
+        assert "translates better with attention than without" in claims
+    finally:
+        for name in KINDS:
+            (folder / name / "run.json").unlink()
 
 
 def test_one_translator_alone(folder, small):
@@ -109,9 +127,10 @@ def test_what_is_no_translator_is_said_in_a_sentence(folder, small):
 
 def test_the_head_and_the_way_to_read_are_chosen_on_one_half_alone(folder, small):
     found = json.loads(invoke(folder, "softmax").stdout)["more"]["translators"][0]
+    assert {way.split()[-1] for way in found["alignment"]["output weight"]["ways"]} == {*LINKINGS}
     for one in found["alignment"].values():
         place = one["chosen_on"].index(min(one["chosen_on"]))
-        assert found["heads"][place] == one["chosen"]
+        assert one["ways"][place] == one["chosen"]
         assert one["reported_on"][place] == one["aer"][0]
 
 
@@ -159,6 +178,19 @@ def test_words_get_what_their_tokens_get_where_they_are_read(folder, name):
             shares = [one / total for one, total in zip(expected, totals, strict=True)]
             given = tables[key.replace("weight", "share")][head, j]
             assert given.tolist() == pytest.approx(shares, abs=1e-5)
+
+
+def test_links_of_one_table_by_hand():
+    """Source words 0 … 3, target words 0 … 3; argmax links 0, 1 and 2 both ways but for 1."""
+    found = linked([0, 0, 2, 2], [0, 2, 2, 3])
+    assert found["argmax"] == {(0, 0), (0, 1), (2, 2), (2, 3)}
+    assert found["mutual"] == {(0, 0), (2, 2)}
+    # (0, 1) lies beside (0, 0), (1, 2) and (2, 3) beside (2, 2); (3, 3), beside (2, 3), comes last
+    assert found["grow-diag"] == {(0, 0), (2, 2), (0, 1), (1, 2), (2, 3), (3, 3)}
+    # (0, 3) lies beside no link; (1, 0) lies beside one, and all its words have links
+    far = linked([0, 1, 2, 0], [0, 0, 2])
+    assert far["mutual"] == {(0, 0), (2, 2)}
+    assert far["grow-diag"] == {(0, 0), (2, 2), (1, 0), (1, 1)}
 
 
 def test_a_norm_is_the_length_of_what_a_head_adds(folder):

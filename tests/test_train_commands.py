@@ -43,7 +43,10 @@ def places(tmp_path_factory):
         "text.txt": ENGLISH, "few.txt": ENGLISH[:2],
     }.items():  # fmt: skip
         (tmp / name).write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    at = {name: tmp / name for name in ("pairs", "text.txt", "tr", "lstm", "lm")} | {"tmp": tmp}
+    names = ("pairs", "text.txt", "tr", "lstm", "lm", "begun")
+    at = {name: tmp / name for name in names} | {"tmp": tmp}
+    at["begun"].mkdir()
+    (at["begun"] / "run.json").write_text("{}")
     at["said"] = printed(
         "train", "translate", "--data", at["pairs"], "--out", at["tr"], "--batch", 256, *SMALL
     )
@@ -145,7 +148,8 @@ WRONG = {
     "lm: no texts": ([*WRITE, "--data", "{pairs}"], "{pairs} has no .txt or .raw files to read"),
     "lm: too short": ([*WRITE, "--data", "{tmp}/few.txt"], "the text has "),
     "lm: mixer": ([*WRITE, "--mixer", "mamba"], "mixer is 'mamba'; give softmax"),
-    "translate: no folder": (["translate", "{tmp}/none", "a"], "{tmp}/none is no model: it has no"),
+    "translate: no folder": (["translate", "{tmp}/none", "a"], "{tmp}/none is no model: there is"),
+    "translate: not over": (["translate", "{begun}", "a"], "{begun} is no model: its training is"),
     "translate: no model": (["translate", "{pairs}", "a"], "{pairs} is no model: it has no"),
     "translate: a language model": (
         ["translate", "{lm}", "a"], "{lm} is of kind lm, no translator: use regard generate",

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from ..call.masks import Full, Mask, Padding
 from ..errors import RegardError
-from ..models import LanguageModel, ModelConfig, TextEncoder, Translator
+from ..models import LanguageModel, ModelConfig, RecurrentTranslator, TextEncoder, Translator
 
 _NAMES = {
     "vocab_size": "vocab",
@@ -77,6 +77,12 @@ class RegardTranslatorConfig(RegardConfig):
     model_type = "regard-translator"
 
 
+class RegardRecurrentTranslatorConfig(RegardConfig):
+    """Of a `RecurrentTranslator`."""
+
+    model_type = "regard-recurrent-translator"
+
+
 @dataclass
 class WrittenOutput(ModelOutput):
     """logits (batch, length, vocab), and the vectors that they are made of."""
@@ -87,8 +93,18 @@ class WrittenOutput(ModelOutput):
     encoder_last_hidden_state: Tensor | None = None
 
 
+@dataclass
+class ReadOutput(ModelOutput):
+    """What a translator's encoder made of its source: a vector a token; which tokens are real, as
+    generate() hands on no mask that it was not given; what a recurrent one ends with."""
+
+    last_hidden_state: Tensor | None = None
+    keep: Tensor | None = None  # bool (batch, length)
+    final: Tensor | None = None  # (batch, dim)
+
+
 class _Wrapped(PreTrainedModel):
-    """What the three share: the model of ours inside."""
+    """What all share: the model of ours inside."""
 
     made: type[nn.Module]
     _supports_sdpa = False
@@ -172,17 +188,34 @@ class _EncoderPart(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **rest: Any
-    ) -> BaseModelOutput:
-        keep = input_ids != self.config.pad if attention_mask is None else attention_mask
+    ) -> ReadOutput:
+        keep = (input_ids != self.config.pad if attention_mask is None else attention_mask).bool()
         vectors, _ = self.stack(input_ids, self.embedding, mask=_padding(keep))
-        return BaseModelOutput(last_hidden_state=vectors)
+        return ReadOutput(last_hidden_state=vectors, keep=keep)
+
+
+class _RecurrentEncoderPart(nn.Module):
+    """The same of a recurrent one."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: Any, model: RecurrentTranslator) -> None:
+        super().__init__()
+        self.config, self.model = config, model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **rest: Any
+    ) -> ReadOutput:
+        keep = (input_ids != self.config.pad if attention_mask is None else attention_mask).bool()
+        vectors, final = self.model.read(input_ids, keep)
+        return ReadOutput(last_hidden_state=vectors, keep=keep, final=final)
 
 
 class RegardForConditionalGeneration(_Wrapped, GenerationMixin):
     """`regard.models.Translator`."""
 
     config_class = RegardTranslatorConfig
-    made = Translator
+    made: type[nn.Module] = Translator
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
@@ -203,26 +236,47 @@ class RegardForConditionalGeneration(_Wrapped, GenerationMixin):
             decoder_input_ids = F.pad(before, (1, 0), value=self.config.bos)
         if decoder_input_ids is None:
             raise RegardError("a translator needs decoder_input_ids, or labels")
-        if attention_mask is None and input_ids is not None:
-            attention_mask = input_ids != self.config.pad
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
-        memory = encoder_outputs[0]
-        hidden, _ = self.model.decoder(
-            decoder_input_ids, self.model.embedding, memory, memory_mask=_padding(attention_mask)
-        )
+        if attention_mask is None:
+            attention_mask = getattr(encoder_outputs, "keep", None)
+        hidden = self._decoded(decoder_input_ids, encoder_outputs, attention_mask)
         logits = self.model.head(hidden)
         return WrittenOutput(
             loss=None if labels is None else _loss(logits, labels),
             logits=logits,
             last_hidden_state=hidden,
-            encoder_last_hidden_state=memory,
+            encoder_last_hidden_state=encoder_outputs[0],
         )
+
+    def _decoded(self, target: Tensor, read: Any, keep: Tensor | None) -> Tensor:
+        """The vectors of target tokens, of what the encoder made; keep: of the source."""
+        hidden: Tensor = self.model.decoder(
+            target, self.model.embedding, read[0], memory_mask=_padding(keep)
+        )[0]
+        return hidden
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """All tokens anew each time; `regard.models.beam_search` has the caches."""
         kept = ("attention_mask", "encoder_outputs")
         return {"decoder_input_ids": input_ids} | {name: kwargs.get(name) for name in kept}
+
+
+class RegardRecurrentForConditionalGeneration(RegardForConditionalGeneration):
+    """`regard.models.RecurrentTranslator`."""
+
+    config_class = RegardRecurrentTranslatorConfig
+    made = RecurrentTranslator
+
+    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
+        return _RecurrentEncoderPart(self.config, self.model)
+
+    def _decoded(self, target: Tensor, read: Any, keep: Tensor | None) -> Tensor:
+        if not isinstance(read, ReadOutput) or keep is None:
+            raise RegardError("encoder_outputs are none of this model's get_encoder()")
+        state = self.model.state_of(read.last_hidden_state, read.final, keep.bool())
+        hidden: Tensor = self.model.vectors(target, state)[0]
+        return hidden
 
 
 def _padding(keep: Tensor | None) -> Mask:
@@ -240,6 +294,7 @@ def _register() -> None:
         (RegardForCausalLM, (AutoModel, AutoModelForCausalLM)),
         (RegardEncoder, (AutoModel,)),
         (RegardForConditionalGeneration, (AutoModel, AutoModelForSeq2SeqLM)),
+        (RegardRecurrentForConditionalGeneration, (AutoModel, AutoModelForSeq2SeqLM)),
     ):
         config: Any = made.config_class
         AutoConfig.register(config.model_type, config)

@@ -81,7 +81,7 @@ class RecurrentTranslator(nn.Module):
         if kind not in RECURRENT or config.cross == "attention":
             raise RegardError(
                 f"mixer {config.mixer!r}, cross {config.cross!r}: a recurrent translator takes "
-                "lstm, gru or rnn, and bahdanau or none"
+                "one of lstm, gru and rnn, and cross bahdanau or none"
             )
         if config.dim % 2:
             raise RegardError(f"dim {config.dim} is odd; half of it reads each way")
@@ -112,13 +112,27 @@ class RecurrentTranslator(nn.Module):
 
     def hidden(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """The vectors that `head` makes logits of (batch, target_length, dim), and the weights."""
-        return self._steps(target, self.begin(source))
+        return self.vectors(target, self.begin(source))
 
     def begin(self, source: Tensor) -> RecurrentState:
         """The source read: what `step` needs."""
         keep = checked_tokens(source) != self.config.pad
+        return self.state_of(*self.read(source, keep), keep)
+
+    def read(self, source: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """The source's vectors (batch, length, dim), and those it ends with (batch, dim).
+
+        keep: bool (batch, length), false for padding, which stands behind the tokens.
+        """
+        lengths = keep.sum(-1)
+        places = torch.arange(keep.shape[1], dtype=torch.int64, device=keep.device)
+        if not bool(lengths.all()) or not torch.equal(keep, places < lengths[:, None]):
+            raise RegardError(
+                "a recurrent translator reads its source in order, so it needs a token, and "
+                "padding behind the tokens: pad on the right"
+            )
         packed = nn.utils.rnn.pack_padded_sequence(
-            self._embedded(source), keep.sum(-1).cpu(), batch_first=True, enforce_sorted=False
+            self._embedded(source), lengths.cpu(), batch_first=True, enforce_sorted=False
         )
         made, last = self.encoder(packed)
         values, _ = nn.utils.rnn.pad_packed_sequence(
@@ -126,6 +140,10 @@ class RecurrentTranslator(nn.Module):
         )
         # (layers · 2, batch, dim / 2): the last layer's two directions, side by side
         final = torch.cat(list((last[0] if isinstance(last, tuple) else last)[-2:]), -1)
+        return values, final
+
+    def state_of(self, values: Tensor, final: Tensor, keep: Tensor) -> RecurrentState:
+        """What `step` needs, of what `read` gave."""
         hidden: list[tuple[Tensor, ...]] = []
         for layer in self.start:
             first = torch.tanh(layer(final))
@@ -136,10 +154,10 @@ class RecurrentTranslator(nn.Module):
 
     def step(self, target: Tensor, state: RecurrentState) -> Tensor:
         """Logits (batch, length, vocab) of the target tokens that follow those of the state."""
-        logits: Tensor = self.head(self._steps(target, state)[0])
+        logits: Tensor = self.head(self.vectors(target, state)[0])
         return logits
 
-    def _steps(self, target: Tensor, state: RecurrentState) -> tuple[Tensor, Tensor]:
+    def vectors(self, target: Tensor, state: RecurrentState) -> tuple[Tensor, Tensor]:
         """(vectors, weights) of each target token in turn; the state goes on with the last."""
         words = self._embedded(checked_tokens(target))
         values, projected, keep = state.source

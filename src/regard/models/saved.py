@@ -26,7 +26,7 @@ ARCHITECTURES = {
     "lm": "RegardForCausalLM",
     "encoder": "RegardEncoder",
     "translator": "RegardForConditionalGeneration",
-    "recurrent-translator": "RecurrentTranslator",
+    "recurrent-translator": "RegardRecurrentForConditionalGeneration",
 }
 PREFIX = "model."  # of every weight's name, as the wrappers of `regard.huggingface` name them
 
@@ -65,7 +65,7 @@ def load_model(folder: str | Path) -> Any:
     try:
         said = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise RegardError(f"{folder} is no model: it has no config.json to read") from error
+        raise RegardError(f"{folder} is no model: {_missing(folder)}") from error
     kind = str(said.get("model_type", "")).removeprefix("regard-")
     if kind not in KINDS:
         raise RegardError(f"{folder} is no model of regard's: it is of type {kind!r}")
@@ -77,6 +77,15 @@ def load_model(folder: str | Path) -> Any:
     if said.get("tie", True):
         state["head.weight"] = state["embedding.weight"]
     return filled(KINDS[kind], ModelConfig.from_json(said), state)
+
+
+def _missing(folder: Path) -> str:
+    """Why a folder has no config.json to read, as far as one can see."""
+    if not folder.exists():
+        return "there is no such folder"
+    if (folder / "run.json").exists():
+        return "its training is not over; give the same command again, and it goes on"
+    return "it has no config.json to read"
 
 
 def filled(kind: Any, config: ModelConfig, state: Mapping[str, Tensor]) -> Any:

@@ -61,7 +61,10 @@ class Translator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.cross != "attention":
-            raise RegardError(f"cross is {config.cross!r}, which RecurrentTranslator takes")
+            raise RegardError(
+                f"cross is {config.cross!r}, which RecurrentTranslator takes; with mixer "
+                f"{config.mixer!r} it is 'attention'"
+            )
         self.config = config
         self.embedding = embedding_of(config)
         depth = config.decoder_depth or config.depth

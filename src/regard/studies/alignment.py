@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 Links = frozenset[tuple[int, int]]
+LINKINGS = ("argmax", "mutual", "grow-diag")
 
 
 class Aligned(NamedTuple):
@@ -58,6 +59,32 @@ def error_rate(found: Sequence[Counts]) -> float:
     """1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|), of all pairs together. Och and Ney 2003, eq. 37."""
     made, sure, made_sure, made_possible = map(sum, zip(*found, strict=True))
     return 1 - (made_sure + made_possible) / max(1, made + sure)
+
+
+def linked(reads: Sequence[int], readers: Sequence[int]) -> dict[str, Links]:
+    """Links by each of LINKINGS, of one table of what target words read of source words.
+
+    reads: of each target word, the source word that it reads most; readers: of each source word,
+    the target word that reads it most. argmax: the first alone. mutual: what is in both.
+    grow-diag: that, and step by step what is in either, lies beside a link, and links a word that
+    has none (Koehn et al. 2005, there of two models; Och and Ney 2003).
+    """
+    one = frozenset((int(i), j) for j, i in enumerate(reads))
+    other = frozenset((i, int(j)) for i, j in enumerate(readers))
+    return {"argmax": one, "mutual": one & other, "grow-diag": _grown(one & other, one | other)}
+
+
+def _grown(mutual: Links, either: Links) -> Links:
+    found = sorted(mutual)
+    sources, targets = {i for i, _ in mutual}, {j for _, j in mutual}
+    for i, j in found:  # it grows meanwhile
+        for near in ((i + a, j + b) for a in (-1, 0, 1) for b in (-1, 0, 1)):
+            alone = near[0] not in sources or near[1] not in targets
+            if near in either and alone:
+                found.append(near)
+                sources.add(near[0])
+                targets.add(near[1])
+    return frozenset(found)
 
 
 def diagonal(pair: Aligned) -> list[tuple[int, int]]:

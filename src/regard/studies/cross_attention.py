@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call.observers import Rows
 
 READS = ("output", "input")
-WEIGHINGS = ("weight", "norm", "share")
+WEIGHINGS = ("weight", "norm", "share", "norm share")
 KEYS = tuple(f"{read} {by}" for by in WEIGHINGS for read in READS)
 CLOSE = {".", ",", "!", "?", ";", ":"}  # written without a space before them
 
@@ -25,22 +25,22 @@ def has_weights(model: Any) -> bool:
 
 
 def heads_of(model: Any) -> list[str]:
-    """The names of what `word_tables` gives, in its order: layers' heads, then layers' means."""
+    """The names of what `word_tables` gives, in its order: heads, layers' means, that of all."""
     many = (len(model.decoder.blocks), model.config.heads) if model.kind == "translator" else (1, 1)
     layers, heads = map(range, many)
-    return [f"{a}.{b}" for a in layers for b in heads] + [f"{a} mean" for a in layers]
+    return [f"{a}.{b}" for a in layers for b in heads] + [f"{a} mean" for a in layers] + ["all"]
 
 
 def word_tables(
     model: Any, tokenizer: Any, source: list[str], target: list[str]
 ) -> dict[str, Tensor]:
-    """What each target word gives each source word, of each of KEYS: float32 (heads and means of
-    layers, target words, source words).
+    """What each target word gives each source word, of each of KEYS: float32 (`heads_of`, target
+    words, source words).
 
     output, input: read at the step that writes the word, or at that which has it as its input
     (Chen et al. 2020). norm: the weight times the length of what is read (Kobayashi et al. 2020).
-    share: the weight over what all target words together give that source word, so that one that
-    is read everywhere, such as a full stop, counts for less.
+    share, norm share: the weight, or that times the norm, over what all target words together give
+    that source word, so that one that is read everywhere, such as a full stop, counts for less.
     """
     (said, of_source), (written, of_target) = (
         _encoded(tokenizer, *joined(words, french=words is target)) for words in (source, target)
@@ -53,15 +53,17 @@ def word_tables(
         weights, norms = read(model, before, ids)
     found = {}
     for by, table in (("weight", weights), ("norm", weights * norms[:, :, None])):
-        each = torch.cat([table.flatten(0, 1), table.mean(1)])
+        each = torch.cat([table.flatten(0, 1), table.mean(1), table.mean((0, 1))[None]])
         whole = _summed(each, of_source, len(source), dim=2)
         for shift, where in enumerate(READS):
             # Row i reads the token that is its input; what it writes is the one after
             at = [of_target[i - shift] if i >= shift else -1 for i in range(len(of_target))]
             found[f"{where} {by}"] = _summed(whole, at, len(target), dim=1)
-    for where in READS:
-        weight = found[f"{where} weight"]
-        found[f"{where} share"] = weight / weight.sum(1, keepdim=True).clamp_min(1e-9)
+    for where, by, share in (
+        (where, *one) for where in READS for one in (("weight", "share"), ("norm", "norm share"))
+    ):
+        given = found[f"{where} {by}"]
+        found[f"{where} {share}"] = given / given.sum(1, keepdim=True).clamp_min(1e-9)
     return found
 
 
