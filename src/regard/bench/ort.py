@@ -72,7 +72,7 @@ def _group_query(inputs: Inputs, window: int) -> Contestant:
     query, key, value = inputs.tensors
     given = {"q": _rows(query), "k": _rows(key[:, :, past:]), "v": _rows(value[:, :, past:])}
     # One buffer for past and present: the operator writes the new keys behind the old ones. It is
-    # torch's memory, as ours: numpy's own lies in huge pages, which are read up to 1.6 times as fast.
+    # torch's memory, as ours: numpy's own lies in huge pages, which are read faster.
     shared = {"past_k": _copied(key), "past_v": _copied(value)}
     lengths = {
         "last": np.full(p.batch, p.k_len - 1, np.int32),
