@@ -110,6 +110,8 @@ def _checked(
         request = asked[name]
         for what in wrong(query, key, value, request):
             yield f"{what}: {name}, {place}"
+        for what in wrong_gradients(query, key, value, request):
+            yield f"{what}: {name}, {place}"
         if effects:
             for what in wrong_effects(query, key, value, request):
                 yield f"{what}: {name}, {place}"
@@ -156,6 +158,46 @@ def wrong(query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]) ->
                 yield f"{observer}.{name}"
 
 
+def wrong_gradients(
+    query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]
+) -> Iterator[str]:
+    """Whether engine sdpa is off where gradients are wanted, of keys that are finite and not.
+
+    A NaN and an ∞ stand in the last key, and of one item amid them: what is finite for all that in
+    float64 must be so here.
+    """
+    if explain(query.requires_grad_(), key, value, **request)["sdpa"]:
+        query.requires_grad_(False)
+        return
+    query.requires_grad_(False)
+    whole = {name: double(v) for name, v in request.items()}
+    grad = torch.randn(query.shape, device=query.device)
+    for spoiled in (False, True):
+        given = [query, key.clone(), value.clone()]
+        if spoiled:
+            given[1][:, :, -1, 0], given[2][:, :, -1, -1] = torch.nan, torch.inf
+            given[1][-1, :, key.shape[2] // 4, 0] = torch.nan
+        ours = _gradients(given, request, grad, "sdpa")
+        truth = _gradients([t.double() for t in given], whole, grad, "reference")
+        for name, mine, exact in zip(("output", "dq", "dk", "dv"), ours, truth, strict=True):
+            sure = exact.isfinite()
+            if not sure.any():
+                continue
+            near = 8 * torch.finfo(query.dtype).eps * (1 + float(exact[sure].abs().max()))
+            if not (mine.double() - exact)[sure].abs().max() <= near:
+                yield f"sdpa's {name} with gradients{', hidden NaN' * spoiled}"
+
+
+def _gradients(
+    given: list[Tensor], request: dict[str, Any], grad: Tensor, engine: str
+) -> list[Tensor]:
+    """The output, and the gradients of query, key and value."""
+    tensors = [t.detach().clone().requires_grad_() for t in given]
+    out = attention(*tensors, **request, engine=engine)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *(t.grad for t in tensors if t.grad is not None)]
+
+
 def wrong_effects(
     query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]
 ) -> Iterator[str]:
@@ -175,7 +217,7 @@ def wrong_effects(
     whole = {name: double(v) for name, v in request.items()}
     ours, again = (measured((query, key, value), request) for _ in range(2))
     truth = measured((query.double(), key.double(), value.double()), whole)
-    for name in ("indices", "effect", "weights"):
+    for name in ("indices", "effects", "weights"):
         if not torch.equal(getattr(ours, name), getattr(again, name)):
             yield f"Effect.{name} differs from run to run"
     sure = truth.weights.amax(-1, keepdim=True) < 0.8
