@@ -16,8 +16,6 @@ from ..second_pass.triton.arguments import Shared, on_device, wide
 from ..second_pass.triton.kernel_tuples import TileArgs, fixed, strides
 from ..second_pass.triton.tile_grid import band_of, listed_tiles
 
-MOST_DIM = 256  # of values
-
 
 class ValueArgs(NamedTuple):
     """Values. Strides: v_b of a batch item, or a page; _h of a head, _n of a token, _d of a dim."""
@@ -85,10 +83,7 @@ class Asked(NamedTuple):
 
 def refusals(call: Call) -> list[str]:
     """The reasons why the kernels cannot compute this call, wherever it is."""
-    reasons = reading.why_not(call)
-    if call.value is not None and not 0 < call.value.shape[-1] <= MOST_DIM:
-        reasons.append(f"v_dim is {call.value.shape[-1]}; it takes 1 to {MOST_DIM}")
-    return reasons
+    return reading.why_not(call) + reading.values_why_not(call)
 
 
 def mendable(call: Call) -> bool:

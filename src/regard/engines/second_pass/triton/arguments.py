@@ -164,3 +164,15 @@ def power(n: int) -> int:
 def on_device(device: torch.device) -> Any:
     """Triton launches on the current device: make it the call's."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+
+
+def drawn(call: Call, none: Tensor) -> tuple[Tensor, float]:
+    """Of a call's dropout: its seed and below what a word drops, and the factor of a kept weight.
+
+    none: what stands for the tensor where there is no dropout.
+    """
+    if call.dropout is None:
+        return none, 1.0
+    seed = 0 if call.dropout.seed is None else int(call.dropout.seed)
+    words = torch.tensor([seed, round(call.dropout.p * 2**32)], dtype=torch.int64, device="cpu")
+    return words.to(call.place.device, non_blocking=True), 1 / (1 - call.dropout.p)

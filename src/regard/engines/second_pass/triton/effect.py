@@ -12,9 +12,9 @@ from ....call.observers import Effect
 from ....errors import RegardError
 from . import read as reading
 from . import tile_grid as geometry
-from .arguments import Shared, on_device, power, wide
+from .arguments import Shared, drawn, on_device, power, wide
 from .kernel_tuples import TileArgs, strides
-from .read import MOST_DIM, MOST_LISTED
+from .read import MOST_LISTED
 
 
 class ValueArgs(NamedTuple):
@@ -47,9 +47,7 @@ def refuses(observer: Effect, call: Call) -> list[str]:
         reasons.append(f"{observer} is of several scalars; it measures one")
     if observer.k > MOST_LISTED:
         reasons.append(f"{observer} is longer than the {MOST_LISTED} that registers hold")
-    if call.value is not None and not 0 < call.value.shape[-1] <= MOST_DIM:
-        reasons.append(f"v_dim is {call.value.shape[-1]}; it takes 1 to {MOST_DIM}")
-    return reasons
+    return reasons + reading.values_why_not(call)
 
 
 @torch.no_grad()
@@ -80,11 +78,7 @@ def effect(
     rows = (place.batch, place.heads, place.q_len, k)
     names = torch.empty(rows, dtype=torch.int32, device=device)
     effects, weights = torch.empty(2, *rows, dtype=torch.float32, device=device)
-    seed, kept = names, 1.0
-    if call.dropout is not None:
-        drawn = 0 if call.dropout.seed is None else int(call.dropout.seed)
-        seed = torch.tensor([drawn, round(call.dropout.p * 2**32)], dtype=torch.int64, device="cpu")
-        seed, kept = seed.to(device, non_blocking=True), 1 / (1 - call.dropout.p)
+    seed, kept = drawn(call, names)
     values = ValueArgs(
         value, *strides(value), grad, *strides(grad), out, *strides(out), value.shape[-1], seed,
         kept,

@@ -12,9 +12,8 @@ from ....call.checked import Call
 from ....errors import RegardError
 from . import read as reading
 from . import tile_grid as geometry
-from .arguments import Shared, on_device, wide
+from .arguments import Shared, drawn, on_device, wide
 from .kernel_tuples import TileArgs, strides
-from .read import MOST_DIM
 
 name = "triton"
 
@@ -45,9 +44,7 @@ def why_not(call: Call) -> list[str]:
         reasons.append("keys lie in pages; it reads none")
     if any(b.tensor.requires_grad for b in call.biases):
         reasons.append("a bias needs gradients; it gives none")
-    if call.value is not None and not 0 < call.value.shape[-1] <= MOST_DIM:
-        reasons.append(f"v_dim is {call.value.shape[-1]}; it takes 1 to {MOST_DIM}")
-    return reasons
+    return reasons + reading.values_why_not(call)
 
 
 @torch.no_grad()
@@ -75,11 +72,7 @@ def part_backward(
         torch.empty(t.shape, dtype=torch.float32, device=device)
         for t in (call.query, call.key, value)
     ]
-    seed, kept = shared.none, 1.0
-    if call.dropout is not None:
-        drawn = 0 if call.dropout.seed is None else int(call.dropout.seed)
-        seed = torch.tensor([drawn, round(call.dropout.p * 2**32)], dtype=torch.int64, device="cpu")
-        seed, kept = seed.to(device, non_blocking=True), 1 / (1 - call.dropout.p)
+    seed, kept = drawn(call, shared.none)
     values = SlopeArgs(
         value, *strides(value), grad, *strides(grad), delta, value.shape[-1], seed, kept
     )

@@ -85,6 +85,13 @@ def why_not(call: Call) -> list[str]:
     return reasons
 
 
+def values_why_not(call: Call) -> list[str]:
+    """The reasons why kernels that mix cannot hold a call's values in registers."""
+    if call.value is None or 0 < call.value.shape[-1] <= MOST_DIM:
+        return []
+    return [f"v_dim is {call.value.shape[-1]}; it takes 1 to {MOST_DIM}"]
+
+
 def refuses(observer: Observer) -> list[str]:
     """The reasons why the kernels cannot gather an observer; empty if they can."""
     if not isinstance(observer, READS):
