@@ -3,8 +3,8 @@
 strength 0: the first case; 1: as many as show every value of every parameter; 2: every pair of
 values. `sample(every=n)`: each n-th of one long list. The others are slow: they run with
 `pytest -m "slow or not slow"`, and in CI. `sample(strength, most=n)`: of a full product, in CI too,
-only as many as show every n values together. The others run nowhere: a fault that takes more values
-than n at once may slip through, so n is for parameters that meet nowhere but in the test.
+only as many as show every n values together. The others run nowhere: a fault that takes more than n
+values at once may slip through.
 """
 
 import random
