@@ -9,20 +9,25 @@
 namespace regard::LEVEL {
 
 // sum + a₁ b₁ + a₀ b₀ of each lane, as `vdpbf16ps` rounds; denormals are 0, going in and coming out.
-INLINE V dot_pairs(V sum, N a, N b) {
 #if defined(__AVX512BF16__) && WIDTH == 16
+INLINE V dot_pairs(V sum, N a, N b) {
     return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    auto flushed = [](N x) { return (V)((x & 0x7f800000u) == 0 ? x & 0x80000000u : x); };
-    V high = flushed((N)sum) + flushed(a & 0xffff0000u) * flushed(b & 0xffff0000u);
-    V both = flushed((N)high) + flushed(a << 16) * flushed(b << 16);
-    return flushed((N)both);
-#endif
 }
+#define PAIR_ROWS INLINE
+struct PairsFlushing {};  // the instruction does
+#else
+INLINE V dot_pairs(V sum, N a, N b) {
+    V high = sum + (V)(a & 0xffff0000u) * (V)(b & 0xffff0000u);
+    return high + (V)(a << 16) * (V)(b << 16);
+}
+#define PAIR_ROWS NO_INLINE
+typedef Flushing PairsFlushing;
+#endif
 
 // R rows of A against NV columns of tiles of B, added up from where they begin to `sum`.
 template <int R, int NV>
-INLINE void pair_rows(long depth, const uint16_t* a, const uint16_t* b, long b_row, V (*sum)[NV]) {
+PAIR_ROWS void pair_rows(long depth, const uint16_t* a, const uint16_t* b, long b_row, V (*sum)[NV]) {
+    [[maybe_unused]] const PairsFlushing denormals;
     for (long k = 0; k < depth; k++, a += TILE, b += b_row)
         #pragma GCC unroll 2
         for (int j = 0; j < SIDE; j++) {

@@ -10,6 +10,7 @@
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
+#define NO_INLINE static __attribute__((noinline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace regard::LEVEL {
