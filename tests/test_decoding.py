@@ -74,6 +74,7 @@ def test_draws_follow_the_seed_and_the_weights():
     assert torch.equal(drawn_tokens, again[:, -1])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind, config", translators())
 @pytest.mark.parametrize("beams", [1, 3])
 def test_beams_by_steps_are_beams_without(kind, config, beams):

@@ -50,7 +50,7 @@ def closed_form(case, grad: Tensor) -> tuple[Tensor, Tensor]:
     return effect.masked_fill(scores == -torch.inf, 0).detach(), p
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_effect_is_the_closed_form(case):
     """Every mask, bias, softcap, sink and dropout of the cases; all edges, then exact top-k."""

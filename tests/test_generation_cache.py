@@ -317,6 +317,7 @@ def test_an_evicting_cache_cannot_be_cropped():
         cache.crop(-1)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
 def test_minimind(shared, make):
     folder = shared / "models" / "minimind2-small"

@@ -80,7 +80,7 @@ def assert_double(ours: list[Tensor], simple: list[Tensor], truths: list[Tensor]
         assert_within(mine, other, truth, mine.dtype, error=typical)
 
 
-@pytest.mark.sample(every=2)
+@pytest.mark.sample(every=5)
 @every_case
 def test_tiled_gradients_are_the_references(case):
     """Query, key, value, biases, tables, slopes and sinks; through out and lse."""

@@ -97,7 +97,7 @@ def test_without_the_kernels(monkeypatch):
 @pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 def test_an_instruction_set_runs_here_or_is_refused():
     """In processes of their own: it is chosen once."""
-    here, others = native.levels(), ["neon", "AVX2", "", "portable,avx2"]
+    here, others = native.levels(), ["AVX2", "", "portable,avx2"]
     asked = [(["info", "--json"], {"REGARD_ISA": isa}) for isa in (*here, *others)]
     for (_, given), (code, out, said) in zip(
         asked, forked.commands(*asked, needs="torch"), strict=True

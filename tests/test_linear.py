@@ -88,7 +88,7 @@ def assert_double(ours: list[Tensor], plain: list[Tensor], truths: list[Tensor])
         assert_within(mine, other.float(), truth, mine.dtype, error=typical, roundings=4)
 
 
-@pytest.mark.sample(every=4)
+@pytest.mark.sample(every=9)
 @every_case
 def test_float64_is_the_twins(case):
     """Out, state and the gradients of everything that goes in; both forms."""
@@ -98,7 +98,7 @@ def test_float64_is_the_twins(case):
             assert_double(*found)
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 100], ids=str)
 def test_float64_in_small_segments(case, monkeypatch):
     """Segments of one chunk: the small cases, too, take many."""
@@ -108,7 +108,7 @@ def test_float64_in_small_segments(case, monkeypatch):
         assert_double(*found)
 
 
-@pytest.mark.sample(every=5)
+@pytest.mark.sample(every=9)
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len > 7], ids=str)
 def test_float64_in_parts(case, monkeypatch):
     """Without a graph, a long sequence goes part by part; here every one of more than 7 tokens."""
@@ -151,7 +151,7 @@ def test_a_state_that_does_not_fit(engine):
         linear_attention(*narrow, state=state, engine=engine)
 
 
-@pytest.mark.sample(every=7)
+@pytest.mark.sample(every=13)
 @pytest.mark.parametrize(
     "case, dtype",
     [
@@ -305,7 +305,7 @@ def in_pieces(*tensors, ends: list[int], engine: str, **request):
     return torch.cat(outs, 2), state
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.sizes.k_len == 131], ids=str)
 def test_pieces_are_the_whole(case):
     """A sequence cut anywhere, the state handed on: the same out, state and gradients."""

@@ -165,13 +165,13 @@ def look(case: Case, dtype: torch.dtype = torch.float64) -> None:
         assert_seen(observer, result, bar, PAIRS, roundings)
 
 
-@pytest.mark.sample(every=5)
+@pytest.mark.sample(every=9)
 @every_case
 def test_all_observers_are_exact(case):
     look(case)
 
 
-@pytest.mark.sample(every=9)
+@pytest.mark.sample(every=15)
 @pytest.mark.parametrize("case", [c for c in CASES if c.sizes.k_len > 100], ids=str)
 def test_all_observers_in_small_strips(case, monkeypatch):
     """With a small budget the small cases, too, take many strips and parts."""

@@ -268,6 +268,7 @@ HUGE: dict[str, tuple[Callable[[int], Mask], Mask]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("engine", ["cpu", "sdpa", "tiled", "reference"])
 @pytest.mark.parametrize("n", [2**31, 2**32 + 1, sys.maxsize, 2**63, 2**64], ids=hex)
 @pytest.mark.parametrize("huge, same", HUGE.values(), ids=HUGE)

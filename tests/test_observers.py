@@ -57,13 +57,13 @@ def look(case: Case, engine: str, dtype: torch.dtype) -> None:
         assert_seen(observer, result, bar, roundings=bar.of_lse)
 
 
-@pytest.mark.sample(every=2)
+@pytest.mark.sample(every=5)
 @every_case
 def test_all_observers_are_exact(case):
     look(case, "tiled", torch.float64)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_case
 def test_all_observers_inside_the_kernels(case, dtype):

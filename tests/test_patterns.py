@@ -255,6 +255,7 @@ WORK = {
 }
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("name", WORK)
 def test_work_is_what_is_shown(name, monkeypatch):
     """Scores computed, counted: those of the tiles that hold a visible pair, and no others."""

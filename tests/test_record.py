@@ -133,6 +133,7 @@ RUNS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, MistralForCausalLM])
 @pytest.mark.parametrize("ends", RUNS.values(), ids=RUNS)
 def test_calls_that_continue_append(kind, ends, tmp_path):

@@ -79,6 +79,7 @@ def check_beside(layer):
     assert layer.norm.shape[0] == layer.value.shape[0] == layer.batch
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["Llama", "BART"])
 @pytest.mark.parametrize("left", ["finished", "stopped"])
 def test_rows_follow_the_beams(name, left, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def attentions(output) -> list[Tensor]:
     return [t for name, part in output.items() if "attentions" in name for t in tensors(part)]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", DENSE)
 def test_weights_are_the_models_own(kind, padded):

@@ -48,7 +48,7 @@ def assert_tiles(recording: Recording, truth, plain, layer=0) -> None:
                 assert_within(found, near, wanted)
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_every_kind_of_call_has_its_tiles(case):
     (query, key, _), request = case.tensors(), case.request()

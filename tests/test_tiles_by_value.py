@@ -28,7 +28,7 @@ def by_value(recording, norms, exact, plain, layer=0):
                 assert_within(found, theirs, wanted)
 
 
-@pytest.mark.sample(every=4)
+@pytest.mark.sample(every=9)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_every_kind_of_call(case):
     """Norms of all sizes, and of 0."""

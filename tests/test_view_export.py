@@ -73,6 +73,7 @@ def tiles(held, measure):
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("measure", ["weight", "value", "effect"])
 @pytest.mark.parametrize("pool", ["sum", "max"])
 def test_tiles_are_those_in_view(folder, measure, pool):

@@ -175,7 +175,7 @@ KINDS = (
 )
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize("padded", [None, "left", "right"])
 @pytest.mark.parametrize("name, decoder", KINDS, ids=[n for n, _ in KINDS])
 def test_logits_to_the_bit(name, decoder, padded):
