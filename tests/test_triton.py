@@ -103,7 +103,7 @@ from regard.engines.decode import engine as decode
 from regard.engines.decode import attend_kernel as decode_kernel
 
 kernels = {rows_kernel: "sum_rows weigh_rows", read_kernel: "weigh", top_k_kernel: "list_keys",
-           effect_kernel: "remove", few_queries_kernel: "weigh_few join_few",
+           effect_kernel: "weigh_edges list_edges", few_queries_kernel: "weigh_few join_few",
            decode_kernel: "attend_chunk join_chunks"}
 with compiling(kernels, report):
     query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
