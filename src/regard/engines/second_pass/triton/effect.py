@@ -19,6 +19,10 @@ from .read import MOST_LISTED
 from .tile_grid import FAN, Leaves
 
 
+# Keys of a leaf. Fewer than of a list of weights, as values are read again, too: an estimate
+LEAST = 4
+
+
 class ValueArgs(NamedTuple):
     """The values, the scalar's gradient and what came out, with their strides as in `CallArgs`."""
 
@@ -106,7 +110,7 @@ def effect(
         listed = geometry.listed_tiles(shared, blocks, lead)
     tiles = TileArgs(*listed, *(band or (0, 0)), *lead, *counts)
     # A leaf more than are listed, where a weight is nearly 1: see `effect_kernel`
-    leaves = Leaves.of(k + 1, counts[1], blocks[1])
+    leaves = Leaves.of(k + 1, counts[1], blocks[1], LEAST)
     rows = (place.batch, place.heads, place.q_len)
     items = counts[0] * place.heads * place.batch
     programs, held = reading.programs_at_once(call, items), Buffers(device)
