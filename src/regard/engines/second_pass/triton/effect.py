@@ -18,7 +18,6 @@ from .kernel_tuples import ListArgs, TileArgs, fixed, strides
 from .read import MOST_LISTED
 from .tile_grid import FAN, Leaves
 
-
 # Keys of a leaf. Fewer than of a list of weights, as values are read again, too: an estimate
 LEAST = 4
 
