@@ -1,9 +1,10 @@
 """All that a GPU is to say, in the minutes one is lent: what is wrong, then each bar.
 
-    python benchmarks/gpu_ready.py FOLDER [--seconds 540] [--jobs 8] [--only PART]... [--dry]
+    python benchmarks/gpu_ready.py FOLDER [--seconds 540] [--jobs 16] [--only PART]... [--dry]
 
 First every check, those most at risk first, --jobs at a time, as compiling takes most of them;
-beside them what is measured later is compiled. Then one measurement at a time. A part is a process
+beside them what is measured later is compiled; all that for 0.55 of the time at most, where
+measurements follow. Then one measurement at a time. A part is a process
 with a time limit of its own: what crashes, hangs or is not reached loses no other. Rows are written
 as they come, as lines of JSON, to FOLDER/PART.jsonl, what a part says to FOLDER/PART.log; at the
 end, and in FOLDER/summary.txt, what is wrong, missed, failed, or was not reached. Exit code 1 if
@@ -32,6 +33,8 @@ from gpu_place import DRY
 
 Lines = Callable[[], Iterator[Any]]
 HERE = Path(__file__).parent
+CHECKING = 0.55  # of the time
+COMPILING = 280  # seconds that a part may take to compile its kernels
 
 
 @dataclass(frozen=True)
@@ -108,18 +111,24 @@ class Runner:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def all(self, parts: list[tuple[str, bool]], jobs: int) -> None:
-        """Run parts (name, only to compile), `jobs` at a time, in their order."""
+    def all(self, parts: list[tuple[str, bool]], jobs: int, share: float = 1.0) -> None:
+        """Run parts (name, only to compile), `jobs` at a time, in their order.
+
+        share: of the time that is left.
+        """
+        until = time.monotonic() + share * self.left
         waiting, running = list(parts), []
         while waiting or running:
-            while waiting and len(running) < jobs and self.left > 0:
-                running.append(self.begun(*waiting.pop(0)))
-            if self.left <= 0:
+            while waiting and len(running) < jobs and time.monotonic() < until:
+                running.append(self.begun(*waiting.pop(0), until))
+            if time.monotonic() >= until:
                 waiting.clear()
             running = [one for one in running if not self.ended(*one)]
             time.sleep(0.05)
 
-    def begun(self, name: str, compiling: bool) -> tuple[str, subprocess.Popen, float]:
+    def begun(
+        self, name: str, compiling: bool, until: float
+    ) -> tuple[str, subprocess.Popen, float]:
         print(f"{self.left:6.0f} s left: {name}{', to compile' * compiling}", flush=True)
         command = [sys.executable, __file__, str(self.folder), "--part", name]
         more = {"REGARD_DRY": "1", "TRITON_INTERPRET": "1"} if self.dry else {}
@@ -129,8 +138,8 @@ class Runner:
                 [*command, *["--compile"] * compiling], stdout=log, stderr=log,
                 env=os.environ | more, cwd=HERE,
             )  # fmt: skip
-        limit = 3600.0 if self.dry else PARTS[name].limit
-        return full, process, min(self.end, time.monotonic() + limit)
+        limit = 3600 if self.dry else COMPILING if compiling else PARTS[name].limit
+        return full, process, min(until, time.monotonic() + limit)
 
     def ended(self, name: str, process: subprocess.Popen, until: float) -> bool:
         code = process.poll()
@@ -168,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
-    parser.add_argument("--jobs", type=int, default=8, help="checks at a time")
+    parser.add_argument("--jobs", type=int, default=16, help="checks at a time")
     parser.add_argument("--only", action="append", choices=list(PARTS), metavar="PART")
     parser.add_argument("--dry", action="store_true", help="no GPU: see above")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
@@ -184,10 +193,11 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {name: part for name, part in PARTS.items() if name in (asked.only or PARTS)}
     runner = Runner(folder, asked.seconds, asked.dry)
-    first = [(name, False) for name in chosen if name in CHECKS]
-    first += [(name, True) for name, part in chosen.items() if part.compiles]
-    runner.all(first, asked.jobs)
-    runner.all([(name, False) for name in chosen if name in BARS], 1)
+    checks = [(name, False) for name in chosen if name in CHECKS]
+    compiled = [(name, True) for name, part in chosen.items() if part.compiles]
+    bars = [(name, False) for name in chosen if name in BARS]
+    runner.all([*checks[:5], *compiled, *checks[5:]], asked.jobs, CHECKING if bars else 1.0)
+    runner.all(bars, 1)
     lines = summary(folder, runner.said, chosen)
     (folder / "summary.txt").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines or ["All parts ran; nothing is wrong, no bar is missed."]))
