@@ -137,7 +137,7 @@ def host() -> Iterator[Row]:
         yield from rows(place, calls, given, ("torch",), {"auto": 1.05})
         for name, call in (*calls.items(), ("all four", sees)):
             yield {"name": f"{place}, host of {name}", "ms": hosts(lambda: call(q, k, v))}  # noqa: B023
-'        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 sees(q, k, v)
