@@ -21,7 +21,7 @@ from ..second_pass.triton.forms import Buffers
 from ..second_pass.triton.kernel_tuples import fixed, strides
 
 name = "decode"
-WIDE = 8192  # numbers that a tile mixes, beyond which four warps would hold too many each
+WIDE = 1024  # numbers that a tile mixes, beyond which four warps would spill some of theirs
 
 
 class PartArgs(NamedTuple):
