@@ -144,7 +144,7 @@ def test_compiles_for_a_gpu(tmp_path):
         "weigh True True",
         "list_keys False True",
         "weigh_rows False True",
-        "remove True True",
+        *["sum_rows True True", "weigh_edges True True", "list_edges False True"],
         "weigh_few False True",  # what its columns divide by
         "join_few False True",
         "weigh_few False True",

@@ -87,7 +87,7 @@ def effect(
     out, and the scalar's gradient of it: (batch, heads, q_len, v_dim); lse (batch, heads, q_len).
     blocks: queries and keys of a tile, powers of two from 16; by default chosen for the call.
     RegardError if `reading.why_not` or `refuses` has a reason. Memory beside the result: that of
-    the programs that run at once, and k + 12 numbers a row.
+    the programs that run at once, and up to k + 20 numbers a row.
     """
     reasons = [*reading.why_not(call), *refuses(Effect(k), call)]
     if call.pages is not None:
