@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 import gpu_bars
 import gpu_check
 import gpu_linear
+import gpu_place
 import torch
 from gpu_place import DRY
 
@@ -85,16 +87,16 @@ PARTS = CHECKS | BARS
 
 def run(name: str, folder: Path, compiling: bool) -> None:
     """One part, in this process: its rows, as they come."""
-    import gpu_dry
-    import gpu_place
-
+    place: AbstractContextManager[None] = nullcontext()
     if DRY:
-        gpu_dry.stand_in().__enter__()  # for as long as the process lives
+        import gpu_dry
+
+        place = gpu_dry.stand_in()
     if compiling:
         gpu_place.UNTIMED, gpu_place.TIMED = 1, 1
     torch.manual_seed(0)
     path = folder / f"{name}{' compiled' * compiling}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
+    with place, path.open("w", encoding="utf-8") as file:
         for row in PARTS[name].rows():
             made = {"wrong": row} if isinstance(row, str) else row
             print(json.dumps(made, ensure_ascii=False), file=file, flush=True)
