@@ -61,14 +61,14 @@ def checked() -> Iterator[str]:
 def forms(dtype: torch.dtype) -> Iterator[str]:
     """The same of one type, at two dims."""
     for dim in (128, 64)[DRY:]:
-        for form in ("elu", *FORMS)[:: 3 if DRY else 1]:
+        for form in ("elu", *FORMS)[slice(1, 2) if DRY else slice(None)]:
             for what in wrong(form, dtype, dim):
                 yield f"{what}: linear attention, {form}, {dtype}, dim {dim}"
 
 
 def wrong(form: str, dtype: torch.dtype, dim: int) -> Iterator[str]:
     """What is off: outputs, states, gradients, from run to run; packed sequences, too."""
-    n = 40 if DRY else 333
+    n = 20 if DRY else 333
     with torch.device(DEVICE):
         query = torch.randn(2, 4, n, dim, dtype=dtype)
         key, value = torch.randn(2, 2, 2, n, dim, dtype=dtype)

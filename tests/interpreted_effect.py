@@ -75,7 +75,7 @@ def nearly_alone() -> None:
     """Where one key has nearly all of a row, its effect and those beside it are plain torch's."""
     torch.manual_seed(1)
     query, key, value, grad = torch.randn(4, 1, 1, 70, 16).unbind()
-    tensors = (query * 4, key, value)
+    tensors = (query * 8, key, value)
 
     def measured(by: Callable, kind: torch.dtype) -> list[Tensor]:
         given = [t.to(kind) for t in tensors]
@@ -91,7 +91,7 @@ def nearly_alone() -> None:
     exact, plain = measured(plainly, torch.float64), measured(plainly, torch.float32)
     found = measured(ours, torch.float32)
     heaviest = exact[2].amax(-1)
-    assert (heaviest > 1 - 1e-5).any()
+    assert (heaviest > 1 - 1e-4).any()
     assert ((heaviest > 0.5) & (heaviest < 0.9)).any()
     assert torch.equal(found[0], exact[0])
     for mine, near, truth in zip(found[1:], plain[1:], exact[1:], strict=True):

@@ -139,7 +139,7 @@ def effect(
     lists = ListArgs(held["leaves"], held["fans"], held["chosen"], held["total"], k, leaves.kept)
     own = RowArgs(held["delta"], held["total"], held["largest"])
     common = (shared.args, shared.mask_args(band is None), shared.biases, tiles)
-    warps, depth = reading.warps_of(power(k) * leaves.size(blocks[1]), form.D.value)
+    warps, depth = reading.warps_of(power(k) * leaves.size(blocks[1]), wide(call.query.shape[-1]))
     at_once = 32 if WIDEN.value else 1  # rows; the interpreter takes many
     parts = -(-place.q_len // at_once)
     with on_device(device):
