@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpu_linear
 import torch
 from torch.nn.attention import flex_attention
 
@@ -59,6 +60,8 @@ def stand_in() -> AbstractContextManager[None]:
     torch_flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     patched: Any = flex
     patched.why_not, patched._compiled = flex.refuses, lambda: flex_attention.flex_attention
+    linear: Any = gpu_linear
+    linear.peer = lambda form: lambda q, *others: q
     weigh.kernel_refuses, decode.why_not = read.why_not, decode.refusals
     for name in ("FLASH", "CUDNN"):
         kernel = getattr(sdpa_cuda, name)
