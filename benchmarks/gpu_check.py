@@ -1,4 +1,4 @@
-"""On a CUDA GPU: every kernel against float64. Run by gpu.py.
+"""On a CUDA GPU: every kernel against float64. Run by gpu.py and gpu_ready.py.
 
 Each engine and the Triton kernels of the second pass on small calls, few queries, pages and Effect
 among them, against `reference` and the plain torch readers in float64.
@@ -6,11 +6,12 @@ among them, against `reference` and the plain torch readers in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
+from gpu_place import DEVICE, DRY
 from torch import Tensor
 
 from regard import (
@@ -38,6 +39,8 @@ from regard import (
     observe,
 )
 from regard.cache import Pages
+from regard.call.checked import Call
+from regard.call.geometry import Span
 from regard.sparse import BlockSparse
 
 SECOND_PASS = "second pass by triton"
@@ -80,6 +83,100 @@ def double(value: Any) -> Any:
     return RelativeBias(value.table.double()) if isinstance(value, RelativeBias) else value
 
 
+def _sizes(q_len: int, k_len: int, kv_heads: int) -> tuple[int, int, int]:
+    """Of a call; in a dry run a few tokens."""
+    return (min(q_len, 24), 24 if q_len == k_len else 40, kv_heads) if DRY else (
+        q_len, k_len, kv_heads
+    )  # fmt: skip
+
+
+def _drawn(
+    dtype: torch.dtype, dim: int, sizes: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, dict[str, Any]]]:  # fmt: skip
+    """Query, key and value of two items, and requests of every kind."""
+    q_len, k_len, kv_heads = sizes
+    with torch.device(DEVICE):
+        query = torch.randn(2, 4, q_len, dim, dtype=dtype)
+        key, value = torch.randn(2, 2, kv_heads, k_len, dim, dtype=dtype)
+        return query, key, value, requests(4, q_len, k_len)
+
+
+def _each(
+    check: Callable[..., Iterator[str]], dtype: torch.dtype, dims: Sequence[int],
+    sizes: Sequence[tuple[int, int, int]], names: Sequence[str] | None,
+) -> Iterator[str]:  # fmt: skip
+    """What a check finds in requests of those names, None for all, at each dim and size."""
+    for dim in dims[:1] if DRY else dims:
+        for size in sizes:
+            query, key, value, asked = _drawn(dtype, dim, _sizes(*size))
+            chosen = list(asked if names is None else names)
+            if DRY:
+                chosen = [name for name in chosen if name in ("relative", "bias", "padding")]
+            for name in chosen:
+                for what in check(query, key, value, asked[name]):
+                    place = f"{dtype}, dim {dim}, {size[0]} × {size[1]}, {size[2]} kv heads"
+                    yield f"{what}: {name}, {place}"
+
+
+def gradients(dtype: torch.dtype) -> Iterator[str]:
+    """PyTorch's kernels with gradients and hidden numbers, which our kernels mend."""
+    names = ("full", "causal", "window", "padding", "documents", "bias", "alibi")
+    yield from _each(wrong_gradients, dtype, (64, 128), SIZES[:2], names)
+
+
+def in_pages() -> Iterator[str]:
+    """Few queries over keys that stay in their pages."""
+    for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)):
+        for size in SIZES[2:]:
+            yield from _paged(dtype, dim, size)
+
+
+def prompts_in_pages() -> Iterator[str]:
+    """Prompts over such keys, fewer queries than keys and as many."""
+    for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)):
+        for size in SIZES[:2]:
+            yield from _paged(dtype, dim, size)
+
+
+def _paged(dtype: torch.dtype, dim: int, size: tuple[int, int, int]) -> Iterator[str]:
+    query, key, value, _ = _drawn(dtype, dim, _sizes(*size))
+    for what in wrong_pages(query, key, value):
+        yield f"{what}: {dtype}, dim {dim}, {size[0]} × {size[1]}"
+
+
+def effects(dtype: torch.dtype) -> Iterator[str]:
+    """Effect, with dropout and without."""
+    names = ("causal", "window", "padding", "softcap and sinks", "alibi", "full")
+    yield from _each(wrong_effects, dtype, (64, 128), SIZES[:1], names)
+
+    def dropped(query: Tensor, key: Tensor, value: Tensor, asked: dict) -> Iterator[str]:
+        for what in wrong_effects(query, key, value, asked | {"dropout": Dropout(0.2, 7)}):
+            yield f"{what}, dropout"
+
+    yield from _each(dropped, dtype, (64,), SIZES[1:2], ("causal", "padding"))
+
+
+def passes(dtype: torch.dtype, dim: int) -> Iterator[str]:
+    """The forward and every observer, masks and biases of every kind."""
+    yield from _each(wrong, dtype, (dim,), SIZES[:1], None)
+    yield from _each(wrong, dtype, (dim,), SIZES[1:2], SAMPLE)
+
+
+def few() -> Iterator[str]:
+    """The same of few queries."""
+    yield from _each(wrong, torch.bfloat16, (64, 128), SIZES[2:], SAMPLE)
+
+
+def flexes() -> Iterator[str]:
+    """FlexAttention, compiled; by name alone."""
+
+    def compiled(query: Tensor, key: Tensor, value: Tensor, asked: dict) -> Iterator[str]:
+        return wrong_output(query, key, value, asked, ("flex",))
+
+    names = ("alibi", "relative", "bias", "predicate", "padding", "blocks")
+    yield from _each(compiled, torch.bfloat16, (128, 64), SIZES[:1], names)
+
+
 def sampled() -> Iterator[str]:
     """What is not within its bar, in words, of a few calls that say most."""
     for dim in (64, 128):
@@ -101,7 +198,7 @@ def _checked(
 ) -> Iterator[str]:
     """names: of requests, None for all."""
     q_len, k_len, kv_heads = sizes
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         query = torch.randn(2, 4, q_len, dim, dtype=dtype)
         key, value = torch.randn(2, 2, kv_heads, k_len, dim, dtype=dtype)
         asked = requests(4, q_len, k_len)
@@ -122,28 +219,73 @@ def _checked(
         yield f"{what}: {place}"
 
 
-def wrong(query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]) -> Iterator[str]:
-    """Which engines and observers are off."""
+def wrong_output(
+    query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any], engines: Sequence[str]
+) -> Iterator[str]:
+    """Which engines are off: by more than twice plain torch in this type, and a rounding."""
     whole = {name: double(v) for name, v in request.items()}
     tensors, exactly = (query, key, value), (query.double(), key.double(), value.double())
-    exact, lse = attention(*exactly, **whole, engine="reference", return_lse=True)
-    bar = 4 * torch.finfo(query.dtype).eps * (1 + float(exact.abs().max()))
-    said = explain(*tensors, **request, observe=EVERY)
-    for engine in ("sdpa", "flex", "decode", "tiled"):
+    exact = attention(*exactly, **whole, engine="reference", return_lse=True)
+    near_by = plain(*tensors, request)
+    said = explain(*tensors, **request)
+    for engine in engines:
         if said[engine]:
             continue
-        out, its_lse = attention(*tensors, **request, engine=engine, return_lse=True)
-        if not (out.double() - exact).abs().max() <= bar:
-            yield f"{engine}'s output"
-        off = 8 * torch.finfo(query.dtype).eps if "bias" in request else 1e-3  # biases are rounded
-        if not torch.allclose(its_lse.double(), lse, rtol=1e-4, atol=max(off, 1e-3)):
-            yield f"{engine}'s lse"
+        found = attention(*tensors, **request, engine=engine, return_lse=True)
+        for what, mine, near, truth in zip(("output", "lse"), found, near_by, exact, strict=True):
+            eps = torch.finfo(mine.dtype).eps
+            if what == "lse" and "bias" in request:
+                eps = torch.finfo(query.dtype).eps  # PyTorch's kernels round biases
+            if off := beyond(mine, near, truth, eps):
+                yield f"{engine}'s {what}, {off}"
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by straightforward torch, wholly in this type."""
+    call = Call.checked(query, key, value, **request)
+    place, whole = call.place, Span(0, call.place.q_len, 0, call.place.k_len)
+    key, value = (t.repeat_interleave(place.heads // place.kv_heads, 1) for t in (key, value))
+    scores = call.scale * (query @ key.mT)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    for bias in call.biases:
+        scores = scores + bias.tile(whole, query.dtype)
+    scores = scores.masked_fill(~call.program.visible(whole), -torch.inf)
+    every = scores
+    if call.sinks is not None:
+        sinks = call.sinks.to(query.dtype)[:, None, None]
+        every = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], -1)
+    lse = every.logsumexp(-1)
+    safe = lse.masked_fill(lse == -torch.inf, 0)
+    return (scores - safe[..., None]).exp() @ value, lse
+
+
+def beyond(mine: Tensor, near: Tensor, truth: Tensor, eps: float) -> str:
+    """By what the largest error is above 2 × (that of `near` + a rounding); "" where it is not."""
+    sure = truth.isfinite()
+    if not torch.equal(mine.isfinite(), sure):
+        return "other numbers are finite"
+    if not sure.any():
+        return ""
+    errors = [float((t.double() - truth)[sure].abs().max()) for t in (mine, near)]
+    bar = 2 * (errors[1] + eps * (float(truth[sure].abs().max()) or 1.0))
+    return "" if errors[0] <= bar else f"{errors[0]:.2g}, bar {bar:.2g}"
+
+
+def wrong(query: Tensor, key: Tensor, value: Tensor, request: dict[str, Any]) -> Iterator[str]:
+    """Which engines and observers are off."""
+    yield from wrong_output(query, key, value, request, ("sdpa", "decode", "tiled"))
+    whole = {name: double(v) for name, v in request.items()}
+    exactly = (query.double(), key.double())
+    said = explain(query, key, value, **request, observe=EVERY)
     if said[SECOND_PASS]:
         yield f"the second pass refuses ({'; '.join(said[SECOND_PASS])})"
         return
     ours = observe(query, key, observe=EVERY, lse=None, **request)
     again = observe(query, key, observe=EVERY, lse=None, **request)
-    truth = observe(*exactly[:2], observe=EVERY, lse=None, **whole)
+    truth = observe(*exactly, observe=EVERY, lse=None, **whole)
     for observer, *seen in zip(EVERY, ours, again, truth, strict=True):
         mine, repeated, wanted = ({f.name: getattr(r, f.name) for f in fields(r)} for r in seen)
         for name, tensor in mine.items():
@@ -229,9 +371,9 @@ def wrong_effects(
 
 def wrong_pages(query: Tensor, key: Tensor, value: Tensor) -> Iterator[str]:
     """Whether keys that lie in pages are read otherwise than the same in order."""
-    lengths = torch.tensor([key.shape[2], key.shape[2] // 2], device="cuda")
+    lengths = torch.tensor([key.shape[2], key.shape[2] // 2], device=DEVICE)
     pool_k, pool_v, pages = paged(key, value, 16, lengths)
-    keep = torch.arange(key.shape[2], device="cuda") < lengths[:, None]
+    keep = torch.arange(key.shape[2], device=DEVICE) < lengths[:, None]
     out, seen = attention(query, pool_k, pool_v, mask=Causal(), pages=pages, observe=EVERY)
     mask = Causal() & Padding(keep)
     wanted, truth = attention(query, key, value, mask=mask, observe=EVERY)
@@ -252,13 +394,13 @@ def paged(
     """The keys and values in pages that lie in no order, and beyond an item's end NaN."""
     batch, kv_heads, k_len, _ = key.shape
     most = -(-k_len // size)
-    order = torch.randperm(batch * most, device="cuda").view(batch, most)
-    ends = torch.arange(most * size, device="cuda") < lengths[:, None]
+    order = torch.randperm(batch * most, device=DEVICE).view(batch, most)
+    ends = torch.arange(most * size, device=DEVICE) < lengths[:, None]
     pools = []
     for tensor in (key, value):
         whole = torch.nn.functional.pad(tensor, (0, 0, 0, most * size - k_len))
         whole = whole.where(ends[:, None, :, None], torch.nan)
-        pool = torch.empty(batch * most, kv_heads, size, tensor.shape[-1], device="cuda")
+        pool = torch.empty(batch * most, kv_heads, size, tensor.shape[-1], device=DEVICE)
         pool = pool.to(tensor.dtype)
         pool[order] = whole.unflatten(2, (most, size)).transpose(1, 2)
         pools.append(pool)

@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, without a GPU: a table of them for Hopper.
 
-    python benchmarks/gpu_kernels.py [--tokens 16384] [--dims 64 128] [--write FILE]
+    python benchmarks/gpu_kernels.py [--tokens 16384] [--dims 64 128] [--only PART] [--write FILE]
 
 Registers, spilled numbers, shared memory, and instructions: of the whole kernel, and of its loop
 over tiles of keys (what a thread executes for one tile). A change that spills, or lengthens the
@@ -14,6 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from regard.engines.blocks import backward_kernel, forward_kernel
 from regard.engines.blocks import launch as blocks
 from regard.engines.decode import attend_kernel as attending
 from regard.engines.decode import engine as decode
+from regard.engines.second_pass.triton import effect as measuring
+from regard.engines.second_pass.triton import effect_kernel
 from regard.engines.second_pass.triton import few_queries_kernel as few
 from regard.engines.second_pass.triton import read as reading
 from regard.engines.second_pass.triton import read_kernel as weighing
@@ -109,49 +113,86 @@ def _prompt(tokens: int, dim: int, mask: Any) -> Call:
     return Call.checked(query, one.key, one.value, mask=mask, pages=one.pages)
 
 
+Compiling = Callable[[str, dict[Any, str]], AbstractContextManager[None]]
+
+
+def observed(tokens: int, dim: int, within: Compiling) -> None:
+    """The second pass over many queries."""
+    query = torch.zeros(1, 1, tokens, dim, dtype=torch.bfloat16)
+    lse = torch.zeros(1, 1, tokens)
+    kernels = {weighing: "weigh", rows: "sum_rows", listing: "list_keys"}
+    for mask, (name, observers) in product((Full(), Causal()), ASKED.items()):
+        with within(f"{name} | {dim} | {mask}", kernels):
+            reading.read(Call.checked(query, query, None, mask=mask), observers, lse, False)
+
+
+def few_queries(tokens: int, dim: int, within: Compiling) -> None:
+    """One query: what `decode` computes, and all four."""
+    for group, mask in product((1, 8), (Full(), Causal())):
+        where = f"one query, {group} heads a key | {dim} | {mask}"
+        one = _one_query(tokens, dim, group, mask)
+        with within(where, {attending: "attend_chunk join_chunks"}):
+            decode.attend(one)
+        with within(f"all four, {where}", {few: "weigh_few join_few"}):
+            reading.read(one, ASKED["all four"], torch.zeros(1, group, 1), False)
+
+
+def prompts(tokens: int, dim: int, within: Compiling) -> None:
+    """Many queries over pages."""
+    for mask in (Full(), Causal()):
+        with within(f"512 queries over pages | {dim} | {mask}", {forward_kernel: "attend_rows"}):
+            blocks.attend(_prompt(tokens, dim, mask))
+
+
+def mends(tokens: int, dim: int, within: Compiling) -> None:
+    """What hidden numbers spoil."""
+    whole, lse = torch.zeros(1, 1, tokens, dim, dtype=torch.bfloat16), torch.zeros(1, 1, tokens)
+    keep = Padding(torch.ones(1, tokens, dtype=torch.bool))
+    kernels = {forward_kernel: "attend_rows", backward_kernel: "mend_queries mend_keys"}
+    for mask in (Causal(), keep):
+        call = Call.checked(whole, whole, whole, mask=mask)
+        with within(f"mends | {dim} | {type(mask).__name__}()", kernels):
+            blocks.mend(call, whole, lse)
+            blocks.mend_gradients(call, whole, lse, whole, (whole, whole, whole))
+
+
+def effects(tokens: int, dim: int, within: Compiling) -> None:
+    """Effect(8)."""
+    whole, lse = torch.zeros(1, 1, tokens, dim, dtype=torch.bfloat16), torch.zeros(1, 1, tokens)
+    kernels = {rows: "sum_rows", effect_kernel: "weigh_edges list_edges"}
+    for mask in (Full(), Causal()):
+        with within(f"Effect(8) | {dim} | {mask}", kernels):
+            call = Call.checked(whole, whole, whole, mask=mask)
+            measuring.effect(call, lse, whole, 8, whole)
+
+
+PARTS = {
+    "observed": observed, "few": few_queries, "prompts": prompts, "mends": mends,
+    "effects": effects,
+}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--only", choices=list(PARTS), help="a part of the table")
     parser.add_argument("--write", type=Path, help="write the table to this Markdown file, too")
     asked = parser.parse_args()
     lines = [HEADINGS, "|---" * HEADINGS[1:].count("|") + "|"]
-    where = ""
-
-    def report(kernel: Any, made: Any) -> None:
-        lines.append(f"| {kernel.__name__} | {where} | {measured(made)}")
-        print(lines[-1], flush=True)
-
     print("\n".join(lines), flush=True)
+
+    def within(where: str, kernels: dict[Any, str]) -> AbstractContextManager[None]:
+        def report(kernel: Any, made: Any) -> None:
+            lines.append(f"| {kernel.__name__} | {where} | {measured(made)}")
+            print(lines[-1], flush=True)
+
+        return compiling(kernels, report)
+
     for dim in asked.dims:
-        query = torch.zeros(1, 1, asked.tokens, dim, dtype=torch.bfloat16)
-        lse = torch.zeros(1, 1, asked.tokens)
-        for mask, (name, observers) in product((Full(), Causal()), ASKED.items()):
-            where = f"{name} | {dim} | {mask}"
-            call = Call.checked(query, query, None, mask=mask)
-            with compiling({weighing: "weigh", rows: "sum_rows", listing: "list_keys"}, report):
-                reading.read(call, observers, lse, False)
-        for group, mask in product((1, 8), (Full(), Causal())):
-            where = f"one query, {group} heads a key | {dim} | {mask}"
-            one = _one_query(asked.tokens, dim, group, mask)
-            with compiling({attending: "attend_chunk join_chunks"}, report):
-                decode.attend(one)
-            where = f"all four, {where}"
-            with compiling({few: "weigh_few join_few"}, report):
-                reading.read(one, ASKED["all four"], lse[..., :1].expand(1, group, 1), False)
-        for mask in (Full(), Causal()):
-            where = f"512 queries over pages | {dim} | {mask}"
-            with compiling({forward_kernel: "attend_rows"}, report):
-                blocks.attend(_prompt(asked.tokens, dim, mask))
-        whole = torch.zeros(1, 1, asked.tokens, dim, dtype=torch.bfloat16)
-        keep = Padding(torch.ones(1, asked.tokens, dtype=torch.bool))
-        for mask in (Causal(), keep):
-            where = f"mends | {dim} | {type(mask).__name__}()"
-            call = Call.checked(whole, whole, whole, mask=mask)
-            kernels = {forward_kernel: "attend_rows", backward_kernel: "mend_queries mend_keys"}
-            with compiling(kernels, report):
-                blocks.mend(call, whole, lse)
-                blocks.mend_gradients(call, whole, lse, whole, (whole, whole, whole))
+        for name, part in PARTS.items():
+            if asked.only in (None, name):
+                part(asked.tokens, dim, within)
     if asked.write:
         head = f"Triton {triton.__version__}, sm_90, bfloat16, {asked.tokens} tokens\n\n"
         asked.write.write_text(head + "\n".join(lines) + "\n", "utf-8")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from gpu_place import DEVICE, DRY
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
@@ -39,10 +40,10 @@ def answers(engine: str, tensors: list[Tensor], asked: dict[str, Any]) -> list[T
     tensors = [t.detach().requires_grad_() for t in tensors]
     floats = {n: t.detach().requires_grad_() for n, t in asked.items() if isinstance(t, Tensor)}
     out, state = linear_attention(*tensors, **asked | floats, return_state=True, engine=engine)
-    rng = torch.Generator("cuda").manual_seed(2)
+    rng = torch.Generator(DEVICE).manual_seed(2)
     loss: Any = 0
     for given in (out, state.memory):
-        weights = torch.randn(given.shape, generator=rng, device="cuda")
+        weights = torch.randn(given.shape, generator=rng, device=DEVICE)
         loss = loss + (given.double() * weights).sum()
     grads = torch.autograd.grad(loss, [*tensors, *floats.values()])
     return [t.detach() for t in (out, state.memory, *grads)]
@@ -57,13 +58,22 @@ def checked() -> Iterator[str]:
                     yield f"{what}: linear attention, {form}, {dtype}, dim {dim}"
 
 
+def forms(dtype: torch.dtype) -> Iterator[str]:
+    """The same of one type, at two dims."""
+    for dim in (128, 64)[DRY:]:
+        for form in ("elu", *FORMS)[slice(1, 2) if DRY else slice(None)]:
+            for what in wrong(form, dtype, dim):
+                yield f"{what}: linear attention, {form}, {dtype}, dim {dim}"
+
+
 def wrong(form: str, dtype: torch.dtype, dim: int) -> Iterator[str]:
     """What is off: outputs, states, gradients, from run to run; packed sequences, too."""
-    with torch.device("cuda"):
-        query = torch.randn(2, 4, 333, dim, dtype=dtype)
-        key, value = torch.randn(2, 2, 2, 333, dim, dtype=dtype)
-        asked = request(form, 2, 2, 333, dim)
-        mask = Documents(torch.arange(333) // 90)
+    n = 20 if DRY else 333
+    with torch.device(DEVICE):
+        query = torch.randn(2, 4, n, dim, dtype=dtype)
+        key, value = torch.randn(2, 2, 2, n, dim, dtype=dtype)
+        asked = request(form, 2, 2, n, dim)
+        mask = Documents(torch.arange(n) // 90)
     tensors = [query, normalize(key.float(), dim=-1).to(dtype), value]
     names = ["out", "state", "d_query", "d_key", "d_value"]
     names += [f"d_{n}" for n, t in asked.items() if isinstance(t, Tensor)]
@@ -114,7 +124,7 @@ def measured(longest: int, timed: Callable[..., float]) -> Iterator[str]:
 
 def row(form: str, n: int, dim: int, timed: Callable[..., float]) -> str:
     """One line of the table."""
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         given = [tuple(torch.randn(3, 1, HEADS, n, dim, dtype=torch.bfloat16)) for _ in range(2)]
         given = [(q, normalize(k, dim=-1), v) for q, k, v in given]
         asked = request(form, 1, HEADS, n, dim)

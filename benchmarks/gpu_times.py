@@ -13,6 +13,7 @@ from typing import Any
 import gpu_linear
 import torch
 from gpu_check import paged
+from gpu_place import DEVICE
 from torch import Tensor
 
 from regard import Causal, Effect, Entropy, Full, Map, Received, TopK, attention
@@ -29,7 +30,7 @@ def inputs(n: int, dim: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     count = max(2, min(16, 2 * l2 // (3 * HEADS * n * dim * 2) + 1))
     shape = (3, 1, HEADS, n, dim)
-    return [tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for _ in range(count)]
+    return [tuple(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)) for _ in range(count)]
 
 
 def timed(call: Callable[..., Any], given: list[tuple[Tensor, ...]]) -> float:
@@ -111,10 +112,10 @@ def linear(longest: int) -> Iterator[str]:
 def ceilings() -> Iterator[str]:
     """What the card can do at most."""
     side = 8192
-    a, b = torch.randn(2, side, side, device="cuda", dtype=torch.bfloat16)
+    a, b = torch.randn(2, side, side, device=DEVICE, dtype=torch.bfloat16)
     span = timed(torch.matmul, [(a, b), (b, a)])
     yield f"Ceilings: bfloat16 matmul {2 * side**3 / span / 1e9:.0f} TFLOP/s; "
-    source, target = torch.empty(2, 2**30, device="cuda", dtype=torch.uint8)
+    source, target = torch.empty(2, 2**30, device=DEVICE, dtype=torch.uint8)
     span = timed(lambda x, y: y.copy_(x), [(source, target), (target, source)])
     yield f"memory copy {2 * 2**30 / span / 1e6:.0f} GB/s read and written."
 
@@ -161,11 +162,11 @@ def effect_row(n: int, dim: int) -> str:
 
 def decode_row(n: int, batch: int) -> str:
     """One token's query over many keys, in order and in pages."""
-    query = torch.randn(batch, HEADS, 1, 128, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(batch, HEADS, 1, 128, device=DEVICE, dtype=torch.bfloat16)
     sets, copies = [], 1 if batch * n > 2**19 else 3
     for _ in range(copies):
-        key, value = torch.randn(2, batch, 8, n, 128, device="cuda", dtype=torch.bfloat16)
-        lengths = torch.full((batch,), n, device="cuda")
+        key, value = torch.randn(2, batch, 8, n, 128, device=DEVICE, dtype=torch.bfloat16)
+        lengths = torch.full((batch,), n, device=DEVICE)
         sets.append((query, key, value, *paged(key, value, 64, lengths)))
 
     def over(in_pages: bool, observers: list | None, engine: str = "auto") -> Callable[..., Any]:
@@ -189,7 +190,7 @@ def plainly(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tenso
     """Eager attention, which has the weights."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
     if isinstance(mask, Causal):
-        hidden = torch.ones(scores.shape[-2:], device="cuda", dtype=torch.bool).triu(1)
+        hidden = torch.ones(scores.shape[-2:], device=DEVICE, dtype=torch.bool).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf)
     weights = scores.softmax(-1)
     return weights @ value, weights
@@ -197,7 +198,7 @@ def plainly(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tenso
 
 def memory(n: int) -> Iterator[str]:
     """What an observed forward takes beside its tensors."""
-    query, key, value = torch.randn(3, 1, HEADS, n, 128, device="cuda", dtype=torch.bfloat16)
+    query, key, value = torch.randn(3, 1, HEADS, n, 128, device=DEVICE, dtype=torch.bfloat16)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out, _ = attention(query, key, value, mask=Causal(), observe=SIGHT)

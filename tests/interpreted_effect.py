@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 import regard.engines.second_pass.weigh
 import test_effect
-from cases import Case, at
+from cases import Case, assert_within, at
 from interpreted import case_of
 from regard import Causal, Dropout, Effect, TopK, attention
 from regard.call.checked import Call
+from regard.engines.second_pass import effect as by_torch
 from regard.engines.second_pass.triton import effect as measuring
 from regard.engines.second_pass.triton import read as reading
 
@@ -67,6 +69,33 @@ def alone_and_ties() -> None:
         call, torch.full((1, 1, 40), 40.0).log(), same, 3, same, (16, 16)
     )
     assert indices.unique(dim=2).tolist() == [[[[0, 1, 2]]]]
+
+
+def nearly_alone() -> None:
+    """Where one key has nearly all of a row, its effect and those beside it are plain torch's."""
+    torch.manual_seed(1)
+    query, key, value, grad = torch.randn(4, 1, 1, 70, 16).unbind()
+    tensors = (query * 8, key, value)
+
+    def measured(by: Callable, kind: torch.dtype) -> list[Tensor]:
+        given = [t.to(kind) for t in tensors]
+        out, lse = attention(*given, engine="reference", return_lse=True)
+        return by(Call.checked(*given), lse, out, grad.to(kind))
+
+    def plainly(call: Call, lse: Tensor, out: Tensor, grad: Tensor) -> list[Tensor]:
+        return list(by_torch.measure(call, lse, out, grad[None], 3))
+
+    def ours(call: Call, lse: Tensor, out: Tensor, grad: Tensor) -> list[Tensor]:
+        return list(measuring.effect(call, lse, out, 3, grad, (32, 32)))
+
+    exact, plain = measured(plainly, torch.float64), measured(plainly, torch.float32)
+    found = measured(ours, torch.float32)
+    heaviest = exact[2].amax(-1)
+    assert (heaviest > 1 - 1e-4).any()
+    assert ((heaviest > 0.5) & (heaviest < 0.9)).any()
+    assert torch.equal(found[0], exact[0])
+    for mine, near, truth in zip(found[1:], plain[1:], exact[1:], strict=True):
+        assert_within(mine, near, truth)
 
 
 def bad_numbers() -> None:

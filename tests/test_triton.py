@@ -103,7 +103,7 @@ from regard.engines.decode import engine as decode
 from regard.engines.decode import attend_kernel as decode_kernel
 
 kernels = {rows_kernel: "sum_rows weigh_rows", read_kernel: "weigh", top_k_kernel: "list_keys",
-           effect_kernel: "remove", few_queries_kernel: "weigh_few join_few",
+           effect_kernel: "weigh_edges list_edges", few_queries_kernel: "weigh_few join_few",
            decode_kernel: "attend_chunk join_chunks"}
 with compiling(kernels, report):
     query = torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16)
@@ -144,7 +144,7 @@ def test_compiles_for_a_gpu(tmp_path):
         "weigh True True",
         "list_keys False True",
         "weigh_rows False True",
-        "remove True True",
+        *["sum_rows True True", "weigh_edges True True", "list_edges False True"],
         "weigh_few False True",  # what its columns divide by
         "join_few False True",
         "weigh_few False True",

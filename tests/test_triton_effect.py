@@ -25,7 +25,7 @@ def jobs() -> dict[str, tuple]:
     for n, name in enumerate(NARROW):
         dtype = (torch.float16, torch.bfloat16)[n % 2]
         jobs[f"{name} {dtype}"] = (where, "check", name, dtype, 3, (32, 32))
-    for name in ("alone_and_ties", "bad_numbers", "inside_attention"):
+    for name in ("alone_and_ties", "nearly_alone", "bad_numbers", "inside_attention"):
         jobs[name] = (where, name)
     return jobs
 

@@ -21,7 +21,9 @@ from ..second_pass.triton.forms import Buffers
 from ..second_pass.triton.kernel_tuples import fixed, strides
 
 name = "decode"
-WIDE = 8192  # numbers that a tile mixes, beyond which four warps would hold too many each
+# Numbers that a tile mixes, beyond which four warps would spill some of theirs: of heads that share
+# keys, and of others, of which eight warps would (see the table of docs/benchmarks-gpu.md)
+WIDE_SHARED, WIDE = 1024, 8192
 
 
 class PartArgs(NamedTuple):
@@ -95,7 +97,8 @@ def attend(call: Call, block_k: int | None = None) -> tuple[Tensor, Tensor]:
     held.make()
     parts = PartArgs(held["top"], held["total"], held["mixed"])
     decoded = fixed(Decoded(CHUNK=cut.per_chunk, Q=cut.padded, DV=wide(v_dim)))
-    warps = 4 if cut.block_q * wide(v_dim) <= WIDE else 8
+    most = WIDE_SHARED if place.heads > place.kv_heads else WIDE
+    warps = 4 if cut.block_q * wide(v_dim) <= most else 8
     with on_device(place.device):
         attend_chunk[(cut.programs,)](
             shared.args, shared.mask_args(), shared.biases, cut.args,

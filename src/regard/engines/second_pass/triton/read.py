@@ -183,14 +183,18 @@ def _options(call: Call, plan: Launch) -> dict[str, Any]:
     return options
 
 
-def _warps(scores: int, dim: int) -> tuple[int, int]:
+def warps_of(scores: int, dim: int) -> tuple[int, int]:
     """Warps of a program that computes the scores of a row again, and dims at a time."""
-    warps = min(max(scores * 32 // PRODUCTS_AT_ONCE, 1), 8)
-    depth = max(min(warps * PRODUCTS_AT_ONCE // scores, 32, dim), 8)
-    return warps, depth
+    count = min(max(scores * 32 // PRODUCTS_AT_ONCE, 1), 8)
+    return count, max(min(count * PRODUCTS_AT_ONCE // scores, 32, dim), 8)
 
 
-def _programs(call: Call, items: int) -> int:
+def rows_at_once(block_q: int, fans: int, top: int) -> int:
+    """Of how many rows at a time leaves are chosen."""
+    return min(block_q, max(CHOSEN_AT_ONCE // max(fans, top * FAN), 1))
+
+
+def programs_at_once(call: Call, items: int) -> int:
     """How many programs share the items where each needs memory of its own."""
     if call.place.device.type != "cuda":  # interpreted
         return min(items, 3)
@@ -251,7 +255,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
     grid_size, kept, top = items, 0, 0
     leaves = Leaves(4, 1, 1, 4, 0)
     if plan.listed:
-        grid_size = _programs(call, items)
+        grid_size = programs_at_once(call, items)
         leaves = Leaves.of(plan.listed, k_blocks, block_k)
         kept, top = leaves.kept, power(leaves.kept)
         line = block_q * leaves.width
@@ -274,7 +278,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
         Gathered(
             SHARD=shard, ENTROPY=plan.entropy, SCORE=plan.score, TOP=top, WIDTH=leaves.width,
             TILES=leaves.tiles, FAN=FAN, FANS=leaves.fans,
-            TURN_ROWS=min(block_q, max(CHOSEN_AT_ONCE // max(leaves.fans, top * FAN), 1)),
+            TURN_ROWS=rows_at_once(block_q, leaves.fans, top),
             RECEIVED=plan.received is not None, COUNTED=spread != (0, 0),
             ALL_ROWS=first <= 0 and last >= place.q_len, EVEN=even, MAP=plan.map is not None,
             MAX=plan.map is not None and plan.map.reduce == "max", NR=grid.rows, NC=grid.cols,
@@ -301,7 +305,7 @@ def _gather(plan: Launch, shared: Shared, shard: bool, blocks: tuple[int, int]) 
             found["listed"] = new(*rows, plan.listed)
             found["rest"], found["sink"] = new(*rows), new(*rows)
             at_once = power(plan.listed)  # leaves
-            warps, depth = _warps(at_once * leaves.size(block_k), wide(call.query.shape[-1]))
+            warps, depth = warps_of(at_once * leaves.size(block_k), wide(call.query.shape[-1]))
             turn_rows = 32 if WIDEN.value else 1  # the interpreter takes many at once
             parts = -(-place.q_len // turn_rows)
             list_keys[(parts * place.heads * place.batch,)](

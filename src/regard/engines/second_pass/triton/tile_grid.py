@@ -31,10 +31,11 @@ class Leaves:
     kept: int  # leaves a row chooses at most
 
     @classmethod
-    def of(cls, listed: int, k_blocks: int, block_k: int) -> Leaves:
+    def of(cls, listed: int, k_blocks: int, block_k: int, least: int = LEAST_LEAF) -> Leaves:
+        """least: keys of a leaf, a power of two."""
         lane = block_k // 4  # keys of a row that a thread holds
         # as small as keeps a row's leaves within MOST_LEAVES: fewer keys to compute again
-        size = max(power(-(-k_blocks * block_k // MOST_LEAVES)), LEAST_LEAF)
+        size = max(power(-(-k_blocks * block_k // MOST_LEAVES)), least)
         width = max(block_k // size, 4)
         tiles = max(size // lane, 1)
         lines = -(-k_blocks // tiles)

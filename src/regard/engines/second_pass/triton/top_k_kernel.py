@@ -104,6 +104,69 @@ def choose(
 
 
 @triton.jit
+def keys_of_leaves(
+    leaf, begin, count, list_at, end, tiles, form, N: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """(the keys of chosen leaves (R, C), which of them there are), each (R, C · a leaf's keys).
+
+    begin, count: the first tile of a mask that is a band, and how many tiles the row's block has;
+    list_at: where their list begins. TILES: of a leaf.
+    """
+    LEAF: tl.constexpr = N // WIDTH * TILES
+    number = tl.arange(0, LEAF)[None, None, :]
+    turn = (leaf // WIDTH * TILES)[:, :, None] + number // (N // WIDTH)
+    there = (leaf >= 0)[:, :, None] & (turn < count[:, None, None])
+    tile = turn
+    if form.BAND:
+        tile = begin[:, None, None] + turn
+    elif form.MASKED:
+        tile = tl.load(tiles.entries + list_at[:, None, None] + turn, mask=there, other=0) >> 1
+    place = key_in_tile((leaf % WIDTH)[:, :, None], number % (N // WIDTH), N, WIDTH)
+    cols = tl.reshape(tile * N + place - tiles.k_lead, [leaf.shape[0], leaf.shape[1] * LEAF])
+    there = tl.reshape(there, [leaf.shape[0], leaf.shape[1] * LEAF])
+    return cols, there & (cols >= 0) & (cols < end)
+
+
+@triton.jit
+def tiles_of_rows(rows, row_in, b, h, tiles, call, form, R: tl.constexpr):
+    """(their blocks' first tile where the mask is a band, how many, where the list begins)."""
+    block = (rows + tiles.q_lead) // form.M
+    of_block = b * tiles.by_item + h * tiles.by_head + block
+    begin = tl.zeros([R], tl.int32)
+    count = begin + tiles.k_blocks
+    if form.BAND:
+        begin, count, _, _ = band_tiles(block, tiles, call, form)
+    elif form.MASKED:
+        count = tl.load(tiles.counts + of_block, mask=row_in, other=0)
+    return begin, count, of_block * tiles.k_blocks
+
+
+@triton.jit
+def row_products(
+    mine, step, row_in, theirs, their_step, col_in, dim, D: tl.constexpr, DEPTH: tl.constexpr
+):
+    """(R, C): of each row's vector, at mine (R,), with vectors of its own, at theirs (R, C).
+
+    step, their_step: from one of their `dim` numbers to the next. DEPTH: of those at a time.
+    """
+    depth = tl.arange(0, DEPTH)
+    found = tl.zeros([theirs.shape[0], theirs.shape[1], DEPTH], tl.float32)
+    for low in tl.static_range(0, D, DEPTH):  # unrolled: all keys are asked for at once
+        dims = low + depth
+        a = tl.load(
+            mine[:, None] + dims[None, :] * step,
+            mask=row_in[:, None] & (dims < dim)[None, :], other=0,
+        )  # fmt: skip
+        b = tl.load(
+            theirs[:, :, None] + dims[None, None, :] * their_step,
+            mask=col_in[:, :, None] & (dims < dim)[None, None, :], other=0,
+        )  # fmt: skip
+        found += a[:, None, :].to(tl.float32) * b.to(tl.float32)
+    return tl.sum(found, 2)
+
+
+@triton.jit
 def list_keys(
     call, mask, biases, tiles, totals, mass, chosen, kept, parts, names_out, listed_out, rest_out,
     sink_out, listed, form,
@@ -116,9 +179,7 @@ def list_keys(
     them; mass: what each row's weights sum to. TILES: of a leaf. DEPTH: dims at a time. Of the rows
     also what is not listed, and what the sink takes.
     """
-    M: tl.constexpr = form.M
-    N: tl.constexpr = form.N
-    LEAF: tl.constexpr = N // WIDTH * TILES  # keys of a leaf
+    LEAF: tl.constexpr = form.N // WIDTH * TILES  # keys of a leaf
     pid = tl.program_id(0)
     bh = (pid // parts).to(tl.int64)
     b = bh // call.heads
@@ -131,17 +192,8 @@ def list_keys(
     given = tl.load(call.lse + at, mask=row_in, other=0.0)
     shift = tl.where(given == float("-inf"), -FLOOR, given * LOG2E)
     total = tl.load(totals + at, mask=row_in, other=1.0)
-    block = (rows + tiles.q_lead) // M
-    list_at = (b * tiles.by_item + h * tiles.by_head + block) * tiles.k_blocks
-    count = tl.full([R], 1, tl.int32) * tiles.k_blocks
-    if form.BAND:
-        begin, count, _, _ = band_tiles(block, tiles, call, form)
-    elif form.MASKED:
-        of_block = tiles.counts + b * tiles.by_item + h * tiles.by_head + block
-        count = tl.load(of_block, mask=row_in, other=0)
+    begin, count, list_at = tiles_of_rows(rows, row_in, b, h, tiles, call, form, R)
     slots = tl.arange(0, TOP)[None, :]
-    depth = tl.arange(0, DEPTH)
-    number = tl.arange(0, LEAF)[None, None, :]
     best = tl.full([R, TOP], FLOOR, tl.float32)
     names = tl.full([R, TOP], -1, tl.int32)
     for ahead_of in range(0, kept, TOP):
@@ -151,34 +203,15 @@ def list_keys(
         )
         # The first TOP are nearly always all; the next are equal ones
         if tl.max(tl.max(leaf, 1), 0) >= 0:
-            turn = (leaf // WIDTH * TILES)[:, :, None] + number // (N // WIDTH)
-            there = (leaf >= 0)[:, :, None] & (turn < count[:, None, None])
-            tile = turn
-            if form.BAND:
-                tile = begin[:, None, None] + turn
-            elif form.MASKED:
-                tile = (
-                    tl.load(tiles.entries + list_at[:, None, None] + turn, mask=there, other=0) >> 1
-                )
-            place = key_in_tile((leaf % WIDTH)[:, :, None], number % (N // WIDTH), N, WIDTH)
-            cols = tl.reshape(tile * N + place - tiles.k_lead, [R, TOP * LEAF])
-            col_in = tl.reshape(there, [R, TOP * LEAF]) & (cols >= 0) & (cols < end)
-            own = places(cols, col_in, table, call, call.k_b, call.k_n, form)
-            dots = tl.zeros([R, TOP * LEAF, DEPTH], tl.float32)
-            for low in tl.static_range(
-                0, form.D, DEPTH
-            ):  # unrolled: all keys are asked for at once
-                dims = low + depth
-                query = tl.load(
-                    q + rows[:, None].to(tl.int64) * call.q_n + dims[None, :] * call.q_d,
-                    mask=row_in[:, None] & (dims < call.dim)[None, :], other=0,
-                )  # fmt: skip
-                keys = tl.load(
-                    k + own[:, :, None] + dims[None, None, :] * call.k_d,
-                    mask=col_in[:, :, None] & (dims < call.dim)[None, None, :], other=0,
-                )  # fmt: skip
-                dots += query[:, None, :].to(tl.float32) * keys.to(tl.float32)
-            s = tl.sum(dots, 2) * call.scale
+            cols, col_in = keys_of_leaves(
+                leaf, begin, count, list_at, end, tiles, form, form.N, WIDTH, TILES
+            )
+            own = k + places(cols, col_in, table, call, call.k_b, call.k_n, form)
+            s = row_products(
+                q + rows.to(tl.int64) * call.q_n, call.q_d, row_in, own, call.k_d, col_in,
+                call.dim, form.D, DEPTH,
+            )  # fmt: skip
+            s = s * call.scale
             s = changed(s, call, biases, rows[:, None], cols, row_in[:, None], col_in, b, h, form)
             shown = row_in[:, None] & col_in
             if form.BAND:
