@@ -1,4 +1,4 @@
-"""All that a GPU is to say, in the minutes one is lent: what is wrong, then each bar.
+"""All that a GPU is to say, in the minutes that one is at hand: what is wrong, then each bar.
 
     python benchmarks/gpu_ready.py FOLDER [--seconds 540] [--jobs 16] [--only PART]... [--dry]
 
