@@ -214,12 +214,12 @@ class Site:
 
     def first_tile(self, asked: Asked, wanted: TilesAsked) -> bytes | None:
         """A tile of the first view, from the files alone; then the recordings may be opened."""
-        plain = wanted.sinks and wanted.by == "weight" and len(wanted.places) == 1
+        plain = wanted.sinks and len(wanted.places) == 1
         first = self.early(asked) if plain else None
         if first is None:
             return None
         tile = (wanted.head, wanted.zoom, *wanted.places[0])
-        found = first.tile(wanted.layer, tile, wanted.reduce, wanted.batch)
+        found = first.tile(wanted.layer, tile, wanted.reduce, wanted.batch, wanted.by)
         self.begun.set()
         return found
 
