@@ -172,7 +172,8 @@ class Site:
         return self.first[number] if self.first[number].there() else None
 
     def first_about(self, asked: Asked, first: FirstAnswers) -> Any:
-        return page_facts([one.about for one in self.first or ()])
+        every = self.first or ()
+        return page_facts([one.about for one in every], [one.sides["text"] for one in every])
 
     def first_tokens(self, asked: Asked, first: FirstAnswers) -> Any:
         side = asked.one_of("side", "text", "decoder", "words")
