@@ -164,7 +164,7 @@ def _layer(path: Path) -> tuple[LayerFacts, _Map | None]:
     q_len, k_len = sum(shape[2] for shape in queries), key[2]
     facts = LayerFacts(
         said["index"], said["name"], said["kind"], heads, q_len, k_len, batch, True, "",
-        "norm" in header,
+        "norm" in header, value_maps=_VALUE_MAPS["sum"] in header,
     )  # fmt: skip
     return facts, _map(path, header, said, begin)
 

@@ -43,6 +43,7 @@ class LayerFacts:
     """One layer. readable: whether it has weights to show, else `reason`.
 
     norms, effects: whether lengths of what keys add, and effects of edges, can be shown.
+    value_maps: whether maps of these lengths were pooled while recording.
     """
 
     index: int
@@ -56,6 +57,7 @@ class LayerFacts:
     reason: str
     norms: bool
     effects: bool = False
+    value_maps: bool = False
 
 
 def page_facts(
@@ -110,6 +112,7 @@ def recording_facts(
                 "reason": layer.reason,
                 "norms": layer.norms,
                 "effects": layer.effects,
+                "value_maps": layer.value_maps,
             }
             for layer in layers
         ],

@@ -5,6 +5,8 @@ import { byId, make } from "./shared.js";
 import { changed, state } from "./state.js";
 import { Loader, darkness, ramps } from "./tiles.js";
 
+const LONG = 16384; // tokens from which a coarse tile takes long where it was not pooled while recording
+
 class Maps {
   constructor(about, tokensOf, failed, told) {
     Object.assign(this, { about, tokensOf, failed, told, maps: [] });
@@ -134,6 +136,7 @@ class Maps {
     const layer = layers[state.layer];
     return {
       r, layer: state.layer, head: state.head, batch: state.batch, rows: layer.q_len, cols: layer.k_len,
+      slow: state.measure === "value" && !layer.value_maps && Math.max(layer.q_len, layer.k_len) > LONG,
       rowTokens: this.tokensOf(r, layer.q_side).after(layer.kind === "self" ? layer.k_len - layer.q_len : 0), colTokens: this.tokensOf(r, layer.k_side), special,
     };
   }
