@@ -322,7 +322,7 @@ class HeadMap {
     const missing = this.element.querySelector("canvas.pending"); // the error says why
     this.status.textContent = waits
       ? `${cells} · coarser until ${waits} exact ${waits === 1 ? "tile comes" : "tiles come"}`
-        + (this.where.slow ? ": this recording holds no map of what keys add, so that takes long; recorded again, it would" : "")
+        + (this.where.slow ? ": this recording holds no map of what keys add, so that takes long" : "")
       : missing ? `${cells} · some tiles are missing` : `${cells} · exact`;
     if (missing && !waits) this.profiles.due(); // they were those of what was there before
     this.frame.toggleAttribute("data-waits", waits > 0);
