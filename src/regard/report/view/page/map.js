@@ -88,8 +88,8 @@ class HeadMap {
     this.deepest = deepest(where);
     this.least = Math.min(this.deepest, held?.least ?? 0); // no finer tiles are to be had
     this.unit = 2 ** (1 - this.deepest); // pixels of a token at zoom 0
-    const same = before && ["rows", "cols", "whole", "versus"].every((key) =>
-      JSON.stringify(before[key]) === JSON.stringify(where[key]));
+    const same = before && before.rows === where.rows && before.cols === where.cols
+      && deepest(before.whole ?? before) === deepest(where.whole ?? where);
     if (before && same && JSON.stringify(this.asked(before)) === JSON.stringify(this.asked(where))) {
       this.mark();
       return this.repaint();
@@ -301,7 +301,7 @@ class HeadMap {
     this.tell();
     const { lat, lng } = this.map.getCenter();
     if (this.untouched) state.at = null;
-    else state.at = [this.map.getZoom().toFixed(2), Math.round(lat / this.unit), Math.round(lng / this.unit)]
+    else state.at = [(this.map.getZoom() + (this.leader ?? this).deepest - this.deepest).toFixed(2), Math.round(lat / this.unit), Math.round(lng / this.unit)]
       .join(",");
     changed();
   }

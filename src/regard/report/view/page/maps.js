@@ -107,6 +107,7 @@ class Maps {
     this.maps.push(map);
     if (this.maps.length === 2) {
       lock(...this.maps);
+      map.leader = this.first; // the address says where that one stands
     }
   }
 
@@ -124,7 +125,7 @@ class Maps {
     const [least, most] = ["min", "max"].map((which) => this.lengths(which));
     const unequal = least.rows !== most.rows || least.cols !== most.cols;
     const { alike } = this.about;
-    const parted = alike !== null && alike < most.cols && r === state.recording
+    const parted = alike !== null && alike < least.cols && r === state.recording
       ? ` · the texts part at token ${alike.toLocaleString("en")}` : "";
     if (!unequal) return parted;
     return (shows === "change" ? ` · of the ${least.rows.toLocaleString("en")} × ${least.cols.toLocaleString("en")} that both have`
