@@ -48,6 +48,17 @@ def test_side_by_side_both_are_whole_and_move_by_token(browser, address):
     assert one == two != "queries 0–100 × keys 0–100"
     page.over("#maps .frame:nth-child(2) .map", 4, 4)
     assert page.text("#headline").startswith("word50 reads word40 ")
+    page.find("#maps .frame:nth-child(2) .map").send_keys("+")
+    page.until("!location.hash.includes('at=6.00')").exact()
+    one, two = sights(page)
+    assert one == two
+    stood = page.hash
+    page.choose("compare", "one")
+    page.exact()
+    page.choose("compare", "both")
+    page.exact()
+    assert sights(page) == [one, two]  # the second comes to where the first stands
+    assert page.hash == stood
     page.is_clean()
 
 

@@ -105,7 +105,8 @@ class HeadMap {
     if (!same) {
       this.map.invalidateSize({ animate: false, pan: false });
       this.untouched = true;
-      this.whole();
+      if (this.leader?.where && !this.leader.untouched) this.join();
+      else this.whole();
     }
     this.layer.addTo(this.map);
     this.mark();
@@ -172,6 +173,14 @@ class HeadMap {
     this.untouched = true;
     this.map.fire("zoomlevelschange");
     state.at = null;
+  }
+
+  /** Stand where the first map of the pair does. */
+  join() {
+    const { map, unit, deepest: theirs } = this.leader;
+    const { lat, lng } = map.getCenter();
+    this.untouched = false;
+    this.place([(lat / unit) * this.unit, (lng / unit) * this.unit], map.getZoom() + this.deepest - theirs);
   }
 
   /** Stand there at once: no animation under way may bring the map elsewhere. */
