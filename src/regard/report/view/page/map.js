@@ -169,8 +169,8 @@ class HeadMap {
 
   whole() {
     const { rows, cols } = this.where.whole ?? this.where;
-    this.place([(rows / 2) * this.unit, (cols / 2) * this.unit], this.widest);
     this.untouched = true;
+    this.place([(rows / 2) * this.unit, (cols / 2) * this.unit], this.widest);
     this.map.fire("zoomlevelschange");
     state.at = null;
   }
@@ -351,6 +351,7 @@ function lock(one, two) {
     moving = true;
     const { lat, lng } = from.map.getCenter();
     const units = to.unit / from.unit;
+    to.untouched = from.untouched; // else it would go back to the whole once its frame changes
     to.map.setView([lat * units, lng * units], from.map.getZoom() + to.deepest - from.deepest, { animate: false });
     moving = false;
   });
