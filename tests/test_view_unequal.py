@@ -54,6 +54,7 @@ def test_side_by_side_both_are_whole_and_move_by_token(browser, address):
     assert one == two
     page.choose("compare", "one")
     page.exact()
+    assert "299" not in sights(page)[0]  # the one that is left stays
     page.choose("compare", "both")
     page.exact()
     one, two = sights(page)  # the second comes to where the first stands

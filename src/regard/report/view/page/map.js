@@ -73,11 +73,20 @@ class HeadMap {
     for (const kind of ["pointermove", "blur"]) element.addEventListener(kind, () => (this.keyed = false));
     for (const kind of ["pointerdown", "wheel", "keydown"])
       element.addEventListener(kind, () => (this.untouched = false), { passive: true });
-    new ResizeObserver(() => {
+    this.sizes = new ResizeObserver(() => {
       this.map.invalidateSize({ animate: false, pan: !this.untouched });
       if (this.where && this.untouched) this.whole();
       this.profiles.draw(); // before the next frame: no stretched one is seen
-    }).observe(element);
+    });
+    this.sizes.observe(element);
+  }
+
+  /** Gone, with all that would move the other of a pair. */
+  remove() {
+    this.where = null;
+    this.sizes.disconnect();
+    this.map.remove();
+    this.frame.remove();
   }
 
   /** Show a head. `where`: {r, layer, head, batch, rows, cols, rowTokens, colTokens, versus: the other of a difference,
@@ -223,6 +232,7 @@ class HeadMap {
   }
 
   paint(canvas) {
+    if (!this.where) return; // its map was taken away meanwhile
     const { zoom, row, col } = canvas.place;
     const [rows, cols] = ["rows", "cols"].map((along) => this.cells(along, zoom));
     paint(canvas, canvas.values, { scale: state.scale, ...this.scale(zoom),

@@ -66,9 +66,7 @@ class Maps {
     const count = shows === "both" ? 2 : 1;
     byId("maps").classList.toggle("both", count === 2);
     while (this.maps.length > count) {
-      const map = this.maps.pop();
-      map.map.remove();
-      map.frame.remove();
+      this.maps.pop().remove();
     }
     while (this.maps.length < count) this.add();
     const here = state.recording;
