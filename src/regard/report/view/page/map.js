@@ -112,9 +112,10 @@ class HeadMap {
     this.layer.on("tileunload", ({ tile }) => tile.drop());
     this.layer.on("tileload", () => this.profiles.due());
     if (!same) {
+      const stood = this.leading(); // before the new size of this one moves that, too
       this.map.invalidateSize({ animate: false, pan: false });
-      this.untouched = true;
-      if (this.leader?.where && !this.leader.untouched) this.join();
+      this.untouched = !stood;
+      if (stood) this.place(...stood);
       else this.whole();
     }
     this.layer.addTo(this.map);
@@ -184,12 +185,12 @@ class HeadMap {
     state.at = null;
   }
 
-  /** Stand where the first map of the pair does. */
-  join() {
+  /** Where the first map of the pair stands, unless it shows the whole: this one is to stand there. */
+  leading() {
+    if (!this.leader?.where || this.leader.untouched) return null;
     const { map, unit, deepest: theirs } = this.leader;
     const { lat, lng } = map.getCenter();
-    this.untouched = false;
-    this.place([(lat / unit) * this.unit, (lng / unit) * this.unit], map.getZoom() + this.deepest - theirs);
+    return [[(lat / unit) * this.unit, (lng / unit) * this.unit], map.getZoom() + this.deepest - theirs];
   }
 
   /** Stand there at once: no animation under way may bring the map elsewhere. */
