@@ -1,11 +1,13 @@
 """What `regard view` costs at a length: the first view, cold tiles, the server's memory.
 
-python benchmarks/view.py [--tokens 131072] [--heads 8] [--tiles 500] [--bare] [--zoom 7]
+python benchmarks/view.py [--tokens 131072] [--heads 8] [--tiles 500] [--bare] [--zoom 7] [--values]
 
 q and k are random, each head reading some way back; the recording is made once, in a temporary
 folder. Tiles are drawn at random over all zooms below the diagonal; each is asked for once.
 --bare: of texts whose attention would take hours; the log-sum-exp is the one that is expected of
 random q and k, and no maps are pooled, so --zoom should say up to which zoom tiles are asked for.
+--values: with lengths of what keys add, and their maps, as `regard record --values` keeps them;
+tiles of these are then asked for, too, and what pooling their maps took is said.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,6 +29,7 @@ import torch
 
 import regard
 from regard.call.checked import Call
+from regard.capture.by_value import pooled_maps
 from regard.capture.index_file import entry_of, layer_file, write_index
 from regard.capture.pyramid import Results, observers
 from regard.capture.recorded_layer import RecordedLayer
@@ -33,7 +38,7 @@ from regard.capture.stored_layer import write_layer
 DIM, SIDE = 64, 128
 
 
-def made(tokens: int, heads: int, folder: Path, bare: bool) -> None:
+def made(tokens: int, heads: int, folder: Path, bare: bool, values: bool) -> None:
     """A recording of one layer, whose heads read 1, 64, 4,096 … tokens back."""
     drawn = torch.Generator().manual_seed(0)
     query = torch.randn(1, heads, tokens, DIM, generator=drawn)
@@ -47,14 +52,26 @@ def made(tokens: int, heads: int, folder: Path, bare: bool) -> None:
         lse, seen = (torch.arange(1, tokens + 1).log() + 0.5).expand(1, heads, -1), []
     else:
         observe = [regard.LogSumExp(), *observers(1)]  # as `regard.record` keeps them
+        begun = time.perf_counter()
         _, (found, *seen) = regard.attention(query, key, key, mask=mask, observe=observe)
+        print(f"attention, and what is read beside it: {time.perf_counter() - begun:.1f} s")
         lse = found.values
     layer = RecordedLayer("attention", 0, "self")
     layer.add(Call.checked(query, key, key, mask=mask), lse)
+    results = Results(*seen)
+    if values:
+        norm = torch.rand(1, heads, tokens, generator=drawn)
+        layer.values, layer.norms = [(0, key)], [(0, norm)]
+        if results.sums is not None:
+            begun = time.perf_counter()
+            call = Call.checked(query, key, key, mask=mask)
+            sums, maxima = pooled_maps(call, lse, norm, results.sums)
+            results = replace(results, value_sums=sums, value_maxima=maxima)
+            print(f"maps of lengths: {time.perf_counter() - begun:.1f} s more")
     names = [f"word{i}" for i in range(tokens)]
     folder.mkdir()
     file = layer_file(folder, 0)
-    write_layer(file, layer, Results(*seen), 0)
+    write_layer(file, layer, results, 0)
     about = {"model": "synthetic", "tokens": names}
     write_index(folder, about, [entry_of(layer, file)], whole=True)
 
@@ -85,11 +102,12 @@ def main() -> None:
     options.add_argument("--heads", type=int, default=8)
     options.add_argument("--tiles", type=int, default=500)
     options.add_argument("--bare", action="store_true")
+    options.add_argument("--values", action="store_true")
     options.add_argument("--zoom", type=int, help="tiles of cells of 2^zoom tokens at most")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "recording"
-        made(given.tokens, given.heads, folder, given.bare)
+        made(given.tokens, given.heads, folder, given.bare, given.values)
         begun = time.perf_counter()
         command = [sys.executable, "-m", "regard.cli", "view", str(folder), "--no-browser"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -135,6 +153,16 @@ def main() -> None:
                 ]
                 fans = [1000 * asked(address, path) for path in paths]
                 print(f"{said}: median {statistics.median(fans):.0f} ms, most {max(fans):.0f} ms")
+            if given.values:
+                for zoom in range(top, -1, -1):
+                    path = f"/api/tiles?layer=0&head=0&zoom={zoom}&at=0.0&measure=value"
+                    each = [1000 * asked(address, f"{path}&reduce={way}") for way in ("sum", "max")]
+                    said = f"{each[0]:.1f} ms as sums, {each[1]:.1f} ms as maxima"
+                    print(f"a tile of lengths, zoom {zoom}: {said}")
+            parts = [n * given.tokens // 16 for n in range(17)]
+            ranges = ",".join(f"{a}-{b}" for a, b in pairwise(parts))
+            shares = asked(address, f"/api/segments?layer=0&given={ranges}")
+            print(f"shares of 16 segments, 64 rows of all heads: {1000 * shares:.0f} ms")
             finder = asked(address, f"/api/reads?source=word{given.tokens - 1}&target=word7")
             print(f"which head reads a word: {1000 * finder:.0f} ms")
             print(f"server: {memory(server.pid):.2f} GB at most")

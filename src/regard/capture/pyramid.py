@@ -2,7 +2,8 @@
 
 The pooled maps (sum and max) are the top of a pyramid: cells of at least `LEAST` tokens, at most
 `MOST` of them a side, so that memory does not grow with N². Every coarser zoom is pooled from them,
-exactly; every finer one is computed again from q, k and lse.
+exactly; every finer one is computed again from q, k and lse. Where values are kept there are two
+more, of weight · ‖W_O v‖ (`by_value.pooled_maps`), in the same cells.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from .saved_files import Fields
 from .stored import read
 
 LEAST, MOST = 64, 2048  # the side of a cell; cells a side: 2,048 of 64 at 131,072 tokens
+_BY_VALUE = {"value_sums.weights": "sum", "value_maxima.weights": "max"}
+_ALL_MAPS = {"sums.weights": "sum", "maxima.weights": "max"} | _BY_VALUE
 BINS = 20  # of distances: the last one begins at 2**18
 
 
@@ -41,7 +44,10 @@ def observers(k: int) -> tuple[Observer, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Results(Brief):
-    """What the `observers` saw of a layer, all batch items and heads; None where nothing looked."""
+    """What the `observers` saw of a layer, all batch items and heads; None where nothing looked.
+
+    value_sums, value_maxima: maps of weight · ‖W_O v‖, in the cells of `sums` and `maxima`.
+    """
 
     top: TopKSeen | None = None
     received: ReceivedSeen | None = None
@@ -49,6 +55,8 @@ class Results(Brief):
     distances: DistancesSeen | None = None
     sums: MapSeen | None = None
     maxima: MapSeen | None = None
+    value_sums: MapSeen | None = None
+    value_maxima: MapSeen | None = None
 
     def __bool__(self) -> bool:
         return self.top is not None
@@ -58,7 +66,7 @@ class Results(Brief):
         if not (self and later):
             return self if self else later
         pairs = ((getattr(self, f.name), getattr(later, f.name)) for f in fields(self))
-        return Results(*(mine.then(theirs) for mine, theirs in pairs))
+        return Results(*(None if a is None or b is None else a.then(b) for a, b in pairs))
 
     def pick(self, rows: list[int]) -> Results:
         """With the batch made of these of its items."""
@@ -109,6 +117,8 @@ class Results(Brief):
             "distances.future": (batch, heads, len(edges)), "sums.weights": map_shape,
             "maxima.weights": map_shape,
         }  # fmt: skip
+        by_value = [name for name in _BY_VALUE if name in given]
+        shapes |= dict.fromkeys(by_value, map_shape)
         for name, shape in shapes.items():
             whole = name in ("top.indices", "received.count")
             dtype = torch.int32 if whole else given[name].dtype
@@ -124,18 +134,25 @@ class Results(Brief):
             ),
             EntropySeen(given["entropy.values"]),
             DistancesSeen(given["distances.past"], given["distances.future"], edges),
-            MapSeen(given["sums.weights"], rows, cols, "sum", (MOST, MOST)),
-            MapSeen(given["maxima.weights"], rows, cols, "max", (MOST, MOST)),
+            *(
+                MapSeen(given[name], rows, cols, reduce, (MOST, MOST)) if name in given else None
+                for name, reduce in _ALL_MAPS.items()
+            ),
         )  # fmt: skip
 
     def tile(
-        self, starts: tuple[int, int], where: Sequence[int], reduce: str, batch: int
-    ) -> Tensor | None:
+        self, starts: tuple[int, int], where: Sequence[int], reduce: str, batch: int,
+        by_value: bool = False,
+    ) -> Tensor | None:  # fmt: skip
         """A tile (SIDE, SIDE) of a coarser zoom; None where it is to be computed again.
 
         starts: positions of the first recorded query and key; where: head, zoom, row, col.
+        by_value: of weight · ‖W_O v‖, not of weights.
         """
-        held = self.sums if reduce == "sum" else self.maxima
+        sums, maxima = (
+            (self.value_sums, self.value_maxima) if by_value else (self.sums, self.maxima)
+        )
+        held = sums if reduce == "sum" else maxima
         head, zoom, *corner = where
         cell = 1 << zoom
         if held is None or cell < max(held.rows.size, held.cols.size):

@@ -103,18 +103,18 @@ def tiles(
         edges = effects_of(layer)
         parts = [edges.tile(batch, one, reduce) for one in asked]
         return torch.stack(parts) if parts else _no_tiles(0)
-    norm = None if by == "weight" else read(norm_of(layer, by)[batch : batch + 1])
+    by_value = by != "weight"
+    if by_value:
+        norm_of(layer, by)  # whether there is one
     out = _no_tiles(len(asked))
     starts = (layer.query_start, layer.key_start)
-    held = [  # the stored maps are of weights
-        None if norm is not None else layer.results.tile(starts, one, reduce, batch)
-        for one in asked
-    ]
+    held = [layer.results.tile(starts, one, reduce, batch, by_value) for one in asked]
     for n, found in enumerate(held):
         if found is not None:
             out[n] = found
     if all(found is not None for found in held):
         return out
+    norm = read(norm_of(layer, by)[batch : batch + 1]) if by_value else None
     at = 0
     for chunk in layer.chunks:
         first_key, (q_len, k_len) = chunk.keys[0] - layer.key_start, _lengths(chunk)

@@ -16,6 +16,7 @@ from ..call.brief import Brief, shortened
 from ..call.checked import Call
 from ..call.observers import Observer, listed
 from ..call.op_schema import pack, unpack
+from ..engines.second_pass.scattered import scattered_rows
 from ..engines.second_pass.weigh import weigh, whole_rows
 from ..errors import RegardError
 from .by_effect import EdgeEffects
@@ -209,7 +210,9 @@ class RecordedLayer(Brief):
         call = unpack(chunk.query, self.key[:, :, start:stop], None, *packed).item(batch)
         of = self.heads // max(self.kv_heads, 1)
         query = loaded(call.query, [(WHOLE, _heads(p.head, 1), p.rows) for p in parts])
-        key = loaded(call.key, [(WHOLE, _heads(p.head, of), p.cols) for p in parts])
+        keys = [(WHOLE, _heads(p.head, of), p.cols) for p in parts]
+        # Rows that lie apart read the same keys: once
+        key = loaded(call.key, [part for n, part in enumerate(keys) if part not in keys[:n]])
         return replace(call, query=query, key=key)
 
     def lse(self, chunk: Chunk, batch: int, parts: Sequence[Part] = ALL) -> Tensor:
@@ -256,6 +259,25 @@ class RecordedLayer(Brief):
         if not parts:
             return torch.zeros(self.heads, 0, self.k_len, dtype=torch.float32, device="cpu")
         return torch.cat(parts, 1).float()
+
+    def weights_of(self, rows: Sequence[int], batch: int = 0) -> Tensor:
+        """The same of queries that lie anywhere, each from 0 on: (heads, rows, k_len), float32."""
+        if len(rows) == 1:
+            return self.weights(slice(rows[0], rows[0] + 1), batch)
+        out = torch.zeros(self.heads, len(rows), self.k_len, dtype=torch.float32, device="cpu")
+        at = 0
+        for chunk in self.chunks:
+            n = chunk.query.shape[2]
+            mine = [place for place, row in enumerate(rows) if at <= row < at + n]
+            if mine:
+                own = [rows[place] - at for place in mine]
+                shown = [Part(rows=slice(row, row + 1)) for row in own]
+                call, lse = self.call(chunk, batch, shown), self.lse(chunk, batch, shown)
+                left = chunk.keys[0] - self.key_start
+                part = scattered_rows(call, lse, own)[0].float()
+                out[:, mine, left : left + call.place.k_len] = part.to(out)
+            at += n
+        return out
 
 
 def _heads(head: int | None, of: int) -> slice:

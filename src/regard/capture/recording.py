@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..call.brief import Brief, shortened
@@ -104,12 +103,7 @@ class Recording(Brief):
             n = found.q_len
             if any(not -n <= r < n for r in rows):
                 raise RegardError(f"rows {list(rows)}: layer {found.name} has {n} queries")
-            ones = [found.weights(slice(r % n, r % n + 1), batch) for r in rows]
-            out = (
-                torch.cat(ones, 1)
-                if ones
-                else torch.zeros(found.heads, 0, found.k_len, dtype=torch.float32, device="cpu")
-            )
+            out = found.weights_of([r % n for r in rows], batch)
         if cols is not None:
             n = found.k_len
             if not isinstance(cols, slice) and any(not -n <= c < n for c in cols):

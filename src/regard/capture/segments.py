@@ -92,8 +92,9 @@ def blocks(
         return
     if any(not -n <= row < n for row in rows):
         raise RegardError(f"rows {list(rows)}: layer {layer.name} has {n} queries")
-    for row in rows:
-        yield layer.weights(slice(row % n, row % n + 1), batch)
+    wanted = [row % n for row in rows]
+    for at in range(0, len(wanted), step):
+        yield layer.weights_of(wanted[at : at + step], batch)
 
 
 def ranges_of(given: Given, about: Mapping[str, Any]) -> list[tuple[str, tuple[int, int]]]:

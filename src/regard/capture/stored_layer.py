@@ -23,6 +23,7 @@ from ..call.op_schema import pack
 from ..call.opcodes import Op
 from ..errors import RegardError
 from ..ops import beside
+from .by_value import pooled_maps
 from .chunk_json import from_json, to_json
 from .pyramid import Results
 from .recorded_layer import Chunk, RecordedLayer, joined
@@ -47,6 +48,7 @@ class StoredLayer(RecordedLayer):
         self._projection = projection
         self.parts, self._rows, self._seen = 0, 0, Results()
         self._picked: list[int] | None = None  # since the last file was written
+        self._known: list[tuple[int, Tensor]] = []  # the norms of all keys so far
 
     def take(self, call: Call, lse: Tensor, results: list[Any]) -> list[Any]:
         """Write a call, or keep it for the next file; nothing is left for the watch to hold."""
@@ -57,11 +59,21 @@ class StoredLayer(RecordedLayer):
             lse, found = beside.gathered(replace(rounded, observers=tuple(self._observers)))
             seen = tuple(found.values())
         self._append(rounded, lse)
-        self._seen = self._seen.then(Results(*seen))
+        self._seen = self._seen.then(self._with_values(Results(*seen), rounded, lse))
         rows = sum(chunk.query.shape[2] for chunk in self.chunks)
         if not self.parts or rows >= STEPS:
             self.flush()
         return []
+
+    def _with_values(self, seen: Results, call: Call, lse: Tensor) -> Results:
+        """What was seen of a call, with maps of weight · ‖W_O v‖ where values are kept."""
+        if seen.sums is None or (norm := joined(self._known)) is None:
+            return seen
+        first = call.place.key_start - min(start for start, _ in self._known)
+        self._known = [(call.place.key_start - first, norm)]
+        mine = norm[:, :, first : first + call.place.k_len]
+        sums, maxima = pooled_maps(call, lse, mine, seen.sums)
+        return replace(seen, value_sums=sums, value_maxima=maxima)
 
     def _append(self, call: Call, lse: Tensor) -> None:
         """Keep a call's queries, and the keys that it brought."""
@@ -80,7 +92,9 @@ class StoredLayer(RecordedLayer):
                 width = place.heads * value.shape[-1]
                 weights = NormTopK(1, self._projection(self.name, width))
                 self.values.append((first, value))
-                self.norms.append((first, weights.norms(value.float(), place.heads)))
+                norm = weights.norms(value.float(), place.heads)
+                self.norms.append((first, norm))
+                self._known.append((first, norm))
         packed = tuple(_copied(a) for a in pack(call))
         self.chunks.append(Chunk(call.query.clone(), lse.clone(), packed, (start, stop)))
 
@@ -91,6 +105,7 @@ class StoredLayer(RecordedLayer):
         """
         super().pick(rows)
         self._seen = self._seen.pick(rows)
+        self._known = [(start, norm[rows]) for start, norm in self._known]
         if self.parts:
             before = self._picked
             self._picked = rows if before is None else [before[row] for row in rows]

@@ -118,7 +118,8 @@ class Answers:
         return opened.tile(wanted.layer, tile, wanted.reduce, wanted.batch, wanted.sinks, wanted.by)
 
     def about(self, asked: Asked, opened: Opened) -> Any:
-        return page_facts([one.about() for one in self.opened])
+        texts = [one.pieces("text") for one in self.opened]
+        return page_facts([one.about() for one in self.opened], texts)
 
     def tokens(self, asked: Asked, opened: Opened) -> Any:
         side = asked.one_of("side", "text", "decoder", "words")

@@ -25,6 +25,7 @@ from .pieces import Piece, displayed
 INDEX, STREAMED = "recording.json", 2
 _HEADER = 1 << 26  # bytes of a header that are read
 _MAPS = {"sum": "sums.weights", "max": "maxima.weights"}
+_VALUE_MAPS = {"sum": "value_sums.weights", "max": "value_maxima.weights"}
 
 
 class _Unusual(Exception):
@@ -36,22 +37,21 @@ class _Map:
     """The pooled maps of one layer: float32 (batch, heads, cells, cells) in a file, from 0 on."""
 
     path: Path
-    places: dict[str, int]  # the first byte of each, by how it was pooled
+    places: dict[tuple[str, str], int]  # the first byte of each, by what and how it was pooled
     shape: tuple[int, ...]
     cell: int
 
-    def tile(self, zoom: int, where: Sequence[int], reduce: str) -> bytes | None:
-        """A tile's float32; where: batch item, head, row, col. None for cells finer than these."""
+    def tile(self, zoom: int, where: Sequence[int], reduce: str, by: str) -> bytes | None:
+        """A tile's float32; where: batch item, head, row, col. None for cells finer than these,
+        and for what was not pooled."""
         batch, head, row, col = where
-        factor = (1 << zoom) // self.cell
-        if not factor:
+        factor, begin = (1 << zoom) // self.cell, self.places.get((by, reduce))
+        if not factor or begin is None:
             return None
         rows, cols = self.shape[2:]
         size = 4 * rows * cols
         with self.path.open("rb") as file:  # read, not mapped: a file that shrinks ends no process
-            data = os.pread(
-                file.fileno(), size, self.places[reduce] + (batch * self.shape[1] + head) * size
-            )
+            data = os.pread(file.fileno(), size, begin + (batch * self.shape[1] + head) * size)
         if len(data) != size:
             return None
         part = np.frombuffer(data, "<f4").reshape(rows, cols)
@@ -77,13 +77,15 @@ class FirstAnswers:
         """Whether the recording is where it was."""
         return (self.folder / INDEX).is_file()
 
-    def tile(self, layer: int, tile: Sequence[int], reduce: str, batch: int) -> bytes | None:
+    def tile(
+        self, layer: int, tile: Sequence[int], reduce: str, batch: int, by: str = "weight"
+    ) -> bytes | None:
         """A tile (head, zoom, row, col) of a layer's map, where it was pooled while recording."""
         head, zoom, row, col = tile
         found = self.maps.get(layer)
         if found is None or head >= found.shape[1] or batch >= found.shape[0] or zoom > 40:
             return None
-        return found.tile(zoom, (batch, head, row, col), reduce)
+        return found.tile(zoom, (batch, head, row, col), reduce, by)
 
 
 def first_answers(folders: Sequence[Path]) -> list[FirstAnswers] | None:
@@ -162,7 +164,7 @@ def _layer(path: Path) -> tuple[LayerFacts, _Map | None]:
     q_len, k_len = sum(shape[2] for shape in queries), key[2]
     facts = LayerFacts(
         said["index"], said["name"], said["kind"], heads, q_len, k_len, batch, True, "",
-        "norm" in header,
+        "norm" in header, value_maps=_VALUE_MAPS["sum"] in header,
     )  # fmt: skip
     return facts, _map(path, header, said, begin)
 
@@ -176,7 +178,9 @@ def _map(path: Path, header: dict[str, Any], said: dict[str, Any], begin: int) -
         return None
     shape = tuple(header[_MAPS["sum"]]["shape"])
     places = {}
-    for reduce, name in _MAPS.items():
+    names = {("weight", reduce): name for reduce, name in _MAPS.items()}
+    names |= {("value", r): name for r, name in _VALUE_MAPS.items() if name in header}
+    for what, name in names.items():
         entry = header[name]
         start, stop = entry["data_offsets"]
         fits = entry["dtype"] == "F32" and tuple(entry["shape"]) == shape == (
@@ -186,5 +190,5 @@ def _map(path: Path, header: dict[str, Any], said: dict[str, Any], begin: int) -
         )
         if not fits or stop - start != 4 * math.prod(shape):
             raise _Unusual
-        places[reduce] = begin + start
+        places[what] = begin + start
     return _Map(path, places, shape, size)

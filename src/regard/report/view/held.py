@@ -42,7 +42,8 @@ class Held:
     def all(self) -> dict[str, Any]:
         """{answers, least: the finest zoom whose tiles are among them, opens: the address, whole:
         whether what each token reads is, measures: of what}."""
-        self.put("about", page_facts([one.about() for one in self.every]))
+        texts = [one.pieces("text") for one in self.every]
+        self.put("about", page_facts([one.about() for one in self.every], texts))
         for number, one in enumerate(self.every):
             self.put_texts(number, one)
             for layer in range(len(one.recording.layers)):
@@ -122,6 +123,17 @@ class Held:
                     self.put("segments", shares, **asked, **words, **token,
                              given=view.segments, layer=number)  # fmt: skip
 
+    @property
+    def deepest(self) -> int:
+        """The page's zoom at which a cell is one token; it counts from the first map that is shown,
+        which is, of a difference, as long as what both have."""
+        layers = [
+            self.every[number].layer(self.view.layer, self.view.head, self.view.batch)
+            for number in (self.view.compared if self.view.differs else self.view.compared[:1])
+        ]
+        sides = (min(x.q_len for x in layers), min(x.k_len for x in layers))
+        return max(0, math.ceil(math.log2(max(*sides, 1) / SIDE)))
+
     def put_tiles(self, number: int) -> int:
         """The tiles of a recording's whole map, then finer ones while there is room, and those
         around what is in view; the finest zoom held."""
@@ -129,7 +141,7 @@ class Held:
         shown = opened.layer(self.view.layer, self.view.head, self.view.batch)
         places, least = _whole(shown, opened.recording.zooms(self.view.layer))
         if self.view.place is not None:
-            least = _around(self.view.place, shown, least, places)
+            least = _around(self.view.place, shown, self.deepest, least, places)
         plain = {} if self.view.sinks else {"sinks": 0}
         for by in (one for one in self.measures if one in measures(shown)):
             more = plain if by == "weight" else plain | {"measure": by}
@@ -156,13 +168,11 @@ def _whole(layer: RecordedLayer, zooms: int) -> tuple[set[tuple[int, int, int]],
 
 
 def _around(
-    place: tuple[float, int, int], layer: RecordedLayer, least: int,
+    place: tuple[float, int, int], layer: RecordedLayer, deepest: int, least: int,
     places: set[tuple[int, int, int]],
 ) -> int:  # fmt: skip
     """Add the tiles around a place of the map at the zoom it is seen with, and at coarser ones;
-    returns the finest zoom held."""
-    longest = max(layer.q_len, layer.k_len)
-    deepest = max(0, math.ceil(math.log2(longest / SIDE)))
+    returns the finest zoom held. deepest: the zoom of the page at which cells are single tokens."""
     finest = max(0, deepest - max(0, min(deepest, math.floor(place[0] + 0.5))))
     for zoom in range(finest, least):
         size = SIDE << zoom

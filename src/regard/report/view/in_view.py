@@ -39,6 +39,7 @@ class InView:
     sinks: bool
     measure: By
     compared: tuple[int, ...]
+    differs: bool
     place: tuple[float, int, int] | None
     segments: str
     source: str
@@ -62,7 +63,7 @@ class InView:
             _one_of(said, "by", "words", "tokens") == "words" and chosen.worded,
             _one_of(said, "pool", "sum", "max"), said.get("sinks") != "off",
             cast("By", _one_of(said, "measure", *measures(shown))),
-            tuple((which + n) % len(opened) for n in _COMPARED[compared]),
+            tuple((which + n) % len(opened) for n in _COMPARED[compared]), compared == "change",
             (float(place[1]), int(place[2]), int(place[3])) if place else None,
             *(said.get(name, "")[:1000] for name in ("segments", "from", "reads", "find")),
         )  # fmt: skip

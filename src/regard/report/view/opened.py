@@ -132,7 +132,7 @@ class Opened:
             LayerFacts(
                 layer.index, layer.name, layer.kind, layer.heads, layer.q_len, layer.k_len,
                 layer.batch, readable(layer), layer.damage or layer.reason, bool(layer.norms),
-                layer.effects is not None,
+                layer.effects is not None, layer.results.value_sums is not None,
             )
             for layer in self.recording.layers
         ]  # fmt: skip

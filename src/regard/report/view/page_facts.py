@@ -43,6 +43,7 @@ class LayerFacts:
     """One layer. readable: whether it has weights to show, else `reason`.
 
     norms, effects: whether lengths of what keys add, and effects of edges, can be shown.
+    value_maps: whether maps of these lengths were pooled while recording.
     """
 
     index: int
@@ -56,16 +57,20 @@ class LayerFacts:
     reason: str
     norms: bool
     effects: bool = False
+    value_maps: bool = False
 
 
-def page_facts(recordings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The whole of what the page needs to begin."""
+def page_facts(
+    recordings: Sequence[dict[str, Any]], texts: Sequence[Sequence[Any]] = ()
+) -> dict[str, Any]:
+    """The whole of what the page needs to begin. texts: each recording's tokens, as shown."""
     metrics = [
         {"key": key, "title": title, "said": said, "share": key not in SCALED}
         for key, (title, said) in METRICS.items()
     ]
     return {
         "recordings": list(recordings),
+        "alike": alike(*texts[:2]) if len(texts) > 1 else None,
         "metrics": metrics,
         "kinds": KINDS,
         "sampled": SAMPLED,
@@ -74,6 +79,12 @@ def page_facts(recordings: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "bins": BINS,
         "listed": LISTED,
     }
+
+
+def alike(one: Sequence[Any], two: Sequence[Any]) -> int:
+    """How many tokens two texts begin with alike."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(two)))
 
 
 def recording_facts(
@@ -101,6 +112,7 @@ def recording_facts(
                 "reason": layer.reason,
                 "norms": layer.norms,
                 "effects": layer.effects,
+                "value_maps": layer.value_maps,
             }
             for layer in layers
         ],

@@ -172,7 +172,8 @@ class Site:
         return self.first[number] if self.first[number].there() else None
 
     def first_about(self, asked: Asked, first: FirstAnswers) -> Any:
-        return page_facts([one.about for one in self.first or ()])
+        every = self.first or ()
+        return page_facts([one.about for one in every], [one.sides["text"] for one in every])
 
     def first_tokens(self, asked: Asked, first: FirstAnswers) -> Any:
         side = asked.one_of("side", "text", "decoder", "words")
@@ -214,12 +215,12 @@ class Site:
 
     def first_tile(self, asked: Asked, wanted: TilesAsked) -> bytes | None:
         """A tile of the first view, from the files alone; then the recordings may be opened."""
-        plain = wanted.sinks and wanted.by == "weight" and len(wanted.places) == 1
+        plain = wanted.sinks and len(wanted.places) == 1
         first = self.early(asked) if plain else None
         if first is None:
             return None
         tile = (wanted.head, wanted.zoom, *wanted.places[0])
-        found = first.tile(wanted.layer, tile, wanted.reduce, wanted.batch)
+        found = first.tile(wanted.layer, tile, wanted.reduce, wanted.batch, wanted.by)
         self.begun.set()
         return found
 

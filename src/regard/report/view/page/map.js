@@ -73,38 +73,50 @@ class HeadMap {
     for (const kind of ["pointermove", "blur"]) element.addEventListener(kind, () => (this.keyed = false));
     for (const kind of ["pointerdown", "wheel", "keydown"])
       element.addEventListener(kind, () => (this.untouched = false), { passive: true });
-    new ResizeObserver(() => {
+    this.sizes = new ResizeObserver(() => {
       this.map.invalidateSize({ animate: false, pan: !this.untouched });
       if (this.where && this.untouched) this.whole();
       this.profiles.draw(); // before the next frame: no stretched one is seen
-    }).observe(element);
+    });
+    this.sizes.observe(element);
   }
 
-  /** Show a head. `where`: {r, layer, head, batch, rows, cols, rowTokens, colTokens, versus: the other of a difference}. */
+  /** Gone, with all that would move the other of a pair. */
+  remove() {
+    this.where = null;
+    this.sizes.disconnect();
+    this.map.remove();
+    this.frame.remove();
+  }
+
+  /** Show a head. `where`: {r, layer, head, batch, rows, cols, rowTokens, colTokens, versus: the other of a difference,
+   * whole: the rows and columns of the longer map of a pair}. */
   show(where) {
     const before = this.where;
     this.where = where;
-    const longest = Math.max(where.rows, where.cols, 1);
-    this.deepest = Math.max(0, Math.ceil(Math.log2(longest / SIDE)));
+    this.deepest = deepest(where);
     this.least = Math.min(this.deepest, held?.least ?? 0); // no finer tiles are to be had
     this.unit = 2 ** (1 - this.deepest); // pixels of a token at zoom 0
-    const same = before && before.rows === where.rows && before.cols === where.cols;
+    const same = before && before.rows === where.rows && before.cols === where.cols
+      && deepest(before.whole ?? before) === deepest(where.whole ?? where);
     if (before && same && JSON.stringify(this.asked(before)) === JSON.stringify(this.asked(where))) {
       this.mark();
       return this.repaint();
     }
     this.layer?.remove();
     this.layer = new MapTiles({
-      tileSize: PIXELS, minZoom: 0, maxNativeZoom: this.deepest - this.least, maxZoom: this.deepest + CLOSER,
+      tileSize: PIXELS, minZoom: -24, minNativeZoom: 0, maxNativeZoom: this.deepest - this.least, maxZoom: this.deepest + CLOSER,
       bounds: this.bounds(), keepBuffer: 1, updateWhenZooming: false, noWrap: true,
     });
     this.layer.owner = this;
     this.layer.on("tileunload", ({ tile }) => tile.drop());
     this.layer.on("tileload", () => this.profiles.due());
     if (!same) {
+      const stood = this.leading(); // before the new size of this one moves that, too
       this.map.invalidateSize({ animate: false, pan: false });
-      this.untouched = true;
-      this.whole();
+      this.untouched = !stood;
+      if (stood) this.place(...stood);
+      else this.whole();
     }
     this.layer.addTo(this.map);
     this.mark();
@@ -152,18 +164,33 @@ class HeadMap {
     return L.latLngBounds([0, 0], [this.where.rows * this.unit, this.where.cols * this.unit]);
   }
 
-  /** The zoom at which the whole map is in sight. */
+  /** The zoom at which the whole map is in sight; of a pair, the longer one's, at the same size of a token. */
   fit() {
+    const { rows, cols } = this.where.whole ?? this.where;
     const room = [this.element.clientWidth, this.element.clientHeight].map((one) => Math.max(one, 50));
-    const fits = Math.min(room[0] / (this.where.cols * this.unit), room[1] / (this.where.rows * this.unit));
-    return Math.max(0, Math.min(this.deepest + CLOSER, Math.log2(fits)));
+    const fits = Math.min(room[0] / (cols * this.unit), room[1] / (rows * this.unit));
+    return Math.max(this.widest, Math.min(this.deepest + CLOSER, Math.log2(fits)));
+  }
+
+  /** The zoom whose one tile holds the whole: below 0 beside a longer map. */
+  get widest() {
+    return this.deepest - deepest(this.where.whole ?? this.where);
   }
 
   whole() {
-    this.place(this.bounds().getCenter(), 0);
+    const { rows, cols } = this.where.whole ?? this.where;
     this.untouched = true;
+    this.place([(rows / 2) * this.unit, (cols / 2) * this.unit], this.widest);
     this.map.fire("zoomlevelschange");
     state.at = null;
+  }
+
+  /** Where the first map of the pair stands, unless it shows the whole: this one is to stand there. */
+  leading() {
+    if (!this.leader?.where || this.leader.untouched) return null;
+    const { map, unit, deepest: theirs } = this.leader;
+    const { lat, lng } = map.getCenter();
+    return [[(lat / unit) * this.unit, (lng / unit) * this.unit], map.getZoom() + this.deepest - theirs];
   }
 
   /** Stand there at once: no animation under way may bring the map elsewhere. */
@@ -189,7 +216,9 @@ class HeadMap {
     const at = { row: place.row, col: place.col };
     if (versus === undefined) return this.loader.ask(where, at, got);
     let [one, two] = [null, null];
-    const both = () => one && two && got(one.map((value, i) => two[i] - value));
+    const inside = (i) => (i >> 7) + place.row * SIDE < this.cells("rows", place.zoom)
+      && (i & 127) + place.col * SIDE < this.cells("cols", place.zoom);
+    const both = () => one && two && got(one.map((value, i) => (inside(i) ? two[i] - value : 0)));
     const drops = [
       this.loader.ask(where, at, (values) => ((one = values), both())),
       this.loader.ask({ ...where, r: versus }, at, (values) => ((two = values), both())),
@@ -204,10 +233,17 @@ class HeadMap {
   }
 
   paint(canvas) {
+    if (!this.where) return; // its map was taken away meanwhile
     const { zoom, row, col } = canvas.place;
-    const [rows, cols] = [this.where.rows, this.where.cols].map((n) => Math.ceil(n / 2 ** zoom));
+    const [rows, cols] = ["rows", "cols"].map((along) => this.cells(along, zoom));
     paint(canvas, canvas.values, { scale: state.scale, ...this.scale(zoom),
       rows: rows - row * SIDE, cols: cols - col * SIDE });
+  }
+
+  /** How many cells a side has; of a difference those that both recordings fill, or both end in alike. */
+  cells(along, zoom) {
+    const { [along]: n, unequal } = this.where;
+    return unequal ? Math.floor(n / 2 ** zoom) : Math.ceil(n / 2 ** zoom);
   }
 
   /** What a value is divided by, and the least that has a colour where the scale is logarithmic. */
@@ -254,7 +290,7 @@ class HeadMap {
     const tile = this.tiles().find(({ place }) =>
       place.zoom === zoom && place.row === y >> 7 && place.col === x >> 7);
     return { row, col, zoom, size: 2 ** zoom, rows: this.where.rows, cols: this.where.cols,
-      value: tile ? tile.values[(y & 127) * SIDE + (x & 127)] : null };
+      value: tile && y < this.cells("rows", zoom) && x < this.cells("cols", zoom) ? tile.values[(y & 127) * SIDE + (x & 127)] : null };
   }
 
   point(latlng) {
@@ -285,7 +321,7 @@ class HeadMap {
     this.tell();
     const { lat, lng } = this.map.getCenter();
     if (this.untouched) state.at = null;
-    else state.at = [this.map.getZoom().toFixed(2), Math.round(lat / this.unit), Math.round(lng / this.unit)]
+    else state.at = [(this.map.getZoom() + (this.leader ?? this).deepest - this.deepest).toFixed(2), Math.round(lat / this.unit), Math.round(lng / this.unit)]
       .join(",");
     changed();
   }
@@ -306,19 +342,28 @@ class HeadMap {
     const missing = this.element.querySelector("canvas.pending"); // the error says why
     this.status.textContent = waits
       ? `${cells} · coarser until ${waits} exact ${waits === 1 ? "tile comes" : "tiles come"}`
+        + (this.where.slow ? ": this recording holds no map of what keys add, so that takes long" : "")
       : missing ? `${cells} · some tiles are missing` : `${cells} · exact`;
     if (missing && !waits) this.profiles.due(); // they were those of what was there before
     this.frame.toggleAttribute("data-waits", waits > 0);
   }
 }
 
-/** Two maps that stand at the same place, whichever is moved. */
+/** The zoom at which the cells of so many rows and columns are single tokens. */
+function deepest({ rows, cols }) {
+  return Math.max(0, Math.ceil(Math.log2(Math.max(rows, cols, 1) / SIDE)));
+}
+
+/** Two maps that stand at the same token, and show tokens of one size, whichever is moved. */
 function lock(one, two) {
   let moving = false;
   const follow = (from, to) => from.map.on("move", () => {
     if (moving || !from.where || !to.where) return;
     moving = true;
-    to.map.setView(from.map.getCenter(), from.map.getZoom(), { animate: false });
+    const { lat, lng } = from.map.getCenter();
+    const units = to.unit / from.unit;
+    to.untouched = from.untouched; // else it would go back to the whole once its frame changes
+    to.map.setView([lat * units, lng * units], from.map.getZoom() + to.deepest - from.deepest, { animate: false });
     moving = false;
   });
   follow(one, two);

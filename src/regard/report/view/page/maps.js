@@ -5,6 +5,8 @@ import { byId, make } from "./shared.js";
 import { changed, state } from "./state.js";
 import { Loader, darkness, ramps } from "./tiles.js";
 
+const LONG = 16384; // tokens from which a coarse tile takes long where it was not pooled while recording
+
 class Maps {
   constructor(about, tokensOf, failed, told) {
     Object.assign(this, { about, tokensOf, failed, told, maps: [] });
@@ -32,27 +34,39 @@ class Maps {
     return state.recording === 0 ? 1 : 0;
   }
 
-  /** What can be shown of the two: a difference needs the same head and the same lengths. */
+  /** What can be shown of the two: the other must have that head, too. */
   shows() {
     if (state.compare === "one") return "one";
-    const [one, two] = [state.recording, this.other()]
-      .map((r) => this.about.recordings[r].layers[state.layer]);
+    const [, two] = this.layers();
     if (!two?.pattern || state.head >= two.heads) return "one";
-    if (state.compare === "change" && (one.q_len !== two.q_len || one.k_len !== two.k_len))
-      return "unequal";
     return state.compare;
+  }
+
+  /** The layer of the chosen recording, and that of the other. */
+  layers() {
+    return [state.recording, this.other()].map((r) => this.about.recordings[r].layers[state.layer]);
+  }
+
+  /** How many queries and keys both have ("min"), or the longer one ("max"). */
+  lengths(which) {
+    const [one, two] = this.layers();
+    return { rows: Math[which](one.q_len, two.q_len), cols: Math[which](one.k_len, two.k_len) };
+  }
+
+  /** What a difference is of. */
+  common() {
+    const [least, most] = ["min", "max"].map((which) => this.lengths(which));
+    return { versus: this.other(), ...least, unequal: least.rows !== most.rows || least.cols !== most.cols };
   }
 
   draw() {
     for (const key of ["reduce", "scale", "compare"]) byId(key).value = state[key];
     byId("sinks").checked = state.sinks;
     const shows = this.shows();
-    const count = shows === "both" || shows === "unequal" ? 2 : 1;
+    const count = shows === "both" ? 2 : 1;
     byId("maps").classList.toggle("both", count === 2);
     while (this.maps.length > count) {
-      const map = this.maps.pop();
-      map.map.remove();
-      map.frame.remove();
+      this.maps.pop().remove();
     }
     while (this.maps.length < count) this.add();
     const here = state.recording;
@@ -60,7 +74,8 @@ class Maps {
     const { at } = state; // the first view is of the whole map, and forgets it
     this.maps.forEach((map, i) => this.name(map, which[i], shows));
     this.maps.forEach((map, i) => map.show({ ...this.where(which[i]),
-      ...(shows === "change" ? { versus: this.other() } : {}) }));
+      ...(shows === "both" ? { whole: this.lengths("max") } : {}),
+      ...(shows === "change" ? this.common() : {}) }));
     if (this.restored === undefined) {
       this.restored = true;
       if (at) this.first.restore(at);
@@ -90,15 +105,29 @@ class Maps {
     this.maps.push(map);
     if (this.maps.length === 2) {
       lock(...this.maps);
+      map.leader = this.first; // the address says where that one stands
     }
   }
 
   name(map, r, shows) {
     const title = map.frame.querySelector("h2") ?? make("h2");
     const names = this.about.recordings.map((one) => one.name);
-    title.textContent = shows === "change" ? `${names[this.other()]} − ${names[state.recording]}`
-      : shows === "unequal" ? `${names[r]} · no difference: the lengths differ` : names[r];
+    title.textContent = (shows === "change" ? `${names[this.other()]} − ${names[state.recording]}` : names[r])
+      + this.said(r, shows);
     if (this.about.recordings.length > 1 && !title.parentNode) map.frame.prepend(title);
+  }
+
+  /** Of recordings of unequal lengths, or of different texts: what a place of one is in the other. */
+  said(r, shows) {
+    if (shows !== "both" && shows !== "change") return "";
+    const [least, most] = ["min", "max"].map((which) => this.lengths(which));
+    const unequal = least.rows !== most.rows || least.cols !== most.cols;
+    const { alike } = this.about;
+    const parted = alike !== null && alike < least.cols && r === state.recording
+      ? ` · the texts part at token ${alike.toLocaleString("en")}` : "";
+    if (!unequal) return parted;
+    return (shows === "change" ? ` · of the ${least.rows.toLocaleString("en")} × ${least.cols.toLocaleString("en")} that both have`
+      : ` · ${this.about.recordings[r].layers[state.layer].k_len.toLocaleString("en")} tokens`) + parted;
   }
 
   where(r) {
@@ -106,6 +135,7 @@ class Maps {
     const layer = layers[state.layer];
     return {
       r, layer: state.layer, head: state.head, batch: state.batch, rows: layer.q_len, cols: layer.k_len,
+      slow: state.measure === "value" && !layer.value_maps && Math.max(layer.q_len, layer.k_len) > LONG,
       rowTokens: this.tokensOf(r, layer.q_side).after(layer.kind === "self" ? layer.k_len - layer.q_len : 0), colTokens: this.tokensOf(r, layer.k_side), special,
     };
   }
