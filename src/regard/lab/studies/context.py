@@ -111,11 +111,16 @@ def run(at: Setting) -> Result:
               level=0.5),
     ]  # fmt: skip
     columns = ("vector", "same", "other", "gap", "nearest right", "kept")
+    read = {w: [_read(reader, s[0], w) for s in SENSES[w]] for w in words}
+    first = [sense[0] for sense in SENSES[words[0]]]
     return Result(columns, rows, verdicts, panels, notes=[
         f"all-MiniLM-L6-v2; {', '.join(words)}, each in eight sentences, four a meaning. The "
         "embedding is the word's own, before positions. nearest right: the nearest of the other "
-        "seven sentences has the same meaning. kept: mean cosine with the layer before."
-    ], more={"read": {w: [_read(reader, s[0], w) for s in SENSES[w]] for w in words}})  # fmt: skip
+        "seven sentences has the same meaning. kept: mean cosine with the layer before. "
+        + " ".join(f"What “{words[0]}” reads most in “{text}”, layer by layer: "
+                   + ", ".join(f"{one['word']} {one['weight']:.2f}" for one in found) + "."
+                   for text, found in zip(first, read[words[0]], strict=True))
+    ], more={"read": read})  # fmt: skip
 
 
 def _vectors(reader: TextModel, text: str, word: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -66,14 +67,84 @@ def run(at: Setting) -> Result:
         row.insert(2, sum(one.numel() for one in model.parameters()))
         rows.append(tuple(row))
     columns = ("mixer", "state", "parameters", "recall", "steps", "copy", "steps of copy")
-    panel = Panel("recall over distance", "tokens since the pair", "accuracy", curves)
+    states: dict[str, Line] = {str(row[0]): ([row[1]], [row[3]]) for row in rows if row[0] != WIDE}
+    if WIDE in mixers:
+        states["lstm"] = _both(states["lstm"], ([rows[-1][1]], [rows[-1][3]]))
+    for mixer, line in by_state(at).items():
+        states[mixer] = _both(states[mixer], line)
+    apart = over_distances(at)
+    panels = [
+        Panel("recall over distance", "tokens since the pair", "accuracy", curves),
+        Panel("recall over the size of the state", "numbers kept", "accuracy", states, "x"),
+    ]
+    if apart:
+        panels.append(Panel("copying over distance", "tokens between", "accuracy", apart))
     budget = f"at most {size.steps} steps of {size.batch} sequences of {size.length} tokens"
-    return Result(columns, rows, _verdicts(reached, budget), [panel], notes=[
+    return Result(columns, rows, _verdicts(reached, budget), panels, notes=[
         f"Multi-query associative recall: {size.pairs} pairs, vocabulary {size.vocabulary}; copy: "
         f"{size.count} tokens. {size.depth} blocks of width {size.dim}, {size.heads} heads, "
         f"rotary in softmax and window (of {size.window}); {budget}, the same for all (a run whose "
         "loss is below 0.005 ends early). state: numbers kept of the past at the last token."
-    ])  # fmt: skip
+    ] + ([] if not apart else [
+        "Accuracy of copying over distance is that of models of their own, which learn all these "
+        "distances together: " + "; ".join(
+            f"{mixer} " + ", ".join(f"{y:.0%}" for y in line[1]) for mixer, line in apart.items())
+        + f" at {', '.join(map(str, size.distances))} tokens between. By the size of the state "
+        "(models of other widths): " + "; ".join(
+            f"{mixer} " + ", ".join(f"{y:.0%} of {x:,}" for x, y in zip(*line, strict=True))
+            for mixer, line in states.items() if len(line[0]) > 1) + "."
+    ]))  # fmt: skip
+
+
+Line = tuple[list[Any], list[Any]]
+
+
+def _both(one: Line, other: Line) -> Line:
+    """The points of two lines, from left to right."""
+    points = sorted(zip(one[0] + other[0], one[1] + other[1], strict=True))
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def by_state(at: Setting) -> dict[str, Line]:
+    """Recall of the mixers with a state of fixed size, at other widths: sizes of the state, and
+    accuracies."""
+    size, found = at.size, dict[str, Line]()
+    tried = [(mixer, dim) for mixer in ("linear", "delta", "lstm", "gru") for dim in size.widths]
+    for place, (mixer, dim) in enumerate(tried):
+        torch.manual_seed(at.seed)
+        model = small_lm(size.vocabulary, dim, size.depth, size.heads, mixer=mixer)
+        draw = partial(associative, size.batch, size.pairs, size.length, size.vocabulary)
+        each = at.training(f"{mixer} of width {dim}", place, len(tried), size.steps)
+        train, test = at.generator(1), at.generator(2)
+        fit(model, partial(draw, train), size.steps, rate=size.rate, each=each, until=0.005)
+        hits, _ = _tested(model, [draw(test) for _ in range(size.tests)])
+        xs, ys = found.setdefault(mixer, ([], []))
+        xs.append(state_size(mixer, size.length, dim, size.depth, size.heads, size.window))
+        ys.append(float(hits.double().mean()))
+    return found
+
+
+def over_distances(at: Setting) -> dict[str, Line]:
+    """Copying over each distance, of one model a mixer that learned them all, a distance a step."""
+    size, found = at.size, dict[str, Line]()
+    for place, mixer in enumerate(MIXERS if size.distances else ()):
+        model = _model(at, mixer, 0)
+        train, test, which = at.generator(3), at.generator(4), at.random("distances")
+
+        def draw(
+            distance: int | None = None, made: torch.Generator = train, which: Random = which
+        ) -> Batch:
+            between = which.choice(size.distances) if distance is None else distance
+            return copying(size.batch, size.count, between, size.vocabulary, made)
+
+        each = at.training(f"{mixer}, copy over distances", place, len(MIXERS), size.steps)
+        fit(model, draw, size.steps, rate=size.rate, each=each)
+        right = [
+            _tested(model, [draw(distance, test) for _ in range(size.tests)])[0]
+            for distance in size.distances
+        ]
+        found[mixer] = list(size.distances), [float(one.double().mean()) for one in right]
+    return found
 
 
 def _model(at: Setting, mixer: str, state: int) -> Any:
@@ -149,9 +220,10 @@ STUDY = Study(
     "that was given earlier among others, and to say again what was said before a long pause.",
     run,
     tiny=dict(length=16, pairs=2, vocabulary=16, count=2, dim=16, depth=2, heads=1, window=4,
-              batch=8, steps=3, rate=3e-3, tests=2, wide=True),
+              batch=8, steps=3, rate=3e-3, tests=2, wide=True, widths=[8], distances=[2, 4]),
     quick=dict(length=24, pairs=3, vocabulary=16, count=4, dim=32, depth=2, heads=2, window=4,
-               batch=32, steps=250, rate=1e-2, tests=8, wide=False),
+               batch=32, steps=250, rate=1e-2, tests=8, wide=False, widths=[], distances=[]),
     full=dict(length=24, pairs=3, vocabulary=16, count=4, dim=32, depth=2, heads=2, window=4,
-              batch=32, steps=250, rate=1e-2, tests=32, wide=True),
+              batch=32, steps=250, rate=1e-2, tests=32, wide=True, widths=[16, 64],
+              distances=[2, 4, 8, 16]),
 )  # fmt: skip

@@ -10,8 +10,10 @@ import torch
 
 from .learning import fit, loss_of, small_lm
 from .positions import characters, drawn
-from .stats import Interval, exponent, with_floor
+from .stats import Interval, exponent, joint_power_law, with_floor
 from .study import Cell, Panel, Result, Setting, Study, Verdict
+
+DRAWS = 300  # of the fit over parameters and tokens
 
 
 class Trained(NamedTuple):
@@ -54,7 +56,11 @@ def _result(at: Setting, runs: list[Trained]) -> Result:
     size = at.size
     by_budget = {b: list(some) for b, some in groupby(runs, lambda one: one.budget)}
     best = [min(some, key=lambda one: one.loss) for some in by_budget.values()]
-    of_budget = _interval(at, [(one.budget, one.loss) for one in best])
+    of_budget, of_size, of_data = (
+        _interval(at, [(one.budget, getattr(one, what)) for one in best])
+        for what in ("loss", "parameters", "tokens")
+    )
+    by_size, by_data = _joint(at, runs)
     largest = by_budget[max(by_budget)]
     inner = largest[0].loss > best[-1].loss < largest[-1].loss if len(largest) > 2 else False
     grows = best[-1].parameters > best[0].parameters
@@ -70,12 +76,19 @@ def _result(at: Setting, runs: list[Trained]) -> Result:
                 inner, f"at {max(by_budget):.1e} operations {best[-1].parameters:,} of "
                 f"{largest[0].parameters:,} … {largest[-1].parameters:,} parameters"),
         Verdict("the best size grows with the budget", grows,
-                f"{best[0].parameters:,} → {best[-1].parameters:,} parameters"),
+                f"{best[0].parameters:,} → {best[-1].parameters:,} parameters: parameters ~ "
+                f"budget^{of_size}, tokens ~ budget^{of_data}"),
+        Verdict("the loss falls with parameters and with tokens, each as a power law (exponents "
+                "below 0)", by_size.high < 0 and by_data.high < 0,
+                f"loss = E + A · parameters^{by_size} + B · tokens^{by_data}"),
     ]  # fmt: skip
     panels = [
         Panel("IsoFLOP", "parameters", "loss", {
             f"{b:.0e}": ([one.parameters for one in some], [one.loss for one in some])
             for b, some in by_budget.items()}, "x"),
+        Panel("loss over what was read", "tokens", "loss", {
+            f"{size:,} parameters": ([one.tokens for one in some], [one.loss for one in some])
+            for size, some in by_size_of(runs).items()}, "x"),
         Panel("best loss", "operations", "loss",
               {"best": ([one.budget for one in best], [one.loss for one in best])}, "xy"),
     ]  # fmt: skip
@@ -84,9 +97,39 @@ def _result(at: Setting, runs: list[Trained]) -> Result:
         f"Characters of Tiny Shakespeare, two blocks, widths {', '.join(map(str, size.dims))}; "
         f"budget: 6 · parameters (without the embedding) · tokens; loss of held-out text in nats a "
         f"character. A width that a budget gives fewer than {size.least} or more than "
-        f"{size.most:,} steps is left out. The interval of the exponent draws the budgets anew "
-        "1,000 times; with so few of them it is wide."
-    ], more={"exponent": list(of_budget), "with floor": list(floor)})  # fmt: skip
+        f"{size.most:,} steps is left out. Intervals of exponents over the budget draw the budgets "
+        f"anew 1,000 times; with so few of them they are wide. Those over parameters and tokens "
+        f"(Hoffmann et al. 2022, approach 3; in steps of 0.05) draw the runs anew {DRAWS} times."
+    ], more={"exponent": list(of_budget), "with floor": list(floor),
+             "best parameters": list(of_size), "best tokens": list(of_data),
+             "by parameters": list(by_size), "by tokens": list(by_data)})  # fmt: skip
+
+
+def by_size_of(runs: list[Trained]) -> dict[int, list[Trained]]:
+    """The runs of each number of parameters."""
+    found: dict[int, list[Trained]] = {}
+    for one in runs:
+        found.setdefault(one.parameters, []).append(one)
+    return found
+
+
+def _joint(at: Setting, runs: list[Trained]) -> tuple[Interval, Interval]:
+    """The exponents over parameters and over tokens, with bootstrap intervals."""
+
+    def fitted(some: list[Trained]) -> tuple[float, float]:
+        n, d, _, losses = zip(*some, strict=True)
+        a, b = joint_power_law(n, d, losses)
+        return -a, -b
+
+    rng = at.random("joint")
+    draws = [fitted(rng.choices(runs, k=len(runs))) for _ in range(DRAWS)]
+    made = []
+    for value, drawn_ones in zip(fitted(runs), zip(*draws, strict=True), strict=True):
+        # A draw of too few different runs fits nothing
+        found = sorted(one for one in drawn_ones if one == one) or [float("nan")]
+        low, high = (found[int(share * (len(found) - 1))] for share in (0.025, 0.975))
+        made.append(Interval(value, low, high))
+    return made[0], made[1]
 
 
 def _interval(at: Setting, points: list[tuple[float, float]]) -> Interval:

@@ -71,6 +71,30 @@ def with_floor(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, 
     return best
 
 
+def joint_power_law(
+    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]
+) -> tuple[float, float]:
+    """a and b of loss = E + A·parameters^−a + B·tokens^−b, E, A, B ≥ 0 (Hoffmann et al. 2022, eq.
+    2): least squares, over a grid of exponents 0.05 … 1.5. NaN where none fits so."""
+    grid = np.arange(0.05, 1.5001, 0.05)
+    a, b = (x.ravel() for x in np.meshgrid(grid, grid, indexing="ij"))
+    n, d, y = (np.asarray(x, float) for x in (parameters, tokens, losses))
+    # Over their means: else powers of large numbers differ by more than can be solved
+    terms = [
+        np.ones((len(a), len(y))),
+        (n / n.mean()) ** -a[:, None],
+        (d / d.mean()) ** -b[:, None],
+    ]
+    given = np.stack(terms, -1)
+    solved = np.linalg.pinv(given) @ y
+    error = ((given @ solved[..., None])[..., 0] - y) ** 2
+    off = np.where((solved >= 0).all(-1), error.sum(-1), np.inf)
+    best = int(off.argmin())
+    if off[best] == np.inf:
+        return float("nan"), float("nan")
+    return float(a[best]), float(b[best])
+
+
 def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
     """How often a right one is above a wrong one, ties half: area under the ROC curve."""
     wins = sum((r > w) + 0.5 * (r == w) for r in right for w in wrong)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..bench import machine
 from ...errors import RegardError
+from ..bench import machine
 
 Told = Callable[[str, float | None], None]
 Cell = str | int | float | None
