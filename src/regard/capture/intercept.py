@@ -145,11 +145,12 @@ def _recorded(met: WatchedCall, call: Call, engine: str) -> tuple[Tensor, Tensor
 
 
 def _told(met: WatchedCall, call: Call, lse: Tensor, out: Tensor | None = None) -> None:
-    """A call over a cache that has evicted, which is computed already."""
+    """A call that is computed already: over a cache that has evicted, or of additive attention."""
     if met.kept is not None:
-        raise RegardError(
-            f"cut: {met.name} attends to a cache that has evicted; cut it before, or use KVCache()"
-        )
+        why = "attends to a cache that has evicted; cut it before, or use KVCache()"
+        if met.kind == "cross":  # no cache evicts what cross-attention reads
+            why = "tells of weights that are computed already; nothing can be cut there"
+        raise RegardError(f"cut: {met.name} {why}")
     if met.wanted:
         met.kind = met.kind or "self"
         met.position(call.place.query_start)

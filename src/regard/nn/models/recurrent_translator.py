@@ -7,10 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...call.checked import Call
+from ...call.masks import Padding
 from ...errors import RegardError
+from ...ops.cache import tell
+from ...ops.watches import watched
 from .config import RECURRENT, ModelConfig
 from .mixers import checked_tokens
 from .stack import embedding_of, head_of
+
+
+class ToldWeights(nn.Module):
+    """What additive attention has read, told to `watch` as a call of attention.
+
+    It has no queries and keys whose products are its scores: each query is the row of its scores
+    here, and key j the j-th unit vector.
+    """
+
+    kind, additive = "cross", True  # what `watch` and `walk` ask of a module
+
+    @torch.no_grad()
+    def forward(self, weights: Tensor, values: Tensor, keep: Tensor) -> None:
+        """weights (batch, q_len, k_len), values (batch, k_len, dim), keep (batch, k_len)."""
+        # Scores but for a constant a row; hidden keys have −inf, whose product with 0 is NaN
+        scores = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
+        unit = torch.eye(keep.shape[1], dtype=scores.dtype, device=scores.device)
+        keys = unit.expand(len(keep), 1, -1, -1)
+        values = values.to(scores.dtype)
+        shown = Padding(keep)
+        call = Call.checked(
+            scores[:, None], keys, values[:, None], mask=shown, scale=1.0, query_start=0
+        )
+        lse = scores.masked_fill(~keep[:, None], -torch.inf).logsumexp(-1)
+        tell(call, lse[:, None], (weights @ values)[:, None])
 
 
 class AdditiveAttention(nn.Module):
@@ -24,6 +53,7 @@ class AdditiveAttention(nn.Module):
         self.query = nn.Linear(query_dim, dim, bias=False)
         self.project = nn.Linear(key_dim, dim)
         self.score = nn.Linear(dim, 1, bias=False)
+        self.told = ToldWeights()
 
     def forward(
         self, query: Tensor, projected: Tensor, values: Tensor, keep: Tensor
@@ -177,7 +207,10 @@ class RecurrentTranslator(nn.Module):
             if self.attention is not None:
                 x = torch.cat([x, state.context], -1)
             outs.append(torch.tanh(self.join(x)))
-        return self.dropout(torch.stack(outs, 1)), torch.stack(read, 1)
+        weights = torch.stack(read, 1)
+        if self.attention is not None and watched():
+            self.attention.told(weights, values, keep)
+        return self.dropout(torch.stack(outs, 1)), weights
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         return self.dropout(self.embedding(tokens) * self.config.dim**0.5)
