@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from regard.studies.page import page
+from regard.lab.studies.page import page
 
 DOCS = Path(__file__).parent
 

@@ -234,7 +234,7 @@ def ranks(tmp_path_factory):
 @pytest.fixture
 def quick_turns(monkeypatch):
     """Turns of one call, which wait for nothing."""
-    from regard.bench import timing
+    from regard.lab.bench import timing
 
     monkeypatch.setattr(timing, "SETTLE", 0.0)
     monkeypatch.setattr(timing, "TIMED", 0.0)
@@ -243,9 +243,9 @@ def quick_turns(monkeypatch):
 @pytest.fixture
 def small_suites(monkeypatch, quick_turns, tmp_path):
     """Two suites of tiny shapes, on a machine that is always quiet, where no run is saved."""
-    import regard.bench.tables as written
+    import regard.lab.bench.tables as written
     from regard import Causal
-    from regard.bench import machine, suites
+    from regard.lab.bench import machine, suites
     from test_bench import quiet, tiny
     from test_bench_peers import OBSERVED
 

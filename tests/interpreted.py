@@ -14,7 +14,7 @@ from torch import Tensor
 
 import regard.engines.second_pass.weigh
 from cases import CASES, Case
-from observer_truths import Truth, assert_seen_nearly, parts
+from observer_truths import Truth, assert_seen_nearly, parts, watchers
 from regard import (
     Causal,
     Entropy,
@@ -35,7 +35,6 @@ from regard import (
 from regard.call.checked import Call
 from regard.call.geometry import Span
 from regard.engines.second_pass.triton import read as reading
-from test_observers import watchers
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of inf · 0 where hidden

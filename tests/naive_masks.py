@@ -29,6 +29,19 @@ def place(batch=2, heads=2, q_len=66, k_len=133, query_start=None, key_start=0) 
     return Place(batch, heads, heads, q_len, k_len, start, key_start, CPU)
 
 
+# A new mask: one of it here, and its definition in `naive`; of these tiles are classed exactly
+LEAVES = {
+    "full": Full(),
+    "causal": Causal(),
+    "window": Window(20),
+    "window of 1": Window(1),
+    "window ahead": Window(3, ahead=40),
+    "first": First(40),
+    "first 0": First(0),
+    "heads": Heads([1]),
+}
+
+
 def naive(mask: Mask, at: Place):
     """(b, h, i, j) → bool: what the docstrings say, on plain integers."""
     match mask:

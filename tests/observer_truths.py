@@ -190,6 +190,21 @@ PAIRS = {
 }  # fmt: skip
 
 
+def watchers(start: int) -> list:
+    """One of each kind and option, as a new observer is one here, and a function in `PAIRS`.
+
+    start: the first query's position.
+    """
+    return [
+        TopK(1), TopK(5), TopK(300), Entropy(), MaxScore(), LogSumExp(),
+        Received(), Received((max(start, 0) + 3, max(start, 0) + 20)), Received((0, 2), "mean"),
+        *(Received(heads=h) for h in ("sum", "mean", "group_sum", "group_mean")),
+        Rows([]), Rows([-1, start, start + 2, 10**6]), Rows([start + 1, start + 1]),
+        Map(16, 16), Map(5, 7), Map(4, 9, "max"), Map(1, 1), Map(512, 3, "max"),
+        Distances(), Distances(1), Distances((0, 3, 50)),
+    ]  # fmt: skip
+
+
 def assert_seen(observer, result, bar: Bar, pairs: dict = PAIRS, roundings: int = 1) -> None:
     """Every number of a result: error ≤ 2 × (that of plain torch's dense weights + rounding)."""
     read = pairs[type(observer)]

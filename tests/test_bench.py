@@ -12,12 +12,12 @@ for package in ("click", "rich"):
 from rich.cells import cell_len  # noqa: E402
 
 from regard import Causal, RegardError, Window  # noqa: E402
-from regard.bench import Entry, Settings, chosen, machine, measure, peers, run, suites, timing  # noqa: E402
-from regard.bench import runner as running  # noqa: E402
-from regard.bench import tables as written  # noqa: E402
-from regard.bench.sides import Contestant  # noqa: E402
-from regard.bench.timing import Clock, NeverQuiet, Timing, alternate  # noqa: E402
 from regard.engines import sdpa as sdpa_engine  # noqa: E402
+from regard.lab.bench import Entry, Settings, chosen, machine, measure, peers, run, suites, timing  # noqa: E402
+from regard.lab.bench import runner as running  # noqa: E402
+from regard.lab.bench import tables as written  # noqa: E402
+from regard.lab.bench.sides import Contestant  # noqa: E402
+from regard.lab.bench.timing import Clock, NeverQuiet, Timing, alternate  # noqa: E402
 from test_bench_peers import OBSERVED, problem  # noqa: E402
 
 

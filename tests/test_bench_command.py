@@ -14,10 +14,10 @@ from click.testing import CliRunner  # noqa: E402
 from rich.cells import cell_len  # noqa: E402
 
 import regard.cli.bench as command  # noqa: E402
-from regard.bench import machine, peers  # noqa: E402
-from regard.bench import runner as running  # noqa: E402
-from regard.bench.timing import Clock  # noqa: E402
 from regard.cli import main  # noqa: E402
+from regard.lab.bench import machine, peers  # noqa: E402
+from regard.lab.bench import runner as running  # noqa: E402
+from regard.lab.bench.timing import Clock  # noqa: E402
 from test_bench import failing  # noqa: E402
 from test_bench_peers import OBSERVED  # noqa: E402
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from regard import Causal, Documents, Entropy, First, Full, Map, Received, TopK, Window
-from regard.bench import accuracy as checking
-from regard.bench import peers, suites
-from regard.bench.accuracy import Truth
-from regard.bench.inputs import FORMS, Inputs
-from regard.bench.problems import TYPES, Problem
-from regard.bench.sides import Refused
+from regard.lab.bench import accuracy as checking
+from regard.lab.bench import peers, suites
+from regard.lab.bench.accuracy import Truth
+from regard.lab.bench.inputs import FORMS, Inputs
+from regard.lab.bench.problems import TYPES, Problem
+from regard.lab.bench.sides import Refused
 from regard.sparse import BlockSparse, Dilated
 
 
@@ -169,8 +169,8 @@ def test_what_onnxruntime_cannot_do_is_refused():
 @pytest.mark.parametrize("missing", ["onnxruntime", "onnx"])
 def test_what_is_not_installed_is_refused_with_its_extra(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "regard.bench.ort", raising=False)
-    monkeypatch.delattr("regard.bench.ort", raising=False)
+    monkeypatch.delitem(sys.modules, "regard.lab.bench.ort", raising=False)
+    monkeypatch.delattr("regard.lab.bench.ort", raising=False)
     said = rf'{missing} is not installed: pip install "regard\[bench\]"'
     with pytest.raises(Refused, match=said):
         peers.onnxruntime(Inputs(problem()), "auto")

@@ -8,11 +8,11 @@ for package in ("click", "rich"):
     pytest.importorskip(package, reason='needs pip install "regard[bench]"')
 
 from regard import Causal, Received, attention  # noqa: E402
-from regard.bench import chosen, cycles, run, saved, suites  # noqa: E402
-from regard.bench import tables as written  # noqa: E402
-from regard.bench.runner import Outcome, Settings  # noqa: E402
-from regard.bench.timing import Clock, Timing  # noqa: E402
 from regard.engines.cpu import native  # noqa: E402
+from regard.lab.bench import chosen, cycles, run, saved, suites  # noqa: E402
+from regard.lab.bench import tables as written  # noqa: E402
+from regard.lab.bench.runner import Outcome, Settings  # noqa: E402
+from regard.lab.bench.timing import Clock, Timing  # noqa: E402
 from test_bench import tiny  # noqa: E402
 from test_bench_command import bench, refused  # noqa: E402
 from test_bench_peers import problem  # noqa: E402
@@ -112,7 +112,7 @@ def test_quick_has_no_slow_peers_and_ends():
     entries = [tiny("short", name, "flex") for name in ("fp32/a", "fp32/b")]
     ran = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regard.bench.runner.measure", lambda e, *_: ran.append(e) or Outcome(e))
+        patch.setattr("regard.lab.bench.runner.measure", lambda e, *_: ran.append(e) or Outcome(e))
         found = list(run(entries, Settings(within=45.0), clock))
     assert [o.entry for o in found] == ran == entries[:1]
 

@@ -28,7 +28,7 @@ from cases import (
     sliced,
     transposed,
 )
-from observer_truths import Bar, assert_seen, parts
+from observer_truths import Bar, assert_seen, parts, watchers
 from regard import (
     ALiBi,
     Causal,
@@ -57,7 +57,6 @@ from regard.engines.cpu import engine as cpu
 from regard.engines.cpu import native
 from regard.sparse import BlockSparse, Chunks, Dilated, Fixed, Strided
 from test_gradients import by, gradients, typical
-from test_observers import watchers
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
 

@@ -63,7 +63,7 @@ USES = [
     "from regard import Causal, attention; attention, Causal",
     "from regard import *; attention, Causal",
     "import regard; regard.Causal, regard.call.masks.Causal",
-    "import regard.engines.second_pass.weigh, regard.bench, regard; regard.attention",
+    "import regard.engines.second_pass.weigh, regard.lab.bench, regard; regard.attention",
     "import regard.analysis.look, regard.analysis.cut",
     "import regard.call.masks, regard; regard.attention",
     "import regard; from regard import *; regard.nn.Rotary, regard.call.masks.Causal, watch",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from naive_masks import PLACES, check, grid, naively, place
+from naive_masks import LEAVES, PLACES, check, grid, naively, place
 from regard import (
     Causal,
     Dense,
@@ -40,16 +40,6 @@ from regard.sparse import (
 rng = torch.Generator().manual_seed(0)
 BLOCKS = [(1, 1), (3, 5), (16, 16), (64, 64), (64, 128), (128, 64), (200, 200), (7, 133)]
 PAIRS = [(70, 3), (80, 132), (100, 100), (132, 0), (500, 500), (66, 3)]
-LEAVES = {
-    "full": Full(),
-    "causal": Causal(),
-    "window": Window(20),
-    "window of 1": Window(1),
-    "window ahead": Window(3, ahead=40),
-    "first": First(40),
-    "first 0": First(0),
-    "heads": Heads([1]),
-}
 MASKS = LEAVES | {
     "documents": Documents(
         torch.randint(-1, 3, (2, 66), generator=rng), torch.randint(-1, 3, (1, 133), generator=rng)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import regard.engines.second_pass.strips
 from cases import CASES, FEW, ON_THE_CPU, Case, at
-from observer_truths import assert_seen, bar_of, parts
+from observer_truths import assert_seen, bar_of, parts, watchers
 from regard import (
     ALiBi,
     Causal,
@@ -20,7 +20,6 @@ from regard import (
     Full,
     LogSumExp,
     Map,
-    MaxScore,
     Padding,
     Received,
     Rows,
@@ -34,18 +33,6 @@ from regard.engines import reference
 from regard.engines.second_pass.top_k import largest
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-def watchers(start: int) -> list:
-    """One of each kind and option; start: the first query's position."""
-    return [
-        TopK(1), TopK(5), TopK(300), Entropy(), MaxScore(), LogSumExp(),
-        Received(), Received((max(start, 0) + 3, max(start, 0) + 20)), Received((0, 2), "mean"),
-        *(Received(heads=h) for h in ("sum", "mean", "group_sum", "group_mean")),
-        Rows([]), Rows([-1, start, start + 2, 10**6]), Rows([start + 1, start + 1]),
-        Map(16, 16), Map(5, 7), Map(4, 9, "max"), Map(1, 1), Map(512, 3, "max"),
-        Distances(), Distances(1), Distances((0, 3, 50)),
-    ]  # fmt: skip
 
 
 def look(case: Case, engine: str, dtype: torch.dtype) -> None:

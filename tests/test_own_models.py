@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 import regard.huggingface  # noqa: F401  it registers them
 from regard import RegardError
+from regard.lab.training.tokenizer import save_tokenizer, train_tokenizer
 from regard.models import (
     LanguageModel,
     ModelConfig,
@@ -18,8 +19,7 @@ from regard.models import (
     beam_search,
     generate,
 )
-from regard.models.saved import load_model, save_model
-from regard.training.tokenizer import save_tokenizer, train_tokenizer
+from regard.nn.models.saved import load_model, save_model
 
 TEXTS = ["the cat sat on the mat", "le chat est sur le tapis"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import regard.huggingface  # noqa: F401  it registers them
 from regard import RegardError
 from regard.models import ModelConfig, RecurrentTranslator, Translator, beam_search
-from regard.models.saved import load_model, save_model
+from regard.nn.models.saved import load_model, save_model
 
 SOURCES = torch.tensor([[5, 6, 7, 9], [8, 11, 0, 0]])
 TARGETS = torch.tensor([[1, 5, 6], [1, 7, 7]])

@@ -13,7 +13,7 @@ import torch
 
 from regard import RegardError
 from regard.models import LanguageModel, ModelConfig, generate, load_sorter, load_stories
-from regard.models.saved import load_model, save_model
+from regard.nn.models.saved import load_model, save_model
 
 DIM, HIDDEN, DEPTH, HEADS, KV_HEADS, VOCAB, LENGTH = SIZES = (8, 12, 2, 4, 2, 262, 16)
 PIECES = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % n for n in range(256)), b" ", b"a", b" a"]

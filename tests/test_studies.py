@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from regard.analysis import text_model
 from regard.cli import main
 from regard.errors import RegardError
-from regard.studies import NAMES, printed, study_named
-from regard.studies.page import page
-from regard.studies.study import Setting, measure, reproducible
+from regard.lab.studies import NAMES, printed, study_named
+from regard.lab.studies.page import page
+from regard.lab.studies.study import Setting, measure, reproducible
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def loaded_once():
 
     with pytest.MonkeyPatch.context() as patch:
         for name in NAMES:
-            module = __import__(f"regard.studies.{name}", fromlist=["load"])
+            module = __import__(f"regard.lab.studies.{name}", fromlist=["load"])
             if hasattr(module, "load"):
                 patch.setattr(module, "load", once)
         yield
@@ -71,7 +71,7 @@ def invoke(*arguments):
 @pytest.fixture
 def tiny(monkeypatch):
     """The command's studies at their tiniest."""
-    from regard.studies.study import Study
+    from regard.lab.studies.study import Study
 
     monkeypatch.setattr(Study, "sizes", lambda self, mode, real=Study.sizes: real(self, "tiny"))
 

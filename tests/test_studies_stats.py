@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from regard.errors import RegardError
-from regard.studies import NAMES, study_named
-from regard.studies.alignment import Aligned, counts, diagonal, error_rate, read_alignments
-from regard.studies.coreference import dpr, gap, winobias
-from regard.studies.learning import IGNORED
-from regard.studies.links import Item, chosen, first, nearest, tokens
-from regard.studies.recall import state_size
-from regard.studies.recall_tasks import associative, copying
-from regard.studies.stats import auc, bootstrap, exponent, mean_interval, power_law, with_floor
-from regard.studies.study import Panel, Result, Verdict, reproducible
+from regard.lab.studies import NAMES, study_named
+from regard.lab.studies.alignment import Aligned, counts, diagonal, error_rate, read_alignments
+from regard.lab.studies.coreference import dpr, gap, winobias
+from regard.lab.studies.learning import IGNORED
+from regard.lab.studies.links import Item, chosen, first, nearest, tokens
+from regard.lab.studies.recall import state_size
+from regard.lab.studies.recall_tasks import associative, copying
+from regard.lab.studies.stats import auc, bootstrap, exponent, mean_interval, power_law, with_floor
+from regard.lab.studies.study import Panel, Result, Verdict, reproducible
 
 XS = [10.0, 20.0, 50.0, 100.0, 400.0]
 
@@ -170,7 +170,7 @@ def test_what_a_seed_does_not_fix_is_left_out(monkeypatch):
         [Verdict("x", True, "1"), Verdict("y", True, "2 ms", clock=True)],
         [Panel("t", "x", "y", {"a": ([1], [2.0])}, clock=True)], ("ms",),
     )  # fmt: skip
-    from regard.studies.study import Measured
+    from regard.lab.studies.study import Measured
 
     run = Measured(study_named("equal"), result, "full", 3, 1.2345, {"processor": "p"}, True)
     found = run.to_json()

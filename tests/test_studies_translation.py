@@ -13,13 +13,13 @@ import torch
 from click.testing import CliRunner
 
 from regard.cli import main
+from regard.lab.studies import translation
+from regard.lab.studies.alignment import LINKINGS, linked
+from regard.lab.studies.cross_attention import KEYS, heads_of, joined, word_tables
+from regard.lab.training.tokenizer import save_tokenizer
 from regard.models import ModelConfig, RecurrentTranslator, Translator
-from regard.models.saved import save_model
-from regard.studies import translation
-from regard.studies.alignment import LINKINGS, linked
-from regard.studies.cross_attention import KEYS, heads_of, joined, word_tables
+from regard.nn.models.saved import save_model
 from regard.training import train_tokenizer
-from regard.training.tokenizer import save_tokenizer
 
 PAIRS = [
     ("A man rides.", "Un homme roule."),
@@ -195,7 +195,7 @@ def test_links_of_one_table_by_hand():
 
 def test_a_norm_is_the_length_of_what_a_head_adds(folder):
     """Weight times norm is ‖W_O (weight · v)‖, of each head by itself."""
-    from regard.studies.cross_attention import _norms
+    from regard.lab.studies.cross_attention import _norms
     from regard.training import load_translator
 
     model, _ = load_translator(folder / "softmax")

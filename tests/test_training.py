@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 pytest.importorskip("tokenizers")
 
 from regard import RegardError
-from regard.models.saved import load_model
+from regard.lab.training.batches import chunk_starts, pair_batches
+from regard.lab.training.corpus import split_pairs
+from regard.lab.training.optimizers import rate
+from regard.nn.models.saved import load_model
 from regard.training import TrainingPlan, TranslationTask, read_pairs, train_tokenizer
-from regard.training.batches import chunk_starts, pair_batches
-from regard.training.corpus import split_pairs
-from regard.training.optimizers import rate
 from training_runs import run
 
 SCRIPT = Path(__file__).with_name("training_runs.py")

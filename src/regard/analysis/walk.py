@@ -252,6 +252,11 @@ def _steps(
 ) -> dict[str, Any]:
     """The fields of a `Walk` that the two runs give, and its checks."""
     modules = dict(model.named_modules())
+    if getattr(modules[module_of(name)], "additive", False):
+        raise RegardError(
+            f"{name}: additive attention multiplies no queries with keys, so there is nothing to "
+            "walk through; regard look shows what it reads"
+        )
     again = re.search(r"#(\d+)", name)
     run = int(again[1]) if again else 1
     block = _block(modules, module_of(name))

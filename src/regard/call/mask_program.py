@@ -74,6 +74,8 @@ class Program:
         """The same mask for some queries, keys and heads of the call; all items of the batch."""
         tensors, heads = list(self.tensors), span.heads
 
+        # Only tensors that stand by query or key are cut; numbers and edges are positions, which
+        # the starts below move along
         rows, cols = slice(span.q0, span.q1), slice(span.k0, span.k1)
         for op, args in self.instructions():
             if op == Op.DOCUMENTS:
@@ -97,6 +99,8 @@ class Program:
     def _cells_part(self, args: Sequence[int], span: Span) -> list[Tensor]:
         """A predicate's cells and bits in a span; where it is the whole call, they are kept."""
         cells, bits = (self.tensors[i] for i in args)
+        # Cells begin at multiples of their side from the call's first query: another start needs
+        # new ones
         if (span.q0, span.q1, span.k0, span.k1) == (0, self.q_len, 0, self.k_len):
             return [_items(cells, span), bits]
 
@@ -154,6 +158,8 @@ class Program:
         """One leaf's answer, (q1 − q0, k1 − k0) or with batch and heads before them."""
         rows, cols = span.q1 - span.q0, span.k1 - span.k0
         if op == Op.FULL:
+            # Asked of the keys rather than made anew, so that it has their device, and 0 keys give
+            # 0 columns
             return (key >= key[:, :1]).expand(rows, -1)  # True, of as many keys as there are
         if op == Op.CAUSAL:
             return key <= query
@@ -174,6 +180,7 @@ class Program:
         if op == Op.DOCUMENTS:
             mine = _batch(tensors[0], span)[:, None, span.q0 : span.q1, None]
             theirs = _batch(tensors[1], span)[:, None, None, span.k0 : span.k1]
+            # A negative id is of no document: such tokens see nothing, not each other
             return (mine == theirs) & (mine >= 0)
         if op == Op.PADDING:
             keep = _batch(tensors[0], span)[:, None, None, span.k0 : span.k1]
@@ -187,6 +194,7 @@ class Program:
             return span.cut(tensors[0]).expand(-1, -1, rows, cols)
         if op == Op.BLOCKS:
             block, row, col = numbers
+            # The layout is looked up by position, so that a call may begin inside a block
             mine = _items(tensors[0], span).index_select(2, query[:, 0] // block - row)
             return mine.index_select(3, key[0] // block - col)
         return _unpack(tensors[0], tensors[1], span)

@@ -58,6 +58,7 @@ class Intercept(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         catch = _CATCH.get(func)
+        # The call itself does not say whose it is: that is the module which runs now
         module = self._collector.tracker.innermost
         if self._collector.within:  # what a watched function calls is recorded with it
             return func(*args, **kwargs)
@@ -69,6 +70,7 @@ class Intercept(TorchFunctionMode):
             met.kind = kind if kind in ("self", "cross") else ""
             if func is tell:
                 return _told(met, *args)
+            # Nobody asks for it: as if there were no watch, to the bit and in time
             untouched = not met.wanted and met.kept is None
             return func(*args, **kwargs) if untouched else _regard(met, *args, **kwargs)
         if met.replaced:
@@ -143,11 +145,12 @@ def _recorded(met: WatchedCall, call: Call, engine: str) -> tuple[Tensor, Tensor
 
 
 def _told(met: WatchedCall, call: Call, lse: Tensor, out: Tensor | None = None) -> None:
-    """A call over a cache that has evicted, which is computed already."""
+    """A call that is computed already: over a cache that has evicted, or of additive attention."""
     if met.kept is not None:
-        raise RegardError(
-            f"cut: {met.name} attends to a cache that has evicted; cut it before, or use KVCache()"
-        )
+        why = "attends to a cache that has evicted; cut it before, or use KVCache()"
+        if met.kind == "cross":  # no cache evicts what cross-attention reads
+            why = "tells of weights that are computed already; nothing can be cut there"
+        raise RegardError(f"cut: {met.name} {why}")
     if met.wanted:
         met.kind = met.kind or "self"
         met.position(call.place.query_start)
@@ -164,6 +167,7 @@ def _depends_on_positions(call: Call) -> bool:
 
 def _shifted(call: Call, start: int) -> Call:
     """The same call with its queries counted from `start`; nothing in it depends on that."""
+    # Both hold it: the program was lowered at these positions
     place = replace(call.place, query_start=start)
     return replace(call, place=place, program=replace(call.program, query_start=start))
 
@@ -256,6 +260,7 @@ def _mha_request(a: dict[str, Any], k_len: int, batch: int, heads: int) -> dict[
         attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.expand(batch * heads, -1, -1).unflatten(0, (batch, heads))
+        # bias_k and add_zero_attn have added keys that the mask knows nothing of
         missing = k_len - attn_mask.shape[-1]
         attn_mask = F.pad(attn_mask, (0, missing), value=attn_mask.dtype == torch.bool)
     request = _request(shown, attn_mask)

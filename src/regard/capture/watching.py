@@ -97,11 +97,14 @@ def _watching(model: nn.Module, options: WatchOptions) -> Iterator[Watched]:
     hugging = any(map(of_hugging_face, parts))
     sources = _sources(model)
     _check(model, hugging, sources)
+    # Once a class: whether what is read explains its output depends on its code, not on its numbers
     kinds = {type(part) for part in parts}
     if options.verify is None:
         options = replace(options, verify=not kinds <= set(_VERIFIED))
     collector = Collector(model, options)
     with contextlib.ExitStack() as stack:
+        # What is entered first is left last: no other thread may watch while the doors are still
+        # open
         stack.enter_context(_claimed(model, parts))
         stack.enter_context(collector.tracker.following())
         # Where a source cannot be read (a notebook's), both ways may lead to attention
@@ -118,6 +121,7 @@ def _watching(model: nn.Module, options: WatchOptions) -> Iterator[Watched]:
             stack.enter_context(Softmaxes(collector, model, by_itself))
         stack.enter_context(inside_of(collector))
         yield collector.watched
+    # A block in which the model never ran is no mistake: it may have been left early
     if not collector.tracker.ran:
         return
     if options.verify:

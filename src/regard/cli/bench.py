@@ -18,7 +18,7 @@ import click
 from ..errors import RegardError
 
 if TYPE_CHECKING:
-    from ..bench.terminal import Table
+    from ..lab.bench.terminal import Table
 
 _JSON = """\b
 --json prints one object:
@@ -95,8 +95,8 @@ def bench(
     """
     import torch
 
-    from ..bench import Settings, chosen, cycles, machine, run, saved
-    from ..bench import tables as written
+    from ..lab.bench import Settings, chosen, cycles, machine, run, saved
+    from ..lab.bench import tables as written
 
     if threads is not None:  # the suite `threads` goes up to it
         ctx.call_on_close(partial(torch.set_num_threads, torch.get_num_threads()))
@@ -164,7 +164,7 @@ def _table(about: Mapping[str, Any]) -> Table:
     try:
         from rich.console import Console
 
-        from ..bench.terminal import Table
+        from ..lab.bench.terminal import Table
     except ImportError as error:
         raise RegardError('printing needs rich: pip install "regard[bench]"') from error
     table = Table(Console())

@@ -45,7 +45,7 @@ def generate(folder: Path, text: str, as_object: bool, **how: Any) -> None:
     replace_unprintable()
     with progress() as told:
         told("loading the model", None)
-        from ..training import continue_text, load_writer
+        from ..lab.training import continue_text, load_writer
 
         model, tokenizer = load_writer(folder)
         written = continue_text(model, tokenizer, text, told=told, **how)

@@ -61,8 +61,8 @@ def study(
     """
     with progress() as told:
         told("loading", None)
-        from ..studies import NAMES, printed, study_named
-        from ..studies.study import Setting, data_folder, measure
+        from ..lab.studies import NAMES, printed, study_named
+        from ..lab.studies.study import Setting, data_folder, measure
 
         replace_unprintable()
         studies = [study_named(one) for one in (NAMES if names in ((), ("all",)) else names)]
@@ -102,7 +102,7 @@ def _writable(out: Path) -> None:
 
 
 def _keep(out: Path, found: dict[str, Any]) -> None:
-    from ..studies import printed
+    from ..lab.studies import printed
 
     name = found["study"]
     (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")

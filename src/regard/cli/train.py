@@ -84,9 +84,9 @@ def lm(data: str, out: Path, as_object: bool, **given: Any) -> None:
     _check_out(out)
     with progress() as told:
         told("reading the data", None)
-        from ..models import ModelConfig
-        from ..training import LanguageTask, read_text, train
-        from ..training.tokenizer import BOS, EOS, PAD
+        from ..lab.training import LanguageTask, read_text, train
+        from ..lab.training.tokenizer import BOS, EOS, PAD
+        from ..nn.models import ModelConfig
 
         plan = _plan(given)
         sizes = _taken(given, "mixer window positions dim heads depth hidden length dropout")
@@ -126,10 +126,10 @@ def translate(
     _check_out(out)
     with progress() as told:
         told("reading the data", None)
-        from ..models import ModelConfig
-        from ..training import TranslationTask, train
-        from ..training.corpus import split_pairs
-        from ..training.tokenizer import BOS, EOS, PAD
+        from ..lab.training import TranslationTask, train
+        from ..lab.training.corpus import split_pairs
+        from ..lab.training.tokenizer import BOS, EOS, PAD
+        from ..nn.models import ModelConfig
 
         plan = _plan(given)
         names = "mixer window positions dim heads depth hidden decoder_depth encoder_mixer dropout"
@@ -156,7 +156,7 @@ def _taken(given: dict[str, Any], names: str) -> dict[str, Any]:
 
 
 def _plan(given: dict[str, Any]) -> Any:
-    from ..training import TrainingPlan
+    from ..lab.training import TrainingPlan
 
     names = "steps budget seed lr warmup schedule optimizer precision ema save_every"
     return TrainingPlan(**_taken(given, names))
@@ -170,7 +170,7 @@ def _check_out(out: Path) -> None:
 
 def _tokenizer(out: Path, texts: Any, vocab: int, *, ends: bool) -> Any:
     """The tokenizer of a run that was begun in `out`, or one trained on the data."""
-    from ..training.tokenizer import load_tokenizer, train_tokenizer
+    from ..lab.training.tokenizer import load_tokenizer, train_tokenizer
 
     if (out / "run.json").exists():
         return load_tokenizer(out)

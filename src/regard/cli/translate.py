@@ -34,7 +34,7 @@ def translate(folder: Path, text: str, beams: int, as_object: bool) -> None:
     replace_unprintable()
     with progress() as told:
         told("loading the model", None)
-        from ..training import load_translator, translate_texts
+        from ..lab.training import load_translator, translate_texts
 
         model, tokenizer = load_translator(folder)
         found = translate_texts(model, tokenizer, lines, beams=beams, told=told)

@@ -1,6 +1,6 @@
 """`regard.models` as models of transformers: `AutoModel.from_pretrained` reads what training wrote.
 
-Importing this registers them. Weights and config.json are those of `regard.models.saved`, so what
+Importing this registers them. Weights and config.json are those of `nn.models.saved`, so what
 `save_pretrained` writes `load_model` reads, and the other way about.
 """
 
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from ..call.masks import Full, Mask, Padding
 from ..errors import RegardError
-from ..models import LanguageModel, ModelConfig, RecurrentTranslator, TextEncoder, Translator
+from ..nn.models import LanguageModel, ModelConfig, RecurrentTranslator, TextEncoder, Translator
 
 _NAMES = {
     "vocab_size": "vocab",

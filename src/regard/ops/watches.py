@@ -222,6 +222,11 @@ def meet(module: nn.Module) -> WatchedCall | None:
     return next((met for watch in reversed(watches) if (met := watch.meet(module))), None)
 
 
+def watched() -> bool:
+    """Whether this thread is inside of a watch."""
+    return bool(getattr(_OPEN, "watches", []))
+
+
 @contextmanager
 def inside_of(watch: Watch) -> Iterator[None]:
     """While inside, the watch is active."""

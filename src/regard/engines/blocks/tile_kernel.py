@@ -27,6 +27,7 @@ def tiles_of(block, b, h, end, tiles, call, form, LISTED: tl.constexpr):
     count = (end + form.N - 1) // form.N
     line = b * tiles.by_item + h * tiles.by_head + block
     if form.BAND:
+        # A band's tiles follow from the block's number: no list is made, and none is loaded
         begin, past, low, high = band_tiles(block, tiles, call, form)
         count = tl.maximum(tl.minimum(begin + past, count) - begin, 0)
     elif LISTED:
@@ -64,6 +65,7 @@ def seen_scores(
             shown = shown & visible(
                 mask, call, rows, cols, row_in, col_in, b, h, form.KINDS, form.M, form.N
             )
+    # Biases hide by −inf, too: who is seen is asked of the score, not of the mask alone
     s = tl.where(shown, s, float("-inf"))
     return s, s != float("-inf")
 

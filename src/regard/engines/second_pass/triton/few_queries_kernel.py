@@ -30,6 +30,7 @@ def rows_of_tile(call, chunked, form, Q: tl.constexpr):
     owner = (pid // chunked.chunks // chunked.parts).to(tl.int64)
     b = owner // (call.heads // call.group)
     kv_head = owner % (call.heads // call.group)
+    # A row of the tile is a query of one head: Q queries of a head, then those of the next
     lane = tl.arange(0, form.M)
     rows = lane % Q
     of_group = part * (form.M // Q) + lane // Q
@@ -47,6 +48,7 @@ def tiles_of_chunk(chunked, chunk, b, kv_head, CHUNK: tl.constexpr, form):
     if form.MASKED:
         numbers = begin + tl.arange(0, CHUNK)
         some = tl.load(line + numbers, mask=numbers < chunked.k_blocks, other=0) != 0
+        # Only what is empty at both ends is left out: that needs no list of tiles
         begin = tl.min(tl.where(some, numbers, chunked.k_blocks), 0)
         stop = tl.max(tl.where(some, numbers + 1, 0), 0)
     return begin, stop, line
@@ -97,6 +99,7 @@ def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, 
     bars = tl.arange(0, BINS if BINS > 0 else 2)[None, :]
     mass = tl.zeros([M], tl.float32)
     spread = tl.zeros([M], tl.float32)
+    # As ordered integers, so that the largest and its place are found by comparing numbers alone
     highest = tl.full([M], HIDDEN, tl.int32)
     best = tl.zeros([M, TOP if TOP > 0 else 2], tl.int32) + tl.where(slots < listed, HIDDEN, MOST)
     names = tl.full([M, TOP if TOP > 0 else 2], -1, tl.int32)
@@ -131,6 +134,8 @@ def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, 
                 seen = tl.sum(tl.reshape((shown & counted).to(tl.int32), [G, Q, N]), 1)
                 to = (b * columns.counts_h + own_head)[:, None] * call.k_len + cols[None, :]
                 kept = (head_in & (own_head < columns.counts_h))[:, None] & col_in[None, :]
+                # Who sees a key is the same for items and heads that share a mask: one of them
+                # writes it
                 if b < columns.counts_b:
                     tl.store(columns.counts + to, seen, kept)
             if gathered.MAP:
@@ -145,6 +150,8 @@ def weigh_few(call, mask, biases, chunked, before, found, columns, cells, bins, 
             if BINS > 0:
                 back = (rows + call.query_start)[:, None] - (cols + call.key_start)[None, :]
                 most = q_len - 1 + call.query_start - start - call.key_start
+                # The tile's nearest and farthest distance: bins that it cannot reach are passed
+                # over
                 least = call.query_start - start - call.key_start - N + 1
                 for bin_at in range(bins.number):
                     low = tl.load(bins.edges + bin_at)
@@ -234,6 +241,8 @@ def join_few(
                 new = tl.load(given.best + own, mask=inside, other=HIDDEN)
                 name = tl.load(given.names + own, mask=inside, other=-1)
                 held, held_names = insert(held, held_names, new[None, :], name, TOP)
+            # Slots beyond the list hold the largest number, for `insert`; the largest is asked for
+            # now
             held = tl.where(slots < listed, held, LEAST)
             for place in range(listed):
                 largest = tl.max(held, 1)

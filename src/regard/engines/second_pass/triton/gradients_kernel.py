@@ -45,6 +45,8 @@ def _rows(block, tiles, call, values, b, h, bh, form, DV: tl.constexpr):
     at = bh * call.q_len + rows
     delta = tl.load(values.delta + at, mask=row_in, other=0)
     lse = tl.load(call.lse + at, mask=row_in, other=float("-inf"))
+    # A blind row's lse is −inf, and −inf − (−inf) is NaN; all its scores are −inf, so any number
+    # does
     return rows, row_in, query, g, delta, tl.where(lse == float("-inf"), 0.0, lse)
 
 
@@ -60,6 +62,7 @@ def _slopes(
         query, k, call.table, call, mask, biases, rows, cols, row_in, col_in, b, h, state - 1, form
     )
     hidden = s == float("-inf")
+    # The lse is that of all keys: exp gives the weights themselves, without a sum of these few keys
     p = tl.where(hidden, 0.0, tl.exp(s - lse[:, None]))
     dims = tl.arange(0, DV)
     beside = v + cols[None, :].to(tl.int64) * values.v_n + dims[:, None] * values.v_d
@@ -67,13 +70,17 @@ def _slopes(
     dp = tl.dot(_kind(g, value), _kind(value, value), input_precision="ieee")
     mixed = p
     if DROPOUT:
+        # Drawn anew from the seed and positions, as the forward drew them: no mask was kept
         kept = factors(
             values.seed, rows + call.query_start, start + call.key_start, bh, values.keep, form.N
         )
         dp = dp * kept
         mixed = p * kept
+    # Hidden pairs apart: their dp may be NaN or ∞, and 0 · NaN is no 0
     slope = tl.where(hidden, 0.0, p * (dp - delta[:, None]))
     if form.SOFTCAP:
+        # `scores` returned what the cap had made of them. 1 − tanh² needs the cap alone, without
+        # biases
         raw = dots(query, k, call.table, call, cols, col_in, form) * call.scale
         capped = 1 - 2 / (tl.exp(2 * (raw / call.softcap)) + 1)
         slope = slope * (1 - capped * capped)
@@ -86,6 +93,8 @@ def of_queries(
 ):  # fmt: skip
     """See `gradients.part_backward`, which gives it its arguments. d_query is contiguous."""
     pid = tl.program_id(0)
+    # Last blocks first: under a causal mask they have most keys, and what is long should not end
+    # last
     block = tiles.q_blocks - 1 - pid % tiles.q_blocks
     bh = (pid // tiles.q_blocks).to(tl.int64)
     b = bh // call.heads
@@ -132,6 +141,7 @@ def of_keys(
     keys_total = tl.zeros([form.N, form.D], tl.float32)
     values_total = tl.zeros([form.N, DV], tl.float32)
     for n in range(call.group * tiles.q_blocks):
+        # One program sums all heads that share a key: atomics would add in an order of their own
         h = kv * call.group + n // tiles.q_blocks
         block = n % tiles.q_blocks
         bh = b * call.heads + h

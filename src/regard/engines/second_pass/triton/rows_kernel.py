@@ -36,6 +36,8 @@ def sum_rows(call, mask, biases, tiles, before, form):
     blind = given == float("-inf")
     safe = tl.where(blind, 0.0, given)
     summed = tl.full([M], 1.0, tl.float32)
+    # exp(score − lse) carries the rounding of lse: half a last place of a large one is a large
+    # factor. Where it is small the sum is 1 to the last bits, and the pass over the keys is saved
     if tl.max((tl.abs(safe) > LARGE).to(tl.int32), 0) > 0:
         summed = tl.zeros([M], tl.float32)
         if form.SINKS:
@@ -48,6 +50,8 @@ def sum_rows(call, mask, biases, tiles, before, form):
             begin, count, low, high = band_tiles(block, tiles, call, form)
         elif form.MASKED:
             count = tl.load(tiles.counts + b * tiles.by_item + h * tiles.by_head + block)
+        # exp2 is the processor's own. Without a change of the scores the scale goes into its
+        # factor, too
         unit = LOG2E
         if PLAIN:
             unit = call.scale * LOG2E
@@ -88,6 +92,7 @@ def weigh_rows(call, mask, biases, wanted, n, out, row_blocks, k_blocks, form):
     bh = (pid // k_blocks // row_blocks).to(tl.int64)
     b = bh // call.heads
     h = bh % call.heads
+    # The rows asked for stand anywhere: a tile is of their numbers, and each loads its own position
     numbers = (pid // k_blocks % row_blocks) * form.M + tl.arange(0, form.M)
     row_in = numbers < n
     rows = tl.load(wanted + numbers, mask=row_in, other=0)

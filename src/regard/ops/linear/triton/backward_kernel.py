@@ -32,6 +32,7 @@ def give(
     rows = chunk * T + i
     row_in = rows < tokens
     total = tl.zeros([T, V], tl.float32)
+    # Heads that share keys and values share their gradient: summed here, in one order
     for g in range(sizes.group):
         head = n * sizes.group + g
         read = tile(grad + head * tokens * columns, rows, row_in, v, columns)
@@ -73,6 +74,7 @@ def walk_back(
     state = tile(grad_last + n * features * columns, f, f_in, v, columns)
     for back in range(chunks):
         chunk = chunks - 1 - back
+        # After the chunk: with it `gradients` computes all chunks side by side
         put(after + (n * chunks + chunk) * features * columns, state, f, f_in, v, columns)
         rows = chunk * T + i
         row_in = rows < tokens

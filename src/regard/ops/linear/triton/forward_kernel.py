@@ -134,6 +134,9 @@ def pairs(
         if KIND == 2:
             d = tile(decay, rows, row_in, cols, features)
             after = tile(decay, rows + 1, rows + 1 < tokens, cols, features)
+            # Through the border between halves both factors are of decays ahead: none exceeds 1.
+            # From the chunk's beginning instead, one would be the inverse of the other, and
+            # overflow
             for level in tl.static_range(LEVELS):
                 second, before = to_border(d, after, i, 1 << level, T, F)
                 part = tl.dot(a * second, tl.trans(b * before), input_precision=PRECISION)
@@ -170,6 +173,8 @@ def inverse(
         lower *= strength[:, None]
     else:
         lower *= strength[None, :]
+    # Of 2 × 2 blocks with ones on the diagonal; then log₂ T products, where rows by turns would be
+    # T
     x = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - tl.where(corner(i, 1), lower, 0.0)
     half = 2
     while half < T:
@@ -209,6 +214,7 @@ def walk(
     f_in = f < features
     state = tile(memory + n * features * columns, f, f_in, v, columns)
     for chunk in range(chunks):
+        # Before the chunk: with it `read` computes all chunks side by side
         put(states, state, f, f_in, v, columns)
         states += features * columns
         rows = chunk * T + i
@@ -217,6 +223,8 @@ def walk(
         start, end, through = factors(decay, rows, i, tokens, f, features, KIND, T)
         new = written(value, beta, rows, row_in, v, sizes.v_dim, columns, False)
         if DELTA:
+            # What the state already answers to each key is taken from its value: only the rest is
+            # written
             new -= tl.dot(k * start, state, input_precision=PRECISION)
             by_chunk = square(inverses, n * chunks + chunk, i, T)
             new = tl.dot(by_chunk, new, input_precision=PRECISION)

@@ -1,0 +1,1 @@
+"""What takes minutes to days: models trained, claims measured, ours timed against peers."""
