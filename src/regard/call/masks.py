@@ -391,7 +391,7 @@ class Predicate(Mask):
     """
 
     fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    _kept: dict[Place, list[Tensor]] = field(default_factory=dict, repr=False)
+    _kept: dict[Place, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def _write(self, to: Lowering) -> None:
         if to.place not in self._kept:
