@@ -17,6 +17,7 @@ from ...engines.cpu import native
 from ...engines.functorch import CPU, unwatched
 from ...errors import RegardError
 from .base import Cache
+from .buffers import picked, zeros
 from .decode_step import DecodePlan, Steady
 from .eviction import Eviction, first_to_go
 from .real_tokens import padding_last
@@ -203,7 +204,7 @@ class KVCache(Cache):
         if not len(rows):
             return self._clear()
         rows = rows.to(self._key.device)
-        self._hold(self._key[rows], self._value[rows])
+        self._hold(picked(self._key, rows), picked(self._value, rows))
         self._positions = None if self._positions is None else self._positions[rows]
         self._worth = None if self._worth is None else self._worth[rows]
         self._fills = [self._fills[r] for r in rows.tolist()]
@@ -420,8 +421,7 @@ class KVCache(Cache):
 
 def _room(like: Tensor, slots: int) -> Tensor:
     """A buffer (batch, kv_heads, slots, dim)."""
-    with torch.inference_mode(False):  # what is made under it may only be written to there
-        return like.new_zeros(*like.shape[:2], slots, like.shape[3])
+    return zeros(like, *like.shape[:2], slots, like.shape[3])
 
 
 def _over(slots: Tensor, tensor: Tensor) -> Tensor:

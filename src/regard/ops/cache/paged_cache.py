@@ -14,6 +14,7 @@ from ...call.pages import Pages
 from ...errors import RegardError
 from ..attend import attention
 from .base import Cache
+from .buffers import zeros
 from .slots import Layout
 
 NO_PAGE = -1  # in a table, beyond a sequence's last page
@@ -223,7 +224,7 @@ class PagedCache(Cache):
         size = max(total, have + have // 2) if self._most is None else self._most
         pools = []
         for pool, like in ((self._key, key), (self._value, value)):
-            larger = like.new_zeros(size, like.shape[1], self.page_size, like.shape[3])
+            larger = zeros(like, size, like.shape[1], self.page_size, like.shape[3])
             if pool is not None:
                 larger[:have] = pool
             pools.append(larger)
