@@ -11,6 +11,8 @@ from importlib import import_module
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor threads for a few words: they would only wait for each other
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from pathlib import Path
 

@@ -112,7 +112,7 @@ def test_a_remark_is_one_of_those_there_are(page):
         assert not (ran and block.remark) or block.remark.startswith(REMARKS), block.remark
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("page", filter(has_python, PAGES), ids=lambda page: page.name)
 def test_python_runs_as_it_stands_and_prints_what_is_said(page, elsewhere):
     """The blocks of a page one after another, as a reader would paste them."""
@@ -218,6 +218,7 @@ def printed_by(said):
     return command(said)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     "said, lines", [one for page in PAGES for one in shown(page)], ids=lambda text: text[:60]
 )

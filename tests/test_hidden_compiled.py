@@ -36,6 +36,7 @@ def given(bad: float) -> list[Tensor]:
     return [query, *(t.masked_fill(~KEPT[:, None], bad) for t in (key, value))]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("request_of", REQUESTS)
 @pytest.mark.parametrize("engine", ["tiled", "cpu", "sdpa"])
 def test_under_a_compiler(engine, request_of):

@@ -66,7 +66,7 @@ def test_float64_is_the_formula(form, growth):
             torch.testing.assert_close(ours, truth, rtol=0, atol=1e-9 * scale)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(1, most=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_growth
 @every_form
@@ -101,7 +101,7 @@ def test_vectors_of_any_length(size, engine):
     torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-2)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(1, most=2)
 @pytest.mark.parametrize("engine", ENGINES)
 @every_growth
 @pytest.mark.parametrize("form", [f for f in FORMS if f not in EVERYWHERE])
@@ -273,7 +273,7 @@ def test_a_hidden_key_may_be_as_long_as_it_likes():
     assert torch.equal(linear_attention(query, key, value, **request), right)
 
 
-@pytest.mark.sample(0)
+@pytest.mark.slow  # the default run compiles the ops in test_linear_numbers.py
 @pytest.mark.parametrize(
     "form, growth",
     [

@@ -78,6 +78,7 @@ def _send(pipe, seed: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.sample(0)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_in_a_process_of_multiprocessing(method):
     expected = answer(3)

@@ -82,7 +82,7 @@ def choice(matters: Tensor, query: Tensor, key: Tensor, k: int, block: int, here
     return layout
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(1, most=2)
 @pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("joined", JOINED.values(), ids=JOINED)
 @pytest.mark.parametrize("k, block", [(1, 8), (3, 8), (2, 20), (99, 5)])
