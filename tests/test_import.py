@@ -75,9 +75,11 @@ USES = [
 ]
 
 
-def test_names_come_when_they_are_asked_for():
+@pytest.mark.sample(0)
+@pytest.mark.parametrize("uses", [USES[:6], USES[6:]], ids=["first", "then"])
+def test_names_come_when_they_are_asked_for(uses):
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, *USES], capture_output=True, text=True, check=False
+        [sys.executable, "-c", FRESH, *uses], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

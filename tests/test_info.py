@@ -94,11 +94,14 @@ def test_without_the_kernels(monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.sample(0)
+@pytest.mark.parametrize("one", [True, False], ids=["one of each", "the others"])
 @pytest.mark.skipif(not native.AVAILABLE, reason="built without the compiled kernels")
-def test_an_instruction_set_runs_here_or_is_refused():
+def test_an_instruction_set_runs_here_or_is_refused(one):
     """In processes of their own: it is chosen once."""
-    here, others = native.levels(), ["AVX2", "", "portable,avx2"]
-    asked = [(["info", "--json"], {"REGARD_ISA": isa}) for isa in (*here, *others)]
+    here = native.levels()
+    named = [here[0], "AVX2"] if one else [*here[1:], "neon", "", "portable,avx2"]
+    asked = [(["info", "--json"], {"REGARD_ISA": isa}) for isa in named]
     for (_, given), (code, out, said) in zip(
         asked, forked.commands(*asked, needs="torch"), strict=True
     ):

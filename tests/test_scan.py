@@ -27,6 +27,7 @@ def corpus(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_means_are_those_of_each_text(corpus):
     found = scan(None, corpus)
     assert (found.texts, found.skipped) == (4, 1)
