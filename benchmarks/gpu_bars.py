@@ -18,6 +18,7 @@ import gpu_linear
 import torch
 from gpu_check import paged
 from gpu_place import DEVICE, DRY, TIMED, UNTIMED, in_turns
+from gpu_times import over
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
@@ -161,15 +162,6 @@ def decoding(items: int) -> Iterator[Row]:
         key, value = drawn(items, KV_HEADS, n, dim), drawn(items, KV_HEADS, n, dim)
         pools = paged(key, value, 16 if DRY else 64, torch.full((items,), n, device=DEVICE))
         sets.append((drawn(items, HEADS, 1, dim), key, value, *pools))
-
-    def over(in_pages: bool, observers: list | None, engine: str = "auto") -> Callable[..., Any]:
-        def once(query: Tensor, key: Tensor, value: Tensor, *pools: Any) -> Any:
-            if in_pages:
-                keys, values, pages = pools
-                return attention(query, keys, values, pages=pages, observe=observers, engine=engine)
-            return attention(query, key, value, observe=observers, engine=engine)
-
-        return once
 
     calls = {
         "plain": over(False, None), "by decode": over(False, None, "decode"),

@@ -160,6 +160,18 @@ def effect_row(n: int, dim: int) -> str:
     return f"| {n} | {dim} | {plain:.2f} ms | {timed(passes([Effect(8)]), given) / plain:.2f} |"
 
 
+def over(in_pages: bool, observers: list | None, engine: str = "auto") -> Callable[..., Any]:
+    """A call on (query, key, value, and the pools and pages that hold the same)."""
+
+    def once(query: Tensor, key: Tensor, value: Tensor, *pools: Any) -> Any:
+        if in_pages:
+            keys, values, pages = pools
+            return attention(query, keys, values, pages=pages, observe=observers, engine=engine)
+        return attention(query, key, value, observe=observers, engine=engine)
+
+    return once
+
+
 def decode_row(n: int, batch: int) -> str:
     """One token's query over many keys, in order and in pages."""
     query = torch.randn(batch, HEADS, 1, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -168,15 +180,6 @@ def decode_row(n: int, batch: int) -> str:
         key, value = torch.randn(2, batch, 8, n, 128, device=DEVICE, dtype=torch.bfloat16)
         lengths = torch.full((batch,), n, device=DEVICE)
         sets.append((query, key, value, *paged(key, value, 64, lengths)))
-
-    def over(in_pages: bool, observers: list | None, engine: str = "auto") -> Callable[..., Any]:
-        def once(query: Tensor, key: Tensor, value: Tensor, *pools: Any) -> Any:
-            if in_pages:
-                keys, values, pages = pools
-                return attention(query, keys, values, pages=pages, observe=observers, engine=engine)
-            return attention(query, key, value, observe=observers, engine=engine)
-
-        return once
 
     plain = timed(over(False, None), sets)
     others = (

@@ -69,6 +69,7 @@ def test_small_buffers_and_those_of_a_fake_tensor_do_not_ask(asked):
 
 
 def test_the_system_is_told():
+    # A kernel built without them, or another system: there is nobody to ask
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("no Linux with transparent huge pages")
     buffer = buffers.zeros(torch.empty(0), 2 * LARGE, 64)

@@ -19,7 +19,7 @@ from test_record import RUNS, ids, tiny
 from test_record_beams import recorded as searched
 from test_recording import computed, plainly, recorded
 from test_stored import FILE, rewritten
-from test_tiles_by_value import by_value
+from test_tiles_by_value import by_value, drawn_norms
 
 MAPS = ("value_sums", "value_maxima")
 
@@ -80,14 +80,11 @@ def test_of_beams(tmp_path, monkeypatch):
 @pytest.mark.sample(every=4)
 @pytest.mark.parametrize("case", FEW[::4], ids=str)
 def test_every_kind_of_call(case):
-    """Norms of all sizes and of 0; calls that begin anywhere."""
+    """Calls that begin anywhere."""
     (query, key, _), request = case.tensors(), case.request()
     call, lse, exact = computed(query, key, **request)
     layer = recorded((call, lse))
-    drawn = torch.Generator().manual_seed(3)
-    norms = torch.rand(layer.batch, layer.heads, layer.k_len, generator=drawn).mul(8).exp()
-    norms[..., :2] = 0
-    layer.norms = [(layer.key_start, norms)]
+    norms = drawn_norms(layer)
     if not (case.sizes.batch and layer.q_len):
         return
     seen = Results(*weigh(replace(call, observers=pyramid.observers(1)), lse))

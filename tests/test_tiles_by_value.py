@@ -28,17 +28,22 @@ def by_value(recording, norms, exact, plain, layer=0):
                 assert_within(found, theirs, wanted)
 
 
-@pytest.mark.sample(every=9)
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_every_kind_of_call(case):
-    """Norms of all sizes, and of 0."""
-    (query, key, _), request = case.tensors(), case.request()
-    call, lse, exact = computed(query, key, **request)
-    layer = recorded((call, lse))
+def drawn_norms(layer):
+    """Norms of all sizes, and of 0, for the keys of a layer, which keeps them."""
     drawn = torch.Generator().manual_seed(3)
     norms = torch.rand(layer.batch, layer.heads, layer.k_len, generator=drawn).mul(8).exp()
     norms[..., :2] = 0
     layer.norms = [(layer.key_start, norms)]
+    return norms
+
+
+@pytest.mark.sample(every=9)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_every_kind_of_call(case):
+    (query, key, _), request = case.tensors(), case.request()
+    call, lse, exact = computed(query, key, **request)
+    layer = recorded((call, lse))
+    norms = drawn_norms(layer)
     if case.sizes.batch:
         by_value(Recording([layer]), norms, exact, plainly(query, key, **request))
 
