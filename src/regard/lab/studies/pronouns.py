@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from torch import Tensor
+
 from ...analysis.text_model import TextModel, load
 from . import coreference
 from .links import Choice, Item, by_effect, by_weight, chosen, first, hits, nearest, share
@@ -31,6 +33,7 @@ def run(at: Setting) -> Result:
     rows: list[tuple[Cell, ...]] = []
     verdicts = []
     bars: dict[str, list[float]] = {"best head": [], "nearest": [], "first": []}
+    every: dict[str, dict[str, float]] = {}  # each head's share of the part reported on
     effect = partial(by_effect, directions=at.size.directions)
     for name, parts in data.items():
         for kind, measure, most in (
@@ -40,6 +43,7 @@ def run(at: Setting) -> Result:
             told = partial(at.told, f"{name} by {kind}")
             dev, test = (hits(reader, items, measure, told) for items in (one, other))
             found = chosen(dev, test, other, at.random(name))
+            every[f"{name} by {kind}"] = _every_head(test)
             base = share(other, nearest), share(other, first)
             rows.append((
                 name, kind, f"{found.layer}.{found.head}", found.items, found.share.value,
@@ -66,13 +70,26 @@ def run(at: Setting) -> Result:
     panel = Panel("strongest candidate is the antecedent", "", "share",
                   {key: (list(data), values) for key, values in bars.items()},
                   bars=True, level=0.5)  # fmt: skip
-    return Result(columns, rows, verdicts, [panel], notes=[
+    heads = Panel("every head, from its best down", "rank", "share",
+                  {name: ([*range(1, len(each) + 1)], sorted(each.values(), reverse=True))
+                   for name, each in every.items()}, level=0.5)  # fmt: skip
+    return Result(columns, rows, verdicts, [panel, heads], notes=[
         "all-MiniLM-L6-v2. Head (layer.head, from 0) chosen on WinoBias dev, DPR train, GAP "
         "development; share of items whose antecedent gets more than the other candidate on "
         "WinoBias test, DPR test, GAP validation, with 95 % bootstrap intervals. nearest, first: "
         "rules that look at order alone. pairs: both sentences of a pair right. By Effect fewer "
-        "items are read: it takes backward passes."
-    ], more={"sentences": sentences})  # fmt: skip
+        "items are read: it takes backward passes. The picture has every head, of the part "
+        "reported on, and the JSON its share by name."
+    ], more={"sentences": sentences, "heads": every})  # fmt: skip
+
+
+def _every_head(hits: Tensor) -> dict[str, float]:
+    """How often each head is right, by its name: layer.head."""
+    shares = hits.double().mean(0)
+    return {
+        f"{layer}.{head}": float(right)
+        for layer, row in enumerate(shares) for head, right in enumerate(row)
+    }  # fmt: skip
 
 
 def _some(at: Setting, items: Sequence[Item], most: int) -> list[Item]:
