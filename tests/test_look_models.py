@@ -66,7 +66,9 @@ def test_an_encoder_decoder_shows_both_sides(folders):
         kind = kinds[link["layer"]]
         assert (link["from_index"] >= said.first) is (kind != "encoder")
         assert (link["to_index"] >= said.first) is (kind == "decoder")
-    assert "» " in printed(*arguments)
+    whole = printed(*arguments)
+    assert "» " in whole
+    assert "what it reads writes the next word" in whole  # whose row it is of cross-attention
     new = next(seen.labels[i] for i in seen.generated if not seen.words[i].special)
     page = printed(*arguments, "--from", new)
     assert f"{new} reads (decoder)" in page

@@ -24,6 +24,7 @@ _READS = {
     "decoder": "reads (decoder)",
     "cross": "reads (cross)",
 }
+_NEXT = "of each word, the step that takes it in: what it reads writes the next word"
 _LINES = 10  # a text longer than this is cut around what is looked at
 _WRITTEN = 40  # generated words listed
 _DIM, _HEAD = "dim", "bold"
@@ -166,6 +167,8 @@ class Page(FirstScreen):
                 "strongest head",
                 style=_HEAD,
             )
+            if kind == "cross":  # where one would look for what wrote the word itself
+                yield Text(fit(_NEXT, self.width).rstrip(), style=_DIM)
             for row in some[:_WRITTEN]:
                 yield self._wrote(row, wide)
             if len(some) > _WRITTEN:

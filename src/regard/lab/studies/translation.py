@@ -287,11 +287,11 @@ def _of_recurrence(found: list[Translated]) -> list[Verdict]:
     seeing, blind = ([one for one in older if bool(one.read) is reads] for reads in (True, False))
     if seeing and blind:
         falls = {one.name: _fall(one) for one in (seeing[0], blind[0])}
+        told = (f"{name} {fall:.1f} ({share:.0%} of it)" for name, (fall, share) in falls.items())
         verdicts.append(Verdict(
             "without attention a recurrent translator loses more on long sentences than with it",
             falls[blind[0].name] > falls[seeing[0].name],
-            "BLEU of the shortest less that of the longest: "
-            + ", ".join(f"{name} {fall:.1f}" for name, fall in falls.items()),
+            f"BLEU of the shortest less that of the longest: {', '.join(told)}",
         ))  # fmt: skip
         verdicts.append(Verdict(
             "a recurrent translator translates better with attention than without",
@@ -301,9 +301,11 @@ def _of_recurrence(found: list[Translated]) -> list[Verdict]:
     return verdicts
 
 
-def _fall(one: Translated) -> float:
+def _fall(one: Translated) -> tuple[float, float]:
+    """How much BLEU falls from the shortest sentences to the longest, and what share of it."""
     known = [x for x in one.by_length if x is not None]
-    return known[0] - known[-1]
+    fall = known[0] - known[-1]
+    return fall, fall / max(known[0], 1e-9)
 
 
 def _of_alignment(at: Setting, one: Translated, base: float) -> list[Verdict]:
