@@ -87,7 +87,7 @@ def run(at: Setting) -> Result:
         "loss is below 0.005 ends early). state: numbers kept of the past at the last token."
     ] + ([] if not apart else [
         "Accuracy of copying over distance is that of models of their own, which learn all these "
-        "distances together: " + "; ".join(
+        f"distances together in {size.far_steps} steps: " + "; ".join(
             f"{mixer} " + ", ".join(f"{y:.0%}" for y in line[1]) for mixer, line in apart.items())
         + f" at {', '.join(map(str, size.distances))} tokens between. By the size of the state "
         "(models of other widths): " + "; ".join(
@@ -137,8 +137,8 @@ def over_distances(at: Setting) -> dict[str, Line]:
             between = which.choice(size.distances) if distance is None else distance
             return copying(size.batch, size.count, between, size.vocabulary, made)
 
-        each = at.training(f"{mixer}, copy over distances", place, len(MIXERS), size.steps)
-        fit(model, draw, size.steps, rate=size.rate, each=each)
+        each = at.training(f"{mixer}, copy over distances", place, len(MIXERS), size.far_steps)
+        fit(model, draw, size.far_steps, rate=size.rate, each=each)
         right = [
             _tested(model, [draw(distance, test) for _ in range(size.tests)])[0]
             for distance in size.distances
@@ -220,10 +220,12 @@ STUDY = Study(
     "that was given earlier among others, and to say again what was said before a long pause.",
     run,
     tiny=dict(length=16, pairs=2, vocabulary=16, count=2, dim=16, depth=2, heads=1, window=4,
-              batch=8, steps=3, rate=3e-3, tests=2, wide=True, widths=[8], distances=[2, 4]),
+              batch=8, steps=3, rate=3e-3, tests=2, wide=True, widths=[8], distances=[2, 4],
+              far_steps=3),
     quick=dict(length=24, pairs=3, vocabulary=16, count=4, dim=32, depth=2, heads=2, window=4,
-               batch=32, steps=250, rate=1e-2, tests=8, wide=False, widths=[], distances=[]),
+               batch=32, steps=250, rate=1e-2, tests=8, wide=False, widths=[], distances=[],
+               far_steps=0),
     full=dict(length=24, pairs=3, vocabulary=16, count=4, dim=32, depth=2, heads=2, window=4,
               batch=32, steps=250, rate=1e-2, tests=32, wide=True, widths=[16, 64],
-              distances=[2, 4, 8, 16]),
+              distances=[2, 4, 8, 16, 32], far_steps=1000),
 )  # fmt: skip
