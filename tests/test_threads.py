@@ -5,6 +5,7 @@ import os
 import select
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -59,16 +60,18 @@ def test_after_a_fork(again):
             elif again:
                 os._exit(not is_same(answer(), expected))
             os.write(writing, b"same" if same else b"other")
+        except BaseException:
+            os.write(writing, traceback.format_exc().encode()[-4000:])
         finally:
             os._exit(0)
+    os.close(writing)  # so that reading ends where the child ends without a word
     ready, _, _ = select.select([reading], [], [], PATIENCE)
     if not ready:
         os.kill(child, 9)
     os.waitpid(child, 0)
-    said = os.read(reading, 9) if ready else b"nothing: it hangs"
+    said = os.read(reading, 4000) if ready else b"nothing: it hangs"
     os.close(reading)
-    os.close(writing)
-    assert said == b"same"
+    assert said.decode() == "same"
     assert is_same(answer(), expected)
 
 
