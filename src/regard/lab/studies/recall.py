@@ -90,8 +90,8 @@ def run(at: Setting) -> Result:
         f"distances together in {size.far_steps} steps: " + "; ".join(
             f"{mixer} " + ", ".join(f"{y:.0%}" for y in line[1]) for mixer, line in apart.items())
         + f" at {', '.join(map(str, size.distances))} tokens between. These steps were chosen "
-        "after a run of 250, in which attention, too, had not learned the task (54 to 80 %). By the "
-        "size of the state (models of other widths): " + "; ".join(
+        "after a run of 250, in which attention, too, had not learned the task (54 to 80 %). By "
+        "the size of the state (models of other widths): " + "; ".join(
             f"{mixer} " + ", ".join(f"{y:.0%} of {x:,}" for x, y in zip(*line, strict=True))
             for mixer, line in states.items() if len(line[0]) > 1) + "."
     ]))  # fmt: skip
