@@ -49,6 +49,7 @@ bool LEVEL_NAME(functions)(char* said) {
     double (*const of_tanh)(double) = std::tanh;
     const auto grows = [](double size) { return EXP_ERROR + EXP_ERROR_BY_SIZE * size; };
     const auto grows_2 = [](double size) { return EXP2_ERROR + EXP2_ERROR_BY_SIZE * size; };
+    const auto table_2 = [&](double size) { return grows_2(size) + EXP2_ERROR_TABLE; };
     const auto short_2 = [&](double size) { return grows_2(size) + EXP2_ERROR_SHORT; };
     const auto flushed = [](double size) { return FLUSHED_ERROR + FLUSHED_ERROR_BY_SIZE * size; };
     const auto steady = [](double) { return TANH_ERROR; };
@@ -57,6 +58,7 @@ bool LEVEL_NAME(functions)(char* said) {
            holds(said, "exp_flushed", -most, 88, [](V x) { return exp_flushed(x); }, to_e, flushed) &&
            holds(said, "exp2<6>", -most, 127, [](V x) { return exp2<6>(x); }, to_2, grows_2) &&
            holds(said, "exp2<5>", -most, 127, [](V x) { return exp2<5>(x); }, to_2, short_2) &&
+           holds(said, "Exp2Table", -most, 127, [](V x) { return Exp2Table()(x); }, to_2, table_2) &&
            holds(said, "tanh", -most, most, [](V x) { return tanh(x); }, of_tanh, steady) &&
            at(said, "exp", none, exp(all(none)), 0) && at(said, "exp", nan, exp(all(nan)), nan) &&
            at(said, "exp", -89, exp(all(-89)), 0) && at(said, "exp", 0, exp(all(0)), 1) &&
@@ -64,8 +66,12 @@ bool LEVEL_NAME(functions)(char* said) {
            at(said, "exp_flushed", nan, exp_flushed(all(nan)), nan) &&
            at(said, "exp2<6>", none, exp2<6>(all(none)), 0) &&
            at(said, "exp2<5>", none, exp2<5>(all(none)), 0) &&
+           at(said, "Exp2Table", none, Exp2Table()(all(none)), 0) &&
+           at(said, "exp2<6>", most, exp2<6>(all(most)), -none) &&
+           at(said, "Exp2Table", most, Exp2Table()(all(most)), -none) &&
            at(said, "exp2<6>", nan, exp2<6>(all(nan)), nan) &&
            at(said, "exp2<5>", nan, exp2<5>(all(nan)), nan) &&
+           at(said, "Exp2Table", nan, Exp2Table()(all(nan)), nan) &&
            at(said, "tanh", none, tanh(all(none)), -1) && at(said, "tanh", -none, tanh(all(-none)), 1) &&
            at(said, "tanh", nan, tanh(all(nan)), nan);
 }

@@ -47,6 +47,7 @@ static void pack_keys(void* shared) {
         long k0 = item % count * KEYS, b = item / count / c.kv_heads, kv = item / count % c.kv_heads;
         int n = (int)least(KEYS, (c.pages.table ? c.pages.lengths[b] : c.k_len) - k0);
         if (n <= 0) continue;
+        if (sh.tiles.pack_brains(c, b, kv, k0, n, sh.packed_tile(b, kv, item % count))) continue;
         Rows k = rows_of(c.key, c.pages, b, kv, k0, n, c.dim, keys);
         Rows v = rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, values);
         sh.tiles.pack(c, k, v, n, sh.packed_tile(b, kv, item % count), scratch);

@@ -101,6 +101,10 @@ class Forward {
     Odd odd_keys, odd_values;        // of the tile at hand, where 0 stands for what is not finite
     uint64_t odd_seen[KEYS];         // which lanes of the panel at hand see these values
     float after;                // by which its scores are multiplied yet
+    Beside beside;              // products on tiles that are under way
+    const uint16_t* ahead = nullptr;  // the keys whose scores it makes, and for which panel
+    int ahead_panel = 0;
+    int turn = 0, weights_turn = 0;  // of two buffers, which one scores and weights go to
     PartClock clock;
 
     void lay_out(Cutter& cut) {
@@ -125,7 +129,7 @@ class Forward {
         stack = (uint64_t*)cut.cut(2 * Shaping::words(c));
         auto halves = [&](long count) { return (uint16_t*)cut.cut((count + 1) / 2); };
         query_parts = halves(sh.tiles.parts * sh.tiles.dim * DEPTH * LANES);
-        weight_parts = halves(sh.tiles.parts * KEYS * PW);
+        weight_parts = halves(2 * sh.tiles.parts * KEYS * PW);
         own_keys = halves(sh.packed ? 0 : sh.tiles.size());
     }
 
@@ -232,6 +236,8 @@ class Forward {
                 if (a.some) tile(block, state, strip, k0, n, a.every, stripe);
             }
         }
+        drain_tiles();
+        ahead = nullptr;
     }
 
     void tile(const Block& block, State& state, Strip& strip, long k0, int n, bool every, long stripe) {
@@ -256,12 +262,15 @@ class Forward {
             float* keep = held ? held + (long)p * KEYS * PW : nullptr;
             float* s = held ? keep + from * PW : scores;
             if (of.keys.data && of.values.data) {
-                if (block.panel_rows(p) > W)
-                    tile_panel<2>(block, state, p, of, keep, k0, n);
-                else
-                    tile_panel<1>(block, state, p, of, keep, k0, n);
+                with_parts(sh.tiles.parts, [&](auto split) {
+                    if (block.panel_rows(p) > W)
+                        tile_panel<split.count, 2>(block, state, p, of, keep, k0, n);
+                    else
+                        tile_panel<split.count, 1>(block, state, p, of, keep, k0, n);
+                });
                 continue;
             }
+            drain_tiles(), ahead = nullptr;
             int mine = every || few || on_tiles ? n : seen_keys(seen, p, n);
             if (block.panel_rows(p) > W)
                 panel<2>(block, state, p, of, s, k0, mine, every);
@@ -277,6 +286,7 @@ class Forward {
             memcpy(strip.top + t * block.lanes(), state.top, block.lanes() * sizeof(float));
             strip.held[t] = 1;
         }
+        if (!sh.packed) drain_tiles(), ahead = nullptr;  // the next tile's keys come to stand where these do
     }
 
     void count_rows(const Block& block, long k0, int n, long stripe) {
@@ -310,7 +320,8 @@ class Forward {
         odd_keys.count = odd_values.count = 0;
         if (on_tiles) {
             uint16_t* at = sh.packed ? sh.packed_tile(b, kv, k0 / KEYS) : own_keys;
-            if (!sh.packed) sh.tiles.pack(c, k(), v(), n, at, clean);
+            if (!sh.packed && !sh.tiles.pack_brains(c, b, kv, k0, n, at))
+                sh.tiles.pack(c, k(), v(), n, at, clean);
             const uint16_t* fits = sh.tiles.fits(at);
             if (query_fits && fits[0]) {
                 of.keys = sh.tiles.keys(at);
@@ -371,19 +382,27 @@ class Forward {
     }
 
     // Panels that are wholly on tiles (forward_tiles.h)
-    template <int NV>
+    template <int parts, int NV>
     void tile_panel(const Block& block, State& state, int p, const Sides& of, float* keep, long k0,
                     int n);
+    template <int parts>
+    void drain();
+    void drain_tiles();
+    template <int parts>
+    void begin_scores(const Tiles& keys, int p, int vectors, long count);
+    template <int parts>
+    void score_ahead(const Block& block, int p, const Sides& of, long k0, int n);
+    Tiles next_weights();
     template <int NV>
-    void score_bite(int p, const Sides& of, int n, int bite);
-    template <int NV>
-    void weigh_bite(State& state, int p, const Weigh& weigh, const V* largest, bool kept);
+    void shape_bites(int p, const Sides& of, int n, int bite, const Weigh& weigh);
+    template <int parts, int NV>
+    bool weigh_bites(State& state, int p, const Weigh& weigh, bool settled, I* beyond);
     template <int NV>
     void lower_kept(const State& state, int p, const V* top, float* from, float* to) const;
     void mix_odd_bite(int from, const uint16_t* tile, float* mixed) const;
-    Weigh weigh_of(int p, float* keep, long k0, int bite) const;
+    Weigh weigh_of(int p, float* keep, long k0, int bite, int bites) const;
     void shown(int p, int n, int& first, int& last) const;
-    float* scores_of(int bite) const { return scores + (bite & 1) * BITE * PW; }
+    float* scores_turn() const { return scores + turn * BITES * BITE * PW; }
     bool folded() const { return after > 0 && !shaping.shaped(); }  // `after` is multiplied in later
 
     // Other panels, and few rows (forward_panel.h)

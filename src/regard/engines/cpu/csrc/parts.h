@@ -82,6 +82,58 @@ INLINE void pack_tile(Get get, uint16_t* to, long step, Seen& range) {
     }
 }
 
+// Of bf16 as they lie: what `Range` asks, of their bits.
+struct BrainRange {
+    I largest = {};
+
+    INLINE_MEMBER void see(N both) {
+        I low = (I)(both & 0x7fffu), high = (I)(both >> 16 & 0x7fffu);
+        largest = low > largest ? low : largest;
+        largest = high > largest ? high : largest;
+    }
+    bool fits() const {
+        constexpr int32_t MOST = (127 + 60) << 7, LEAST = (127 - 60) << 7;
+        return !any(largest > MOST) && (any(largest >= LEAST) || !any(largest > 0));
+    }
+};
+// Two vectors of bf16 side by side, those at x in the lower halves.
+INLINE N brain_pair(const char* x, long at_x, const char* y, long at_y) {
+    return (N)wide<BF16>(x, at_x) >> 16 | (N)wide<BF16>(y, at_y);
+}
+template <bool turned, class Get>
+INLINE void pack_brain_tile(Get get, uint16_t* to, BrainRange& range) {
+    V row[W];
+    #pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+        N both = get(i);
+        range.see(both);
+        row[i] = (V)both;
+    }
+    if (turned) transpose(row);
+    #pragma GCC unroll 16
+    for (int i = 0; i < W; i++) store((float*)to + i * W, row[i]);
+}
+// Rows of bf16 as tiles of A, for dim a multiple of DEPTH; rows that there are not point to zeros.
+static bool pack_brain_rows(const char* const* row, long dim, Tiles to) {
+    BrainRange range;
+    for (long r = 0; r < KEYS; r += SIDE)
+        for (long d = 0; d < dim; d += DEPTH)
+            pack_brain_tile<false>(
+                [&](int i) INLINE_LAMBDA { return brain_pair(row[r + i], d, row[r + i], d + SIDE); },
+                to.at(r / SIDE, d / DEPTH), range);
+    return range.fits();
+}
+// … as tiles of A whose rows are the dims, a multiple of SIDE.
+static bool pack_brain_columns(const char* const* row, long dim, Tiles to) {
+    BrainRange range;
+    for (long r = 0; r < KEYS; r += DEPTH)
+        for (long d = 0; d < dim; d += SIDE)
+            pack_brain_tile<true>(
+                [&](int i) INLINE_LAMBDA { return brain_pair(row[r + i], d, row[r + i + SIDE], d); },
+                to.at(d / SIDE, r / DEPTH), range);
+    return range.fits();
+}
+
 // x[row · ld + depth] as tiles of A. All of these answer whether the numbers may stand as parts.
 template <int parts, class Seen = Range>
 static bool pack_rows(const float* x, long ld, long rows, long depth, Tiles to) {
@@ -122,13 +174,30 @@ INLINE auto with_parts(int parts, Then then) {
     return parts == 1 ? then(Parts<1>{}) : parts == 2 ? then(Parts<2>{}) : then(Parts<3>{});
 }
 
-// then(x, y): the tiles of A and B of each product of two parts, from the row of tiles `row` on; the
-// smallest products first, which rounds least. whole: no product is left out.
+// The products of two parts, the smallest first, which rounds least; unless `whole`, without the first of them,
+// whose parts are the last ones of both sides.
+struct PartPair {
+    int8_t a, b;
+};
+template <int parts>
+constexpr int pairs_of(bool whole) {
+    return whole ? parts * parts : parts * (parts + 1) / 2;
+}
+template <int parts>
+INLINE PartPair pair_of(bool whole, int n) {
+    static constexpr PartPair one[] = {{0, 0}}, two[] = {{1, 1}, {0, 1}, {1, 0}, {0, 0}};
+    static constexpr PartPair three[] = {{2, 2}, {1, 2}, {2, 1}, {0, 2}, {1, 1}, {2, 0}, {0, 1}, {1, 0}, {0, 0}};
+    const PartPair* all = parts == 1 ? one : parts == 2 ? two : three;
+    return all[n + (whole ? 0 : parts * (parts - 1) / 2)];
+}
+
+// then(x, y): the tiles of A and B of each product of two parts, from the row of tiles `row` on.
 template <int parts, class Then>
 INLINE void each_product(bool whole, const Tiles& a, long row, const Tiles& b, Then then) {
-    for (int both = whole ? 2 * parts - 2 : parts - 1; both >= 0; both--)
-        for (int i = (int)most(0, both - parts + 1); i <= both && i < parts; i++)
-            then(a.at(row, 0) + i * a.step, b.data + (both - i) * b.step);
+    for (int n = 0; n < pairs_of<parts>(whole); n++) {
+        PartPair pair = pair_of<parts>(whole, n);
+        then(a.at(row, 0) + pair.a * a.step, b.data + pair.b * b.step);
+    }
 }
 
 // One row of tiles of C, as `tile_block`, by vectors.
@@ -186,23 +255,28 @@ INLINE void tile_block(bool whole, long depth, const Tiles& a, long row, const T
     if (R > 1 && NV > 1) tile_store<3>(below + SIDE, bytes);
 }
 
-// One panel, as `product` of matmul.h: C (rows × panel) (+)= A (rows × depth) B (depth × panel). Rows
-// of C are written up to whole tiles. whole: no product of two parts is left out.
+// One panel: C (rows × panel) (+)= A (rows × depth) B (depth × panel), rows and depth in tiles.
+template <int parts, bool add, int NV>
+static void tile_rows(bool whole, long rows, long depth, const Tiles& a, const Tiles& b, float* c, long ldc) {
+    tiles_written();
+    long row = 0;
+    if constexpr (BY_PAIRS) {
+        for (; row < rows; row++)
+            pair_block<parts, add, NV>(whole, depth, a, row, b, c + row * SIDE * ldc, ldc);
+    } else {
+        for (; row + 1 < rows; row += 2)
+            tile_block<parts, add, 2, NV>(whole, depth, a, row, b, c + row * SIDE * ldc, ldc);
+        if (row < rows)
+            tile_block<parts, add, 1, NV>(whole, depth, a, row, b, c + row * SIDE * ldc, ldc);
+    }
+}
+// The same, as `product` of matmul.h. Rows of C are written up to whole tiles. whole: no product of two
+// parts is left out.
 template <bool add, int NV = 2>
 static void tile_product(int parts, bool whole, long rows, long depth, const Tiles& a, const Tiles& b,
                          float* c, long ldc) {
-    tiles_written();
     with_parts(parts, [&](auto of) {
-        long row = 0, count = tiles(rows, SIDE), deep = tiles(depth, DEPTH);
-        if constexpr (BY_PAIRS) {
-            for (; row < count; row++)
-                pair_block<of.count, add, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
-        } else {
-            for (; row + 1 < count; row += 2)
-                tile_block<of.count, add, 2, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
-            if (row < count)
-                tile_block<of.count, add, 1, NV>(whole, deep, a, row, b, c + row * SIDE * ldc, ldc);
-        }
+        tile_rows<of.count, add, NV>(whole, tiles(rows, SIDE), tiles(depth, DEPTH), a, b, c, ldc);
     });
 }
 
@@ -221,12 +295,13 @@ static void multiply(long n, float* s, long ld, float by) {
 // A tile of keys and their values: tiles [part][key][dim], [part][v_dim][key], whether each of the two
 // fits, and whether it holds numbers that are not finite, for which 0 stands there.
 struct KeyTiles {
+    static constexpr long MOST_DIRECT = 1024;  // numbers of a row that is packed from where it lies
     int parts = 0;      // into which a number is split; 0: nothing is multiplied on tiles
     long dim = 0, v_dim = 0;  // in tiles
 
     KeyTiles() = default;
     explicit KeyTiles(const RegardCall& c)
-        : parts(HAS_TILES ? (int)c.parts : 0), dim(tiles(c.dim, DEPTH)), v_dim(tiles(c.v_dim, SIDE)) {}
+        : parts(HAS_TILES && c.dim ? (int)c.parts : 0), dim(tiles(c.dim, DEPTH)), v_dim(tiles(c.v_dim, SIDE)) {}
 
     // Whether a block's products are on tiles: then in the backward, too, so that weights are the same.
     // Three parts are so much work to make that several blocks must share them.
@@ -240,6 +315,24 @@ struct KeyTiles {
     Tiles keys(uint16_t* at) const { return {at, dim, dim * DEPTH * KEYS}; }
     Tiles values(uint16_t* at) const { return {at + key_size(), KEYS / DEPTH, v_dim * SIDE * KEYS}; }
     uint16_t* fits(uint16_t* at) const { return at + key_size() + value_size(); }
+
+    // Keys and values of bf16 from where they lie; false if they are another way, or do not fit.
+    bool pack_brains(const RegardCall& c, long b, long kv, long k0, int n, uint16_t* at) const {
+        auto direct = [](const RegardView& v, long dim, long unit) {
+            return v.type == BF16 && v.stride[3] == 1 && dim % unit == 0;
+        };
+        if (parts != 1 || !direct(c.key, c.dim, DEPTH) || !direct(c.value, c.v_dim, SIDE)) return false;
+        const char* row[KEYS];
+        alignas(64) static constexpr uint16_t zeros[MOST_DIRECT] = {};
+        if (most(c.dim, c.v_dim) > MOST_DIRECT) return false;
+        for (int j = n; j < KEYS; j++) row[j] = (const char*)zeros;
+        memset(fits(at), 0, DEPTH * sizeof(uint16_t));
+        addresses(c.key, c.pages, b, kv, k0, n, row);
+        fits(at)[0] = pack_brain_rows(row, c.dim, keys(at));
+        addresses(c.value, c.pages, b, kv, k0, n, row);
+        fits(at)[1] = pack_brain_columns(row, c.v_dim, values(at));
+        return fits(at)[0] && fits(at)[1];
+    }
 
     // scratch: KEYS · the larger dim floats.
     void pack(const RegardCall& c, Rows k, Rows v, int n, uint16_t* at, float* scratch) const {

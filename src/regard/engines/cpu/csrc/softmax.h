@@ -6,12 +6,10 @@
 
 namespace regard::LEVEL {
 
-// Raises the tops of the W lanes at `at` to the scores `a`, where those are larger by more than `slack`.
-// Whether any was; high: the tops now, fall: what sums so far are multiplied by. Those of the state are.
-INLINE bool rise(State& state, int at, V a, bool entropy, V& high, V& fall, float slack = 0) {
-    store(state.visible + at, max(a, load(state.visible + at)));
+// Raises the tops of the W lanes at `at` to `high`. Whether any was lower; fall: what sums so far are
+// multiplied by. Those of the state are.
+INLINE bool raise(State& state, int at, V high, bool entropy, V& fall) {
     V was = load(state.top + at);
-    high = a > was + slack ? a : was;
     fall = all(1);
     if (!any(high != was)) return false;
     store(state.top + at, high);
@@ -21,6 +19,13 @@ INLINE bool rise(State& state, int at, V a, bool entropy, V& high, V& fall, floa
         store(state.spread + at, fall * (load(state.spread + at) + State::shift(was - high, total)));
     store(state.total + at, fall * total);
     return true;
+}
+// The same to the scores `a`, where those are larger. high: the tops now.
+INLINE bool rise(State& state, int at, V a, bool entropy, V& high, V& fall) {
+    store(state.visible + at, max(a, load(state.visible + at)));
+    V was = load(state.top + at);
+    high = a > was ? a : was;
+    return raise(state, at, high, entropy, fall);
 }
 
 // Of panel p, NV vectors of lanes: s[key][PW], scores and then weights.

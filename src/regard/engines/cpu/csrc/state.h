@@ -9,7 +9,7 @@ struct State {
     int lanes, k, few;
     long v_dim;
     float *top;      // what weights are relative to: the largest score so far, a sink included, or less
-                     // than it by at most the SLACK of weights.h
+                     // than it by what the HEAVIEST of weights.h allows
     float *total;    // Σ exp(score − top), the sink's share included
     float *spread;   // Σ p · ln p of the same p, for the entropy
     float *visible;  // the largest score of a key
