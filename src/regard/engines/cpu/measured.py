@@ -2,8 +2,9 @@
 
 `auto` asks it (engines/__init__.py); nothing is measured at import. A row is what saved runs of
 `regard bench` showed on a processor of that kind (docs/benchmarks.md): where SDPA's time over ours
-is below 1 beyond the spread of its rounds. What is not in the table is ours: at levels avx2, avx512
-and avx512bf16 that is every shape that was timed, both sides with the same instructions.
+is below 1 beyond the spread of its rounds. What is not in the table is ours: at levels avx2,
+avx512, avx512bf16 and amx that is every shape that was timed, both sides with the same
+instructions.
 """
 
 from __future__ import annotations
@@ -47,10 +48,6 @@ TABLE: tuple[Faster, ...] = (
     Faster(
         LESSER, BF16, (17, LONG), (1, LONG), True, True,
         "0.3–0.5", "an Intel Xeon, whose AMX PyTorch uses and ours, at this level, do not",
-    ),
-    Faster(
-        ("amx",), BF16, (17, 128), (1, 128), False, False,
-        "0.85–0.91", "an Intel Xeon with AMX: 32 × 12 heads of 64, forward",
     ),
 )  # fmt: skip
 
