@@ -6,71 +6,33 @@
 
 namespace regard::LEVEL {
 
-// Copies one block's queries and gradients: as rows, and as lanes.
+// Makes one block's queries and gradients ready, as tiles or as floats.
 static void pack_blocks(void* data) {
     SharedBackward& sh = *(SharedBackward*)data;
     const RegardCall& c = sh.call;
-    long widest = most(c.dim, c.v_dim);
+    const long widest = most(c.dim, c.v_dim), rows = sh.parts ? sh.lanes : 0;
     static thread_local Arena arena;
-    float *line = arena.take(W * widest + LANES * widest + 16), *rows = line + W * widest;
-    if (!line) return;
-    for (long item; sh.queue->take(item);) {
-        Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
-        float *query_lanes = sh.query_lanes + item * sh.lanes * c.dim;
-        float *grad_lanes = sh.grad_lanes + item * sh.lanes * c.v_dim;
-        turn_rows(c.query, block, c.dim, sh.after_of(block) != 1.f ? 1.f : sh.shaping.query_scale(),
-                  line, query_lanes);
-        turn_rows(sh.back.grad_out, block, c.v_dim, 1, line, grad_lanes);
-        auto panels = [&](const RegardView& view, long dim, long wide, float* to) {
-            for (int i = 0; i < block.segments; i++) {
-                const Segment& s = block.segment[i];
-                for (int r = 0; r < s.count; r++)
-                    widen(view.type, address(view, s.b, s.h, s.q0 + r), view.stride[3], dim,
-                          rows + (s.lane + r) * dim);
-            }
-            to_panels(rows, dim, block.count, dim, to + item * sh.lanes * wide, sh.lanes);
-        };
-        panels(c.query, c.dim, sh.dim, sh.query);
-        panels(sh.back.grad_out, c.v_dim, sh.v_dim, sh.grad);
-        uint64_t* odd = sh.odd + 2 * item;
+    float* line = nullptr;
+    FloatRows own{};
+    const bool ready = laid_out(arena, [&](Cutter& cut) {
+        line = cut.cut((W + LANES) * widest);
+        own = {cut.cut(rows * sh.dim), cut.cut(rows * sh.v_dim), cut.cut(rows * c.dim), cut.cut(rows * c.v_dim)};
+    });
+    PartClock clock;
+    Timed packing(clock, PACKING);
+    for (long item; ready && sh.queue->take(item);) {
+        const Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
+        uint64_t* odd = sh.odd + 3 * item;
         odd[0] = odd[1] = 0;
-        for (int p = 0; p < block.panels; p++) {
-            odd[0] |= odd_lanes(query_lanes + p * PW * c.dim, c.dim) << p * PW;
-            odd[1] |= odd_lanes(grad_lanes + p * PW * c.v_dim, c.v_dim) << p * PW;
-        }
-        if (odd[0]) fill_odd(sh.query + item * sh.lanes * sh.dim, sh.lanes * sh.dim);
-        if (odd[1]) fill_odd(sh.grad + item * sh.lanes * sh.v_dim, sh.lanes * sh.v_dim);
-        if (sh.parts)
+        odd[2] = !make_statistics(sh, block, sh.rows + 3 * item * LANES);
+        if (!sh.parts) {
+            make_floats(sh, block, sh.floats(item), odd, line);
+        } else if (!pack_direct(sh, block, item)) {
+            make_floats(sh, block, own, odd, line);
             with_parts(sh.parts, [&](auto of) {
-                constexpr int parts = of.count;
-                float* fits = sh.fits + 3 * item;
-                fits[0] = fits[1] = fits[2] = 1;
-                auto pack = [&](const float* x, long depth, Tiles to, float& fit) {
-                    if (!pack_columns<parts, false>(x, PW, depth, PW, to)) fit = 0;
-                };
-                const float* query = sh.query + item * sh.lanes * sh.dim;
-                const float* grad = sh.grad + item * sh.lanes * sh.v_dim;
-                auto pack_lanes = [&](const float* x, uint64_t odd, long depth, Tiles to, float& fit) {
-                    if (odd) {  // 0 stands there for what is not finite
-                        memcpy(rows, x, depth * PW * sizeof(float));
-                        fill_odd(rows, depth * PW);
-                        x = rows;
-                    }
-                    pack(x, depth, to, fit);
-                };
-                for (int p = 0; p < block.panels; p++) {
-                    pack_lanes(query_lanes + p * PW * c.dim, odd[0] >> p * PW, c.dim,
-                               sh.lane_tiles(sh.query_tiles, item, sh.dim, p), fits[0]);
-                    pack_lanes(grad_lanes + p * PW * c.v_dim, odd[1] >> p * PW, c.v_dim,
-                               sh.lane_tiles(sh.grad_tiles, item, sh.v_dim, p), fits[1]);
-                }
-                for (long p = 0; p < sh.dim / PW; p++)
-                    pack(query + p * sh.lanes * PW, block.count,
-                         sh.row_tiles(sh.query_row_tiles, item, sh.dim, p), fits[2]);
-                for (long p = 0; p < sh.v_dim / PW; p++)
-                    pack(grad + p * sh.lanes * PW, block.count,
-                         sh.row_tiles(sh.grad_row_tiles, item, sh.v_dim, p), fits[2]);
+                pack_floats<of.count>(sh, block, item, own, odd, line + W * widest);
             });
+        }
         for (long s = 0; s < sh.stripes; s++)
             memset(sh.d_query + (s * sh.blocks + item) * sh.lanes * sh.dim, 0,
                    sh.lanes * sh.dim * sizeof(float));
@@ -86,6 +48,8 @@ static void sum_rows(void* data) {
     static thread_local Arena arena;
     float* rows = arena.take(W * sh.dim);
     if (!rows) return;
+    PartClock clock;
+    Timed packing(clock, PACKING);
     for (long item; sh.queue->take(item);) {
         Block block = sh.plan.block(c, item / sh.plan.blocks, item % sh.plan.blocks);
         char* to = (char*)sh.back.d_query + sh.first_row(block) * c.dim * size_of(sh.back.type);
@@ -134,20 +98,21 @@ static int backward(const RegardCall& call, const RegardBackward& back) {
     sh.blocks = sh.plan.owners * sh.plan.blocks;
     sh.tile_rule = KeyTiles(c);
     if (sh.tile_rule.serve(sh.plan, sh.plan.block(c, 0, 0))) sh.parts = sh.tile_rule.parts;
-    size_t lanes = (size_t)sh.blocks * sh.lanes;
+    size_t lanes = (size_t)sh.blocks * sh.lanes, floats = sh.parts ? 0 : lanes;
     size_t counts[] = {
-        lanes * sh.dim, lanes * sh.v_dim, lanes * c.dim, lanes * c.v_dim, lanes * sh.dim * sh.stripes,
+        floats * sh.dim, floats * sh.v_dim, floats * c.dim, floats * c.v_dim, lanes * sh.dim * sh.stripes,
         (size_t)(back.d_by_offset ? sh.stripes * c.batch * c.heads * sh.offsets() : 0),
         (size_t)(sh.stripes * sh.bias_floats),
         sh.parts * lanes * sh.dim / 2, sh.parts * lanes * sh.v_dim / 2,
         sh.parts * lanes * sh.dim / 2, sh.parts * lanes * sh.v_dim / 2,
         (size_t)(sh.parts ? 3 * sh.blocks : 0),
-        (size_t)sh.blocks * 4,
+        (size_t)sh.blocks * 6,
+        (size_t)sh.blocks * 3 * LANES,
     };
     float** parts[] = {&sh.query, &sh.grad, &sh.query_lanes, &sh.grad_lanes, &sh.d_query,
                        &sh.d_by_offset, &sh.d_bias, (float**)&sh.query_tiles, (float**)&sh.grad_tiles,
                        (float**)&sh.query_row_tiles, (float**)&sh.grad_row_tiles, &sh.fits,
-                       (float**)&sh.odd};
+                       (float**)&sh.odd, &sh.rows};
     constexpr int count = sizeof parts / sizeof *parts;
     static thread_local Arena arena;
     Cutter measure{nullptr}, cut{nullptr};

@@ -1,72 +1,63 @@
 // Blocks of rows against tiles of keys: what one pair gives the gradients. Weights are recomputed from
 // each row's top and sum (Dao et al. 2022, appendix B).
 #pragma once
-#include "finite.h"
+#include <utility>
+
+#include "backward_rows.h"
+#include "beside.h"
 #include "matmul.h"
-#include "parts.h"
-#include "plan.h"
+#include "timed.h"
 #include "weights.h"
 
 namespace regard::LEVEL {
 
-// Rows for a product stand as panels: [panel][row][PW], so that a panel's rows are neighbours (rows of
-// 512 bytes would fall into the same few sets of the cache).
-INLINE long padded(long dim) { return (dim + PW - 1) / PW * PW; }
-static void to_panels(const float* from, long ld, long rows, long dim, float* to, long to_rows) {
-    for (long d = 0; d < dim; d += PW) {
-        float* panel = to + d / PW * to_rows * PW;
-        long n = least(PW, dim - d);
-        for (long r = 0; r < rows; r++) {
-            if (n == PW) {
-                store(panel + r * PW, load(from + r * ld + d));
-                store(panel + r * PW + W, load(from + r * ld + d + W));
-            } else {
-                for (long i = 0; i < PW; i++) panel[r * PW + i] = i < n ? from[r * ld + d + i] : 0;
-            }
+constexpr int HALF = KEYS / 2;  // keys of a panel whose weights are made at a time: they stay in the nearest cache
+
+// A block of rows that sees something of the tile of keys at hand.
+struct Pair {
+    Block block;
+    long id;     // of the block
+    bool every;  // nothing of the tile is hidden
+};
+
+// So many pairs are gathered at a time. What a gradient is to get is a product whose depth are their lanes, and to
+// fetch the gradient and store it takes as long as six tiles of depth; of more parts each depth is six products.
+INLINE int gathered_pairs(int parts) { return parts == 1 ? 4 : 1; }
+
+// Weights and slopes of some pairs of neighbouring blocks, as tiles.
+struct Slopes {
+    Tiles weights, slopes;  // of the keys, depth the lanes of all
+    Tiles columns;          // slopes, [pair][panel of lanes] of the lanes, depth the keys
+    Tiles of_panel(int pair, int p, int parts) const {
+        return {columns.data + (pair * LANES + p * PW) * KEYS * parts, PW / SIDE, PW * KEYS};
+    }
+};
+
+// What the gradients are to get of such pairs: products on tiles, one after another, of three kinds.
+struct Gathering {
+    enum Kind { TO_VALUES, TO_KEYS, TO_QUERIES, KINDS };
+    Stepper now;
+    const Slopes* of = nullptr;
+    long id = 0;                                    // of their first block
+    int rows = 0, keys = 0;
+    long products[KINDS] = {}, blocks[KINDS] = {};  // how many; of how many blocks, two rows of tiles, each is
+    long depth[KINDS] = {};                         // … in tiles
+    long begun = 0;                                 // products
+    long at = 0;                                    // blocks that are done, or will be when the step in hand is
+
+    // Blocks to be done now, if all are to be in so many times: how many steps they are.
+    template <int parts>
+    long share(long times) {
+        long all = 0, steps = 0;
+        for (int kind = 0; kind < KINDS; kind++) all += products[kind] * blocks[kind];
+        const long until = at + (all - at + times - 1) / times;
+        for (long kind = 0, first = 0, end; kind < KINDS; kind++, first = end) {
+            end = first + products[kind] * blocks[kind];
+            long here = least(until, end) - most(at, first);
+            if (here > 0) steps += here * depth[kind];
         }
-    }
-}
-
-// What the items of one backward share.
-struct SharedBackward {
-    RegardCall call;
-    RegardBackward back;
-    Plan plan;
-    Shaping shaping;
-    Queue* queue;
-    long dim, v_dim;             // padded to whole panels
-    long tiles, stripes;         // of keys, and into how many they are dealt
-    bool together;               // one item sees the whole batch: a shared bias needs its gradient
-    long lanes, blocks;          // lanes of a block, at most; blocks in all
-    float *query, *grad;         // [block] panels of its rows
-    float *query_lanes, *grad_lanes;  // [block][panel of lanes][dim][PW]
-    int parts;                   // of a number on tiles; 0: nothing is multiplied on tiles
-    KeyTiles tile_rule;
-    uint16_t *query_tiles, *grad_tiles;          // [block][panel of lanes] of the lanes, depth their dim
-    uint16_t *query_row_tiles, *grad_row_tiles;  // [block][panel of dims] of the rows, depth the lanes
-    float* fits;                 // [block]: 1 where all of these may stand as parts
-    uint64_t* odd;               // [block]: which lanes' queries are not finite, and which gradients. In
-                                 // `query`, `grad` and on tiles 0 stands for what is not
-    float* d_query;              // [stripe][block][panel of lanes][dim][PW]
-    float* d_by_offset;          // [stripe][item of the batch][head][q_len + k_len − 1]
-    float* d_bias;               // [stripe] of those dense biases that all keys share
-    long bias_floats;
-
-    long offsets() const { return call.q_len + call.k_len - 1; }
-    long first_row(const Block& b) const {
-        return (b.segment[0].b * call.heads + b.segment[0].h) * call.q_len + b.segment[0].q0;
-    }
-    bool served(const Block& b) const { return parts && tile_rule.serve(plan, b); }
-    // By what the scores of a block are multiplied after their product, as in the forward
-    float after_of(const Block& b) const {
-        return scale_after(call, served(b) ? parts : 0, shaping.query_scale());
-    }
-    // Panel p of one block, of those tiles whose depth is `dim` (padded), or the block's lanes
-    Tiles lane_tiles(uint16_t* of, long id, long dim, int p) const {
-        return {of + (id * lanes + p * PW) * dim * parts, PW / SIDE, dim * PW};
-    }
-    Tiles row_tiles(uint16_t* of, long id, long dim, long p) const {
-        return {of + (id * dim + p * PW) * lanes * parts, PW / SIDE, lanes * PW};
+        at = until;
+        return steps * pairs_of<parts>(false);
     }
 };
 
@@ -92,21 +83,33 @@ class Backward {
   private:
     SharedBackward& sh;
     bool ready = false;
+    PartClock clock;
     const RegardCall& c;
     const RegardBackward& back;
     const Shaping& shaping;
     long stripe = 0;
     float *key, *value, *d_key, *d_value, *score, *slope, *capped, *biases, *factors;
-    float *top, *inverse, *delta, *line;
+    const float *top, *inverse, *delta;  // of the rows at hand
+    float *line, *row_line;
+    FloatRows own;                  // of the rows at hand, where they are not shared
     uint64_t *visible, *stack;
     Tiles key_tiles, value_tiles;   // of the keys, depth their dim
     Tiles key_turned;               // of the dims, depth the keys
-    Tiles weight_tiles, slope_tiles;  // of the keys, depth the lanes
-    Tiles slope_columns;            // [panel of lanes] of the lanes, depth the keys
-    bool key_fits, value_fits;      // whether the keys at hand may be parts
+    Slopes made[2];                 // of the pairs at hand, and of those before, while they are gathered
+    int making = 0;                 // which of them is at hand
+    int pairs = 0;                  // that it holds
+    int pair_keys = 0, pair_lanes = 0;  // of how many keys each, and how many lanes in all
+    long pair_end = 0;              // the block after theirs
+    Gathering gathering;
+    Stepper scoring, sloping;       // scores, and products with the values, of the next half panel
+    long ahead = -1;                // the block whose first ones are made; they are in `score_turn`
+    int score_turn = 0;
+    long key_b = 0, key_kv = 0, key_first = 0;  // the keys at hand
+    int key_count = 0;
+    bool key_fits = false, value_fits = false;  // whether they may be parts
     bool scores_on_tiles, slopes_on_tiles;  // of the pair at hand; as the forward had it
     Odd odd_keys, odd_values;       // of the keys at hand
-    Rows raw_key, raw_value, finite_key;  // … as they are, and with 0 for what is not finite
+    Rows raw_key, raw_value, finite_key;  // as they are, and with 0 for what is not finite; or not read yet
     float* clean;
     uint64_t odd_queries, odd_grads;  // of the rows at hand
     bool careful;                   // whether any number of the pair at hand is not finite
@@ -125,9 +128,9 @@ class Backward {
         factors = cut.cut(c.dropout ? KEYS * LANES : 0);
         line = cut.cut(most(sh.dim, sh.v_dim));
         clean = cut.cut(KEYS * most(c.dim, c.v_dim));
-        top = cut.cut(LANES);
-        inverse = cut.cut(LANES);
-        delta = cut.cut(LANES);
+        const long rows = sh.parts ? sh.lanes : 0;
+        own = {cut.cut(rows * sh.dim), cut.cut(rows * sh.v_dim), cut.cut(rows * c.dim), cut.cut(rows * c.v_dim)};
+        row_line = cut.cut(rows ? (W + LANES) * most(c.dim, c.v_dim) : 0);
         visible = (uint64_t*)cut.cut(2 * KEYS);
         stack = (uint64_t*)cut.cut(2 * Shaping::words(c));
         auto cut_tiles = [&](long rows, long depth) -> Tiles {
@@ -136,44 +139,47 @@ class Backward {
         key_tiles = cut_tiles(KEYS, sh.dim);
         value_tiles = cut_tiles(KEYS, sh.v_dim);
         key_turned = cut_tiles(sh.dim, KEYS);
-        weight_tiles = cut_tiles(KEYS, LANES);
-        slope_tiles = cut_tiles(KEYS, LANES);
-        slope_columns = cut_tiles(LANES, KEYS);
-        slope_columns.wide = PW / SIDE;
+        for (Slopes& of : made) {
+            const long lanes = gathered_pairs(sh.parts) * LANES;
+            of.weights = cut_tiles(KEYS, lanes);
+            of.slopes = cut_tiles(KEYS, lanes);
+            of.columns = cut_tiles(lanes, KEYS);
+            of.columns.wide = PW / SIDE;
+        }
     }
 
     // The gradients of one tile of keys, from all rows that see it.
     void keys_of(long owner, long k0) {
         long b = owner / c.kv_heads, kv = owner % c.kv_heads, group = sh.plan.group;
         int n = (int)least(KEYS, c.k_len - k0);
-        Rows k = rows_of(c.key, c.pages, b, kv, k0, n, c.dim, key);
-        Rows v = rows_of(c.value, c.pages, b, kv, k0, n, c.v_dim, value);
-        odd_keys.find(k, n, c.dim);
-        odd_values.find(v, n, c.v_dim);
-        if (sh.parts)
-            with_parts(sh.parts, [&](auto of) {
-                constexpr int parts = of.count;
-                Rows x = odd_values.filled(n, c.v_dim, clean);
-                value_fits = pack_rows<parts>(x.data, x.ld, n, c.v_dim, value_tiles);
-                x = odd_keys.filled(n, c.dim, clean);
-                key_fits = pack_rows<parts>(x.data, x.ld, n, c.dim, key_tiles);
-                pack_columns<parts, true, Unseen>(x.data, x.ld, n, c.dim, key_turned);
-            });
-        finite_key = odd_keys.filled(n, c.dim, clean);
-        raw_key = k, raw_value = v;
+        key_b = b, key_kv = kv, key_first = k0, key_count = n;
+        {
+            Timed packing(clock, PACKING);
+            make_keys();
+        }
         memset(d_key, 0, KEYS * sh.dim * sizeof(float));
         memset(d_value, 0, KEYS * sh.v_dim * sizeof(float));
-        for (long g = 0; g < (sh.plan.flat ? 1 : group); g++) {
-            long mine = sh.plan.flat ? owner : b * c.heads + kv * group + g;
-            for (long index = 0; index < sh.plan.blocks; index++) {
-                Block block = sh.plan.block(c, mine, index);
-                Answer a = shaping.classify(block, k0, k0 + n);
-                if (a.some) pair(block, mine * sh.plan.blocks + index, k, v, k0, n, a.every);
-            }
+        // The next pair is known before the one at hand is done: its scores are begun meanwhile
+        const long first = (sh.plan.flat ? owner : b * c.heads + kv * group) * sh.plan.blocks;
+        const long end = first + (sh.plan.flat ? 1 : group) * sh.plan.blocks;
+        Pair two[2], *now = &two[0], *next = &two[1];
+        ahead = -1;
+        long id = first;
+        for (bool more = find(*now, id, end, k0, n); more; std::swap(now, next)) {
+            more = find(*next, id, end, k0, n);
+            pair(*now, k0, n, more ? next : nullptr);
         }
+        gather_all();
         write(d_key, owner * c.k_len + k0, n, c.dim, (float)c.scale, back.d_key);
         write(d_value, owner * c.k_len + k0, n, c.v_dim, 1, back.d_value);
     }
+
+    // The keys and values at hand (backward_keys.h)
+    void make_keys();
+    bool brain_keys();
+    void read_keys();
+    bool find(Pair& pair, long& id, long end, long k0, int n) const;
+    void need_floats(const Block& block, long id);
 
     // Rows that stand as [panel of dims][key][PW], multiplied by `by`, to those of a gradient.
     void write(const float* from, long row, int n, long dim, float by, void* to) {
@@ -185,7 +191,10 @@ class Backward {
     }
 
     // One block of rows against one tile of keys.
-    void pair(const Block& block, long id, Rows k, Rows v, long k0, int n, bool every) {
+    void pair(const Pair& now, long k0, int n, const Pair* next) {
+        const Block& block = now.block;
+        const long id = now.id, tile = n;
+        const bool every = now.every;
         if (!every) {
             shaping.look(block, k0, n, visible, stack);
             while (n > 0 && !visible[n - 1]) n--;
@@ -193,35 +202,26 @@ class Backward {
         }
         if (shaping.biased) shaping.bias(block, k0, n, biases);
         if (c.dropout) shaping.dropout(block, k0, n, factors);
-        long row = sh.first_row(block);
-        for (int i = 0; i < LANES; i++) {
-            bool there = i < block.count;
-            float total = there ? back.stats[2 * (row + i) + 1] : 0;
-            top[i] = there ? back.stats[2 * (row + i)] : 0;
-            inverse[i] = total == 0 ? 0 : 1 / total;  // 0: an empty row, or none, has no weights
-            delta[i] = there ? back.delta[row + i] : 0;
-        }
-        const float* q = sh.query_lanes + id * sh.lanes * c.dim;
-        const float* g = sh.grad_lanes + id * sh.lanes * c.v_dim;
-        odd_queries = sh.odd[2 * id], odd_grads = sh.odd[2 * id + 1];
-        careful = odd_keys.count || odd_values.count || odd_queries || odd_grads ||
-                  !all_finite(top, LANES) || !all_finite(inverse, LANES) || !all_finite(delta, LANES);
+        Timed::tile(clock);
+        top = sh.rows_of(id), inverse = top + LANES, delta = inverse + LANES;
+        odd_queries = sh.odd[3 * id], odd_grads = sh.odd[3 * id + 1];
+        careful = odd_keys.count || odd_values.count || odd_queries || odd_grads || sh.odd[3 * id + 2];
         if (careful) memset(shown, 0, sizeof shown);
-        const float* fits = sh.fits + 3 * id;
-        scores_on_tiles = sh.served(block) && key_fits && fits[0] != 0;
-        slopes_on_tiles = sh.served(block) && value_fits && fits[1] != 0;
-        after = sh.after_of(block);
-        bool all_on_tiles = scores_on_tiles && slopes_on_tiles && fits[2] != 0;
+        scores_on_tiles = key_fits && sh.fit(id, 0);
+        slopes_on_tiles = value_fits && sh.fit(id, 1);
+        after = sh.after();
+        const bool all_on_tiles = on_tiles(id);
+        if (careful || !all_on_tiles) need_floats(block, id);
         if (all_on_tiles && !shaping.shaped()) {
-            for (int p = 0; p < block.panels; p++) {
-                if (block.panel_rows(p) > W)
-                    tile_panel<2>(id, p, n, every);
-                else
-                    tile_panel<1>(id, p, n, every);
-            }
-            gather_on_tiles(id, block.count, n);
-            return gather_odd(g, n, [&](int j, int lane) { return weight_on_tiles(j, lane); });
+            if (odd_grads) gather_all();
+            const Slopes& mine = made[making];
+            with_parts(sh.parts, [&](auto of) {
+                tile_pair<of.count>(now, n, tile, next && on_tiles(next->id) ? next : nullptr);
+            });
+            if (odd_grads) gather_all();
+            return gather_odd(n, [&](int j, int lane) { return weight_on_tiles(mine, j, lane); });
         }
+        gather_all();
         // What a panel sees none of, at the end of the tile, is left out where nothing else reads it
         bool whole = every || all_on_tiles || shaping.shaped();
         int seen[PANELS], least_seen = n;
@@ -229,9 +229,9 @@ class Backward {
             seen[p] = whole ? n : seen_keys(visible, p, n);
             least_seen = (int)least(least_seen, seen[p]);
             if (block.panel_rows(p) > W)
-                panel<2>(id, p, k, v, q, g, seen[p], every);
+                panel<2>(id, p, seen[p], every);
             else
-                panel<1>(id, p, k, v, q, g, seen[p], every);
+                panel<1>(id, p, seen[p], every);
         }
         if (shaping.biased) gather_biases(block, k0, n);
         // The cap's own slope, 1 − tanh²: `capped` holds the tanh
@@ -244,19 +244,20 @@ class Backward {
         if (all_on_tiles) {
             with_parts(sh.parts, [&](auto of) {
                 constexpr int parts = of.count;
-                pack_rows<parts, Unseen>(score, LANES, n, block.count, weight_tiles);
-                pack_rows<parts, Unseen>(slope, LANES, n, block.count, slope_tiles);
+                const Slopes& to = made[making];
+                pack_rows<parts, Unseen>(score, LANES, n, block.count, to.weights);
+                pack_rows<parts, Unseen>(slope, LANES, n, block.count, to.slopes);
                 for (int p = 0; p < block.panels; p++)
-                    pack_columns<parts, false, Unseen>(slope + p * PW, LANES, n, PW, slopes_of(p));
+                    pack_columns<parts, false, Unseen>(slope + p * PW, LANES, n, PW, to.of_panel(0, p, parts));
+                add_pair<parts>(now, n);
             });
-            gather_on_tiles(id, block.count, n);
-            return gather_odd(g, n, weight);
+            gather_all();
+            return gather_odd(n, weight);
         }
-        long at = id * sh.lanes;
         auto gather = [&](int keys, long lane, long count) {
-            columns(keys, count, score + lane, LANES, 1, sh.grad + at * sh.v_dim + lane * PW, sh.lanes,
+            columns(keys, count, score + lane, LANES, 1, own.grad + lane * PW, sh.lanes,
                     sh.v_dim, d_value, KEYS);
-            columns(keys, count, slope + lane, LANES, 1, sh.query + at * sh.dim + lane * PW, sh.lanes,
+            columns(keys, count, slope + lane, LANES, 1, own.query + lane * PW, sh.lanes,
                     sh.dim, d_key, KEYS);
         };
         if (least_seen == n) gather(n, 0, block.count);
@@ -265,12 +266,13 @@ class Backward {
             product<true>(c.dim, seen[p], finite_key.data, 1, finite_key.ld, slope + p * PW, LANES,
                           d_query_of(id, p), PW);
         }
-        gather_odd(g, n, weight);
+        gather_odd(n, weight);
     }
 
     // What gradients that are not finite give the values of the keys that their rows see.
     template <class Weight>
-    void gather_odd(const float* g, int n, Weight weight) {
+    void gather_odd(int n, Weight weight) {
+        const float* g = own.grad_lanes;
         for (int lane = 0; lane < LANES && odd_grads >> lane; lane++) {
             if (!(odd_grads >> lane & 1)) continue;
             for (long d = 0; d < c.v_dim; d++) {
@@ -282,16 +284,15 @@ class Backward {
             }
         }
     }
-    float weight_on_tiles(int j, int lane) const {  // the first part
-        const uint16_t* tile = weight_tiles.at(j / SIDE, lane / PW);
+    float weight_on_tiles(const Slopes& of, int j, int lane) const {  // the first part, of its first pair
+        const uint16_t* tile = of.weights.at(j / SIDE, lane / PW);
         return from_brain(tile[j % SIDE * DEPTH + 2 * (lane % W) + lane % PW / W]);
     }
 
     // On tiles, scores and slopes of what is not finite: of the n keys from `from` on.
     template <int NV>
-    void odd_pairs(long id, int p, int from, int n, float* s, float* ds, long ld) const {
-        const float* q = sh.query_lanes + (id * sh.lanes + p * PW) * c.dim;
-        const float* g = sh.grad_lanes + (id * sh.lanes + p * PW) * c.v_dim;
+    void odd_pairs(int p, int from, int n, float* s, float* ds, long ld) const {
+        const float *q = own.query_lanes + p * PW * c.dim, *g = own.grad_lanes + p * PW * c.v_dim;
         if (s) odd_products(odd_keys, raw_key, odd_queries >> p * PW, q, c.dim, from, n, NV * W, s, ld);
         if (ds) odd_products(odd_values, raw_value, odd_grads >> p * PW, g, c.v_dim, from, n, NV * W, ds, ld);
     }
@@ -303,9 +304,11 @@ class Backward {
     float* d_query_of(long id, int p) const {
         return sh.d_query + ((stripe * sh.blocks + id) * sh.lanes + p * PW) * sh.dim;
     }
-    Tiles slopes_of(int p) const {
-        return {slope_columns.data + p * PW * KEYS * sh.parts, PW / SIDE, PW * KEYS};
+    bool on_tiles(long id) const {
+        return key_fits && value_fits && sh.fit(id, 0) && sh.fit(id, 1) && sh.fit(id, 2);
     }
+    float* half_scores() const { return score + score_turn * HALF * PW; }
+    float* half_slopes() const { return slope + score_turn * HALF * PW; }
 
     // C (rows × dim) += A (rows × depth) B (depth × dim), B and C in panels.
     static void columns(long rows, long depth, const float* a, long rs, long ks, const float* b,
@@ -315,29 +318,45 @@ class Backward {
     }
 
     // Pairs that are wholly on tiles (backward_tiles.h)
-    void gather_on_tiles(long id, int count, int n);
-    template <int NV>
-    void tile_panel(long id, int p, int n, bool every);
-    template <int parts, int NV, bool dropping>
-    void slopes_on(int p, int from, int bites, float by);
+    template <int parts>
+    void add_pair(const Pair& now, int n);
+    template <int parts>
+    void begin_gathering();
+    template <int parts>
+    void begin_product();
+    template <int parts, class Work>
+    void step_among(long gathered, long times, Work work);
+    template <int parts>
+    void finish_gathering();
+    void gather_all();
+    template <int parts>
+    void begin_scores(const Block& block, long id, int p, int from, int n);
+    template <int parts>
+    void tile_pair(const Pair& now, int n, int tile, const Pair* next);
+    template <int parts, int NV>
+    void half_panel(const Pair& now, int p, int from, int count, float* s, float* ds, long left);
+    template <int parts, int NV, bool plain>
+    void slopes_on(int p, int from, int bites, float by, const float* s, const float* ds, long gathered);
 
     // Weights and slopes of one panel, as [key][lane].
     template <int NV>
-    void panel(long id, int p, Rows k, Rows v, const float* q, const float* g, int n, bool every) {
+    void panel(long id, int p, int n, bool every) {
+        const Rows &k = raw_key, &v = raw_value;
+        const float *q = own.query_lanes + p * PW * c.dim, *g = own.grad_lanes + p * PW * c.v_dim;
         float *s = score + p * PW, *ds = slope + p * PW;
         bool whole = c.query.type == F16;
         if (scores_on_tiles)
             tile_product<false, NV>(sh.parts, whole, n, c.dim, key_tiles,
                                     sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, LANES);
         else
-            product<false, NV>(n, c.dim, k.data, k.ld, 1, q + p * c.dim * PW, PW, s, LANES);
+            product<false, NV>(n, c.dim, k.data, k.ld, 1, q, PW, s, LANES);
         if (slopes_on_tiles)
             tile_product<false, NV>(sh.parts, whole, n, c.v_dim, value_tiles,
                                     sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, LANES);
         else
-            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g + p * c.v_dim * PW, PW, ds, LANES);
+            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g, PW, ds, LANES);
         if (careful)
-            odd_pairs<NV>(id, p, 0, n, scores_on_tiles ? s : nullptr, slopes_on_tiles ? ds : nullptr,
+            odd_pairs<NV>(p, 0, n, scores_on_tiles ? s : nullptr, slopes_on_tiles ? ds : nullptr,
                           LANES);
         if (after != 1.f) multiply<NV>(n, s, LANES, after);
         if (!every || shaping.shaped())

@@ -6,8 +6,8 @@
 
 namespace regard::LEVEL {
 
-// One panel, as `tile_rows` makes it, a dot of two tiles at a time: rows are done in blocks of two tiles by two,
-// and a block goes over all of its depth, for one pair of parts after another. Between blocks all is in memory.
+// One panel, as `tile_rows` makes it, a dot of two tiles at a time: rows are done in blocks of two tiles by two.
+// Between blocks all is in memory.
 class Stepper {
   public:
     // wide: a panel of two vectors. Inline: a struct that is read just after it was written is waited for.
@@ -17,7 +17,7 @@ class Stepper {
         a = from_a, b = from_b, c = to;
         rows = row_count, depth = deep;
         add = adds, whole = all_pairs, wide = two_vectors;
-        row = at_depth = 0;
+        row = at = 0;
         if constexpr (BY_PAIRS) {  // by vectors anyhow
             if (wide)
                 tile_rows<parts, adds, 2>(whole, rows, depth, a, b, c, PW);
@@ -39,39 +39,52 @@ class Stepper {
     template <int parts, int count, class Work>
     INLINE_MEMBER void step(Work work) {
         const bool below = row + 1 < rows, right = wide;
-        const bool first = at_depth == 0, last = at_depth + 1 == block_depth<parts>();
-        if (first) left = pair = 0;
-        if (left == 0) {
-            left = depth;
-            PartPair parted = pair_of<parts>(whole, pair++);
-            x = a.at(row, 0) + parted.a * a.step;
-            y = b.data + parted.b * b.step;
-        }
-        const uint16_t *from = x, *with = y;
+        const bool first = at == 0, last = at + 1 == block_depth<parts>();
+        PartPair pair{0, 0};
         float* to = c + row * SIDE * PW;
-        x += TILE;
-        y += b.wide * TILE;
-        left--;
-        at_depth = last ? 0 : at_depth + 1;
+        const uint16_t *from, *with;
+        if constexpr (take_turns(parts)) {
+            if (first) begin_pair({0, 0}), turn = 0;
+            pair = pair_of<parts>(whole, turn);
+            from = x + pair.a * a.step, with = y + pair.b * b.step;
+            const int alone = pairs_of<parts>(whole) - 1;
+            if (turn == alone || ++turn == alone) {
+                x += TILE, y += b.wide * TILE;
+                if (at + 1 < alone * depth)
+                    turn = 0;
+                else if (at + 1 == alone * depth)
+                    begin_pair({0, 0});
+            }
+        } else {
+            if (first) left = turn = 0;
+            if (left == 0) {
+                begin_pair(pair_of<parts>(whole, turn++));
+                left = depth;
+            }
+            from = x, with = y;
+            x += TILE, y += b.wide * TILE;
+            left--;
+        }
+        at = last ? 0 : at + 1;
         row += last ? 2 : 0;
         if (first) tiles_written();
         spread<0, count>(work);
         if (first) begin<0>(to);
-        tile_pass<4>(from, 64);
-        tile_load<6>(with, 64);
+        if (pair.load_a) tile_pass<4>(from, 64);
+        if (pair.load_b) tile_load<6>(with, 64);
         tile_dot<0, 0>();
         if (last) tile_store<0>(to, PW * 4);
         spread<1, count>(work);
         if (below) {
             if (first) begin<2>(to + SIDE * PW);
-            tile_pass<5>(from + a.wide * TILE, 64);
+            if (pair.load_a) tile_pass<5>(from + a.wide * TILE, 64);
             tile_dot<1, 0>();
             if (last) tile_store<2>(to + SIDE * PW, PW * 4);
         }
         spread<2, count>(work);
         if (right) {
             if (first) begin<1>(to + SIDE);
-            tile_load<7>(with + TILE, 64);
+            if (pair.load_b) tile_load<7>(with + TILE, 64);
             tile_dot<0, 1>();
             if (last) tile_store<1>(to + SIDE, PW * 4);
         }
@@ -86,11 +99,16 @@ class Stepper {
   private:
     Tiles a{}, b{};
     float* c = nullptr;
-    long depth = 0, at_depth = 0, left = 0;
+    long depth = 0;
     bool add = false, whole = false, wide = false;
-    int pair = 0;
+    long at = 0, left = 0;  // of a block's steps; of the depth, for one pair of parts
+    int turn = 0;           // which of the pairs
     const uint16_t *x = nullptr, *y = nullptr;
 
+    INLINE_MEMBER void begin_pair(PartPair pair) {
+        x = a.at(row, 0) + pair.a * a.step;
+        y = b.data + pair.b * b.step;
+    }
     template <int parts>
     long block_depth() const { return pairs_of<parts>(whole) * depth; }
     template <int at, int count, class Work>
@@ -106,35 +124,38 @@ class Stepper {
     }
 };
 
+// So many steps of products, spread evenly among so many times the work of vectors. next(): whose step is next.
+template <int parts, class Next, class Work>
+INLINE void among(long steps, long times, Next next, Work work) {
+    const long each = steps ? times / steps : 0, over = steps ? times % steps : times;
+    for (long i = 0, carried = 0; i < steps; i++) {
+        carried += over;
+        long count = each + (carried >= steps);
+        carried -= carried >= steps ? steps : 0;
+        for (; count > 4; count--) work();  // more than one step is spread among
+        Stepper& product = next();
+        switch (count) {
+            case 0: product.step<parts, 0>(work); break;
+            case 1: product.step<parts, 1>(work); break;
+            case 2: product.step<parts, 2>(work); break;
+            case 3: product.step<parts, 3>(work); break;
+            default: product.step<parts, 4>(work);
+        }
+    }
+    for (long i = steps ? 0 : times; i > 0; i--) work();
+}
+
 // The scores of the next keys, and what is mixed of those weighed before.
 struct Beside {
     Stepper scores, mix;
     long mix_until = 0;  // how far the mix is to come this time
 
-    template <int parts>
-    long steps() const {
-        return scores.steps<parts>(scores.rows) + mix.steps<parts>(mix_until);
-    }
-    // All of it, spread evenly among so many times the work of vectors.
+    // All of it.
     template <int parts, class Work>
     INLINE_MEMBER void finish_among(long times, Work work) {
-        const long all = steps<parts>();
-        const long each = all ? times / all : 0, over = all ? times % all : times;
-        for (long i = 0, carried = 0; i < all; i++) {
-            carried += over;
-            long count = each + (carried >= all);
-            carried -= carried >= all ? all : 0;
-            for (; count > 4; count--) work();  // more than one step is spread among
-            Stepper& next = scores.done() ? mix : scores;
-            switch (count) {
-                case 0: next.step<parts, 0>(work); break;
-                case 1: next.step<parts, 1>(work); break;
-                case 2: next.step<parts, 2>(work); break;
-                case 3: next.step<parts, 3>(work); break;
-                default: next.step<parts, 4>(work);
-            }
-        }
-        for (long i = all ? 0 : times; i > 0; i--) work();
+        among<parts>(
+            scores.steps<parts>(scores.rows) + mix.steps<parts>(mix_until), times,
+            [&]() INLINE_LAMBDA -> Stepper& { return scores.done() ? mix : scores; }, work);
     }
     // Of what is mixed, so much that it is done in so many times.
     void share_mix(long times) {

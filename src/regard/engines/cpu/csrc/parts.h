@@ -174,10 +174,13 @@ INLINE auto with_parts(int parts, Then then) {
     return parts == 1 ? then(Parts<1>{}) : parts == 2 ? then(Parts<2>{}) : then(Parts<3>{});
 }
 
-// The products of two parts, the smallest first, which rounds least; unless `whole`, without the first of them,
-// whose parts are the last ones of both sides.
+// The products of two parts: first those that are small, as that rounds least, and last that of the first parts,
+// which has all the digits; unless `whole`, without those whose parts lie furthest. One after another goes over all
+// of the depth. Of three parts the small ones take turns at each step of depth instead, in an order in which each
+// shares a tile with the one before, which is loaded once.
 struct PartPair {
     int8_t a, b;
+    bool load_a = true, load_b = true;
 };
 template <int parts>
 constexpr int pairs_of(bool whole) {
@@ -185,11 +188,17 @@ constexpr int pairs_of(bool whole) {
 }
 template <int parts>
 INLINE PartPair pair_of(bool whole, int n) {
-    static constexpr PartPair one[] = {{0, 0}}, two[] = {{1, 1}, {0, 1}, {1, 0}, {0, 0}};
-    static constexpr PartPair three[] = {{2, 2}, {1, 2}, {2, 1}, {0, 2}, {1, 1}, {2, 0}, {0, 1}, {1, 0}, {0, 0}};
-    const PartPair* all = parts == 1 ? one : parts == 2 ? two : three;
-    return all[n + (whole ? 0 : parts * (parts - 1) / 2)];
+    static constexpr PartPair two[] = {{1, 1}, {0, 1}, {1, 0}, {0, 0}};
+    static constexpr PartPair three[] = {{0, 2}, {0, 1, false, true}, {1, 1, true, false}, {1, 0, false, true},
+                                         {2, 0, true, false}, {0, 0}};
+    static constexpr PartPair three_whole[] = {
+        {2, 2}, {1, 2, true, false}, {0, 2, true, false}, {0, 1, false, true}, {1, 1, true, false},
+        {2, 1, true, false}, {2, 0, false, true}, {1, 0, true, false}, {0, 0}};
+    if constexpr (parts == 1) return {0, 0};
+    if constexpr (parts == 2) return two[n + !whole];
+    return whole ? three_whole[n] : three[n];
 }
+constexpr bool take_turns(int parts) { return parts == 3; }
 
 // then(x, y): the tiles of A and B of each product of two parts, from the row of tiles `row` on.
 template <int parts, class Then>
@@ -237,18 +246,26 @@ INLINE void tile_block(bool whole, long depth, const Tiles& a, long row, const T
         if (R > 1) tile_zero<2>();
         if (R > 1 && NV > 1) tile_zero<3>();
     }
-    each_product<parts>(whole, a, row, b, [&](const uint16_t* x, const uint16_t* y) INLINE_LAMBDA {
-        for (long k = 0; k < depth; k++, x += TILE, y += b.wide * TILE) {
+    auto step = [&](const PartPair& pair, long at) INLINE_LAMBDA {
+        const uint16_t *x = a.at(row, at) + pair.a * a.step, *y = b.at(at, 0) + pair.b * b.step;
+        if (pair.load_a) {
             tile_pass<4>(x, 64);
-            tile_load<6>(y, 64);
-            tile_dot<0, 0>();
             if (R > 1) tile_pass<5>(x + a.wide * TILE, 64);
-            if (NV > 1) tile_load<7>(y + TILE, 64);
-            if (R > 1) tile_dot<1, 0>();
-            if (NV > 1) tile_dot<0, 1>();
-            if (R > 1 && NV > 1) tile_dot<1, 1>();
         }
-    });
+        if (pair.load_b) {
+            tile_load<6>(y, 64);
+            if (NV > 1) tile_load<7>(y + TILE, 64);
+        }
+        tile_dot<0, 0>();
+        if (R > 1) tile_dot<1, 0>();
+        if (NV > 1) tile_dot<0, 1>();
+        if (R > 1 && NV > 1) tile_dot<1, 1>();
+    };
+    const int pairs = pairs_of<parts>(whole), turns = take_turns(parts) ? pairs - 1 : 0;
+    for (long at = 0; turns && at < depth; at++)
+        for (int n = 0; n < turns; n++) step(pair_of<parts>(whole, n), at);
+    for (int n = turns; n < pairs; n++)
+        for (long at = 0; at < depth; at++) step(pair_of<parts>(whole, n), at);
     tile_store<0>(c, bytes);
     if (NV > 1) tile_store<1>(c + SIDE, bytes);
     if (R > 1) tile_store<2>(below, bytes);
