@@ -108,9 +108,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         *_tensors(call), 0.0, mask is None and not call.program.full, attn_mask=mask,
         scale=call.scale,
     )  # fmt: skip
-    if call.query.dtype in (torch.bfloat16, torch.float16):
-        # It drops an infinite score of these; inf − inf is NaN
-        out = out.masked_fill((lse == torch.inf)[..., None], torch.nan)
+    if (infinite := _infinite(call, lse)) is not None:
+        out = out.masked_fill(infinite, torch.nan)  # inf − inf
     # It gives a row that sees nothing an lse of 0
     return out, lse if blind is None else lse.masked_fill(blind, -torch.inf)
 
@@ -120,8 +119,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value on the CPU, given what `forward` returned."""
     mask, blind = _mask(call)
-    if call.query.dtype in (torch.bfloat16, torch.float16):
-        grad_out = grad_out.masked_fill((lse == torch.inf)[..., None], 0)
+    if (infinite := _infinite(call, lse)) is not None:
+        grad_out = grad_out.masked_fill(infinite, 0)
     if blind is not None:
         lse = lse.masked_fill(blind, 0)
     grads: tuple[Tensor, Tensor, Tensor] = (
@@ -131,6 +130,18 @@ def backward(
         )
     )  # fmt: skip
     return grads
+
+
+def _infinite(call: Call, lse: Tensor) -> Tensor | None:
+    """The rows (…, q_len, 1) that see an infinite score, which its kernel drops of 16-bit numbers.
+
+    None: there are none. To fill nothing would copy all of the output, which takes as long as short
+    attention does; so this looks, where it may.
+    """
+    if call.query.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    infinite = lse == torch.inf
+    return None if transforms.unwatched(lse) and not infinite.any() else infinite[..., None]
 
 
 def _mask(call: Call) -> tuple[Tensor | None, Tensor | None]:

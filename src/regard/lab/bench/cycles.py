@@ -1,4 +1,4 @@
-"""Where the cycles of our forward go, a tile of 64 rows × 128 keys: `regard bench --parts`."""
+"""Where the cycles of our kernels go, a tile of 64 rows × 128 keys: `regard bench --parts`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check() -> None:
 
 
 def table(entries: Sequence[Entry]) -> Iterator[str]:
-    """A line an entry whose forward is ours, from the head on."""
+    """A line an entry that these kernels compute, from the head on."""
     yield f"{'cycles a tile':<34} " + " ".join(f"{part:>9}" for part in native.PARTS)
     for entry in entries:
-        if entry.problem.backward or entry.problem.form is not None:
+        if entry.problem.form is not None:
             continue
         run = ours(Inputs(entry.problem), "cpu").run
         run()

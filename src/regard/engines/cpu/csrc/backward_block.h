@@ -254,6 +254,7 @@ class Backward {
             gather_all();
             return gather_odd(n, weight);
         }
+        Timed mixing(clock, MIX);
         auto gather = [&](int keys, long lane, long count) {
             columns(keys, count, score + lane, LANES, 1, own.grad + lane * PW, sh.lanes,
                     sh.v_dim, d_value, KEYS);
@@ -345,16 +346,20 @@ class Backward {
         const float *q = own.query_lanes + p * PW * c.dim, *g = own.grad_lanes + p * PW * c.v_dim;
         float *s = score + p * PW, *ds = slope + p * PW;
         bool whole = c.query.type == F16;
-        if (scores_on_tiles)
-            tile_product<false, NV>(sh.parts, whole, n, c.dim, key_tiles,
-                                    sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, LANES);
-        else
-            product<false, NV>(n, c.dim, k.data, k.ld, 1, q, PW, s, LANES);
-        if (slopes_on_tiles)
-            tile_product<false, NV>(sh.parts, whole, n, c.v_dim, value_tiles,
-                                    sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, LANES);
-        else
-            product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g, PW, ds, LANES);
+        {
+            Timed scoring(clock, SCORES);
+            if (scores_on_tiles)
+                tile_product<false, NV>(sh.parts, whole, n, c.dim, key_tiles,
+                                        sh.lane_tiles(sh.query_tiles, id, sh.dim, p), s, LANES);
+            else
+                product<false, NV>(n, c.dim, k.data, k.ld, 1, q, PW, s, LANES);
+            if (slopes_on_tiles)
+                tile_product<false, NV>(sh.parts, whole, n, c.v_dim, value_tiles,
+                                        sh.lane_tiles(sh.grad_tiles, id, sh.v_dim, p), ds, LANES);
+            else
+                product<false, NV>(n, c.v_dim, v.data, v.ld, 1, g, PW, ds, LANES);
+        }
+        Timed weighing(clock, SOFTMAX);
         if (careful)
             odd_pairs<NV>(p, 0, n, scores_on_tiles ? s : nullptr, slopes_on_tiles ? ds : nullptr,
                           LANES);

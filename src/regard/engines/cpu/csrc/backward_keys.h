@@ -27,7 +27,7 @@ inline void Backward::make_keys() {
             return pack_rows<parts>(x.data, x.ld, key_count, c.dim, key_tiles);
         });
     });
-    finite_key = odd_keys.filled(key_count, c.dim, clean);
+    if (odd_keys.count) finite_key = odd_keys.filled(key_count, c.dim, clean);
 }
 // From bf16 where they lie; false if they are another way, or do not fit.
 inline bool Backward::brain_keys() {

@@ -30,9 +30,9 @@ class Stepper {
     long rows = 0;
     bool done() const { return row >= rows; }
     template <int parts>
-    long steps(long until) const {  // before row `until` is reached; asked between blocks
+    long steps(long until) const {  // before row `until` is reached
         until = until < rows ? until : rows;
-        return row < until ? (until - row + 1) / 2 * block_depth<parts>() : 0;
+        return row < until ? (until - row + 1) / 2 * block_depth<parts>() - at : 0;
     }
 
     // One tile of depth of a block, its four dots spread among `count` times the work of vectors.
@@ -149,13 +149,21 @@ INLINE void among(long steps, long times, Next next, Work work) {
 struct Beside {
     Stepper scores, mix;
     long mix_until = 0;  // how far the mix is to come this time
+    long offers = 0;     // to the lists of the largest scores, the last time: so many may come the next
 
-    // All of it.
+    template <int parts>
+    long steps() const {
+        return scores.steps<parts>(scores.rows) + mix.steps<parts>(mix_until);
+    }
+    // So many steps of it; all.
+    template <int parts, class Work>
+    INLINE_MEMBER void do_among(long steps, long times, Work work) {
+        among<parts>(
+            steps, times, [&]() INLINE_LAMBDA -> Stepper& { return scores.done() ? mix : scores; }, work);
+    }
     template <int parts, class Work>
     INLINE_MEMBER void finish_among(long times, Work work) {
-        among<parts>(
-            scores.steps<parts>(scores.rows) + mix.steps<parts>(mix_until), times,
-            [&]() INLINE_LAMBDA -> Stepper& { return scores.done() ? mix : scores; }, work);
+        do_among<parts>(steps<parts>(), times, work);
     }
     // Of what is mixed, so much that it is done in so many times.
     void share_mix(long times) {

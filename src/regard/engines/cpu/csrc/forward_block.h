@@ -416,12 +416,12 @@ class Forward {
     const float* drop(int p, int n, const float* s);
     void few_rows(const Block& block, State& state, float* s, long k0, int n, bool every);
 
-    // The scores of the rows that are kept whole; `finish` makes weights of them.
-    void keep_rows(const Block& block, int p, const float* s, long k0, int n) {
+    // The scores of the rows that are kept whole, s · by; `finish` makes weights of them.
+    void keep_rows(const Block& block, int p, const float* s, long k0, int n, float by = 1) {
         Timed observing(clock, OBSERVERS);
         each_kept(block, [&](const Segment&, int lane, float* to) {
             if (lane / PW != p) return;
-            for (int j = 0; j < n; j++) to[k0 + j] = s[j * PW + lane % PW];
+            for (int j = 0; j < n; j++) to[k0 + j] = s[j * PW + lane % PW] * by;
         });
     }
 

@@ -65,7 +65,7 @@ void Forward::tile_panel(const Block& block, State& state, int p, const Sides& o
             for (int b = 0; odd_values.count && b < bites; b++)
                 mix_odd_bite((i + b) * BITE, weigh.to + b * BITE * PW, state.mixed + p * sh.v_dim * PW);
             if (o.row_count)
-                keep_rows(block, p, weigh.scores, weigh.k0, (int)least(n - i * BITE, bites * BITE));
+                keep_rows(block, p, weigh.scores, weigh.k0, (int)least(n - i * BITE, bites * BITE), weigh.by);
             if (keep) lower_kept<NV>(state, p, top, keep + first * BITE * PW, keep + i * BITE * PW);
         }
         mix(end);

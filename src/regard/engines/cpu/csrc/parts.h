@@ -164,14 +164,18 @@ static bool pack_columns(const float* x, long ld, long depth, long columns, Tile
     return range.fits();
 }
 
-// then(Parts<n>{}), for a number of parts that is known only when running.
+// then(Parts<n>{}), for a number of parts that is known only when running. Levels without tiles, which never
+// multiply parts, compile one of them alone.
 template <int n>
 struct Parts {
     static constexpr int count = n;
 };
 template <class Then>
 INLINE auto with_parts(int parts, Then then) {
-    return parts == 1 ? then(Parts<1>{}) : parts == 2 ? then(Parts<2>{}) : then(Parts<3>{});
+    if constexpr (!HAS_TILES)
+        return then(Parts<1>{});
+    else
+        return parts == 1 ? then(Parts<1>{}) : parts == 2 ? then(Parts<2>{}) : then(Parts<3>{});
 }
 
 // The products of two parts: first those that are small, as that rounds least, and last that of the first parts,

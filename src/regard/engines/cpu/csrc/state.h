@@ -61,24 +61,34 @@ struct State {
         total[lane] = logit == -INFINITY ? 0.f : 1.f;
     }
 
-    // Offers the scores s[j · PW] of n ≤ KEYS keys to one vector of lanes: only those that beat the k-th.
-    void offer_all(int c, const float* s, int n, long k0, V largest) {
+    // Offers the scores s[j · PW] · by of n ≤ KEYS keys to one vector of lanes: only those that beat the k-th.
+    // run(times, offer): has `offer` done so often. How often.
+    template <class Run>
+    INLINE_MEMBER long offer_all(int c, const float* s, int n, long k0, V largest, float by, Run run) {
         V last = load(value + (long)(k - 1) * lanes + c);
-        if (!any((I)(largest > last) | (largest != largest))) return;
+        if (!any((I)(largest > last) | (largest != largest))) return run(0, [] {}), 0;
         uint64_t better[KEYS / 64];
+        long times = 0;
         for (int word = 0; word < KEYS / 64; word++) {
             uint64_t bits = 0;
             const float* from = s + word * 64 * PW;
             int m = n - word * 64 < 64 ? n - word * 64 : 64;
-            for (int j = 0; j < m; j++) bits |= (uint64_t)beats(load(from + j * PW), last) << j;
+            for (int j = 0; j < m; j++) bits |= (uint64_t)beats(load(from + j * PW) * by, last) << j;
             better[word] = bits;
+            times += __builtin_popcountll(bits);
         }
         switch (k) {  // a list of these lengths is held in registers meanwhile
-            case 1: return offer_some<1>(c, s, k0, better);
-            case 4: return offer_some<4>(c, s, k0, better);
-            case 8: return offer_some<8>(c, s, k0, better);
-            default: return offer_some<0>(c, s, k0, better);
+            case 1: offer_some<1>(c, s, k0, better, by, times, run); break;
+            case 4: offer_some<4>(c, s, k0, better, by, times, run); break;
+            case 8: offer_some<8>(c, s, k0, better, by, times, run); break;
+            default: offer_some<0>(c, s, k0, better, by, times, run);
         }
+        return times;
+    }
+    void offer_all(int c, const float* s, int n, long k0, V largest) {
+        offer_all(c, s, n, k0, largest, 1, [](long times, auto offer) {
+            for (; times > 0; times--) offer();
+        });
     }
 
     // Joins the state of later keys.
@@ -127,8 +137,9 @@ struct State {
 
     // The scores of a lane go down its list: ties stay with the lower key, which came first; NaN stands
     // above all, so that it surfaces. K: the list's length; 0: k, in memory.
-    template <int K>
-    void offer_some(int c, const float* s, long k0, const uint64_t* better) {
+    template <int K, class Run>
+    INLINE_MEMBER void offer_some(int c, const float* s, long k0, const uint64_t* better, float by, long times,
+                                  Run run) {
         constexpr int held = K ? K : 1;
         V score[held];
         I key[held];
@@ -138,30 +149,33 @@ struct State {
             score[t] = load(at(value, t));
             key[t] = (I)load(at(index, t));
         }
-        for (int word = 0; word < KEYS / 64; word++)
-            for (uint64_t left = better[word]; left; left &= left - 1) {
-                int j = word * 64 + __builtin_ctzll(left);
-                V x = load(s + j * PW);
-                I id = I{} + (int32_t)(k0 + j);
-                auto offer = [&](V& other, I& its) __attribute__((always_inline)) {
-                    I behind = x <= other;
-                    V gone = behind ? x : other;
-                    I goes = behind ? id : its;
-                    other = behind ? other : x;
-                    its = behind ? its : id;
-                    x = gone;
-                    id = goes;
-                };
-                #pragma GCC unroll 8
-                for (int t = 0; t < K; t++) offer(score[t], key[t]);
-                for (int t = 0; K == 0 && t < k; t++) {
-                    V other = load(at(value, t));
-                    I its = (I)load(at(index, t));
-                    offer(other, its);
-                    store(at(value, t), other);
-                    store(at(index, t), (V)its);
-                }
+        int word = 0;
+        uint64_t left = better[0];
+        run(times, [&]() INLINE_LAMBDA {
+            while (!left) left = better[++word];
+            int j = word * 64 + __builtin_ctzll(left);
+            left &= left - 1;
+            V x = load(s + j * PW) * by;
+            I id = I{} + (int32_t)(k0 + j);
+            auto offer = [&](V& other, I& its) INLINE_LAMBDA {
+                I behind = x <= other;
+                V gone = behind ? x : other;
+                I goes = behind ? id : its;
+                other = behind ? other : x;
+                its = behind ? its : id;
+                x = gone;
+                id = goes;
+            };
+            #pragma GCC unroll 8
+            for (int t = 0; t < K; t++) offer(score[t], key[t]);
+            for (int t = 0; K == 0 && t < k; t++) {
+                V other = load(at(value, t));
+                I its = (I)load(at(index, t));
+                offer(other, its);
+                store(at(value, t), other);
+                store(at(index, t), (V)its);
             }
+        });
         #pragma GCC unroll 8
         for (int t = 0; t < K; t++) {
             store(at(value, t), score[t]);

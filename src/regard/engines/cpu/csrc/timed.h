@@ -1,4 +1,4 @@
-// Where the forward's cycles go, for `regard bench --parts`. Built with the CMake option REGARD_PARTS;
+// Where the cycles of forward and backward go, for `regard bench --parts`. Built with the CMake option REGARD_PARTS;
 // without it nothing of this is left.
 #pragma once
 #include "abi.h"

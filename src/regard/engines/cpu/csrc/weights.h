@@ -31,7 +31,7 @@ INLINE N part_of(V& low, V& high) {
 // What the softmax of one panel and some bites of keys reads and leaves, besides the state.
 struct Weigh {
     int bites;
-    float* scores;           // [key][PW]; are to be multiplied by `by`: watched, they are in the end
+    float* scores;           // [key][PW]; are to be multiplied by `by`
     long k0;                 // the first key; −inf stands for those that there are not
     float by;
     uint16_t* to;            // tiles of B
@@ -93,11 +93,15 @@ static void raise_tops(State& state, int p, const Weigh& of, const I* lanes) {
 template <int parts, int NV, bool watched>
 static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside, bool settled, I* beyond) {
     const float* s = of.scores;
-    V top[NV], total[NV] = {}, spread[NV] = {}, by = all(of.by);
-    for (int l = 0; l < NV; l++) top[l] = load(state.top + p * PW + l * W);
+    V top[NV], total[NV] = {}, spread[NV] = {}, largest[NV], by = all(of.by);
+    for (int l = 0; l < NV; l++) {
+        top[l] = load(state.top + p * PW + l * W);
+        largest[l] = all(-INFINITY);
+    }
     const Exp2Table by_table;
-    long row = 0;
-    beside.finish_among<parts>(of.bites * SIDE, [&]() INLINE_LAMBDA {
+    long row = 0, steps = beside.steps<parts>();
+    if (watched && state.k) steps = steps * of.bites * SIDE / (of.bites * SIDE + beside.offers);
+    beside.do_among<parts>(steps, of.bites * SIDE, [&]() INLINE_LAMBDA {
         const long i = row % SIDE, j = row / SIDE * BITE + i;  // among a tile's rows, and among the keys
         #pragma GCC unroll 2
         for (int l = 0; l < NV; l++) {
@@ -105,9 +109,10 @@ static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside,
             #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 long at = (j + half * SIDE) * PW + l * W;
-                V y = (load(s + at) * by - top[l]) * LOG2E;  // in this order: scores may be large
+                V x = load(s + at), y = (x * by - top[l]) * LOG2E;  // in this order: scores may be large
                 w[half] = parts == 1 ? by_table(y) : exp2<6>(y);
                 if (watched) {
+                    if (of.largest) largest[l] = max(x, largest[l]);
                     if (of.entropy) spread[l] += w[half] * max(all(-200.f), y * (1 / LOG2E));
                     if (of.kept) store(of.kept + at, w[half]);
                 }
@@ -134,18 +139,20 @@ static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside,
         store(state.total + at, load(state.total + at) + total[l]);
         if (watched && of.entropy) store(state.spread + at, load(state.spread + at) + spread[l]);
     }
-    if (!watched) return true;
-    if (of.by != 1.f) multiply<NV>(of.bites * BITE, of.scores, PW, of.by);
-    if (!of.largest) return true;
-    V largest[NV];
-    Weigh multiplied = of;
-    multiplied.by = 1;
-    largest_of<NV>(multiplied, largest);
+    if (!watched || !of.largest) return true;
+    long offers = 0;
     for (int l = 0; l < NV; l++) {
         int at = p * PW + l * W;
+        largest[l] *= by;
         store(state.visible + at, max(largest[l], load(state.visible + at)));
-        if (state.k) state.offer_all(at, s + l * W, of.bites * BITE, of.k0, largest[l]);
+        if (!state.k) continue;
+        const long share = beside.steps<parts>() / (NV - l);
+        offers += state.offer_all(at, s + l * W, of.bites * BITE, of.k0, largest[l], of.by,
+                                  [&](long times, auto offer) INLINE_LAMBDA {
+                                      beside.do_among<parts>(share, times, offer);
+                                  });
     }
+    beside.offers = offers;
     return true;
 }
 
