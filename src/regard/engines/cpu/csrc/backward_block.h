@@ -20,8 +20,8 @@ struct Pair {
     bool every;  // nothing of the tile is hidden
 };
 
-// So many pairs are gathered at a time. What a gradient is to get is a product whose depth are their lanes, and to
-// fetch the gradient and store it takes as long as six tiles of depth; of more parts each depth is six products.
+// So many pairs are gathered at a time. What a gradient is to get is a product whose depth are their lanes; to fetch
+// and store a block of it takes longer than a step of depth does, but of two or three parts a step is 3 or 6 products.
 INLINE int gathered_pairs(int parts) { return parts == 1 ? 4 : 1; }
 
 // Weights and slopes of some pairs of neighbouring blocks, as tiles.
