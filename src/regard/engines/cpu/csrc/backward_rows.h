@@ -161,15 +161,14 @@ static bool pack_direct(const SharedBackward& sh, const Block& block, long id, c
     std::conditional_t<brains, BrainRange, Range> range;
     // i, half → the row and its first number
     auto tile = [&](auto turned, auto from, uint16_t* to, long step) INLINE_LAMBDA {
-        auto at = [&](int i, int half) INLINE_LAMBDA { return wide<type>(from(i, half), 0); };
         if constexpr (brains) {
             pack_brain_tile<turned.value>(
-                [&](int i) INLINE_LAMBDA { return (N)at(i, 0) >> 16 | (N)at(i, 1); }, to, range);
+                [&](int i) INLINE_LAMBDA { return brain_pair(from(i, 0), 0, from(i, 1), 0); }, to, range);
         } else {
             V x[2][W];  // turned before they are split: each part would have to be
             for (int half = 0; half < 2; half++) {
                 #pragma GCC unroll 16
-                for (int i = 0; i < W; i++) x[half][i] = at(i, half) * by;
+                for (int i = 0; i < W; i++) x[half][i] = wide<type>(from(i, half), 0) * by;
                 if (turned.value) transpose(x[half]);
             }
             pack_tile<parts, false>([&](int i, int half) INLINE_LAMBDA { return x[half][i]; }, to, step, range);

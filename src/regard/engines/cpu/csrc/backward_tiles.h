@@ -5,14 +5,6 @@
 
 namespace regard::LEVEL {
 
-// One row of one tile of each part.
-template <int parts>
-INLINE void put(V low, V high, float* to, long step) {
-    if constexpr (parts > 1) store(to, (V)part_of<false>(low, high));
-    if constexpr (parts > 2) store(to + step / 2, (V)part_of<false>(low, high));
-    store(to + (parts - 1) * step / 2, (V)part_of<true>(low, high));
-}
-
 // A pair is made, and stands with those before.
 template <int parts>
 void Backward::add_pair(const Pair& now, int n) {

@@ -155,15 +155,11 @@ struct Beside {
     long steps() const {
         return scores.steps<parts>(scores.rows) + mix.steps<parts>(mix_until);
     }
-    // So many steps of it; all.
+    // So many steps of it.
     template <int parts, class Work>
     INLINE_MEMBER void do_among(long steps, long times, Work work) {
         among<parts>(
             steps, times, [&]() INLINE_LAMBDA -> Stepper& { return scores.done() ? mix : scores; }, work);
-    }
-    template <int parts, class Work>
-    INLINE_MEMBER void finish_among(long times, Work work) {
-        do_among<parts>(steps<parts>(), times, work);
     }
     // Of what is mixed, so much that it is done in so many times.
     void share_mix(long times) {
@@ -176,7 +172,7 @@ struct Beside {
     }
     template <int parts>
     void finish() {
-        finish_among<parts>(0, [] {});
+        do_among<parts>(steps<parts>(), 0, [] {});
     }
 };
 

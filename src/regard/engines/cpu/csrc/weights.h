@@ -28,6 +28,14 @@ INLINE N part_of(V& low, V& high) {
     return a >> 16 | b;
 }
 
+// One row of one tile of each part, which stand `step` numbers from each other.
+template <int parts>
+INLINE void put(V low, V high, float* to, long step) {
+    if constexpr (parts > 1) store(to, (V)part_of<false>(low, high));
+    if constexpr (parts > 2) store(to + step / 2, (V)part_of<false>(low, high));
+    store(to + (parts - 1) * step / 2, (V)part_of<true>(low, high));
+}
+
 // What the softmax of one panel and some bites of keys reads and leaves, besides the state.
 struct Weigh {
     int bites;
@@ -122,9 +130,7 @@ static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside,
                 for (int half = 0; half < 2; half++)
                     w[half] *= load(of.factors + (j + half * SIDE) * LANES + l * W);
             float* to = (float*)(of.to + row / SIDE * BITE * PW + l * TILE) + i * W;
-            if constexpr (parts > 1) store(to, (V)part_of<false>(w[0], w[1]));
-            if constexpr (parts > 2) store(to + KEYS * PW / 2, (V)part_of<false>(w[0], w[1]));
-            store(to + (parts - 1) * KEYS * PW / 2, (V)part_of<true>(w[0], w[1]));
+            put<parts>(w[0], w[1], to, KEYS * PW);
         }
         row++;
     });
