@@ -11,11 +11,15 @@ inline void Backward::make_keys() {
     key_fits = value_fits = false;
     if (sh.parts == 1 && brain_keys()) return;
     read_keys();
+    if (!sh.parts) {
+        odd_values.find(raw_value, key_count, c.v_dim);
+        odd_keys.find(raw_key, key_count, c.dim);
+    }
     auto finitely = [&](const Rows& rows, long dim, Odd& odd, bool& fits, auto as_tiles) {
-        fits = sh.parts && as_tiles(rows);
+        fits = as_tiles(rows);
         if (fits) return;
         odd.find(rows, key_count, dim);
-        fits = sh.parts && odd.count && as_tiles(odd.filled(key_count, dim, clean));
+        fits = odd.count && as_tiles(odd.filled(key_count, dim, clean));
     };
     with_parts(sh.parts, [&](auto of) {
         constexpr int parts = of.count;

@@ -213,7 +213,7 @@ static bool pack_direct(const SharedBackward& sh, const Block& block, long id) {
     bool fits = false;
     if (query.type == BF16 && sh.parts == 1) fits = of_parts(Parts<1>{}, std::integral_constant<int, BF16>{});
     if (query.type == F32)
-        fits = with_parts(sh.parts, [&](auto of) { return of_parts(of, std::integral_constant<int, F32>{}); });
+        fits = with_parts<bool>(sh.parts, [&](auto of) { return of_parts(of, std::integral_constant<int, F32>{}); });
     if (fits) std::fill_n(sh.fits + 3 * id, 3, 1.f);
     return fits;
 }

@@ -127,6 +127,7 @@ class Stepper {
 // So many steps of products, spread evenly among so many times the work of vectors. next(): whose step is next.
 template <int parts, class Next, class Work>
 INLINE void among(long steps, long times, Next next, Work work) {
+    if constexpr (BY_PAIRS) steps = 0;  // a product is made as it is begun
     const long each = steps ? times / steps : 0, over = steps ? times % steps : times;
     for (long i = 0, carried = 0; i < steps; i++) {
         carried += over;
@@ -168,7 +169,7 @@ struct Beside {
     }
     template <int parts>
     void finish_scores() {
-        while (!scores.done()) scores.step<parts, 0>([] {});
+        while (!BY_PAIRS && !scores.done()) scores.step<parts, 0>([] {});
     }
     template <int parts>
     void finish() {

@@ -179,7 +179,7 @@ class Forward {
         if (few) return few_queries(block);
         turn_rows(c.query, block, c.dim, after != 1.f ? 1.f : shaping.query_scale(), line, query);
         if (on_tiles)
-            query_fits = with_parts(sh.tiles.parts, [&](auto of) {
+            query_fits = with_parts<bool>(sh.tiles.parts, [&](auto of) {
                 bool all_fit = true;
                 for (int p = 0; p < block.panels; p++) {
                     const float* panel = query + p * c.dim * PW;

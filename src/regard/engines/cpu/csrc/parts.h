@@ -164,18 +164,20 @@ static bool pack_columns(const float* x, long ld, long depth, long columns, Tile
     return range.fits();
 }
 
-// then(Parts<n>{}), for a number of parts that is known only when running. Levels without tiles, which never
-// multiply parts, compile one of them alone.
+// then(Parts<n>{}), for a number of parts that is known only when running; nothing for none of them, which is what
+// levels without tiles have: so that they compile nothing that is done on tiles.
 template <int n>
 struct Parts {
     static constexpr int count = n;
 };
-template <class Then>
-INLINE auto with_parts(int parts, Then then) {
-    if constexpr (!HAS_TILES)
-        return then(Parts<1>{});
-    else
-        return parts == 1 ? then(Parts<1>{}) : parts == 2 ? then(Parts<2>{}) : then(Parts<3>{});
+template <class Answer = void, class Then>
+INLINE Answer with_parts([[maybe_unused]] int parts, [[maybe_unused]] Then then) {
+    if constexpr (HAS_TILES) {
+        if (parts == 1) return then(Parts<1>{});
+        if (parts == 2) return then(Parts<2>{});
+        if (parts == 3) return then(Parts<3>{});
+    }
+    return Answer();
 }
 
 // The products of two parts: first those that are small, as that rounds least, and last that of the first parts,

@@ -143,7 +143,7 @@ class Pooling {
         }
     }
     bool as_parts(long i) {
-        return with_parts(sh.tiles.parts, [&](auto of) {
+        return with_parts<bool>(sh.tiles.parts, [&](auto of) {
             bool all_fit = true;
             for (int p = 0; p < block[i].panels; p++) {
                 auto pack = [&](const float* x) {
@@ -162,7 +162,7 @@ class Pooling {
         });
     }
     bool keys_as_parts(const Rows& rows, int n) {
-        return with_parts(sh.tiles.parts, [&](auto of) {
+        return with_parts<bool>(sh.tiles.parts, [&](auto of) {
             auto pack = [&](Rows x) {
                 return pack_rows<of.count>(x.data, x.ld, n, c.dim, sh.tiles.keys(own_keys));
             };
