@@ -167,7 +167,7 @@ static bool pack_direct(const SharedBackward& sh, const Block& block, long id, c
         } else {
             V x[2][W];  // turned before they are split: each part would have to be
             for (int half = 0; half < 2; half++) {
-                #pragma GCC unroll 16
+                UNROLL_ROWS
                 for (int i = 0; i < W; i++) x[half][i] = wide<type>(from(i, half), 0) * by;
                 if (turned.value) transpose(x[half]);
             }

@@ -124,6 +124,14 @@ class Stepper {
     }
 };
 
+// Among how many times the work of vectors one step is spread: four dots, one beside each. Each number is a copy of
+// the work, and of vectors in halves, as tests have them, they would take minutes to compile.
+#ifdef REGARD_PLAIN_TILES
+constexpr int MOST_AMONG = 1;
+#else
+constexpr int MOST_AMONG = 4;
+#endif
+
 // So many steps of products, spread evenly among so many times the work of vectors. next(): whose step is next.
 template <int parts, class Next, class Work>
 INLINE void among(long steps, long times, Next next, Work work) {
@@ -133,8 +141,15 @@ INLINE void among(long steps, long times, Next next, Work work) {
         carried += over;
         long count = each + (carried >= steps);
         carried -= carried >= steps ? steps : 0;
-        for (; count > 4; count--) work();  // more than one step is spread among
+        for (; count > MOST_AMONG; count--) work();
         Stepper& product = next();
+        if constexpr (MOST_AMONG == 1) {
+            if (count)
+                product.step<parts, 1>(work);
+            else
+                product.step<parts, 0>(work);
+            continue;
+        }
         switch (count) {
             case 0: product.step<parts, 0>(work); break;
             case 1: product.step<parts, 1>(work); break;

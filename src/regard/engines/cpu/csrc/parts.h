@@ -61,7 +61,7 @@ INLINE long tiles(long n, long side) { return (n + side - 1) / side; }
 template <int parts, bool turned, class Get, class Seen>
 INLINE void pack_tile(Get get, uint16_t* to, long step, Seen& range) {
     V row[parts][W];
-    #pragma GCC unroll 16
+    UNROLL_ROWS
     for (int i = 0; i < W; i++) {
         V low = get(i, 0), high = get(i, 1);
         range.see(low);
@@ -77,7 +77,7 @@ INLINE void pack_tile(Get get, uint16_t* to, long step, Seen& range) {
     #pragma GCC unroll 3
     for (int part = 0; part < parts; part++) {
         if (turned) transpose(row[part]);
-        #pragma GCC unroll 16
+        UNROLL_ROWS
         for (int i = 0; i < W; i++) store((float*)(to + part * step) + i * W, row[part][i]);
     }
 }
@@ -103,14 +103,14 @@ INLINE N brain_pair(const char* x, long at_x, const char* y, long at_y) {
 template <bool turned, class Get>
 INLINE void pack_brain_tile(Get get, uint16_t* to, BrainRange& range) {
     V row[W];
-    #pragma GCC unroll 16
+    UNROLL_ROWS
     for (int i = 0; i < W; i++) {
         N both = get(i);
         range.see(both);
         row[i] = (V)both;
     }
     if (turned) transpose(row);
-    #pragma GCC unroll 16
+    UNROLL_ROWS
     for (int i = 0; i < W; i++) store((float*)to + i * W, row[i]);
 }
 // Rows of bf16 as tiles of A, for dim a multiple of DEPTH; rows that there are not point to zeros.

@@ -12,6 +12,13 @@
 #define INLINE static INLINE_MEMBER
 #define NO_INLINE static __attribute__((noinline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+// A loop over the rows of a tile, whose vectors stay in registers; where vectors are halves of others, as tests have
+// them, that would only take minutes to compile.
+#if WIDTH == 16 && !defined(__AVX512F__)
+#define UNROLL_ROWS _Pragma("GCC unroll 1")
+#else
+#define UNROLL_ROWS _Pragma("GCC unroll 16")
+#endif
 
 namespace regard::LEVEL {
 
@@ -283,7 +290,7 @@ INLINE V sums(V* v) {
 template <int s = W / 2>
 INLINE void transpose(V* v) {
     if constexpr (s > 0) {
-        #pragma GCC unroll 16
+        UNROLL_ROWS
         for (int i = 0; i < W; i++)
             if (!(i & s)) {
                 V a = v[i], b = v[i + s];
