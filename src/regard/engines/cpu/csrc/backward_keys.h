@@ -38,12 +38,10 @@ inline bool Backward::brain_keys() {
     if (c.key.type != BF16 || c.value.type != BF16 || !packed_direct(c.key, c.dim) ||
         !packed_direct(c.value, c.v_dim))
         return false;
-    alignas(64) static constexpr uint16_t zeros[KeyTiles::MOST_DIRECT] = {};
     const char* row[KEYS];
-    for (int j = key_count; j < KEYS; j++) row[j] = (const char*)zeros;
-    addresses(c.value, c.pages, key_b, key_kv, key_first, key_count, row);
+    rows_direct(c.value, c, key_b, key_kv, key_first, key_count, row);
     value_fits = pack_brain_rows(row, c.v_dim, value_tiles);
-    addresses(c.key, c.pages, key_b, key_kv, key_first, key_count, row);
+    rows_direct(c.key, c, key_b, key_kv, key_first, key_count, row);
     key_fits = pack_brain_rows(row, c.dim, key_tiles);
     pack_brain_columns(row, c.dim, key_turned);
     return key_fits && value_fits;

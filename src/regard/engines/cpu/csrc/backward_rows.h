@@ -141,19 +141,14 @@ static void pack_floats(const SharedBackward& sh, const Block& block, long id, c
         pack(of.grad + p * sh.lanes * PW, block.count, sh.row_tiles(sh.grad_row_tiles, id, p), fits[2]);
 }
 
-// Rows that lie one number beside the other, whole tiles wide, are packed from there, unless they do not fit.
-static bool packed_direct(const RegardView& view, long dim) {
-    return view.stride[3] == 1 && dim % DEPTH == 0 && dim <= KeyTiles::MOST_DIRECT;
-}
 template <int parts, int type>
 static bool pack_direct(const SharedBackward& sh, const Block& block, long id, const RegardView& view, long dim,
                         float by, uint16_t* as_lanes, uint16_t* as_rows) {
     constexpr bool brains = parts == 1 && type == BF16;  // exact, and not multiplied
     constexpr long SIZE = type == F32 ? 4 : 2;
     static_assert(brains || type == F32);
-    alignas(64) static constexpr float zeros[KeyTiles::MOST_DIRECT] = {};
     const char* row[LANES];
-    for (int i = block.count; i < block.panels * PW; i++) row[i] = (const char*)zeros;
+    for (int i = block.count; i < block.panels * PW; i++) row[i] = ZEROS;
     for (int i = 0; i < block.segments; i++) {
         const Segment& s = block.segment[i];
         for (int r = 0; r < s.count; r++) row[s.lane + r] = address(view, s.b, s.h, s.q0 + r);

@@ -113,7 +113,20 @@ INLINE void pack_brain_tile(Get get, uint16_t* to, BrainRange& range) {
     UNROLL_ROWS
     for (int i = 0; i < W; i++) store((float*)to + i * W, row[i]);
 }
-// Rows of bf16 as tiles of A, for dim a multiple of DEPTH; rows that there are not point to zeros.
+// Rows that lie one number beside the other, whole tiles wide, are packed from there, unless they do not fit.
+constexpr long MOST_DIRECT = 1024;  // numbers of such a row, at most
+alignas(64) static constexpr char ZEROS[MOST_DIRECT * sizeof(float)] = {};  // a row that there is not
+static bool packed_direct(const RegardView& view, long dim, long unit = DEPTH) {
+    return view.stride[3] == 1 && dim % unit == 0 && dim <= MOST_DIRECT;
+}
+// Where the rows of a tile of keys lie, the n that there are from k0 on.
+static void rows_direct(const RegardView& view, const RegardCall& c, long b, long kv, long k0, int n,
+                        const char** row) {
+    addresses(view, c.pages, b, kv, k0, n, row);
+    for (int j = n; j < KEYS; j++) row[j] = ZEROS;
+}
+
+// Rows of bf16 as tiles of A, for dim a multiple of DEPTH.
 static bool pack_brain_rows(const char* const* row, long dim, Tiles to) {
     BrainRange range;
     for (long r = 0; r < KEYS; r += SIDE)
@@ -318,7 +331,6 @@ static void multiply(long n, float* s, long ld, float by) {
 // A tile of keys and their values: tiles [part][key][dim], [part][v_dim][key], whether each of the two
 // fits, and whether it holds numbers that are not finite, for which 0 stands there.
 struct KeyTiles {
-    static constexpr long MOST_DIRECT = 1024;  // numbers of a row that is packed from where it lies
     int parts = 0;      // into which a number is split; 0: nothing is multiplied on tiles
     long dim = 0, v_dim = 0;  // in tiles
 
@@ -341,18 +353,14 @@ struct KeyTiles {
 
     // Keys and values of bf16 from where they lie; false if they are another way, or do not fit.
     bool pack_brains(const RegardCall& c, long b, long kv, long k0, int n, uint16_t* at) const {
-        auto direct = [](const RegardView& v, long dim, long unit) {
-            return v.type == BF16 && v.stride[3] == 1 && dim % unit == 0;
-        };
-        if (parts != 1 || !direct(c.key, c.dim, DEPTH) || !direct(c.value, c.v_dim, SIDE)) return false;
+        if (parts != 1 || c.key.type != BF16 || c.value.type != BF16 || !packed_direct(c.key, c.dim) ||
+            !packed_direct(c.value, c.v_dim, SIDE))
+            return false;
         const char* row[KEYS];
-        alignas(64) static constexpr uint16_t zeros[MOST_DIRECT] = {};
-        if (most(c.dim, c.v_dim) > MOST_DIRECT) return false;
-        for (int j = n; j < KEYS; j++) row[j] = (const char*)zeros;
         memset(fits(at), 0, DEPTH * sizeof(uint16_t));
-        addresses(c.key, c.pages, b, kv, k0, n, row);
+        rows_direct(c.key, c, b, kv, k0, n, row);
         fits(at)[0] = pack_brain_rows(row, c.dim, keys(at));
-        addresses(c.value, c.pages, b, kv, k0, n, row);
+        rows_direct(c.value, c, b, kv, k0, n, row);
         fits(at)[1] = pack_brain_columns(row, c.v_dim, values(at));
         return fits(at)[0] && fits(at)[1];
     }
