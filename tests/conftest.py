@@ -70,6 +70,11 @@ def _beyond(dtype: torch.dtype) -> int | float:
     return torch.iinfo(dtype).max
 
 
+# Which functions a device's context turns is asked once and remembered: these, not what stands in
+# their place below, or each model that is loaded would first be filled with random numbers.
+with torch.device("meta"):
+    torch.empty(0)
+
 # No buffer may be read before it is written, in no test.
 torch.empty = _poisoned(torch.empty)
 torch.empty_like = _poisoned(torch.empty_like)
