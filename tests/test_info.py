@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,20 @@ def said(*arguments: str) -> str:
     result = CliRunner().invoke(main, ["info", *arguments], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     return result.output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="no process is bound to cores here"
+)
+def test_threads_that_are_bound_have_their_cores():
+    """Where threads are bound, the main one is to a single core; the others are counted, too."""
+    command = [sys.executable, "-m", "regard", "info", "--json"]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_PROC_BIND": "true"}, capture_output=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["cores"] == len(os.sched_getaffinity(0))
 
 
 def test_json_is_what_is_here():

@@ -91,8 +91,10 @@ def _reasons(devices: list[str]) -> dict[str, list[str]]:
 
 
 def _cores() -> int | None:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The cores that this process may use; where a binding gave its main thread one, more."""
+    from ..lab.bench.machine import cores
+
+    return len(cores()) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _version(package: str) -> str | None:

@@ -65,8 +65,9 @@ def cores() -> frozenset[int]:
     The binding pins the main thread, at the import of torch, to one core.
     """
     torch.ones(2**20, dtype=torch.float32, device="cpu").add_(1)  # starts torch's threads
-    found: set[int] = set()
-    for task in (PROC / "self/task").iterdir():
+    found = os.sched_getaffinity(0)
+    tasks = PROC / "self/task"
+    for task in tasks.iterdir() if tasks.is_dir() else ():  # a chroot may be without /proc
         found |= os.sched_getaffinity(int(task.name))
     return frozenset(found)
 
