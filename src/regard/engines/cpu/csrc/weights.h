@@ -121,7 +121,7 @@ static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside,
                 w[half] = parts == 1 ? by_table(y) : exp2<6>(y);
                 if (watched) {
                     if (of.largest) largest[l] = max(x, largest[l]);
-                    if (of.entropy) spread[l] += w[half] * max(all(-200.f), y);  // in bits, yet
+                    if (of.entropy) spread[l] += w[half] * max(all(-200.f), y * (1 / LOG2E));
                     if (of.kept) store(of.kept + at, w[half]);
                 }
             }
@@ -143,7 +143,7 @@ static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside,
     for (int l = 0; l < NV; l++) {
         int at = p * PW + l * W;
         store(state.total + at, load(state.total + at) + total[l]);
-        if (watched && of.entropy) store(state.spread + at, load(state.spread + at) + spread[l] * (1 / LOG2E));
+        if (watched && of.entropy) store(state.spread + at, load(state.spread + at) + spread[l]);
     }
     if (!watched || !of.largest) return true;
     long offers = 0;
