@@ -92,9 +92,11 @@ def _reasons(devices: list[str]) -> dict[str, list[str]]:
 
 def _cores() -> int | None:
     """The cores that this process may use; where a binding gave its main thread one, more."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count()
     from ..lab.bench.machine import cores
 
-    return len(cores()) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(cores())
 
 
 def _version(package: str) -> str | None:

@@ -244,10 +244,8 @@ class Weighing {
                 const float* x = w + ((long)p * KEYS + j) * PW;
                 // Past the last key lies scratch, whose sums are not kept
                 #pragma GCC unroll 16
-                for (int i = 0; i < W; i++) {
-                    part[i] += weighed<clean>(x + i * PW, f);  // each fused
-                    part[i] += weighed<clean>(x + i * PW + W, g);
-                }
+                for (int i = 0; i < W; i++)
+                    part[i] += weighed<clean>(x + i * PW, f) + weighed<clean>(x + i * PW + W, g);
             }
             store(sum + j, sums(part));
         }
