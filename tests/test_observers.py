@@ -125,6 +125,22 @@ def test_equal_scores_go_to_the_lower_key(mask, k, dtype):
     assert torch.equal(top.indices.long(), keys)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [1, 3, 4, 8])
+@pytest.mark.parametrize("q_len", [3, 70])
+def test_the_largest_of_small_whole_scores(q_len, k, dtype):
+    """Each row meets keys in an order of its own: rising, falling, in steps, many equal."""
+    keys, dim = 300, 16
+    j = torch.arange(keys)
+    columns = [j // 2, -j // 2, j % 5, j // 64 % 2, 0 * j, (7 * j) % 127, (j == 31) + (j == 63) * 1]
+    key = torch.stack([columns[d % len(columns)] for d in range(dim)], -1).to(dtype)[None, None]
+    query = torch.eye(dim, dtype=dtype)[torch.arange(q_len) * 5 % dim][None, None]
+    _, (top,) = attention(query, key, key, scale=1.0, engine="cpu", observe=[TopK(k)])
+    scores = query.double() @ key.double().mT
+    wanted = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    assert torch.equal(top.indices.long(), wanted)
+
+
 def test_a_nan_surfaces():
     query, key, value = Case("", at(9, 12)).tensors(dtype=torch.float32)
     query[1, 0, 4, 2] = torch.nan

@@ -177,6 +177,14 @@ struct Beside {
         among<parts>(
             steps, times, [&]() INLINE_LAMBDA -> Stepper& { return scores.done() ? mix : scores; }, work);
     }
+    // One step of it, if there is any left, beside the work of vectors.
+    template <int parts, class Work>
+    INLINE_MEMBER void do_one(Work work) {
+        if (BY_PAIRS || !steps<parts>())
+            work();
+        else
+            (scores.done() ? mix : scores).template step<parts, 1>(work);
+    }
     // Of what is mixed, so much that it is done in so many times.
     void share_mix(long times) {
         long blocks = (mix.rows - mix.row + 1) / 2;

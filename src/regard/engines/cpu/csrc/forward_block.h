@@ -439,6 +439,7 @@ class Forward {
     // What is left of a block whose keys are done (forward_rows.h)
     void finish(const Block& block, State& state, Strip& strip, long stripe);
     void write(const Segment& s, const State& state);
+    void weigh_top(State& state) const;
     void keep_top(const State& state, int lane, long row, float mass, float taken);
     void write_mixed(const Segment& s, const State& state);
 };

@@ -7,6 +7,7 @@ namespace regard::LEVEL {
 inline void Forward::finish(const Block& block, State& state, Strip& strip, long stripe) {
     for (int i = 0; i < block.lanes(); i++)
         scale[i] = i >= block.count || state.total[i] == 0 ? 0 : 1 / state.total[i];
+    if (o.k) weigh_top(state);
     for (int i = 0; i < block.segments; i++) write(block.segment[i], state);
     if (o.row_count)
         each_kept(block, [&](const Segment&, int lane, float* row) {
@@ -54,16 +55,23 @@ inline void Forward::write(const Segment& s, const State& state) {
     write_mixed(s, state);
 }
 
+// The scores that are listed become weights. A row that holds a NaN has none: it surfaces in all of them.
+inline void Forward::weigh_top(State& state) const {
+    for (int at = 0; at < state.lanes; at += W) {
+        V top = load(state.top + at), by = load(scale + at), total = load(state.total + at);
+        for (int t = 0; t < o.k; t++) {
+            float* x = state.value + (long)t * state.lanes + at;
+            store(x, total == total ? exp(load(x) - top) * by : total);
+        }
+    }
+}
 inline void Forward::keep_top(const State& state, int lane, long row, float mass, float taken) {
     float listed = 0;
     for (int t = 0; t < o.k; t++) {
         int32_t key = state.index[(long)t * state.lanes + lane];
-        float score = state.value[(long)t * state.lanes + lane];
-        float weight = exp(all(score - state.top[lane]))[0] * scale[lane];
-        // A row that holds a NaN has no weights: it surfaces in all of them
-        if (state.total[lane] != state.total[lane]) weight = state.total[lane];
+        float weight = state.value[(long)t * state.lanes + lane];
         o.index[row * o.k + t] = key < 0 ? -1 : key + (int32_t)c.key_start;
-        o.top[row * o.k + t] = key < 0 && weight == weight ? 0 : weight;
+        o.top[row * o.k + t] = weight;
         listed += weight;
     }
     float rest = mass - listed;

@@ -144,7 +144,7 @@ inline Weigh Forward::weigh_of(int p, float* keep, long k0, int bite, int bites)
     return {bites, scores_turn(), k0 + from, folded() ? after : 1, nullptr,
             keep ? keep + from * PW : nullptr,
             c.dropout ? factors + from * LANES + p * PW : nullptr, o.entropy != nullptr,
-            o.k || o.max_score};
+            o.max_score != nullptr};
 }
 template <int parts, int NV>
 bool Forward::weigh_bites(State& state, int p, const Weigh& weigh, bool settled, I* beyond) {

@@ -87,6 +87,31 @@ INLINE bool beats(V x, V y) {
     return any(~(x <= y));
 #endif
 }
+// bits, and this one in the lanes where x is larger than y, or NaN.
+INLINE I mark(I bits, int32_t bit, V x, V y) {
+#if defined(__AVX512F__) && WIDTH == 16
+    __mmask16 larger = _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLE_UQ);
+    return (I)_mm512_mask_or_epi32((__m512i)bits, larger, (__m512i)bits, _mm512_set1_epi32(bit));
+#else
+    return bits | (~(x <= y) & bit);
+#endif
+}
+INLINE I lowest(I bits) { return bits & (I)-(N)bits; }
+// Of each lane the number of its one bit; below −32 where it has none.
+INLINE I number_of(I bit) { return ((I)__builtin_convertvector(bit, V) >> 23 & 0xff) - 127; }
+// Of each lane x[at · step + lane]; `other` where `at` is negative.
+INLINE V gather(const float* x, I at, int step, V other) {
+#if defined(__AVX512F__) && WIDTH == 16
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i from = _mm512_add_epi32(_mm512_mullo_epi32((__m512i)at, _mm512_set1_epi32(step)), lane);
+    __mmask16 some = _mm512_cmpge_epi32_mask((__m512i)at, _mm512_setzero_si512());
+    return (V)_mm512_mask_i32gather_ps((__m512)other, some, from, x, 4);
+#else
+    for (int i = 0; i < W; i++)
+        if (at[i] >= 0) other[i] = x[(long)at[i] * step + i];
+    return other;
+#endif
+}
 INLINE float sum(V v) {
     float total = 0;
     for (int i = 0; i < W; i++) total += v[i];

@@ -43,7 +43,7 @@ static void softmax_of(State& state, int p, float* s, long k0, int n) {
         }
         if (n & 1) a = max(load(s + (n - 1) * PW + i * W), a);
         a = max(a, b);
-        if (state.k) state.offer_all(at, s + i * W, n, k0, a);
+        if (state.takes(at, a)) state.offer_all(at, s + i * W, n, k0);
         moved |= rise(state, at, a, entropy, high[i], fall[i]);
     }
     if (moved) state.fade<NV>(p, fall);
@@ -91,7 +91,7 @@ static void few_softmax(State& state, int rows, float* s, const float* lanes, lo
         for (int i = 0; i < W; i++) largest = found[i] > largest ? found[i] : largest;
         a[r] = largest;
     }
-    if (state.k) state.offer_all(0, lanes, n, k0, a);
+    if (state.takes(0, a)) state.offer_all(0, lanes, n, k0);
     V high, fall;
     if (rise(state, 0, a, entropy, high, fall)) state.fade<1>(0, &fall);
     V total = {}, spread = {};

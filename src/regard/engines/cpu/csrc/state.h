@@ -61,34 +61,34 @@ struct State {
         total[lane] = logit == -INFINITY ? 0.f : 1.f;
     }
 
-    // Offers the scores s[j · PW] · by of n ≤ KEYS keys to one vector of lanes: only those that beat the k-th.
-    // run(times, offer): has `offer` done so often. How often.
-    template <class Run>
-    INLINE_MEMBER long offer_all(int c, const float* s, int n, long k0, V largest, float by, Run run) {
-        V last = load(value + (long)(k - 1) * lanes + c);
-        if (!any((I)(largest > last) | (largest != largest))) return run(0, [] {}), 0;
-        uint64_t better[KEYS / 64];
+    // Whether scores of one vector of lanes, of which these are the largest, are to be offered.
+    bool takes(int c, V largest) const {
+        return k && beats(largest, load(value + (long)(k - 1) * lanes + c));
+    }
+    // Offers the scores s[j · PW] · by of n ≤ KEYS keys to NV vectors of lanes: few at a time while their lists
+    // are not full, as each that is taken makes it harder for the next. run(offer): does one offer, and what is to
+    // be done beside it. How many there were.
+    template <int NV, class Run>
+    INLINE_MEMBER long offer_all(int c, const float* s, int n, long k0, float by, Run run) {
+        int at_once = any(load(value + (long)(k - 1) * lanes + c) == -INFINITY) ? 16 : 64;
         long times = 0;
-        for (int word = 0; word < KEYS / 64; word++) {
-            uint64_t bits = 0;
-            const float* from = s + word * 64 * PW;
-            int m = n - word * 64 < 64 ? n - word * 64 : 64;
-            for (int j = 0; j < m; j++) bits |= (uint64_t)beats(load(from + j * PW) * by, last) << j;
-            better[word] = bits;
-            times += __builtin_popcountll(bits);
-        }
-        switch (k) {  // a list of these lengths is held in registers meanwhile
-            case 1: offer_some<1>(c, s, k0, better, by, times, run); break;
-            case 4: offer_some<4>(c, s, k0, better, by, times, run); break;
-            case 8: offer_some<8>(c, s, k0, better, by, times, run); break;
-            default: offer_some<0>(c, s, k0, better, by, times, run);
+        for (int from = 0; from < n; from += at_once, s += at_once * PW, k0 += at_once) {
+            Better better[NV];
+            for (int i = 0; i < NV; i++) better[i] = better_of(c + i * W, s + i * W, least(at_once, n - from), by);
+            for (int i = 0; i < NV; i++) {
+                if (!better[i].some()) continue;
+                switch (k) {  // a list of these lengths is held in registers meanwhile
+                    case 1: times += offer_some<1>(c + i * W, s + i * W, k0, better[i], by, run); break;
+                    case 4: times += offer_some<4>(c + i * W, s + i * W, k0, better[i], by, run); break;
+                    case 8: times += offer_some<8>(c + i * W, s + i * W, k0, better[i], by, run); break;
+                    default: times += offer_some<0>(c + i * W, s + i * W, k0, better[i], by, run);
+                }
+            }
         }
         return times;
     }
-    void offer_all(int c, const float* s, int n, long k0, V largest) {
-        offer_all(c, s, n, k0, largest, 1, [](long times, auto offer) {
-            for (; times > 0; times--) offer();
-        });
+    void offer_all(int c, const float* s, int n, long k0) {
+        offer_all<1>(c, s, n, k0, 1, [](auto offer) { offer(); });
     }
 
     // Joins the state of later keys.
@@ -135,11 +135,38 @@ struct State {
             store(mixed + r * v_dim + d, load(mixed + r * v_dim + d) * by);
     }
 
-    // The scores of a lane go down its list: ties stay with the lower key, which came first; NaN stands
-    // above all, so that it surfaces. K: the list's length; 0: k, in memory.
+    // Of each lane, which of 64 keys have more than its k-th: bit j % 32 of j / 32.
+    struct Better {
+        I early, late;
+
+        INLINE_MEMBER bool some() const { return any((early | late) != 0); }
+        // Of each lane the number of the first, which is taken away; negative: there is none.
+        INLINE_MEMBER I take() {
+            I bit = lowest(early), later = bit != 0 ? I{} : lowest(late);
+            early ^= bit, late ^= later;
+            return number_of(bit | later) + (later != 0 ? I{} + 32 : I{});
+        }
+    };
+    INLINE_MEMBER Better better_of(int c, const float* s, long n, float by) const {
+        Better found = {};
+        V last = load(value + (long)(k - 1) * lanes + c);
+        auto ask = [&](I& bits, int bit, int j) INLINE_LAMBDA {
+            bits = mark(bits, (int32_t)(1u << bit), load(s + j * PW) * by, last);
+        };
+        if (n == 64) {
+            #pragma GCC unroll 32
+            for (int j = 0; j < 32; j++) ask(found.early, j, j), ask(found.late, j, j + 32);
+        } else {
+            for (int j = 0; j < n; j++) ask(j < 32 ? found.early : found.late, j % 32, j);
+        }
+        return found;
+    }
+
+    // Of each lane, one of its `better` scores after the other goes to its place in the list, whatever those of
+    // the other lanes are: ties stay with the lower key, which came first; NaN stands above all, so that it
+    // surfaces. K: the list's length; 0: k, in memory.
     template <int K, class Run>
-    INLINE_MEMBER void offer_some(int c, const float* s, long k0, const uint64_t* better, float by, long times,
-                                  Run run) {
+    INLINE_MEMBER long offer_some(int c, const float* s, long k0, Better better, float by, Run run) {
         constexpr int held = K ? K : 1;
         V score[held];
         I key[held];
@@ -149,38 +176,45 @@ struct State {
             score[t] = load(at(value, t));
             key[t] = (I)load(at(index, t));
         }
-        int word = 0;
-        uint64_t left = better[0];
-        run(times, [&]() INLINE_LAMBDA {
-            while (!left) left = better[++word];
-            int j = word * 64 + __builtin_ctzll(left);
-            left &= left - 1;
-            V x = load(s + j * PW) * by;
-            I id = I{} + (int32_t)(k0 + j);
-            auto offer = [&](V& other, I& its) INLINE_LAMBDA {
-                I behind = x <= other;
-                V gone = behind ? x : other;
-                I goes = behind ? id : its;
-                other = behind ? other : x;
-                its = behind ? its : id;
-                x = gone;
-                id = goes;
+        long times = 0;
+        auto offer = [&]() INLINE_LAMBDA {
+            I j = better.take(), id = j + (int32_t)k0;
+            V x = gather(s, j, PW, all(-INFINITY)) * by;
+            // From the last place on, so that what it asks of one does not wait for another's answer
+            auto place = [&](V& its, I& key, V before, I key_before, I& behind) INLINE_LAMBDA {
+                I next = x <= before;
+                its = behind ? its : next ? x : before;
+                key = behind ? key : next ? id : key_before;
+                behind = next;
             };
-            #pragma GCC unroll 8
-            for (int t = 0; t < K; t++) offer(score[t], key[t]);
-            for (int t = 0; K == 0 && t < k; t++) {
-                V other = load(at(value, t));
-                I its = (I)load(at(index, t));
-                offer(other, its);
-                store(at(value, t), other);
-                store(at(index, t), (V)its);
+            if constexpr (K) {
+                I behind = x <= score[K - 1];
+                #pragma GCC unroll 8
+                for (int t = K - 1; t > 0; t--) place(score[t], key[t], score[t - 1], key[t - 1], behind);
+                score[0] = behind ? score[0] : x;
+                key[0] = behind ? key[0] : id;
+            } else {
+                V its = load(at(value, k - 1));
+                I mine = (I)load(at(index, k - 1)), behind = x <= its;
+                for (int t = k - 1; t > 0; t--) {
+                    V before = load(at(value, t - 1));
+                    I key_before = (I)load(at(index, t - 1));
+                    place(its, mine, before, key_before, behind);
+                    store(at(value, t), its);
+                    store(at(index, t), (V)mine);
+                    its = before, mine = key_before;
+                }
+                store(at(value, 0), behind ? its : x);
+                store(at(index, 0), (V)(behind ? mine : id));
             }
-        });
+        };
+        for (; better.some(); times++) run(offer);
         #pragma GCC unroll 8
         for (int t = 0; t < K; t++) {
             store(at(value, t), score[t]);
             store(at(index, t), (V)key[t]);
         }
+        return times;
     }
     void insert(int lane, float s, int32_t key) {
         for (int t = 0; t < k; t++) {

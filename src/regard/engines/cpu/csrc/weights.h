@@ -108,7 +108,7 @@ static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside,
     }
     const Exp2Table by_table;
     long row = 0, steps = beside.steps<parts>();
-    if (watched && state.k) steps = steps * of.bites * SIDE / (of.bites * SIDE + beside.offers);
+    if (state.k) steps = steps * of.bites * SIDE / (of.bites * SIDE + beside.offers);
     beside.do_among<parts>(steps, of.bites * SIDE, [&]() INLINE_LAMBDA {
         const long i = row % SIDE, j = row / SIDE * BITE + i;  // among a tile's rows, and among the keys
         #pragma GCC unroll 2
@@ -145,20 +145,17 @@ static bool weigh_on_tiles(State& state, int p, const Weigh& of, Beside& beside,
         store(state.total + at, load(state.total + at) + total[l]);
         if (watched && of.entropy) store(state.spread + at, load(state.spread + at) + spread[l]);
     }
-    if (!watched || !of.largest) return true;
-    long offers = 0;
-    for (int l = 0; l < NV; l++) {
-        int at = p * PW + l * W;
-        largest[l] *= by;
-        store(state.visible + at, max(largest[l], load(state.visible + at)));
-        if (!state.k) continue;
-        const long share = beside.steps<parts>() / (NV - l);
-        offers += state.offer_all(at, s + l * W, of.bites * BITE, of.k0, largest[l], of.by,
-                                  [&](long times, auto offer) INLINE_LAMBDA {
-                                      beside.do_among<parts>(share, times, offer);
-                                  });
+    if (watched && of.largest)
+        for (int l = 0; l < NV; l++) {
+            float* most = state.visible + p * PW + l * W;
+            store(most, max(largest[l] * by, load(most)));
+        }
+    if (state.k) {
+        beside.offers = state.offer_all<NV>(
+            p * PW, s, of.bites * BITE, of.k0, of.by,
+            [&](auto offer) INLINE_LAMBDA { beside.do_one<parts>(offer); });
+        beside.do_among<parts>(beside.steps<parts>(), 0, [] {});
     }
-    beside.offers = offers;
     return true;
 }
 
