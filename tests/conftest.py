@@ -95,8 +95,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0]
-            return next((kind for kind in TOGETHER if kind in file), file)
+            return scope_of(nodeid)
 
     config.option.loadscopereorder = False  # it would begin with the files of most tests
     return ByFile(config, log)
@@ -104,6 +103,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 # Two processes that interpret, and four that are ranks: not as many for each process of tests
 TOGETHER = ("test_triton", "test_distributed")
+
+
+def scope_of(nodeid: str) -> str:
+    """What one process of tests runs as a whole: a file, or those that need the same processes."""
+    file = nodeid.split("::", 1)[0]
+    return next((kind for kind in TOGETHER if kind in file), file)
+
+
 # Files that take longest, measured, with or without what is slow: begun first, so that what is left
 # for the end is short and two processes end together. A name stands for all that begin with it.
 LONG = (
@@ -150,21 +157,32 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def interpreting(request):
-    """A future for each job that this run selects, by two processes in which Triton interprets.
+    """What a job gives, computed by two processes in which Triton interprets, ahead of its turn.
 
     A test that takes it has a parameter `job`, a name in the JOBS of its module:
-    (module, function, arguments …).
+    (module, function, arguments …). With the first one all of its scope begin: each process of
+    tests collects all of them, but runs only some scopes.
     """
+    scopes: dict[str, list[tuple]] = {}
+    for item in request.session.items:
+        if "interpreting" in item.fixturenames:
+            job = item.module.JOBS[item.callspec.params["job"]]
+            scopes.setdefault(scope_of(item.nodeid), []).append(job)
+    scope_of_job = {job_key(job): scope for scope, jobs in scopes.items() for job in jobs}
+    futures = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        items = [i for i in request.session.items if "interpreting" in i.fixturenames]
-        with pytest.MonkeyPatch.context() as patch:
-            # Before anything in the processes imports triton, which looks at it once
-            patch.setenv("TRITON_INTERPRET", "1")
-            futures = {}
-            for item in items:
-                job = item.module.JOBS[item.callspec.params["job"]]
-                futures[job_key(job)] = pool.submit(_work, *job)
-        yield lambda job: futures[job_key(job)].result()
+
+        def result(job: tuple):
+            key = job_key(job)
+            if key not in futures:
+                with pytest.MonkeyPatch.context() as patch:
+                    # Before anything in the processes imports triton, which looks at it once
+                    patch.setenv("TRITON_INTERPRET", "1")
+                    for other in scopes[scope_of_job[key]]:
+                        futures[job_key(other)] = pool.submit(_work, *other)
+            return futures[key].result()
+
+        yield result
 
 
 def job_key(job: tuple) -> str:

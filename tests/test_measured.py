@@ -49,6 +49,8 @@ def engine(*tensors, **request) -> str:
     [
         ("portable", False, qkv(17, torch.float32), "sdpa"),
         ("portable", False, qkv(16, torch.float32), "cpu"),
+        ("neonbf16", False, qkv(17), "sdpa"),
+        ("neonbf16", False, qkv(16), "cpu"),
         ("avx2", False, qkv(64), "cpu"),
         ("avx512bf16", False, qkv(64), "cpu"),
         ("avx512", True, qkv(64), "sdpa"),

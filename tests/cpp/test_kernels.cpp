@@ -258,6 +258,10 @@ bool functions_avx2(char* said);
 namespace regard::avx512 {
 bool functions_avx512(char* said);
 }
+#elif defined(REGARD_NEON_BF16)
+namespace regard::neonbf16 {
+bool functions_neonbf16(char* said);
+}
 #endif
 
 static void test_functions() {
@@ -272,14 +276,20 @@ static void test_functions() {
         tested("avx2", regard::avx2::functions_avx2(said));
     if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         tested("avx512", regard::avx512::functions_avx512(said));
+#elif defined(REGARD_NEON_BF16)
+    if (regard_levels() & 32) tested("neonbf16", regard::neonbf16::functions_neonbf16(said));
 #endif
 }
 
 // Of the cases, those whose name contains the argument; or "1/2", "2/2": every second, for two processes at once.
 int main(int count, char** arguments) {
     std::vector<int> levels;
+#if defined(REGARD_X86)
     int runs = regard_levels() & 2 ? regard_built() : 1;  // all but the first are built with AVX2 here
-    for (int level = 0; level < 5; level++)
+#else
+    int runs = regard_levels();
+#endif
+    for (int level = 0; level < 6; level++)
         if (runs >> level & 1) levels.push_back(level);
     const std::string given = count > 1 ? arguments[1] : "1/1";
     long part = 0, parts = 0, number = 0, tested = 0;

@@ -46,6 +46,10 @@ TABLE: tuple[Faster, ...] = (
         "0.5–0.9", "an AMD EPYC held to that level",
     ),
     Faster(
+        ("neonbf16",), (), (17, LONG), (1, LONG), True, False,
+        "not known", "no such processor so far: until one is, it is held to be as for portable",
+    ),
+    Faster(
         LESSER, BF16, (17, LONG), (1, LONG), True, True,
         "0.3–0.5", "an Intel Xeon, whose AMX PyTorch uses and ours, at this level, do not",
     ),

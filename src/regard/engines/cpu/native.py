@@ -20,7 +20,7 @@ from .structs import EVERY
 NAMES = ("kernels.so", "kernels.dll")
 """What the library is called; it holds nothing of a Python's, so it bears none in its name."""
 
-LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx", "neonbf16")
 
 
 @cache

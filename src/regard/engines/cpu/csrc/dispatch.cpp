@@ -7,8 +7,11 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace regard {
@@ -61,6 +64,20 @@ static int detect() {
     if ((regard_built() & 16) && tiles && tiles_permitted()) levels |= 16;
     return levels;
 }
+#elif defined(REGARD_NEON_BF16)
+static bool has_pairs() {
+#if defined(__linux__)
+    constexpr unsigned long BF16 = 1ul << 14;  // HWCAP2_BF16, of asm/hwcap.h
+    return getauxval(AT_HWCAP2) & BF16;
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return !sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) && found;
+#else
+    return false;
+#endif
+}
+static int detect() { return has_pairs() ? 33 : 1; }
 #else
 static int detect() { return 1; }
 #endif
@@ -80,6 +97,9 @@ static const Kernels& at(int64_t level) {
     if (level == 1) return kernels_avx2;
     return kernels_portable;
 #else
+#if defined(REGARD_NEON_BF16)
+    if (level == 5) return kernels_neonbf16;
+#endif
     (void)level;
     return kernels_portable;
 #endif
@@ -98,6 +118,8 @@ int regard_built(void) {
     return 15;
 #elif defined(REGARD_X86)
     return 7;
+#elif defined(REGARD_NEON_BF16)
+    return 33;
 #else
     return 1;
 #endif

@@ -13,6 +13,6 @@ struct Kernels {
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16,
-    kernels_amx;
+    kernels_amx, kernels_neonbf16;
 
 }  // namespace regard

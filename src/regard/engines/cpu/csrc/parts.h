@@ -43,6 +43,10 @@ INLINE N pair(V low, V high) {
                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     return (N)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && WIDTH == 4
+    uint16x4_t a = vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)low));
+    uint16x4_t b = vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)high));
+    return (N)vmovl_u16(a) | (N)vmovl_u16(b) << 16;
 #else
     return nearest(low) >> 16 | nearest(high);
 #endif
@@ -232,11 +236,11 @@ INLINE void each_product(bool whole, const Tiles& a, long row, const Tiles& b, T
 template <int parts, bool add, int NV>
 INLINE void pair_block(bool whole, long depth, const Tiles& a, long row, const Tiles& b, float* c,
                        long ldc) {
-    constexpr int R = SIDE / 2;  // with two vectors each, enough to wait for none of them
-    for (int half = 0; half < 2; half++, c += R * ldc) {
+    constexpr int R = SIDE < 16 ? SIDE : SIDE / 2;  // with two vectors each, enough to wait for none of them
+    for (int from = 0; from < SIDE; from += R, c += R * ldc) {
         V sum[R][NV] = {};
         each_product<parts>(whole, a, row, b, [&](const uint16_t* x, const uint16_t* y) INLINE_LAMBDA {
-            pair_rows<R, NV>(depth, x + half * R * DEPTH, y, b.wide * TILE, sum);
+            pair_rows<R, NV>(depth, x + from * DEPTH, y, b.wide * TILE, sum);
         });
         #pragma GCC unroll 8
         for (int r = 0; r < R; r++)

@@ -67,6 +67,10 @@ INLINE V wide(const char* row, long d) {
         __m128i halves = _mm_loadu_si128((const __m128i*)x);
         if constexpr (type == F16) return (V)_mm256_cvtph_ps(halves);
         return (V)((N)_mm256_cvtepu16_epi32(halves) << 16);
+#elif defined(__aarch64__) && WIDTH == 4
+        uint16x4_t halves = vld1_u16(x);
+        if constexpr (type == F16) return (V)vcvt_f32_f16(vreinterpret_f16_u16(halves));
+        return (V)((N)vmovl_u16(halves) << 16);
 #else
         V y;
         for (int i = 0; i < W; i++) y[i] = type == F16 ? from_half(x[i]) : from_brain(x[i]);
@@ -118,6 +122,9 @@ static void narrow(int64_t type, const float* from, long n, void* to) {
         for (; i + 8 <= n; i += 8)
             _mm_storeu_si128((__m128i*)(x + i),
                              _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+        for (; i + 4 <= n; i += 4)
+            vst1_u16(x + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
 #endif
         for (; i < n; i++) x[i] = to_half(from[i]);
     }

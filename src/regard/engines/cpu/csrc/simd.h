@@ -6,6 +6,8 @@
 #include <cstring>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -228,7 +230,7 @@ INLINE V power(V y) { return exp(y); }
 #endif
 
 // While this lives, what would be a denormal is 0: it would weigh nothing, and take 150 cycles.
-struct NoDenormals {
+struct [[maybe_unused]] NoDenormals {
 #if defined(__SSE2__)
     unsigned was = _mm_getcsr();
     NoDenormals() { _mm_setcsr(was | 0x8000); }

@@ -16,9 +16,9 @@ constexpr bool HAS_TILES = true, BY_PAIRS = true;
 #else
 constexpr bool HAS_TILES = false, BY_PAIRS = false;
 #endif
-constexpr int SIDE = 16;             // rows of a tile, and columns of one of float32
+constexpr int SIDE = BY_PAIRS ? W : 16;  // rows of a tile, and columns of one of float32
 constexpr int DEPTH = 2 * SIDE;      // bf16 numbers in a row of a tile
-constexpr int TILE = SIDE * DEPTH;   // … in a tile: 1 KB
+constexpr int TILE = SIDE * DEPTH;   // … in a tile: 1 KB where SIDE is 16
 static_assert(!HAS_TILES || W == SIDE);
 
 // What stands in for an instruction on bf16: denormals are zeros of their sign while this lives, going
