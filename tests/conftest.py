@@ -163,12 +163,11 @@ def interpreting(request):
     (module, function, arguments …). With the first one all of its scope begin: each process of
     tests collects all of them, but runs only some scopes.
     """
-    scopes: dict[str, list[tuple]] = {}
+    scopes: dict[str, dict[str, tuple]] = {}
     for item in request.session.items:
         if "interpreting" in item.fixturenames:
             job = item.module.JOBS[item.callspec.params["job"]]
-            scopes.setdefault(scope_of(item.nodeid), []).append(job)
-    scope_of_job = {job_key(job): scope for scope, jobs in scopes.items() for job in jobs}
+            scopes.setdefault(scope_of(item.nodeid), {})[job_key(job)] = job
     futures = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
 
@@ -178,8 +177,8 @@ def interpreting(request):
                 with pytest.MonkeyPatch.context() as patch:
                     # Before anything in the processes imports triton, which looks at it once
                     patch.setenv("TRITON_INTERPRET", "1")
-                    for other in scopes[scope_of_job[key]]:
-                        futures[job_key(other)] = pool.submit(_work, *other)
+                    jobs = next(jobs for jobs in scopes.values() if key in jobs)
+                    futures.update((k, pool.submit(_work, *j)) for k, j in jobs.items())
             return futures[key].result()
 
         yield result

@@ -4,7 +4,7 @@
 `regard bench` showed on a processor of that kind (docs/benchmarks.md): where SDPA's time over ours
 is below 1 beyond the spread of its rounds. What is not in the table is ours: at levels avx2,
 avx512, avx512bf16 and amx that is every shape that was timed, both sides with the same
-instructions.
+instructions. A level that has run on no processor stands as the one below it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TABLE: tuple[Faster, ...] = (
     ),
     Faster(
         ("neonbf16",), (), (17, LONG), (1, LONG), True, False,
-        "not known", "no such processor so far: until one is, it is held to be as for portable",
+        "unknown", "no processor yet; taken to be as at level portable",
     ),
     Faster(
         LESSER, BF16, (17, LONG), (1, LONG), True, True,
